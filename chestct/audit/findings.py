@@ -1,0 +1,277 @@
+"""From numbers to plain sentences: what is wrong, how bad it is, and what to do about it.
+
+One small rule for each kind of fault, all with their thresholds beside them, so that a verdict can be argued with. Only
+the split policy in force can be in error; what other policies would leak is said as information.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from chestct.audit.inventory import Table
+
+SEVERITIES = ("error", "warning", "info")
+KINDS = (
+    "leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance", "shift", "duplicates",
+    "baseline",
+)  # fmt: skip
+"""What can be found, worst first within a severity."""
+
+FEW_GROUPS = 30
+"""Fewer independent slices of a class in test than this: the 95 % interval of its recall is wider than +-0.15."""
+IMBALANCE = 3
+"""The larger class may have this many times the groups of the smaller one in train."""
+MANY_COPIES = 0.05
+"""Share of redundant files in a class above which copies are a warning."""
+STRONG_SHORTCUT = 0.9
+"""A rule that sees no lesion and still reaches this AUROC leaves a model nothing to prove."""
+
+SHORTCUT_ACTIONS = {
+    "size": "Have the slices of both classes come in the same sizes from the same sources; data.fit=body crops to the "
+    "body and hides the frame.",
+    "file": "Export both classes with the same program and settings; find out where each comes from.",
+    "metadata": "Find out which source each class comes from, and take both classes from the same ones.",
+    "grey": "Export both classes with the same window, and believe a score only on slices from another source.",
+    "border": "Crop to the body (data.fit=body) and remove frames and text; padding also gives the aspect ratio away.",
+}
+FAMILIES = {
+    "size": "Image size tells",
+    "file": "The file itself (size, format) tells",
+    "metadata": "Metadata taken together tell",
+    "grey": "Overall brightness or contrast tells",
+    "border": "The border of the image tells",
+}
+
+VERDICTS = {
+    "leakage": "Scores on this split cannot be trusted: part of the test was seen in training.",
+    "label_conflict": "Labels contradict each other, and scores are no better than they are.",
+    "shortcut": "A high score proves little here: cancer can be told from normal without seeing a lesion.",
+    "imbalance": "Nothing can be learned from one class.",
+}
+"""What an error of a kind means for whoever wants to believe a score."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault. kind: one of `KINDS`; severity: one of `SEVERITIES`; text and action: one plain sentence each."""
+
+    kind: str
+    severity: str
+    text: str
+    action: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Everything the audit found, in plain Python values that go into JSON as they are.
+
+    `leakage` is keyed by split policy, and `split` names the one in force; the other tables are described where they
+    are made (inventory, leakage, shortcuts, shift). `contacts` holds a few positions of each split and class,
+    `examples` the pairs worth showing, `thumbnails` a small JPEG (base64) of every position that either mentions.
+    """
+
+    name: str
+    split: str
+    seed: int
+    counts: Table
+    balance: Table
+    formats: Table
+    sizes: Table
+    unreadable: Table
+    duplicates: dict[str, Any]
+    leakage: dict[str, dict[str, Any]]
+    conflicts: Table
+    shortcuts: Table
+    shift: Table
+    contacts: Table
+    examples: Table = field(default_factory=list)
+    thumbnails: dict[int, str] = field(default_factory=dict, repr=False)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> tuple[str, str]:
+        """How bad it is (the worst severity, or "clean") and what that means, in one plain sentence."""
+        worst = self.findings[0] if self.findings else None
+        if worst is None or worst.severity == "info":
+            return "clean", "Nothing was found that would make a score on this split misleading."
+        if worst.severity == "warning":
+            return "warning", "Usable, with reservations that belong beside every score."
+        return "error", VERDICTS[worst.kind]
+
+
+def findings(audit: Audit) -> list[Finding]:
+    """All findings, worst first."""
+    rules = (_leakage, _conflicts, _unreadable, _shortcuts, _sample_size, _imbalance, _shift, _duplicates)
+    found = [finding for rule in rules for finding in rule(audit)]
+    return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
+
+
+def known(tally: dict[str, int]) -> int:
+    """How many slices of a tally of `leakage.leaks` are known from an earlier split."""
+    return tally["copies"] + tally["related"]
+
+
+def _leakage(audit: Audit) -> Iterator[Finding]:
+    for policy, leaks in audit.leakage.items():
+        parts = [_leaked(name, leaks[part]) for name, part in (("test", "test"), ("validation", "valid"))]
+        if not any(parts):
+            continue
+        copies, related = (sum(leaks[part][how] for part in ("test", "valid")) for how in ("copies", "related"))
+        text = f"{' and '.join(filter(None, parts))} are known from training: {copies} as pixel-identical copies"
+        text += f", {related} as near-copies or slices of the same patient." if related else "."
+        if policy == audit.split:
+            action = "Use data.split=grouped, or official_clean to keep the official test set without its copies."
+            yield Finding("leakage", "error" if known(leaks["test"]) else "warning", text, action)
+        else:
+            text = f"Under the {policy} split, which is not in force, {text}"
+            yield Finding("leakage", "info", text, "Do not compare scores with ones published on that split.")
+
+
+def _leaked(name: str, tally: dict[str, Any]) -> str:
+    """`47 of 259 test slices (47 of 54 normal)`, naming the class that is hit worst."""
+    if not known(tally):
+        return ""
+    worst, counts = max(tally["by_class"].items(), key=lambda item: known(item[1]) / item[1]["slices"])
+    detail = f"{known(counts)} of {counts['slices']} {called(worst)}"
+    return f"{known(tally)} of {tally['slices']} {name} slices ({detail})"
+
+
+def _conflicts(audit: Audit) -> Iterator[Finding]:
+    for labels in (True, False):
+        rows = [row for row in audit.conflicts if row["labels"] == labels and row["kind"] == "copy"]
+        if rows:
+            what = "both cancer and normal" if labels else "two different subtypes of cancer"
+            action = "Find out which label is right and delete the other file; until then leave both out."
+            yield Finding(
+                "label_conflict",
+                "error" if labels else "warning",
+                f"{plural(len(rows), 'image carries', 'images carry')} {what}: {listing(rows[0]['paths'])}"
+                f"{', and others' if len(rows) > 1 else ''}.",
+                action,
+            )
+    near = [row for row in audit.conflicts if row["kind"] == "near"]
+    if near:
+        yield Finding(
+            "label_conflict",
+            "warning" if any(row["labels"] for row in near) else "info",
+            f"{plural(len(near), 'pair of near-copies has', 'pairs of near-copies have')} different classes: "
+            f"{listing(near[0]['paths'])}{', and others' if len(near) > 1 else ''}.",
+            "Look at them side by side: neighbouring slices may differ, copies may not.",
+        )
+
+
+def _unreadable(audit: Audit) -> Iterator[Finding]:
+    if audit.unreadable:
+        count = plural(len(audit.unreadable), "file is", "files are")
+        first = audit.unreadable[0]
+        text = f"{count} unreadable and left out, for example {first['path']} ({first['reason']})."
+        yield Finding("unreadable", "warning", text, "Fetch what is damaged again (dvc pull), or delete it.")
+
+
+def _shortcuts(audit: Audit) -> Iterator[Finding]:
+    flagged = [row for row in audit.shortcuts if row["flagged"]]
+    families = {row["family"] for row in flagged}
+    # Metadata taken together repeat what size and file say; they are a finding only where neither says it alone.
+    families -= {"metadata"} if families & {"size", "file"} else set()
+    for family in sorted(families, key=list(FAMILIES).index):
+        best = max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
+        yield Finding(
+            "shortcut",
+            "error" if best["auroc"] >= STRONG_SHORTCUT else "warning",
+            f"{FAMILIES[family]} cancer from normal without a look at the lesion: {lower(best['title'])} alone gives "
+            f"AUROC {estimate(best)}.",
+            SHORTCUT_ACTIONS[family],
+        )
+    for row in audit.shortcuts:
+        # A large lesion survives in a thumbnail, so its score is a bar for the model, not evidence of a shortcut.
+        if row["family"] == "picture" and row["low"] is not None and row["low"] > 0.5:
+            text = f"A logistic regression on a thumbnail of 10 × 10 pixels reaches AUROC {estimate(row)}."
+            yield Finding("baseline", "info", text, "Report every model score as a margin over this one.")
+
+
+def _sample_size(audit: Audit) -> Iterator[Finding]:
+    small = {
+        row["label"]: row["groups"] for row in audit.balance if row["split"] == "test" and row["groups"] < FEW_GROUPS
+    }
+    if small:
+        counts = " and ".join(f"{n} {label}" for label, n in small.items())
+        yield Finding(
+            "sample_size",
+            "warning",
+            f"Test has only {counts} independent slices (groups), fewer than the {FEW_GROUPS} a class needs: "
+            "a single wrong answer moves the score visibly.",
+            "Quote scores with their intervals, or use cross-validation (data.folds) so that every slice is tested.",
+        )
+
+
+def _imbalance(audit: Audit) -> Iterator[Finding]:
+    groups = {row["label"]: row["groups"] for row in audit.balance if row["split"] == "train"}
+    rare, common = sorted(groups, key=lambda label: groups[label])
+    if not groups[rare]:
+        yield Finding(
+            "imbalance", "error", f"Train has no slices of {rare}.", "Check data.labels and the class folders."
+        )
+    elif groups[common] > IMBALANCE * groups[rare]:
+        yield Finding(
+            "imbalance",
+            "warning",
+            f"Train has {groups[common] / groups[rare]:.1f} times as many independent slices of {common} "
+            f"({groups[common]}) as of {rare} ({groups[rare]}).",
+            "Keep optim.class_weights=true, and judge by AUROC and balanced accuracy, not by accuracy.",
+        )
+
+
+def _shift(audit: Audit) -> Iterator[Finding]:
+    flagged = sorted((row for row in audit.shift if row["flagged"]), key=lambda row: -row["distance"])
+    if flagged:
+        others = f", and {len(flagged) - 1} more numbers differ" if len(flagged) > 1 else ""
+        yield Finding(
+            "shift",
+            "warning",
+            f"Test slices do not look like training slices: {lower(flagged[0]['title'])} differs most "
+            f"(KS distance {flagged[0]['distance']:.2f}){others}.",
+            "Find out whether test comes from elsewhere; if so, say so beside the score, else split again by groups.",
+        )
+
+
+def _duplicates(audit: Audit) -> Iterator[Finding]:
+    copies = audit.duplicates
+    if not copies["redundant"] and not copies["near_pairs"]:
+        return
+    share = {name: 1 - row["contents"] / row["files"] for name, row in copies["by_class"].items()}
+    worst = max(share, key=lambda name: share[name])
+    by_class = copies["by_class"][worst]
+    detail = f", most of all in {called(worst)}: {by_class['files']} files are {by_class['contents']} different images"
+    yield Finding(
+        "duplicates",
+        "warning" if share[worst] >= MANY_COPIES else "info",
+        f"{copies['redundant']} of {copies['files']} files are copies of another one, and "
+        f"{plural(copies['near_pairs'], 'pair is', 'pairs are')} nearly the same"
+        f"{detail if copies['redundant'] else ''}.",
+        "Count groups, not files; data.split=grouped keeps copies together and uses each image once.",
+    )
+
+
+def estimate(row: dict[str, Any]) -> str:
+    """`0.98 [0.97, 0.99]`, or n/a and the reason."""
+    if row["auroc"] is None:
+        return f"n/a ({row['reason']})"
+    interval = "(no interval)" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['auroc']:.2f} {interval}"
+
+
+def called(subtype: str) -> str:
+    """A class as it is written in a sentence."""
+    return {"large_cell": "large-cell", "squamous": "squamous-cell"}.get(subtype, subtype)
+
+
+def plural(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
+def lower(title: str) -> str:
+    return title[0].lower() + title[1:]
+
+
+def listing(paths: list[str]) -> str:
+    return " and ".join(paths[:2])

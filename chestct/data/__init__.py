@@ -1,0 +1,1 @@
+"""From files to batches: decode, manifest, groups, splits, store, DataModule."""

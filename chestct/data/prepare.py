@@ -1,0 +1,38 @@
+"""What must stand before slices can be loaded: phantoms drawn where they are the source, files decoded into a store."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+from chestct.config import Config, DataConfig
+from chestct.data.store import Store, ingest, store_folder
+
+
+def prepare_store(cfg: Config, progress: bool = False) -> Store:
+    """Brings everything up to date and opens the store; cheap where nothing changed. Raises DataError."""
+    data = located(cfg)
+    if draws_phantoms(cfg.data):
+        from chestct.phantom.dataset import write
+
+        write(Path(data.root or ""), cfg.data.phantom, progress)
+    return ingest(data, store_folder(data, cfg.cache_dir), progress)
+
+
+def prepared_folder(cfg: Config) -> Path:
+    """Where `prepare_store` put the store."""
+    return store_folder(located(cfg), cfg.cache_dir)
+
+
+def draws_phantoms(data: DataConfig) -> bool:
+    """Whether the source is phantoms that nobody has placed anywhere yet."""
+    return data.name == "phantom" and not data.root and not data.sources
+
+
+def located(cfg: Config) -> DataConfig:
+    """The data settings with the root of drawn phantoms filled in: a folder named by their settings."""
+    if not draws_phantoms(cfg.data):
+        return cfg.data
+    settings = json.dumps(dataclasses.asdict(cfg.data.phantom), sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return dataclasses.replace(cfg.data, root=str(Path(cfg.cache_dir) / "phantom" / digest))

@@ -1,0 +1,301 @@
+"""All slices of a manifest, decoded once: one memory-mapped uint8 array and the table that tells about its rows.
+
+Ingest is incremental and content-addressed: a file whose bytes are known is never decoded again. The table is written
+last, by a rename, and names the other files of its generation, so that a run killed at any moment leaves the old state
+or the new one.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock
+from rich.progress import track
+
+from chestct.config import DataConfig
+from chestct.data.decode import Limits, decode, pixel_hash
+from chestct.data.groups import Pair, find_pairs, group
+from chestct.data.preprocess import Preprocess
+from chestct.data.sources import SliceFile, list_slices
+from chestct.errors import DataError, DecodeError
+
+FORMAT = 1
+"""Version of the files below; another version is made anew."""
+
+UNREADABLE = ["source", "path", "file_hash", "reason"]
+
+BORDER = 0.05
+"""Width of the border whose grey values the manifest keeps, as a fraction of the side."""
+
+
+@dataclass
+class Store:
+    """Decoded slices and what is known of them (columns: docs/manifest.md)."""
+
+    folder: Path
+    manifest: pd.DataFrame
+    images: np.ndarray  # uint8 memmap [rows, size, size]; manifest["row"] points into it
+    pairs: pd.DataFrame  # a, b: positions in the manifest; similarity; kind: exact, near or series
+    unreadable: pd.DataFrame  # source, path, file_hash, reason
+    settings: dict[str, Any]  # what decides a stored pixel
+
+    @property
+    def data_hash(self) -> str:
+        """Identity of what can be learnt from: contents, labels and places of all slices."""
+        columns = self.manifest[["source", "path", "content", "subtype", "folder_split"]]
+        return _digest(columns.to_csv(index=False))
+
+
+def preprocess_of(cfg: DataConfig) -> Preprocess:
+    """The preprocessing that the data settings name."""
+    return Preprocess(cfg.size, cfg.fit)
+
+
+def store_folder(cfg: DataConfig, cache_dir: str | Path) -> Path:
+    """Where the store of these settings lies: data.store, or a folder under cache_dir named by what decides pixels."""
+    if cfg.store:
+        return Path(cfg.store)
+    roots = {n: str(Path(s.root).resolve()) for n, s in cfg.sources.items()} or str(Path(cfg.root or "").resolve())
+    return Path(cache_dir) / "store" / f"{cfg.name}-{_digest(json.dumps([roots, _pixel_settings(cfg)]))[:12]}"
+
+
+def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
+    """Brings the store in `folder` up to date with the sources and opens it.
+
+    Raises DataError where sources are missing or unmapped, where nothing is readable, or where more than
+    data.max_unreadable files cannot be read.
+    """
+    files = list_slices(cfg)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            store = _update(cfg, files, folder, progress)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the decoded slices to {folder}: {error.strerror or error}. Free space there, or choose "
+            "another folder with cache_dir=FOLDER."
+        ) from error
+    if len(store.unreadable) > cfg.max_unreadable:
+        shown = "\n".join(f"  {r.path}: {r.reason}" for r in store.unreadable.head(5).itertuples())
+        raise DataError(
+            f"{len(store.unreadable)} of {len(files)} files cannot be read, and data.max_unreadable is "
+            f"{cfg.max_unreadable}:\n{shown}\nMend or remove them, or raise data.max_unreadable to go on without them."
+        )
+    return store
+
+
+def open_store(folder: Path) -> Store:
+    """Opens what `ingest` wrote. Raises DataError where there is none, or one of another version."""
+    path = folder / "manifest.parquet"
+    if not path.is_file():
+        raise DataError(f"No store in {folder}. Make it with `python -m chestct.data ingest`.")
+    table = pq.read_table(path)
+    meta = json.loads((table.schema.metadata or {}).get(b"chestct", b"{}"))
+    if meta.get("format") != FORMAT:
+        raise DataError(f"The store in {folder} was written by another version. Delete the folder and ingest again.")
+    return Store(
+        folder,
+        table.to_pandas(),
+        np.load(folder / meta["images"], mmap_mode="r"),
+        pd.read_parquet(folder / meta["pairs"]),
+        pd.DataFrame(meta["unreadable"], columns=UNREADABLE),
+        meta["settings"],
+    )
+
+
+def _update(cfg: DataConfig, files: list[SliceFile], folder: Path, progress: bool) -> Store:
+    old = _known(cfg, folder)
+    facts = {} if old is None else _facts(old)
+    limits = Limits(cfg.max_bytes, cfg.max_pixels)
+    # Threads, not processes: reading, hashing, Pillow and NumPy's reductions release the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = list(pool.map(lambda file: _hash(file, limits), files))
+        if old is not None and _unchanged(old, files, hashes, facts):
+            return old
+        new_generation = _Generation(cfg, folder, len(files))
+        found = pool.map(lambda file, key: facts.get(key) or _measure(file, key, cfg, limits), files, hashes)
+        bar = track(found, "Reading slices", len(files), disable=not progress)
+        rows: list[dict[str, Any]] = []
+        unreadable: list[dict[str, str]] = []
+        for file, fact in zip(files, bar, strict=True):
+            if "reason" in fact:
+                unreadable.append({"source": file.source, "path": file.path, **fact})
+                continue
+            pixels = fact["pixels"] if "pixels" in fact else old.images[fact["row"]]  # type: ignore[union-attr]
+            row = new_generation.add(fact["content"], pixels)
+            rows.append({**_described(file), **fact, "row": row})
+            rows[-1].pop("pixels", None)
+    if not rows:
+        new_generation.discard()
+        raise DataError(
+            f"None of the {len(files)} files can be read; the first, {unreadable[0]['path']}: {unreadable[0]['reason']}"
+        )
+    return new_generation.commit(pd.DataFrame(rows), pd.DataFrame(unreadable, columns=UNREADABLE))
+
+
+def _facts(store: Store) -> dict[str, dict[str, Any]]:
+    """What is known of each file content, by the hash of its bytes."""
+    columns = [
+        c for c in store.manifest if c not in ("path", "source", "root", "folder_split", "subtype", "label", "group")
+    ]
+    readable = store.manifest[columns].drop_duplicates("file_hash").to_dict("records")
+    unreadable = store.unreadable[["file_hash", "reason"]].to_dict("records")
+    return {fact["file_hash"]: fact for fact in [*readable, *unreadable] if fact["file_hash"]}
+
+
+def _unchanged(old: Store, files: list[SliceFile], hashes: list[str], facts: dict[str, dict[str, Any]]) -> bool:
+    if not all(key in facts for key in hashes):
+        return False
+    now = [
+        (*_described(file).values(), key) for file, key in zip(files, hashes, strict=True) if "reason" not in facts[key]
+    ]
+    before = old.manifest[[*_described(files[0]), "file_hash"]].itertuples(index=False, name=None)
+    return now == list(before) and len(now) + len(old.unreadable) == len(files)
+
+
+def _hash(file: SliceFile, limits: Limits) -> str:
+    """SHA-256 of the file's bytes; "" for what is not read at all: no plain file, too large, not permitted."""
+    path = file.root / file.path
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > limits.max_bytes:
+            return ""
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+class _Generation:
+    """One consistent set of files of a store, invisible until `commit` renames the table into place."""
+
+    def __init__(self, cfg: DataConfig, folder: Path, rows: int) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.temporary = folder / f"images.{os.getpid()}.tmp"
+        shape = (rows, cfg.size, cfg.size)
+        self.images = np.lib.format.open_memmap(self.temporary, mode="w+", dtype=np.uint8, shape=shape)
+        self.row_of: dict[str, int] = {}
+
+    def add(self, content: str, pixels: np.ndarray) -> int:
+        """Row of the content, which is written once."""
+        if content not in self.row_of:
+            self.row_of[content] = len(self.row_of)
+            self.images[self.row_of[content]] = pixels
+        return self.row_of[content]
+
+    def discard(self) -> None:
+        del self.images
+        self.temporary.unlink()
+
+    def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> Store:
+        self.images.flush()
+        pairs = _find_pairs(manifest, self.images)
+        manifest["group"] = group(len(manifest), [Pair(*pair) for pair in pairs.itertuples(index=False, name=None)])
+        name = _digest(manifest.to_csv(index=False) + json.dumps(_pixel_settings(self.cfg)))[:16]
+        names = {"images": f"images-{name}.npy", "pairs": f"pairs-{name}.parquet"}
+        self.temporary.replace(self.folder / names["images"])
+        pairs.to_parquet(self.folder / names["pairs"])
+        meta = names | {
+            "format": FORMAT,
+            "settings": _pixel_settings(self.cfg),
+            "unreadable": unreadable.to_dict("records"),
+        }
+        table = pa.Table.from_pandas(manifest)
+        table = table.replace_schema_metadata((table.schema.metadata or {}) | {b"chestct": json.dumps(meta).encode()})
+        path = self.folder / f"manifest.{os.getpid()}.tmp"
+        pq.write_table(table, path)
+        path.replace(self.folder / "manifest.parquet")
+        for stale in {*self.folder.glob("images*"), *self.folder.glob("pairs*")} - {
+            self.folder / n for n in names.values()
+        }:
+            stale.unlink()
+        return open_store(self.folder)
+
+
+def _find_pairs(manifest: pd.DataFrame, images: np.ndarray) -> pd.DataFrame:
+    """Copies, near-copies and series mates; only one slice of each content is compared with others."""
+    first = manifest.drop_duplicates("content").sort_values("row")
+    ids = first[["patient", "study", "series"]].to_numpy()
+    series = [next(filter(None, row), "") for row in ids]
+    found = find_pairs(images[: len(first)], list(first["content"]), series=series)
+    near = pd.DataFrame(found, columns=["a", "b", "similarity", "kind"])
+    near[["a", "b"]] = first.index.to_numpy()[near[["a", "b"]].to_numpy(int)]
+    origin = manifest["content"].map(dict(zip(first["content"], first.index, strict=True)))
+    copy = manifest.index != origin
+    exact = pd.DataFrame({"a": origin[copy], "b": manifest.index[copy], "similarity": 1.0, "kind": "exact"})
+    return pd.concat([exact, near], ignore_index=True)
+
+
+def _known(cfg: DataConfig, folder: Path) -> Store | None:
+    """The store as it stands, if its pixels were made with these settings; anything else is made anew."""
+    with suppress(DataError, OSError, ValueError, KeyError, pa.ArrowException):
+        store = open_store(folder)
+        if store.settings == _pixel_settings(cfg):
+            return store
+    return None
+
+
+def _measure(file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits) -> dict[str, Any]:
+    """What one file is: its facts and its pixels (uint8 [size, size]), or the reason why it cannot be read."""
+    path = file.root / file.path
+    try:
+        slice_ = decode(path, cfg.window, limits)
+    except DecodeError as error:
+        return {"file_hash": file_hash, "reason": error.reason}
+    gray = slice_.gray
+    border = _border(gray)
+    return {
+        "file_hash": file_hash,
+        "content": pixel_hash(gray),
+        "width": gray.shape[1],
+        "height": gray.shape[0],
+        "mode": slice_.mode,
+        "format": slice_.format,
+        "bytes": path.stat().st_size,
+        "mean": float(gray.mean()),
+        "std": float(gray.std()),
+        "border_mean": float(border.mean()),
+        "border_std": float(border.std()),
+        "patient": slice_.patient,
+        "study": slice_.study,
+        "series": slice_.series,
+        "pixels": preprocess_of(cfg)(gray),
+    }
+
+
+def _border(gray: np.ndarray) -> np.ndarray:
+    """The outermost pixels of all four sides, as one flat array."""
+    y, x = (max(1, round(side * BORDER)) for side in gray.shape)
+    inner = gray[y:-y]
+    return np.concatenate([part.ravel() for part in (gray[:y], gray[-y:], inner[:, :x], inner[:, -x:])])
+
+
+def _described(file: SliceFile) -> dict[str, str]:
+    return {
+        "path": file.path,
+        "source": file.source,
+        "root": str(file.root),
+        "folder_split": file.folder_split,
+        "subtype": file.subtype,
+        "label": "normal" if file.subtype == "normal" else "cancer",
+    }
+
+
+def _pixel_settings(cfg: DataConfig) -> dict[str, Any]:
+    """The settings that decide a stored pixel."""
+    limits = {"max_bytes": cfg.max_bytes, "max_pixels": cfg.max_pixels}  # they decide what is readable
+    return {"size": cfg.size, "fit": cfg.fit, "window": asdict(cfg.window), **limits}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,213 @@
+"""The command line of train.py, evaluate.py and `python -m chestct.data`: Hydra in, plain dataclasses out.
+
+Hydra composes; this module answers `--help` before anything is imported, turns every error that a user can mend into
+one message without a traceback, and gives the task its settings and the folder to write to.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from chestct.checks import explain, resolve
+from chestct.config import Config, leaves
+from chestct.errors import ChestCTError, ConfigError, Interrupted
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any]], Callable[[], None]]:
+    """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
+
+    usage: the first part of `--help`. The program exits with 0, with 2 after an error that the user can mend, with
+    130 when it was interrupted.
+    """
+
+    def decorate(task: Callable[[Config, Path], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def program() -> None:
+            if {"-h", "--help"} & set(sys.argv[1:]):
+                print(help_text(usage))
+                return
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
+            failures: list[str] = []
+            try:
+                signal.signal(signal.SIGTERM, _terminate)
+                if config_name == "train":
+                    sys.argv += _resumed_folder(sys.argv[1:])
+                _run(task, config_name, failures)
+            except Interrupted as stop:
+                print(f"\n{stop}", file=sys.stderr)
+                sys.exit(130)
+            except KeyboardInterrupt:
+                print("\nInterrupted.", file=sys.stderr)
+                sys.exit(130)
+            except ChestCTError as error:
+                failures.append(str(error))
+            except Exception as error:
+                if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
+                    raise
+                failures.append(explain(error))
+            for failure in failures:
+                print(f"error: {failure}", file=sys.stderr)
+            if failures:
+                sys.exit(2)
+
+        return program
+
+    return decorate
+
+
+def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[str]) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
+    def job(composed: DictConfig) -> Any:
+        try:
+            return task(resolve(composed), Path(HydraConfig.get().runtime.output_dir))
+        except ChestCTError as error:
+            # A sweep goes on with its other jobs; the program still fails in the end.
+            failures.append(str(error))
+            return None
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+
+
+def _terminate(signum: int, _: object) -> None:
+    raise Interrupted("Terminated.")
+
+
+def find_checkpoint(ckpt: str, runs_dir: str = "runs") -> Path:
+    """The checkpoint file that `ckpt` names: a file, a run folder (its last), or `last` (of the newest run).
+
+    Raises ConfigError where there is none.
+    """
+    path = Path(ckpt)
+    if ckpt == "last":
+        found = sorted(Path(runs_dir).glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
+        if not found:
+            raise ConfigError(f"ckpt=last: no run with a checkpoint under {runs_dir}. Train first: python train.py")
+        path = found[-1]
+    elif path.is_dir():
+        path = path / "checkpoints" / "last.ckpt"
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no .ckpt file"
+        raise ConfigError(
+            f"ckpt={ckpt}: no checkpoint {path} (in that folder: {near}). Give a .ckpt file, a run folder, or "
+            "ckpt=last for the newest run."
+        )
+    return path
+
+
+def _resumed_folder(argv: list[str]) -> list[str]:
+    """Hydra's override that lets a resumed run write to the folder it began in."""
+    given = dict(arg.split("=", 1) for arg in argv if "=" in arg)
+    if given.get("ckpt", "null") in ("null", "") or "hydra.run.dir" in given:
+        return []
+    path = find_checkpoint(given["ckpt"], given.get("runs_dir", "runs")).resolve()
+    return [f"hydra.run.dir={_quoted(path.parent.parent)}"] if path.parent.name == "checkpoints" else []
+
+
+def _quoted(path: Path) -> str:
+    """A path as Hydra's override grammar reads it, whatever it contains."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def help_text(usage: str) -> str:
+    """What `--help` prints: how the program is used, the groups in conf/ and every setting."""
+    groups = "\n".join(
+        f"  {folder.name}={'|'.join(sorted(f.stem for f in folder.glob('*.yaml')))}"
+        for folder in sorted(CONF.iterdir())
+        if folder.is_dir()
+    )
+    settings = re.sub(r"^#.*\n", "", as_yaml())
+    return (
+        f"{usage.strip()}\n\nGroups: each is a folder in conf/ and each option a file in it\n{groups}\n\n"
+        f"Settings: give as a.b=value; -m a.b=1,2 runs every combination\n\n{settings}\n"
+        "--cfg job prints the composed settings; --hydra-help tells of Hydra's own options."
+    )
+
+
+def as_yaml(schema: type = Config) -> str:
+    """Every setting with its default and its meaning, as YAML; the text of conf/defaults.yaml."""
+    lines = [
+        "# Every setting, its default and its meaning. Made by `make params` from chestct/config.py: edit there.\n"
+    ]
+    opened: list[str] = []
+    for key, value, item in leaves(schema):
+        *parents, name = key.split(".")
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(opened, parents, strict=False)) if a != b), min(len(opened), len(parents))
+        )
+        for depth in range(shared, len(parents)):
+            lines.append(f"{'  ' * depth}{parents[depth]}:\n")
+        opened = parents
+        text = OmegaConf.to_yaml(OmegaConf.create({name: value})).strip()
+        choices = " | ".join(map(str, item.metadata["choices"]))
+        note = item.metadata["help"] + (
+            f" ({choices})" if choices and choices.split(" | ")[0] not in item.metadata["help"] else ""
+        )
+        lines.append(f"{'  ' * len(parents)}{text}  # {note}\n")
+    return "".join(lines)
+
+
+def compose(*overrides: str, config_name: str = "train") -> Config:
+    """The settings that the program conf/<config_name>.yaml would see for these overrides; for tests and notebooks.
+
+    Raises ConfigError like the program does.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose(config_name, list(overrides))
+    except Exception as error:
+        if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
+            raise
+        raise ConfigError(explain(error)) from None
+    return resolve(composed)
+
+
+def from_checkpoint(cfg: Config) -> Config:
+    """The settings in the checkpoint cfg.ckpt with what was said on the command line laid over them.
+
+    Only for tasks that run behind a door: what was said is Hydra's list of overrides.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from chestct.models.classifier import read_checkpoint
+
+    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir)
+    settings = read_checkpoint(path)["hyper_parameters"]["settings"]
+    said = overlay(cfg, list(HydraConfig.get().overrides.task), settings)
+    return dataclasses.replace(said, ckpt=str(path))
+
+
+def overlay(cfg: Config, overrides: list[str], base: dict[str, Any]) -> Config:
+    """`base` with the overridden keys of `cfg` laid over it.
+
+    overrides: Hydra's override strings, such as `data.root=/x` or `data=chest_ct`; their values are read from `cfg`,
+    where groups are opened and types are right.
+    """
+    merged, source = OmegaConf.create(base), OmegaConf.structured(cfg)
+    for override in overrides:
+        key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
+        if key == "experiment":
+            raise ConfigError(
+                "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."
+            )
+        OmegaConf.update(merged, key, OmegaConf.select(source, key), merge=False, force_add=True)
+    return resolve(merged)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":  # `make params`
+    print(as_yaml(), end="")

@@ -1,0 +1,41 @@
+"""Errors meant for people.
+
+Whatever goes wrong because of an input, a setting or the world outside is raised as a `ChestCTError` whose text says
+what was looked for, where, and how to mend it. The doors print that text alone; any other exception is a bug of ours
+and keeps its traceback.
+"""
+
+from pathlib import Path
+
+
+class ChestCTError(Exception):
+    """A mistake that the user can mend; shown without a traceback."""
+
+
+class ConfigError(ChestCTError):
+    """A setting that is misspelt, out of range or impossible together with another."""
+
+
+class DataError(ChestCTError):
+    """Data that is missing, empty, unmapped or unfit for the task."""
+
+
+class DecodeError(DataError):
+    """A file that cannot be turned into pixels."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # Decoding runs in worker processes; an exception with two arguments does not pickle by itself.
+        return type(self), (self.path, self.reason)
+
+
+class WeightsError(ChestCTError):
+    """Weights or a checkpoint that are missing, altered or made for something else."""
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM, after what had to be kept was kept. Not an Exception, so that nothing swallows it."""

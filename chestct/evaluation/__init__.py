@@ -1,0 +1,1 @@
+"""How good a model is: predictions of a checkpoint, metrics from predictions, plots from metrics."""

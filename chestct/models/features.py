@@ -1,0 +1,134 @@
+"""Frozen features: while the convolutions do not change, they run once per view and their outputs are kept on disk.
+
+A cache folder belongs to one feature space (weights, preprocessing, view settings) and holds shards: safetensors files
+of some hundred slices, written to a temporary name and then renamed. A killed run loses one shard at most, several
+processes can write at once, and whatever is found there is complete.
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from chestct.config import Config
+from chestct.data.module import SliceModule
+from chestct.models.vgg16 import VGG16
+
+SHARD = 256
+"""Slices a shard: what a killed run has to compute again."""
+
+
+def attach(data: SliceModule, net: VGG16, weights_digest: str, cfg: Config, splits: Sequence[str]) -> None:
+    """Gives the data module the frozen features of these splits: every view that training will see, else the plain one.
+
+    Images are then not touched any more while the convolutions are frozen.
+    """
+    with Progress(disable=not cfg.trainer.progress, transient=True) as progress:
+        for split in splits:
+            dataset = data.dataset(split)
+            views = range(min(cfg.data.views + 1, cfg.trainer.max_epochs)) if split == "train" else range(1)
+            data.features[split] = [
+                extract(
+                    net,
+                    lambda positions, view=view: dataset.slices(positions, view),  # noqa: B023
+                    dataset.contents,
+                    space_folder(cfg, weights_digest, view),
+                    batch_size=cfg.features.batch_size,
+                    progress=progress,
+                    label=f"Features, {split}, view {view}",
+                )
+                for view in views
+            ]
+
+
+def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
+    """The cache folder of a feature space: named by everything, besides a slice's content, that decides features."""
+    settings = {"weights": weights_digest, "pool": cfg.model.pool, "size": cfg.data.size, "fit": cfg.data.fit}
+    if view:
+        settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return Path(cfg.cache_dir) / "features" / digest[:24]
+
+
+def extract(
+    net: VGG16,
+    slices: Callable[[Sequence[int]], torch.Tensor],
+    contents: Sequence[str],
+    folder: Path,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+    label: str = "Features",
+) -> torch.Tensor:
+    """Pooled features float32 [N, D] of N slices, from the cache where they are there, else computed and cached.
+
+    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features.
+    The result lies on the CPU.
+    """
+    known = _load(folder)
+    first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
+    todo = sorted(i for content, i in first.items() if content not in known)
+    if todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        known |= _compute(net, slices, contents, todo, folder, batch_size, progress, label)
+    return torch.stack([known[content] for content in contents])
+
+
+@torch.no_grad()
+def _compute(
+    net: VGG16,
+    slices: Callable[[Sequence[int]], torch.Tensor],
+    contents: Sequence[str],
+    todo: Sequence[int],
+    folder: Path,
+    batch_size: int,
+    progress: Progress | None,
+    label: str,
+) -> dict[str, torch.Tensor]:
+    device = next(net.features.parameters()).device
+    pool = net.head[0]
+    task = progress.add_task(label, total=len(todo)) if progress else None
+    found: dict[str, torch.Tensor] = {}
+    for start in range(0, len(todo), SHARD):
+        shard: dict[str, torch.Tensor] = {}
+        part = todo[start : start + SHARD]
+        for at in range(0, len(part), batch_size):
+            batch = part[at : at + batch_size]
+            features = pool(net.maps(slices(batch).to(device))).float().cpu()
+            shard |= {contents[i]: row.clone() for i, row in zip(batch, features, strict=True)}
+            if progress and task is not None:
+                progress.advance(task, len(batch))
+        _save(shard, folder)
+        found |= shard
+    return found
+
+
+def _save(shard: dict[str, torch.Tensor], folder: Path) -> None:
+    name = uuid.uuid4().hex
+    temporary = folder / f"{name}.{os.getpid()}.tmp"
+    save_file({"features": torch.stack(list(shard.values()))}, temporary, {"contents": json.dumps(list(shard))})
+    temporary.replace(folder / f"{name}.safetensors")
+
+
+def _load(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in the cache folder, by content. A damaged shard is removed: what it held is computed again."""
+    known: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as shard:
+                contents = json.loads(shard.metadata()["contents"])
+                known.update(zip(contents, shard.get_tensor("features").unbind(), strict=True))
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
+            path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue  # another process removed it first
+    return known

@@ -1,0 +1,100 @@
+"""What happens around the steps: history, checkpoints, early stopping, and an orderly end when told to stop."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import pandas as pd
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+
+from chestct.config import TrainerConfig
+from chestct.errors import Interrupted
+
+
+def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
+    """best.ckpt by `trainer.monitor` and last.ckpt, both written at the end of an epoch, when all of it is known."""
+    return ModelCheckpoint(
+        folder,
+        "best",
+        monitor=cfg.monitor,
+        mode=_mode(cfg),
+        save_last=True,
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+
+
+def all_callbacks(cfg: TrainerConfig, out: Path, keeper: ModelCheckpoint) -> list[Callback]:
+    """Every callback of a training run."""
+    found: list[Callback] = [History(out / "history.csv"), StopWhenTold(), keeper]
+    if cfg.patience:
+        found.append(EarlyStopping(cfg.monitor, patience=cfg.patience, mode=_mode(cfg), check_on_train_epoch_end=True))
+    if cfg.progress:
+        found.append(RichProgressBar(leave=False))
+    return found
+
+
+def _mode(cfg: TrainerConfig) -> str:
+    return "min" if cfg.monitor.endswith("loss") else "max"
+
+
+class History(Callback):
+    """The metrics of every epoch as a table, in a CSV file and in the checkpoint, so that a resumed run has them all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        rates = {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        self.rows.append({"epoch": trainer.current_epoch} | metrics | rates)
+        pd.DataFrame(self.rows).to_csv(self.path, index=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = list(state_dict["rows"])
+
+
+class StopWhenTold(Callback):
+    """Ends training between two batches after Ctrl-C or SIGTERM; the checkpoint of the last whole epoch stays.
+
+    A half epoch is not kept, so that a resumed run ends exactly where the uninterrupted one would have.
+    """
+
+    def __init__(self) -> None:
+        self.told = False
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._stop(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if self.told:
+            raise Interrupted(f"Stopped in epoch {trainer.current_epoch}.")
+
+
+@contextmanager
+def stop_on_signals(callback: StopWhenTold) -> Iterator[None]:
+    """While this is open, SIGINT and SIGTERM make training stop at the next batch; a second signal stops at once."""
+
+    def handle(signum: int, _: FrameType | None) -> None:
+        if callback.told:
+            raise Interrupted("Stopped at once.")
+        callback.told = True
+        print("\nStopping after this batch; again to stop at once.")
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

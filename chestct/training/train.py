@@ -1,0 +1,178 @@
+"""One training run, start to end: settings in, a result out. train.py, sweeps, notebooks and tests all call this."""
+
+import dataclasses
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import pandas as pd
+
+from chestct.config import Config
+from chestct.data.module import SliceModule
+from chestct.errors import ChestCTError, DataError, Interrupted
+from chestct.models.classifier import Classifier, check_fits, load_classifier, read_checkpoint
+from chestct.models.features import attach
+from chestct.models.predictions import prediction_table
+from chestct.tracking import Run
+from chestct.training.callbacks import StopWhenTold, all_callbacks, checkpoints, stop_on_signals
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves behind; all metrics are those of the best checkpoint."""
+
+    folder: Path
+    best: Path
+    last: Path
+    epochs: int
+    metrics: dict[str, float]  # valid/... and test/...
+    predictions: pd.DataFrame  # valid and test slices, see chestct.models.predictions
+    synthetic: bool  # phantoms: the numbers say nothing about patients
+    leaks: int  # valid and test slices that have a copy in an earlier split
+
+
+def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
+    """Trains as `cfg` says, keeps checkpoints and history in `out`, and tests the best checkpoint.
+
+    With cfg.ckpt, goes on from that checkpoint. Raises ChestCTError for what the user can mend, and Interrupted after
+    Ctrl-C or SIGTERM; the checkpoint of the last whole epoch is then in place.
+    """
+    run = run or Run()
+    _quiet()
+    _make_writable(out)
+    L.seed_everything(cfg.seed, verbose=False)
+    data = SliceModule(cfg)
+    data.prepare_data()
+    data.setup()
+    model = _classifier(cfg, data)
+    resume = _resumable(cfg, model)
+    keeper = checkpoints(cfg.trainer, out / "checkpoints")
+    callbacks = all_callbacks(cfg.trainer, out, keeper)
+    trainer = _trainer(cfg, out, callbacks, run)
+    if cfg.features.cache and cfg.starts_frozen:
+        model.to(trainer.strategy.root_device)
+        splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
+        attach(data, model.net, model.weights_digest, cfg, splits)
+    run.tags(_tags(cfg, data, model))
+
+    stop = next(callback for callback in callbacks if isinstance(callback, StopWhenTold))
+    try:
+        with stop_on_signals(stop):
+            trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    except Interrupted as told:
+        kept = out / "checkpoints" / "last.ckpt"
+        rest = f"Go on with: python train.py ckpt={kept}" if kept.is_file() else "No epoch was finished."
+        raise Interrupted(f"{told} {rest}") from None
+
+    best = Path(keeper.best_model_path)
+    metrics, predictions = _measure_best(cfg, best, data, trainer)
+    predictions.to_parquet(out / "predictions.parquet")
+    run.metrics({f"best/{name}": value for name, value in metrics.items()})
+    return Result(
+        out,
+        best,
+        Path(keeper.last_model_path),
+        trainer.current_epoch,
+        metrics,
+        predictions,
+        synthetic=cfg.data.name == "phantom",
+        leaks=int(data.manifest["leaked"].sum()),
+    )
+
+
+def _classifier(cfg: Config, data: SliceModule) -> Classifier:
+    assert data.store is not None
+    return Classifier(
+        settings=dataclasses.asdict(cfg),
+        class_names=list(data.class_names),
+        class_counts=data.class_counts().tolist(),
+        data={"hash": data.store.data_hash, "leaks": int(data.manifest["leaked"].sum())},
+    )
+
+
+def _resumable(cfg: Config, model: Classifier) -> Path | None:
+    """The checkpoint to go on from, found fit for it before anything is computed."""
+    if not cfg.ckpt:
+        return None
+    checkpoint = read_checkpoint(Path(cfg.ckpt))
+    check_fits(checkpoint, model)
+    theirs = checkpoint["hyper_parameters"]["data"]["hash"]
+    if theirs != model.hparams["data"]["hash"]:
+        raise DataError(
+            f"The data changed since {cfg.ckpt} was written (hash {theirs[:12]}, now {model.hparams['data']['hash'][:12]}). "
+            "Resume with the data of that run, or start anew without ckpt."
+        )
+    return Path(cfg.ckpt)
+
+
+def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
+    logger = run.logger()
+    try:
+        return L.Trainer(
+            max_epochs=cfg.trainer.max_epochs,
+            accelerator=cfg.trainer.accelerator,
+            devices=cfg.trainer.devices,
+            precision=cfg.trainer.precision,  # type: ignore[arg-type]
+            deterministic=cfg.trainer.deterministic,
+            logger=[logger] if logger else False,
+            callbacks=callbacks,
+            default_root_dir=out,
+            num_sanity_val_steps=0,
+            enable_progress_bar=cfg.trainer.progress,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # EpochSampler is one already
+            # The loaders change from features to images when convolutions join in.
+            reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
+        )
+    except (ValueError, RuntimeError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
+        raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
+
+
+def _measure_best(
+    cfg: Config, best: Path, data: SliceModule, trainer: L.Trainer
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """Metrics and predictions of the best checkpoint on valid and test."""
+    model = load_classifier(best)
+    metrics: dict[str, float] = {}
+    metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
+    metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+    tables = [
+        prediction_table(data.manifest, split, model.logits(split).numpy(), cfg.task) for split in ("valid", "test")
+    ]
+    return {name: float(value) for name, value in metrics.items()}, pd.concat(tables, ignore_index=True)
+
+
+def _tags(cfg: Config, data: SliceModule, model: Classifier) -> dict[str, object]:
+    assert data.store is not None
+    leaks = int(data.manifest["leaked"].sum())
+    return {
+        "data.hash": data.store.data_hash,
+        "data.split": cfg.data.split,
+        "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
+        "data.synthetic": cfg.data.name == "phantom",
+        **{f"slices.{split}": n for split, n in data.manifest["split"].value_counts().items()},
+        **model.parameter_counts(),
+    }
+
+
+def _make_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ChestCTError(
+            f"Cannot write to the run folder {out}: {error.strerror}. Choose another with runs_dir=FOLDER."
+        ) from None
+
+
+def _quiet() -> None:
+    """Silences what Lightning says to everybody, so that what it says to somebody is seen."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Batches come whole from memory: more workers would only cost.
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # An epoch of a few dozen steps is logged once, at its end.
+    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")

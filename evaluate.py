@@ -1,0 +1,37 @@
+"""Evaluates a checkpoint. `python evaluate.py --help` explains every setting."""
+
+from pathlib import Path
+
+from chestct.config import Config
+from chestct.door import door, from_checkpoint
+
+USAGE = """
+Scores the valid and test slices of a checkpoint's data, or of other data, and writes metrics and plots.
+
+  python evaluate.py ckpt=last                                 the newest run
+  python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
+  python evaluate.py ckpt=... data.split=official_clean        another split of the same data
+
+Settings that are not given come from the checkpoint.
+"""
+
+
+@door("evaluate", USAGE)
+def main(cfg: Config, out: Path) -> None:
+    from chestct.errors import ChestCTError
+    from chestct.evaluation.evaluate import predict, write_report
+    from chestct.evaluation.summary import summary
+
+    if not cfg.ckpt:
+        raise ChestCTError(
+            "Nothing to evaluate: give a checkpoint with ckpt=runs/.../checkpoints/best.ckpt, or ckpt=last for the "
+            "newest run. A network that was not trained is never evaluated."
+        )
+    cfg = from_checkpoint(cfg)
+    metrics = write_report(predict(cfg), cfg, out)
+    print(summary(metrics))
+    print(f"\nmetrics and plots  {out}")
+
+
+if __name__ == "__main__":
+    main()

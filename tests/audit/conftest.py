@@ -1,0 +1,61 @@
+"""Small made-up manifests: every statistic is independent of the label until a test ties one to it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+
+
+@dataclass
+class Data:
+    manifest: pd.DataFrame
+    images: np.ndarray
+    splits: dict[str, pd.Series]
+    pairs: pd.DataFrame
+    unreadable: pd.DataFrame
+
+
+def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
+    """n different slices in n groups; 60 % train, 15 % valid, 25 % test under the one policy `grouped`."""
+    rng = np.random.default_rng(seed)
+    is_cancer = rng.random(n) < cancer
+    manifest = pd.DataFrame(
+        {
+            "path": [f"train/{'cancer' if y else 'normal'}/slice_{i}.png" for i, y in enumerate(is_cancer)],
+            "source": "made_up",
+            "root": "nowhere",
+            "folder_split": "",
+            "subtype": np.where(is_cancer, rng.choice(["adenocarcinoma", "large_cell", "squamous"], n), "normal"),
+            "label": np.where(is_cancer, "cancer", "normal"),
+            "file_hash": [f"file {i}" for i in range(n)],
+            "content": [f"content {i}" for i in range(n)],
+            "row": np.arange(n),
+            "width": rng.integers(300, 340, n),
+            "height": rng.integers(260, 300, n),
+            "mode": rng.choice(["L", "RGBA"], n),
+            "format": "PNG",
+            "bytes": rng.integers(50_000, 60_000, n),
+            "patient": "",
+            "study": "",
+            "series": "",
+            "group": np.arange(n),
+        }
+    )
+    for name in ("mean", "std", "border_mean", "border_std"):
+        manifest[name] = rng.uniform(0.2, 0.4, n)
+    images = rng.integers(0, 256, (n, 40, 40), dtype=np.uint8)
+    split = pd.Series(rng.choice(["train", "valid", "test"], n, p=[0.6, 0.15, 0.25]), index=manifest.index)
+    return Data(
+        manifest,
+        images,
+        {"grouped": split},
+        pd.DataFrame({"a": [], "b": [], "similarity": [], "kind": []}).astype({"a": int, "b": int, "kind": object}),
+        pd.DataFrame({"source": [], "path": [], "reason": []}),
+    )
+
+
+@pytest.fixture(scope="session")
+def make_data() -> Callable[..., Data]:
+    return make

@@ -1,0 +1,89 @@
+import pandas as pd
+import pytest
+
+from chestct.audit.leakage import conflicts, duplicates, leaks
+
+
+def table(rows: list[tuple[str, str, int]]) -> pd.DataFrame:
+    """Rows of (subtype, content, group)."""
+    manifest = pd.DataFrame(rows, columns=["subtype", "content", "group"])
+    manifest["label"] = manifest["subtype"].where(manifest["subtype"] == "normal", "cancer")
+    return manifest.assign(path=[f"{i}.png" for i in range(len(rows))])
+
+
+def pairs_of(*rows: tuple[int, int, float, str]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["a", "b", "similarity", "kind"])
+
+
+def test_copies_and_relatives_of_training_slices_are_counted_apart_and_by_class() -> None:
+    manifest = table(
+        [("normal", "x", 0), ("normal", "x", 0), ("squamous", "y", 1), ("squamous", "z", 1), ("normal", "n", 2)]
+    )
+    found = leaks(manifest, pd.Series(["train", "test", "train", "test", "test"]))
+    assert found["test"] | {"by_class": None} == {"slices": 3, "copies": 1, "related": 1, "by_class": None}
+    assert found["test"]["by_class"]["normal"] == {"slices": 2, "copies": 1, "related": 0}
+    assert found["test"]["by_class"]["squamous"] == {"slices": 1, "copies": 0, "related": 1}
+    assert [(row["path"], row["kind"], row["twin_path"]) for row in found["list"]] == [
+        ("1.png", "copy", "0.png"),
+        ("3.png", "related", "2.png"),
+    ]
+
+
+def test_a_test_slice_known_from_validation_leaks_and_the_validation_slice_does_not() -> None:
+    found = leaks(table([("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["test", "valid"]))
+    assert found["test"]["copies"] == 1
+    assert found["valid"]["copies"] == 0
+    assert found["list"][0]["twin_split"] == "valid"
+
+
+def test_slices_left_out_neither_leak_nor_give_away() -> None:
+    found = leaks(table([("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["", "test", ""]))
+    assert found["list"] == []
+    assert found["left_out"] == 2
+
+
+def test_copies_within_one_split_are_duplicates_but_no_leak() -> None:
+    manifest = table([("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 1)])
+    assert leaks(manifest, pd.Series(["train", "train", "test"]))["list"] == []
+
+
+def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_once() -> None:
+    manifest = table(
+        [("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 0), ("squamous", "z", 1)]
+    )
+    pairs = pairs_of((0, 1, 1.0, "exact"), (0, 3, 0.99, "near"), (1, 3, 0.99, "near"), (3, 4, 0.0, "series"))
+    found = duplicates(manifest, {"p": pd.Series(["train", "test", "train", "train", "train"])}, pairs)
+    assert {key: found[key] for key in ("files", "contents", "redundant", "exact_groups", "largest", "near_pairs")} == {
+        "files": 5,
+        "contents": 3,
+        "redundant": 2,
+        "exact_groups": 1,
+        "largest": 3,
+        "near_pairs": 1,
+    }
+    assert [cluster["slices"] for cluster in found["clusters"]] == [[0, 1, 2, 3]]
+    assert found["clusters"][0]["splits"]["p"] == ["train", "test", "train", "train"]
+    assert found["by_class"]["normal"] == {"files": 4, "contents": 2}
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [
+        (("normal", "squamous"), [True]),
+        (("normal", "cancer"), [True]),
+        (("large_cell", "squamous"), [False]),
+        (("cancer", "squamous"), []),  # cancer of unknown subtype may well be squamous
+        (("squamous", "squamous"), []),
+    ],
+)
+@pytest.mark.parametrize("kind", ["copy", "near"])
+def test_conflicts_are_contradictions_only(classes: tuple[str, str], expected: list[bool], kind: str) -> None:
+    manifest = table([(classes[0], "x", 0), (classes[1], "x" if kind == "copy" else "y", 0)])
+    found = conflicts(manifest, pairs_of((0, 1, 0.99, "near")) if kind == "near" else pairs_of())
+    assert [row["labels"] for row in found] == expected
+    assert all(row["kind"] == kind and row["paths"] == ["0.png", "1.png"] for row in found)
+
+
+def test_neighbours_of_one_series_with_different_labels_are_no_conflict() -> None:
+    manifest = table([("normal", "x", 0), ("squamous", "y", 0)])
+    assert conflicts(manifest, pairs_of((0, 1, 0.99, "series"))) == []

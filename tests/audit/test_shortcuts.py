@@ -1,0 +1,148 @@
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from chestct.audit.shortcuts import BASELINES, auroc, shortcuts
+
+
+def measure(data: Any, seed: int = 0) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in shortcuts(data.manifest, data.splits, data.images, seed=seed)}
+
+
+def flagged(rows: dict[str, dict[str, Any]]) -> set[str]:
+    return {row["family"] for row in rows.values() if row["flagged"]}
+
+
+def test_weighted_auroc_agrees_with_scikit_learn_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    scores, targets = rng.integers(0, 8, 60).astype(float), rng.random(60) < 0.4
+    weights = rng.integers(0, 4, (5, 60))
+    expected = [roc_auc_score(targets, scores, sample_weight=w) for w in weights]
+    np.testing.assert_allclose(auroc(scores, targets, weights), expected, rtol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_no_shortcut_is_flagged_on_a_thousand_clean_slices(make_data: Callable[..., Any], seed: int) -> None:
+    rows = measure(make_data(1000, seed))
+    assert flagged(rows) == set()
+    assert all(row["low"] < 0.6 for row in rows.values() if row["auroc"] is not None)
+
+
+@pytest.mark.parametrize(
+    ("family", "column", "shift"), [("size", "width", 25), ("grey", "std", 0.12), ("border", "border_mean", 0.12)]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_planted_shortcut_is_flagged_in_its_family_whatever_its_direction(
+    make_data: Callable[..., Any], family: str, column: str, shift: float, sign: int
+) -> None:
+    data = make_data()
+    data.manifest[column] += sign * shift * (data.manifest["label"] == "cancer")
+    rows = measure(data)
+    assert family in flagged(rows)
+    assert rows[column]["auroc"] > 0.75
+    assert rows[column]["low"] < rows[column]["auroc"] < rows[column]["high"]
+    if family != "size":  # the file's bytes per pixel follow its size
+        assert flagged(rows) == {family}
+
+
+def test_format_tied_to_the_label_is_flagged(make_data: Callable[..., Any]) -> None:
+    data = make_data()
+    data.manifest["mode"] = np.where(data.manifest["label"] == "cancer", "RGBA", "L")
+    assert measure(data)["format_mode"]["flagged"]
+
+
+def test_pixels_of_the_border_tied_to_the_label_are_flagged(make_data: Callable[..., Any]) -> None:
+    data = make_data()
+    data.images[(data.manifest["label"] == "cancer").to_numpy(), :2] = 255
+    rows = measure(data)
+    assert rows["border_ring"]["flagged"]
+    assert rows["std"]["flagged"] is False
+
+
+def test_the_thumbnail_is_a_weak_baseline_and_never_flagged(make_data: Callable[..., Any]) -> None:
+    data = make_data()
+    data.images[(data.manifest["label"] == "cancer").to_numpy(), 10:30, 10:30] = 255
+    rows = measure(data)
+    assert rows["thumbnail"]["auroc"] > 0.95
+    assert flagged(rows) == set()
+
+
+def test_models_are_never_tested_on_a_group_they_were_trained_on(make_data: Callable[..., Any]) -> None:
+    data = make_data(300)
+    # Ten different slices of each patient; size gives the patient away, and labels are drawn by patient.
+    patient = np.arange(300) // 10
+    rng = np.random.default_rng(1)
+    cancer = rng.permutation(np.arange(30) % 2).astype(bool)[patient]
+    data.manifest = data.manifest.assign(
+        group=patient, width=300 + rng.permutation(30)[patient], height=300 + rng.permutation(30)[patient],
+        label=np.where(cancer, "cancer", "normal"), subtype=np.where(cancer, "cancer", "normal"),
+    )  # fmt: skip
+    rows = measure(data)
+    assert rows["size_forest"]["auroc"] < 0.75
+    assert not rows["size_forest"]["flagged"]
+
+
+def test_slices_of_one_group_do_not_narrow_the_interval(make_data: Callable[..., Any]) -> None:
+    data = make_data(60)
+    data.manifest["std"] += 0.05 * (data.manifest["label"] == "cancer")
+    alone = measure(data)["std"]
+    many = data.manifest.loc[data.manifest.index.repeat(8)].reset_index(drop=True)
+    data.manifest = many.assign(content=[f"content {i}" for i in range(len(many))])
+    data.splits = {}
+    repeated = measure(data)["std"]
+    assert repeated["auroc"] == pytest.approx(alone["auroc"])
+    assert repeated["high"] - repeated["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.05)
+
+
+def test_copies_count_once(make_data: Callable[..., Any]) -> None:
+    data = make_data(100)
+    before = measure(data)["mean"]
+    copies = data.manifest.iloc[[3] * 50]
+    data.manifest = pd.concat([data.manifest, copies], ignore_index=True)
+    data.splits = {}
+    assert measure(data)["mean"]["auroc"] == before["auroc"]
+
+
+def test_undefined_figures_have_a_reason_instead_of_a_number(make_data: Callable[..., Any]) -> None:
+    data = make_data(100)
+    data.manifest["border_std"] = 0.0
+    data.manifest.loc[5, "mean"] = np.nan
+    rows = measure(data)
+    assert (rows["border_std"]["auroc"], rows["border_std"]["reason"]) == (None, "the same for every slice")
+    assert (rows["mean"]["auroc"], rows["mean"]["reason"]) == (None, "values are missing")
+    one_class = make_data(50, cancer=1)
+    assert {(row["auroc"], row["reason"]) for row in measure(one_class).values()} == {(None, "one class only")}
+    few = measure(make_data(60, cancer=0.05))["std"]
+    assert few["auroc"] is None
+    assert "too few groups" in few["reason"]
+
+
+def test_a_small_test_set_gives_a_figure_without_an_interval(make_data: Callable[..., Any]) -> None:
+    data = make_data(100)
+    data.splits["tiny"] = data.splits["grouped"].replace({"test": "train"})
+    data.splits["tiny"].iloc[np.flatnonzero(data.manifest["label"] == "normal")[:4]] = "test"
+    data.splits["tiny"].iloc[np.flatnonzero(data.manifest["label"] == "cancer")[:20]] = "test"
+    row = measure(data)["std"]["test"]["tiny"]
+    assert 0 <= row["auroc"] <= 1
+    assert row["low"] is None
+    assert row["reason"].startswith("too few groups: 4 of normal")
+
+
+def test_test_figures_use_the_direction_learned_on_train(make_data: Callable[..., Any]) -> None:
+    data = make_data(400)
+    cancer = data.manifest["label"] == "cancer"
+    train = data.splits["grouped"] == "train"
+    data.manifest["std"] += np.where(train, 0.3, -0.3) * cancer
+    assert measure(data)["std"]["test"]["grouped"]["auroc"] < 0.1
+
+
+def test_every_baseline_is_measured_and_repeats_exactly(make_data: Callable[..., Any]) -> None:
+    data = make_data(80)
+    rows = measure(data)
+    assert list(rows) == [baseline.name for baseline in BASELINES]
+    assert measure(data) == rows

@@ -1,0 +1,144 @@
+"""Every planted defect is what the truth says it is."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from sklearn.metrics import roc_auc_score
+
+from chestct.config import PhantomConfig
+from chestct.phantom import dataset
+from chestct.phantom.defects import COPIES, ODD, UNREADABLE
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted") / "set"
+    cfg = PhantomConfig(slices=60, size=96, defects=[*COPIES, "odd_files"], defect_rate=0.2)
+    return root, dataset.write(root, cfg, processes=1)["files"]
+
+
+def grey(path):
+    with Image.open(path) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("L"), float) / 255
+
+
+def thumbnail(path):
+    with Image.open(path) as image:
+        small = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
+    return (small - small.mean()) / small.std()
+
+
+def copies(files, defect):
+    originals = {f["path"]: f for f in files}
+    found = [(f, originals[f["original"]]) for f in files if f["defect"] == defect]
+    assert len(found) == 12
+    return found
+
+
+@pytest.mark.parametrize("defect", ["exact", "across_splits", "label_conflict"])
+def test_exact_copies_decode_equal(planted, defect):
+    root, files = planted
+    for copy, original in copies(files, defect):
+        assert (root / copy["path"]).read_bytes() == (root / original["path"]).read_bytes()
+        assert (copy["split"] != original["split"]) == (defect == "across_splits")
+        assert (copy["subtype"] != original["subtype"]) == (defect == "label_conflict")
+        assert copy["path"].startswith(f"{copy['split']}/{copy['subtype']}/")
+        assert copy["lesion"] == original["lesion"]
+
+
+def test_near_copies_differ_in_bytes_but_not_in_what_they_show(planted):
+    root, files = planted
+    for copy, original in copies(files, "near"):
+        assert (root / copy["path"]).read_bytes() != (root / original["path"]).read_bytes()
+        same = np.mean(thumbnail(root / copy["path"]) * thumbnail(root / original["path"]))
+        strangers = [f for f in files if f["defect"] is None and f["index"] != copy["index"]]
+        others = [np.mean(thumbnail(root / copy["path"]) * thumbnail(root / f["path"])) for f in strangers]
+        assert same > 0.85
+        assert same > max(others)
+        assert copy["operation"]
+        if "factor" in copy["parameters"]:
+            assert copy["width"] == pytest.approx(original["width"] * copy["parameters"]["factor"], abs=1)
+        with Image.open(root / copy["path"]) as image:
+            assert image.size == (copy["width"], copy["height"])
+            assert (image.format == "JPEG") == ("quality" in copy["parameters"])
+
+
+def test_masks_follow_the_geometry_of_near_copies(planted):
+    root, files = planted
+    checked = 0
+    for copy, original in copies(files, "near"):
+        if not copy["mask"]:
+            continue
+        picture = grey(root / copy["path"])
+        mask = np.asarray(Image.open(root / copy["mask"]))
+        assert mask.shape == picture.shape
+        first = np.asarray(Image.open(root / original["mask"]))
+        inside = picture[mask].mean() - picture.mean()
+        expected = grey(root / original["path"])
+        assert inside == pytest.approx(expected[first].mean() - expected.mean(), abs=0.12)
+        checked += 1
+    assert checked
+
+
+def test_clean_slices_are_no_copies_of_each_other(planted):
+    root, files = planted
+    clean = [(root / f["path"]).read_bytes() for f in files if f["defect"] is None]
+    assert len(set(clean)) == 60
+
+
+def test_odd_files_are_as_odd_as_the_truth_says(planted):
+    root, files = planted
+    odd = {f["operation"]: f for f in files if f["defect"] == "odd_files"}
+    assert set(odd) == set(ODD)
+    for kind, f in odd.items():
+        assert f["readable"] == (kind not in UNREADABLE)
+        assert f["index"] >= 60  # shows what no other file shows
+        if f["readable"]:
+            assert grey(root / f["path"]).shape == (f["height"], f["width"])
+        else:
+            with pytest.raises((OSError, SyntaxError)):
+                grey(root / f["path"])
+    modes = {}
+    for kind in ("16bit", "rgba", "palette", "cmyk", "lying_extension", "exif_rotated"):
+        with Image.open(root / odd[kind]["path"]) as image:
+            modes[kind] = (image.mode, image.format)
+    assert modes["16bit"] == ("I;16", "PNG")
+    assert modes["rgba"] == ("RGBA", "PNG")
+    assert modes["palette"] == ("P", "PNG")
+    assert modes["cmyk"] == ("CMYK", "JPEG")
+    assert modes["lying_extension"] == ("L", "JPEG")
+    assert odd["lying_extension"]["path"].endswith(".png")
+    with Image.open(root / odd["exif_rotated"]["path"]) as image:
+        assert image.getexif()[0x0112] == 6
+        assert image.size == (odd["exif_rotated"]["height"], odd["exif_rotated"]["width"])
+    assert (root / odd["zero_bytes"]["path"]).stat().st_size == 0
+
+
+def test_odd_encodings_keep_the_picture(planted):
+    root, files = planted
+    cfg = PhantomConfig(slices=60, size=96, defects=[*COPIES, "odd_files"], defect_rate=0.2)
+    for f in files:
+        if f["defect"] == "odd_files" and f["readable"] and f["operation"] != "16bit":  # Pillow clips 16 bits to 8
+            drawn = dataset.thorax.draw(np.random.default_rng(f["seed"]), f["drawn"], cfg)
+            expected = dataset.thorax.display(drawn.hu, f["window"]) / 255
+            assert np.abs(grey(root / f["path"]) - expected).mean() < 0.03, f["operation"]
+
+
+@pytest.mark.parametrize(
+    ("defect", "number"),
+    [
+        ("shortcut_window", lambda grey: grey[grey > 0.3].mean()),
+        ("shortcut_size", lambda grey: grey.size),
+        ("shortcut_border", lambda grey: np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).mean()),
+    ],
+)
+def test_a_shortcut_gives_the_class_away(tmp_path, defect, number):
+    def score(defects):
+        root = tmp_path / "-".join(["set", *defects])
+        files = dataset.write(root, PhantomConfig(slices=50, size=64, defects=defects))["files"]
+        values = [number(grey(root / f["path"])) for f in files]
+        auroc = roc_auc_score([f["subtype"] != "normal" for f in files], values)
+        return max(auroc, 1 - auroc)
+
+    assert score([defect]) > 0.9
+    assert score([]) < 0.75

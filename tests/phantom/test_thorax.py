@@ -1,0 +1,117 @@
+"""One drawn slice: it repeats, it looks like a thorax in Hounsfield units, and its lesion is all that tells its class."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import binary_dilation
+from sklearn.metrics import roc_auc_score
+
+from chestct.config import SUBTYPES, PhantomConfig
+from chestct.phantom.thorax import PADDING, display, draw
+
+CANCERS = SUBTYPES[1:]
+
+
+def phantom(seed, subtype, **settings):
+    return draw(np.random.default_rng([7, seed]), subtype, PhantomConfig(**({"size": 160} | settings)))
+
+
+def test_the_same_seed_draws_the_same_slice():
+    first, again, other = phantom(1, "squamous"), phantom(1, "squamous"), phantom(2, "squamous")
+    assert first.hu.tobytes() == again.hu.tobytes()
+    assert np.array_equal(first.mask, again.mask)
+    assert first.window == again.window
+    assert first.hu.shape != other.hu.shape or not np.array_equal(first.hu, other.hu)
+
+
+def test_an_unknown_subtype_is_refused():
+    with pytest.raises(ValueError, match="subtype must be one of"):
+        phantom(0, "sarcoma")
+
+
+@pytest.mark.parametrize("size", [64, 160])
+def test_a_mask_is_there_for_cancer_only_and_lies_in_the_lungs(size):
+    for seed in range(6):
+        assert not phantom(seed, "normal", size=size).mask.any()
+        for subtype in CANCERS:
+            drawn = phantom(seed, subtype, size=size)
+            assert drawn.mask.shape == drawn.hu.shape == drawn.lung.shape
+            assert drawn.mask.any()
+            assert not (drawn.mask & ~drawn.lung).any()
+
+
+def test_tissues_have_their_hounsfield_units():
+    for seed in range(4):
+        drawn = phantom(seed, "normal", size=256)
+        assert drawn.hu.dtype == np.float32
+        assert drawn.hu.min() >= PADDING
+        lung = np.median(drawn.hu[drawn.lung])
+        assert -930 < lung < -750
+        body = drawn.hu[(drawn.hu > -300) & ~drawn.lung]
+        assert -130 < np.median(body) < 150  # fat, muscle, organs
+        assert np.quantile(body, 0.99) > 350  # bone
+        assert 0.03 < drawn.lung.mean() < 0.5
+
+
+def test_a_lesion_is_the_only_difference_between_the_classes():
+    for seed in range(5):
+        normal = phantom(seed, "normal")
+        for subtype in CANCERS:
+            drawn = phantom(seed, subtype)
+            changed = np.abs(drawn.hu - normal.hu) > 1
+            assert drawn.window == normal.window
+            assert drawn.spacing == normal.spacing
+            assert changed[drawn.mask].mean() > 0.5
+            reach = round(1.2 * np.sqrt(drawn.mask.sum())) + round(12 / drawn.spacing)  # spicules and blur
+            assert not (changed & ~binary_dilation(drawn.mask, iterations=reach)).any()
+
+
+def test_a_lesion_is_denser_than_the_lung_around_it():
+    for seed in range(4):
+        normal, drawn = phantom(seed, "normal", size=256), phantom(seed, "large_cell", size=256)
+        assert drawn.hu[drawn.mask].mean() > normal.hu[drawn.lung].mean() + 300
+
+
+def test_difficulty_shrinks_lesions():
+    def area(difficulty):
+        drawn = [phantom(seed, subtype, difficulty=difficulty) for seed in range(8) for subtype in CANCERS]
+        return np.mean([d.mask.sum() * d.spacing**2 for d in drawn])
+
+    assert area(0.0) > 1.8 * area(1.0)
+
+
+def test_subtypes_differ_in_size_and_place():
+    def features(subtype):
+        drawn = [phantom(seed, subtype) for seed in range(30)]
+        areas, offsets = [], []
+        for d in drawn:
+            columns = np.nonzero(d.mask)[1]
+            lung_columns = np.nonzero(d.lung)[1]
+            areas.append(d.mask.sum() * d.spacing**2)
+            offsets.append(abs(columns.mean() - lung_columns.mean()) / np.ptp(lung_columns))
+        return np.median(areas), np.median(offsets)
+
+    (adeno_area, adeno_place), (squamous_area, squamous_place), (large_area, large_place) = map(
+        features, ("adenocarcinoma", "squamous", "large_cell")
+    )
+    assert adeno_area < squamous_area < large_area
+    assert squamous_place < min(adeno_place, large_place)
+
+
+@pytest.mark.slow
+def test_no_single_number_of_a_clean_slice_tells_its_class():
+    cancer = np.arange(1000) % 5 < 3
+    numbers = {name: [] for name in ("height", "width", "area", "aspect", "mean", "std", "border", "window", "air")}
+    for i, is_cancer in enumerate(cancer):
+        drawn = phantom(1000 + i, CANCERS[i % 3] if is_cancer else "normal", size=64)
+        grey = display(drawn.hu, drawn.window) / 255
+        height, width = grey.shape
+        found = (height, width, height * width, width / height, grey.mean(), grey.std(), grey[:3].mean())
+        for name, value in zip(numbers, (*found, drawn.window[1], np.mean(grey == 0)), strict=True):
+            numbers[name].append(value)
+    scores = {name: roc_auc_score(cancer, values) for name, values in numbers.items()}
+    assert all(0.40 <= score <= 0.60 for score in scores.values()), scores
+
+
+def test_display_maps_the_window_to_the_grey_range():
+    hu = np.array([[-2000.0, -1350.0, -600.0, 150.0, 3000.0]])
+    assert display(hu, (-600, 1500)).tolist() == [[0, 0, 128, 255, 255]]
