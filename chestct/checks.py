@@ -85,6 +85,11 @@ def explain(error: Exception, schema: type = Config) -> str:
     named = re.search(r"Could not override '([^']+)'", text)
     key = named.group(1) if named else key
     first = str(cause or error).strip().splitlines()[0]
+    option = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if option:
+        return f"There is no {option[1]}={option[2]}: the options are the files in conf/{option[1]}/, see --help."
+    if "parsing override" in text:
+        return f"{first}: settings are given as key=value, for example optim.lr=1e-4."
     if key and ("not in struct" in text or "not in '" in text or "not in struct" in first or "not in '" in first):
         keys = [k for k, _, _ in leaves(schema)]
         groups = {k.rsplit(".", 1)[0] for k in keys if "." in k}

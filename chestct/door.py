@@ -40,6 +40,7 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
             failures: list[str] = []
             try:
                 signal.signal(signal.SIGTERM, _terminate)
+                sys.argv[1:] = [_opened(arg) for arg in sys.argv[1:]]
                 if config_name == "train":
                     sys.argv += _resumed_folder(sys.argv[1:])
                 _run(task, config_name, failures)
@@ -83,6 +84,13 @@ def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[s
 
 def _terminate(signum: int, _: object) -> None:
     raise Interrupted("Terminated.")
+
+
+def _opened(override: str) -> str:
+    """Lets tables such as data.labels take new keys, which Hydra admits only where the override begins with ++."""
+    key = override.split("=", 1)[0]
+    tables = {name for name, default, _ in leaves(Config) if isinstance(default, dict)}
+    return f"++{override}" if any(key == table or key.startswith(f"{table}.") for table in tables) else override
 
 
 def find_checkpoint(ckpt: str, runs_dir: str = "runs") -> Path:
@@ -169,7 +177,7 @@ def compose(*overrides: str, config_name: str = "train") -> Config:
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose(config_name, list(overrides))
+            composed = hydra_compose(config_name, [_opened(override) for override in overrides])
     except Exception as error:
         if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
             raise

@@ -26,8 +26,7 @@ MATERIAL = 0.60
 MIN_GROUPS = 10
 """Fewer groups of a class than this, and a bootstrap interval is too narrow to be believed."""
 
-RESAMPLES = 2000
-FOLDS = 5
+RESAMPLES, FOLDS, TREES = 2000, 5, 50
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ def _learn(baseline: Baseline, X: np.ndarray, y: np.ndarray, seed: int) -> Any:
         return lambda new: new[:, 0] if value >= 0.5 else -new[:, 0]
     model: ClassifierMixin = (
         # Two slices a leaf: single ones would let copies vote for themselves.
-        RandomForestClassifier(50, min_samples_leaf=2, random_state=seed)
+        RandomForestClassifier(TREES, min_samples_leaf=2, random_state=seed)
         if baseline.model == "forest"
         else make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
     )

@@ -234,13 +234,13 @@ def _register(fixed: Level, moving: Level, pose: np.ndarray, steps: int, stiffne
     middle = (fixed[0] + _warp(moving[0], pose)) * (side / 2)
     by_row = np.gradient(middle, axis=1) / pose[:, 0, None, None].astype(np.float32)
     by_column = np.gradient(middle, axis=2) / pose[:, 2, None, None].astype(np.float32)
-    slope = np.stack([by_row * grid[:, None], by_row, by_column * grid, by_column], 1).reshape(n, 4, -1)
-    pull = slope * weight.reshape(n, 1, -1)
+    slope = np.stack([by_row * grid[:, None], by_row, by_column * grid, by_column], 1).reshape(n, 4, side * side)
+    pull = slope * weight.reshape(n, 1, side * side)
     curvature = pull @ slope.transpose(0, 2, 1)
     hold = np.eye(4) * (stiffness * curvature + 1e-3)
     inverse = np.linalg.inv(curvature + hold)
     for _ in range(steps):
-        rest = (fixed[0] - _warp(moving[0], pose)).reshape(n, -1, 1)
+        rest = (fixed[0] - _warp(moving[0], pose)).reshape(n, side * side, 1)
         change = inverse @ (pull @ rest - hold @ (pose - IDENTITY)[:, :, None])
         pose = np.clip(pose + np.clip(change[:, :, 0], -0.05, 0.05), IDENTITY - 0.3, IDENTITY + 0.3)
     return pose

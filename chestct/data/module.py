@@ -39,7 +39,7 @@ class SliceDataset(Dataset):
         self.images, self.cfg, self.view_of, self.features = images, cfg, view_of, features
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
-        self.y = torch.from_numpy(y)
+        self.y = torch.tensor(y)
 
     def __len__(self) -> int:
         return len(self.y)

@@ -101,7 +101,7 @@ def _file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
 
 
 def _convolutions(tensors: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
-    """The 13 convolutions as float32, keyed `{i}.weight|bias`; raises WeightsError where one is missing or misshaped."""
+    """The 13 convolutions as float32, keyed `{i}.weight|bias`; raises WeightsError where one does not fit."""
     from chestct.models.vgg16 import convolution_shapes
 
     found = {}

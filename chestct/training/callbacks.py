@@ -43,7 +43,7 @@ def _mode(cfg: TrainerConfig) -> str:
 
 
 class History(Callback):
-    """The metrics of every epoch as a table, in a CSV file and in the checkpoint, so that a resumed run has them all."""
+    """The metrics of every epoch, as a CSV file and in the checkpoint, so that a resumed run has them all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

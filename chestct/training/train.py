@@ -98,10 +98,10 @@ def _resumable(cfg: Config, model: Classifier) -> Path | None:
         return None
     checkpoint = read_checkpoint(Path(cfg.ckpt))
     check_fits(checkpoint, model)
-    theirs = checkpoint["hyper_parameters"]["data"]["hash"]
-    if theirs != model.hparams["data"]["hash"]:
+    theirs, ours = (hparams["data"]["hash"][:12] for hparams in (checkpoint["hyper_parameters"], model.hparams))
+    if theirs != ours:
         raise DataError(
-            f"The data changed since {cfg.ckpt} was written (hash {theirs[:12]}, now {model.hparams['data']['hash'][:12]}). "
+            f"The data changed since {cfg.ckpt} was written (hash {theirs}, now {ours}). "
             "Resume with the data of that run, or start anew without ckpt."
         )
     return Path(cfg.ckpt)
@@ -172,6 +172,8 @@ def _make_writable(out: Path) -> None:
 def _quiet() -> None:
     """Silences what Lightning says to everybody, so that what it says to somebody is seen."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    # Lightning 2.6 calls a name that torch 2.14 renamed; nothing that a user could mend.
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
     # Batches come whole from memory: more workers would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # An epoch of a few dozen steps is logged once, at its end.

@@ -1,11 +1,13 @@
 """Small made-up manifests: every statistic is independent of the label until a test ties one to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
+
+from chestct.audit import shortcuts
 
 
 @dataclass
@@ -54,6 +56,15 @@ def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
         pd.DataFrame({"a": [], "b": [], "similarity": [], "kind": []}).astype({"a": int, "b": int, "kind": object}),
         pd.DataFrame({"source": [], "path": [], "reason": []}),
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick() -> Iterator[None]:
+    """Fewer resamples and trees: what the tests plant is visible without precision."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shortcuts, "RESAMPLES", 400)
+        patch.setattr(shortcuts, "TREES", 10)
+        yield
 
 
 @pytest.fixture(scope="session")

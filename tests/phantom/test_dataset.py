@@ -14,7 +14,7 @@ from chestct.errors import ConfigError, DataError
 from chestct.phantom import dataset
 from chestct.phantom.thorax import PADDING
 
-SMALL = {"slices": 24, "size": 64}
+SMALL = {"slices": 14, "size": 64}
 
 
 def hashes(root):
@@ -24,13 +24,13 @@ def hashes(root):
 
 
 def test_layout_splits_and_truth_agree(tmp_path):
-    cfg = PhantomConfig(slices=60, size=64, cancer=0.6)
+    cfg = PhantomConfig(slices=50, size=64, cancer=0.6)
     truth = dataset.write(tmp_path / "set", cfg)
     files = truth["files"]
     assert {f["path"] for f in files} | {f["mask"] for f in files if f["mask"]} | {"truth.json"} == set(
         hashes(tmp_path / "set")
     )
-    assert Counter(f["subtype"] for f in files) == {name: 24 if name == "normal" else 12 for name in SUBTYPES}
+    assert Counter(f["subtype"] for f in files) == {name: 20 if name == "normal" else 10 for name in SUBTYPES}
     for subtype in SUBTYPES:
         count = Counter(f["split"] for f in files if f["subtype"] == subtype)
         total = sum(count.values())

@@ -1,4 +1,4 @@
-"""One drawn slice: it repeats, it looks like a thorax in Hounsfield units, and its lesion is all that tells its class."""
+"""One drawn slice: it repeats, it holds the tissues of a thorax, and its lesion is all that tells its class."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_an_unknown_subtype_is_refused():
 
 @pytest.mark.parametrize("size", [64, 160])
 def test_a_mask_is_there_for_cancer_only_and_lies_in_the_lungs(size):
-    for seed in range(6):
+    for seed in range(4):
         assert not phantom(seed, "normal", size=size).mask.any()
         for subtype in CANCERS:
             drawn = phantom(seed, subtype, size=size)
@@ -53,7 +53,7 @@ def test_tissues_have_their_hounsfield_units():
 
 
 def test_a_lesion_is_the_only_difference_between_the_classes():
-    for seed in range(5):
+    for seed in range(3):
         normal = phantom(seed, "normal")
         for subtype in CANCERS:
             drawn = phantom(seed, subtype)
@@ -73,7 +73,7 @@ def test_a_lesion_is_denser_than_the_lung_around_it():
 
 def test_difficulty_shrinks_lesions():
     def area(difficulty):
-        drawn = [phantom(seed, subtype, difficulty=difficulty) for seed in range(8) for subtype in CANCERS]
+        drawn = [phantom(seed, subtype, difficulty=difficulty) for seed in range(5) for subtype in CANCERS]
         return np.mean([d.mask.sum() * d.spacing**2 for d in drawn])
 
     assert area(0.0) > 1.8 * area(1.0)
@@ -81,7 +81,7 @@ def test_difficulty_shrinks_lesions():
 
 def test_subtypes_differ_in_size_and_place():
     def features(subtype):
-        drawn = [phantom(seed, subtype) for seed in range(30)]
+        drawn = [phantom(seed, subtype) for seed in range(14)]
         areas, offsets = [], []
         for d in drawn:
             columns = np.nonzero(d.mask)[1]

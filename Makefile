@@ -1,0 +1,58 @@
+# Habits of the house. `make help` lists them; each sets up the environment when it has to.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-fast lint format params bench bench-data ui audit clean
+
+help: ## list these
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make the virtual environment and install everything into it
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "No python3.11, 3.12 or 3.13 found. Install one, or give PYTHON=/path/to/python."; exit 2; }
+	@"$(PYTHON)" -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 14) else f"{sys.executable} is Python {v.major}.{v.minor}; 3.11 to 3.13 is needed. Give PYTHON=/path/to/python.")'
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+train: $(READY) ## the main job: train and test on phantoms (ARGS="optim.lr=1e-4 ...")
+	$(BIN)/python train.py $(ARGS)
+
+test: $(READY) ## all tests, the slow ones too
+	$(BIN)/python -m pytest -m "" $(ARGS)
+
+test-fast: $(READY) ## the fast tests, under two minutes
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+params: $(READY) ## write conf/defaults.yaml and params.yaml anew from the schema
+	$(BIN)/python -m chestct.door
+
+audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct data.root=...")
+	$(BIN)/python -m chestct.data validate $(ARGS)
+
+ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+bench: $(READY) ## time the forward pass, features and head training, as ratios
+	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+bench-data: $(READY) ## time grouping on 10k to 100k slices
+	$(BIN)/python -m benchmarks.groups $(ARGS)
+
+clean: ## remove caches (not runs, data or tracking)
+	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,77 @@
+"""The figures of the public set, which the project's evidence was measured on."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chestct.audit import Audit, audit
+from chestct.config import DataConfig
+from chestct.data.splits import make_splits
+from chestct.data.store import ingest
+
+ROOT = Path(__file__).parents[2].parent / "shared" / "data" / "chest-ct"
+LABELS = {
+    "normal": "normal",
+    "adenocarcinoma": "adenocarcinoma",
+    "large.cell": "large_cell",
+    "squamous": "squamous",
+}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not ROOT.is_dir(), reason="the public set is not at ../shared/data/chest-ct"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Not here: these figures are quoted."""
+    yield
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    cfg = DataConfig(name="chest_ct", root=str(ROOT), labels=LABELS)
+    store = ingest(cfg, tmp_path_factory.mktemp("store"))
+    policies = ("official", "official_clean", "grouped")
+    splits = {name: make_splits(store.manifest, "binary", replace(cfg, split=name)) for name in policies}
+    return audit(
+        store.manifest, splits, store.images, store.unreadable, store.pairs, name=cfg.name, split="official", seed=0
+    )
+
+
+def baseline(found: Audit, name: str) -> dict[str, Any]:
+    return next(row for row in found.shortcuts if row["name"] == name)
+
+
+def test_copies(found: Audit) -> None:
+    keys = ("files", "contents", "redundant", "exact_groups", "largest")
+    assert [found.duplicates[key] for key in keys] == [944, 791, 153, 59, 10]
+    assert found.duplicates["by_class"]["normal"] == {"files": 215, "contents": 66}
+
+
+def test_leakage_of_the_official_split_and_of_no_other(found: Audit) -> None:
+    official = found.leakage["official"]
+    assert official["test"]["by_class"]["normal"]["copies"] == 46
+    assert official["test"]["by_class"]["normal"]["slices"] == 54
+    assert official["valid"]["by_class"]["normal"] == {"slices": 13, "copies": 10, "related": 0}
+    assert official["test"]["copies"] == 46  # no cancer slice crosses exactly
+    assert not found.leakage["official_clean"]["list"]
+    assert not found.leakage["grouped"]["list"]
+    assert (found.findings[0].kind, found.findings[0].severity) == ("leakage", "error")
+
+
+def test_the_image_with_two_labels(found: Audit) -> None:
+    names = [{Path(path).name for path in row["paths"]} for row in found.conflicts if row["kind"] == "copy"]
+    assert names == [{"l4.png", "sq2.png"}]
+
+
+def test_shortcuts(found: Audit) -> None:
+    std = baseline(found, "std")
+    assert std["auroc"] == pytest.approx(0.979, abs=0.002)
+    assert std["flagged"]
+    assert [round(baseline(found, name)["auroc"], 2) for name in ("height", "area", "width")] == [0.84, 0.83, 0.80]
+    assert baseline(found, "size_forest")["test"]["official"]["auroc"] == pytest.approx(0.955, abs=0.02)
+    assert {f.kind for f in found.findings if f.severity == "error"} >= {"leakage", "shortcut"}

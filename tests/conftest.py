@@ -1,0 +1,50 @@
+"""What several test folders share: small phantoms on disk, and settings that make a run take a second."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from chestct.config import Config, PhantomConfig
+from chestct.door import compose
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+"""Real slices, where the machine has them (see README, "Data")."""
+
+SMALL = ("data.size=64", "trainer.max_epochs=3", "trainer.progress=false", "tracking=off", "data.batch_size=8")
+"""Overrides for quick runs: at 64 pixels VGG16's last map is 2 x 2, and a slice takes a hundredth of the time."""
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of 60 small phantoms in train/valid/test folders, easy to tell apart. Read only."""
+    from chestct.phantom.dataset import write
+
+    root = tmp_path_factory.mktemp("phantoms") / "set"
+    write(root, PhantomConfig(slices=60, size=96, difficulty=0.0))
+    return root
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache folder of the session: features and stores of the small phantoms are computed once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def small(phantoms: Path, cache: Path):
+    """small(*overrides) -> Config of a quick run on the small phantoms."""
+
+    def make(*overrides: str) -> Config:
+        return compose(*SMALL, f"data.root={phantoms}", f"cache_dir={cache}", *overrides)
+
+    return make
+
+
+def real(name: str) -> Path:
+    """Folder of real data; skips the test where it is not there."""
+    if not (REAL / name).is_dir():
+        pytest.skip(f"needs the real data in {Path('..') / 'shared' / 'data' / name}, which is never committed")
+    return REAL / name

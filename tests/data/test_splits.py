@@ -1,0 +1,151 @@
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chestct.config import SUBTYPES, Config, DataConfig
+from chestct.data.splits import deal, leaked, load_splits, make_splits
+from chestct.errors import DataError
+
+
+def make_manifest(groups, subtypes, folder_split=None, content=None):
+    n = len(groups)
+    subtypes = list(subtypes)
+    return pd.DataFrame(
+        {
+            "path": [f"{i}.png" for i in range(n)],
+            "source": "s",
+            "group": groups,
+            "content": content or [f"c{i}" for i in range(n)],
+            "subtype": subtypes,
+            "label": ["normal" if s == "normal" else "cancer" for s in subtypes],
+            "folder_split": folder_split if folder_split is not None else "",
+        }
+    )
+
+
+@given(st.lists(st.integers(0, 40), min_size=60, max_size=200), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_no_group_lands_in_two_splits(groups, seed):
+    manifest = make_manifest(groups, np.random.default_rng(seed).choice(SUBTYPES, len(groups)))
+    try:
+        splits = make_splits(manifest, "binary", DataConfig(split_seed=seed))
+    except DataError:
+        return  # a class that sits in one or two groups cannot be in three splits
+    assert not leaked(manifest, splits).any()
+    assert (splits.groupby(manifest["group"]).nunique() == 1).all()
+
+
+def test_classes_are_shared_out_as_asked():
+    manifest = make_manifest(range(1000), ["normal"] * 200 + ["squamous"] * 800)
+    splits = make_splits(manifest, "binary", DataConfig(valid_fraction=0.15, test_fraction=0.2))
+    table = pd.crosstab(manifest["label"], splits, normalize="index")
+    assert np.allclose(table[["train", "valid", "test"]], [0.65, 0.15, 0.2], atol=0.01)
+
+
+def test_another_seed_deals_otherwise_and_the_same_seed_alike():
+    manifest = make_manifest(range(200), ["normal", "squamous"] * 100)
+    one, again, two = (make_splits(manifest, "binary", DataConfig(split_seed=s)) for s in (1, 1, 2))
+    assert one.equals(again)
+    assert not one.equals(two)
+
+
+def test_folds_test_every_slice_exactly_once():
+    manifest = make_manifest(
+        np.arange(300) // 3, ["normal", "normal", "normal", "squamous", "squamous", "squamous"] * 50
+    )
+    tested = [make_splits(manifest, "binary", DataConfig(folds=5, fold=f)) == "test" for f in range(5)]
+    assert (np.sum(tested, axis=0) == 1).all()
+
+
+def test_exact_copies_are_used_once_and_conflicting_labels_not_at_all():
+    content = [f"c{i}" for i in range(100)]
+    content[1] = content[0]  # a copy
+    content[3] = content[2]  # the same image under two subtypes
+    subtypes = [
+        "normal",
+        "normal",
+        "large_cell",
+        "squamous",
+        *["normal", "large_cell", "squamous", "adenocarcinoma"] * 24,
+    ]
+    groups = [0, 0, 2, 2, *range(4, 100)]
+    manifest = make_manifest(groups, subtypes, content=content)
+    splits = make_splits(manifest, "subtype", DataConfig())
+    assert (splits[0], splits[1]).count("") == 1
+    assert splits[2] == splits[3] == ""
+    assert make_splits(manifest, "binary", DataConfig())[2] != ""  # both are cancer: no conflict there
+
+
+OFFICIAL = ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
+CLASSES = ["normal", "squamous"] * 7
+
+
+def test_official_takes_the_folders_word():
+    manifest = make_manifest(range(14), CLASSES, OFFICIAL)
+    assert make_splits(manifest, "binary", DataConfig(split="official")).tolist() == OFFICIAL
+
+
+def test_official_clean_drops_what_crosses_and_copies_in_train():
+    groups = [0, 1, 2, 3, 0, 5, 0, 7, 8, 9, 8, 0, 12, 13]
+    content = [f"c{i}" for i in range(14)]
+    content[4] = content[0]
+    manifest = make_manifest(groups, CLASSES, OFFICIAL, content)
+    splits = make_splits(manifest, "binary", DataConfig(split="official_clean"))
+    assert splits[4] == ""  # a copy within train
+    assert splits[6] == ""  # valid, its group is in train
+    assert splits[10] == ""  # test, its group is in valid
+    assert splits[11] == ""  # test, its group is in train
+    assert (splits != "").sum() == 10
+    assert not leaked(manifest, splits).any()
+
+
+def test_folders_without_a_split_need_a_grouped_one():
+    with pytest.raises(DataError, match=r"data\.split=grouped"):
+        make_splits(make_manifest(range(14), CLASSES), "binary", DataConfig(split="official"))
+
+
+def test_official_without_valid_folder_takes_whole_groups_from_train():
+    manifest = make_manifest(
+        np.arange(60) // 2, ["normal", "normal", "squamous", "squamous"] * 15, ["train"] * 40 + ["test"] * 20
+    )
+    splits = make_splits(manifest, "binary", DataConfig(split="official"))
+    assert 4 <= (splits == "valid").sum() <= 8
+    assert not leaked(manifest, splits).any()
+
+
+@pytest.mark.parametrize(
+    ("drop", "says"), [("normal", "Only one class"), ("valid normal", "No normal slices in the valid")]
+)
+def test_a_missing_class_is_said(drop, says):
+    classes = ["squamous"] * 14 if drop == "normal" else [*["normal", "squamous"] * 3, *["squamous"] * 4, *CLASSES[:4]]
+    with pytest.raises(DataError, match=says):
+        make_splits(make_manifest(range(14), classes, OFFICIAL), "binary", DataConfig(split="official"))
+
+
+def test_leakage_stops_the_run_unless_it_is_allowed_and_is_then_marked():
+    manifest = make_manifest([0, *range(1, 10), 0, *range(11, 14)], CLASSES, OFFICIAL)
+    with pytest.raises(DataError, match=r"1 of 4 test slices.*data\.allow_leakage=true"):
+        load_splits(manifest, Config(data=DataConfig(split="official")))
+    table = load_splits(manifest, Config(data=DataConfig(split="official", allow_leakage=True)))
+    assert table["leaked"].sum() == 1
+
+
+def test_subtype_task_needs_subtypes():
+    with pytest.raises(DataError, match="only known as cancer"):
+        make_splits(
+            make_manifest(range(14), ["normal", "cancer"] * 7, OFFICIAL), "subtype", DataConfig(split="official")
+        )
+
+
+def test_targets_follow_the_order_of_the_classes():
+    manifest = make_manifest(range(14), CLASSES, OFFICIAL)
+    table = load_splits(manifest, Config(data=DataConfig(split="official")))
+    assert table["target"].tolist() == [0, 1] * 7
+
+
+def test_dealing_large_groups_first_keeps_parts_even():
+    counts = pd.DataFrame({"a": [10, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]})
+    part = deal(counts, [0.5, 0.5], seed=0)
+    assert counts["a"].groupby(part).sum().tolist() == [10, 10]
