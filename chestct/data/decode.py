@@ -140,7 +140,7 @@ def _slices(
 
             yield from dicom.slices(data, window, limits, every)
         else:
-            yield from _raster_slices(data, format, limits, every)
+            yield from _raster_slices(data, format, limits)
     except headers.RefusedError as error:
         raise DecodeError(label, f"{format}: {error}") from error
     except Exception as error:  # what decoders raise when bytes are wrong has no common type
@@ -153,7 +153,7 @@ def check_pixels(width: int, height: int, limits: Limits) -> None:
         raise headers.RefusedError(f"{width} x {height} pixels; data.max_pixels allows {limits.max_pixels:,} in all")
 
 
-def _raster_slices(data: bytes, format: str, limits: Limits, every: bool) -> Iterator[Slice]:
+def _raster_slices(data: bytes, format: str, limits: Limits) -> Iterator[Slice]:
     orientation = 1
     if format == "JPEG":
         data, orientation = headers.bare_jpeg(data)
@@ -165,7 +165,7 @@ def _raster_slices(data: bytes, format: str, limits: Limits, every: bool) -> Ite
         if format in ("PNG", "WEBP"):
             orientation = headers.exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
         yield _slice(image, format, limits, orientation, frame=0)
-        for frame, _ in enumerate(pages if every else (), start=1):
+        for frame, _ in enumerate(pages, start=1):
             image.seek(frame)
             yield _slice(image, format, limits, orientation, frame)
 
@@ -189,9 +189,7 @@ def _gray(image: Image.Image) -> np.ndarray:
             )
         return gray
     if image.mode == "I":
-        raise headers.RefusedError(
-            "signed or 32-bit samples; save with 8 or 16 bits, or as DICOM for Hounsfield units"
-        )
+        raise headers.RefusedError("signed or 32-bit samples; save with 8 or 16 bits, or as DICOM for Hounsfield units")
     if image.mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
     # Pillow goes from CMYK and palettes to grey through RGB, as it should, and drops alpha.

@@ -24,7 +24,7 @@ from rich.progress import track
 
 from chestct.config import DataConfig
 from chestct.data.decode import Limits, decode, pixel_hash
-from chestct.data.groups import Pair, find_pairs, group
+from chestct.data.groups import find_pairs, group
 from chestct.data.preprocess import Preprocess
 from chestct.data.sources import SliceFile, list_slices
 from chestct.errors import DataError, DecodeError
@@ -200,7 +200,7 @@ class _Generation:
     def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> Store:
         self.images.flush()
         pairs = _find_pairs(manifest, self.images)
-        manifest["group"] = group(len(manifest), [Pair(*pair) for pair in pairs.itertuples(index=False, name=None)])
+        manifest["group"] = group(len(manifest), pairs)
         name = _digest(manifest.to_csv(index=False) + json.dumps(_pixel_settings(self.cfg)))[:16]
         names = {"images": f"images-{name}.npy", "pairs": f"pairs-{name}.parquet"}
         self.temporary.replace(self.folder / names["images"])
@@ -227,8 +227,7 @@ def _find_pairs(manifest: pd.DataFrame, images: np.ndarray) -> pd.DataFrame:
     first = manifest.drop_duplicates("content").sort_values("row")
     ids = first[["patient", "study", "series"]].to_numpy()
     series = [next(filter(None, row), "") for row in ids]
-    found = find_pairs(images[: len(first)], list(first["content"]), series=series)
-    near = pd.DataFrame(found, columns=["a", "b", "similarity", "kind"])
+    near = find_pairs(images[: len(first)], list(first["content"]), series=series)
     near[["a", "b"]] = first.index.to_numpy()[near[["a", "b"]].to_numpy(int)]
     origin = manifest["content"].map(dict(zip(first["content"], first.index, strict=True)))
     copy = manifest.index != origin

@@ -70,14 +70,14 @@ def sample_patient(rng: np.random.Generator) -> Patient:
     """A random person at a random level."""
     female = rng.random() < 0.5
     build = rng.normal(0.96 if female else 1.03, 0.06)
-    level, width, depth = rng.uniform(0.02, 0.97), build * rng.normal(1, 0.04), build * rng.normal(1, 0.07)
+    level, width, depth = rng.uniform(0.08, 0.94), build * rng.normal(1, 0.04), build * rng.normal(1, 0.07)
     half_axes = [size * np.interp(level, LEVELS, CAGE[name]) for size, name in ((width, "width"), (depth, "depth"))]
     return Patient(
         level=level,
         width=width,
         depth=depth,
         cage=cage_radius(rng, *half_axes),
-        fat=float(np.clip(rng.gamma(3.0, 4.5), 4, 30)),
+        fat=float(np.clip(rng.gamma(3.0, 4.0), 4, 28)),
         muscle=rng.uniform(0.7, 1.0) if female else rng.uniform(0.85, 1.3),
         breast=rng.gamma(3.0, 7.0) if female else 0.0,
         blood=42.0 if rng.random() < 0.45 else rng.uniform(110, 280),

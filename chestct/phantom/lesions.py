@@ -14,7 +14,7 @@ from chestct.phantom.anatomy import Patient
 from chestct.phantom.canvas import Canvas, blob
 from chestct.phantom.lungs import Segment, hila
 
-DIAMETER = {"adenocarcinoma": (24.0, 46.0), "squamous": (34.0, 64.0), "large_cell": (50.0, 88.0)}
+DIAMETER = {"adenocarcinoma": (26.0, 48.0), "squamous": (36.0, 66.0), "large_cell": (52.0, 90.0)}
 """Millimetres at difficulty 0.5."""
 
 
@@ -32,6 +32,7 @@ def plant(
     radii = (radius * rng.uniform(0.85, 1.15), radius * rng.uniform(0.8, 1.1))
     angle = rng.uniform(0, math.pi)
     fade = 1.0 - 0.35 * difficulty**2 * rng.uniform(0.3, 1.0)
+    draw_reaction(canvas, rng, lung, center, radius, (1.0 - difficulty) * rng.uniform(0.6, 1.4))
     if subtype == "large_cell":
         outline = blob(rng, center, radii, angle, 0.045, (2, 4, 7, 9))
         canvas.fill(outline, 45, alpha=fade, soft=0.6, within=lung)
@@ -76,6 +77,30 @@ def choose_place(
     chance = weight.ravel().astype(np.float64)
     i = rng.choice(chance.size, p=chance / chance.sum())
     return float(x.flat[i]), float(y.flat[i])
+
+
+def draw_reaction(
+    canvas: Canvas,
+    rng: np.random.Generator,
+    lung: np.ndarray,
+    center: tuple[float, float],
+    radius: float,
+    strength: float,
+) -> None:
+    """The lung around a tumour: a halo of ground glass and the net of thickened septa of lymphangitic spread.
+
+    strength: 0 for none, about 1 for a lot.
+    """
+    reach = radius + 6 + 26 * strength
+    halo = canvas.cover(blob(rng, center, (reach, reach), 0, 0.1), soft=6.0)
+    canvas.hu += halo * lung * (220 * strength)
+    count = int(strength * reach**2 / 16)
+    away, around = rng.uniform(0.6 * radius, reach * 1.15, count), rng.uniform(0, 2 * math.pi, count)
+    start = np.stack([away * np.cos(around), away * np.sin(around)], 1) + center
+    heading, length = rng.uniform(0, math.pi, count), rng.uniform(4, 11, count)
+    end = start + np.stack([np.cos(heading), np.sin(heading)], 1) * length[:, None]
+    septa = np.column_stack([start, end, rng.uniform(0.7, 1.5, count)])
+    canvas.blend(canvas.strokes(septa) * lung * min(1.0, 0.4 + 0.6 * strength), -250)
 
 
 def draw_spicules(

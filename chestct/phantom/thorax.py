@@ -67,9 +67,9 @@ def draw(rng: np.random.Generator, subtype: str, cfg: PhantomConfig) -> Phantom:
 def sample_window(rng: np.random.Generator) -> tuple[float, float]:
     """Centre and width in HU: mostly lung windows, some wide ones, a few that lean towards soft tissue."""
     kind = rng.random()
-    if kind < 0.75:
-        return float(rng.normal(-600, 40)), float(rng.normal(1500, 100))
-    if kind < 0.94:
+    if kind < 0.82:
+        return float(rng.normal(-600, 30)), float(rng.normal(1500, 80))
+    if kind < 0.96:
         return float(rng.normal(-250, 80)), float(rng.normal(2000, 150))
     return float(rng.normal(-100, 60)), float(rng.normal(1000, 100))
 
@@ -82,7 +82,7 @@ def sample_canvas(rng: np.random.Generator, patient: anatomy.Patient, size: int)
     width, height = round(side * math.sqrt(aspect)), round(side / math.sqrt(aspect))
     _, skin = anatomy.wall_thickness(patient)
     body = np.abs(anatomy.cage_outline(patient, skin)).max(0)
-    margin = rng.uniform(0.95, 1.1)
+    margin = rng.uniform(0.95, 1.08)
     scale = float(min(width / (2 * body[0]), height / (2 * body[1] + 12)) / margin)
     center = (width / 2 + rng.normal(0, 0.015) * width, height / 2 + rng.normal(0, 0.015) * height)
     return Canvas(np.full((height, width), anatomy.AIR, np.float32), center, scale, math.radians(rng.normal(0, 3.5)))
@@ -96,7 +96,7 @@ def scan(canvas: Canvas, rng: np.random.Generator) -> None:
     # Filtered back projection leaves noise poor in low frequencies (Riederer, Pelc & Chesler 1978): a band-pass.
     fine = rng.uniform(0.5, 0.9)
     noise = gaussian_filter(grain, fine) - 0.8 * gaussian_filter(grain, 2.5 * fine)
-    level = 40 * rng.beta(2, 3.5) + 6
+    level = 34 * rng.beta(2, 3.5) + 6
     canvas.hu += noise * (level / noise.std())
     if rng.random() < 0.35:
         # Photon starvation across the shoulders smears noise along the long axis of the body.

@@ -394,10 +394,10 @@ def webp_header(width: int, height: int) -> bytes:
 
 
 def exif_bomb() -> bytes:
-    """A JPEG whose Exif directory names the same 300 kB in each of thousands of entries."""
-    entries = 25_000
+    """A JPEG whose Exif directory names the same 50 kB in each of 5,000 entries."""
+    entries = 5_000
     body = b"II*\0\x08\0\0\0" + struct.pack("<H", entries)
-    body += b"".join(struct.pack("<HHLL", tag, 7, 290_000, 8) for tag in range(1000, 1000 + entries)) + bytes(4)
+    body += b"".join(struct.pack("<HHLL", tag, 7, 50_000, 8) for tag in range(1000, 1000 + entries)) + bytes(4)
     pieces = [body[at : at + 65_000] for at in range(0, len(body), 65_000)]
     jpeg = encoded(RAMP, "JPEG")
     segments = b"".join(b"\xff\xe1" + struct.pack(">H", len(piece) + 8) + b"Exif\0\0" + piece for piece in pieces)
@@ -405,8 +405,8 @@ def exif_bomb() -> bytes:
 
 
 def tiff_bomb() -> bytes:
-    """A TIFF of 240 kB whose directory claims 4 GB, all of it the same bytes."""
-    entries = [(256, 4, 1, 4), (257, 4, 1, 4)] + [(tag, 7, 200_000, 8) for tag in range(1000, 21_000)]
+    """A TIFF of 60 kB whose directory claims 250 MB, all of it the same bytes."""
+    entries = [(256, 4, 1, 4), (257, 4, 1, 4)] + [(tag, 7, 50_000, 8) for tag in range(1000, 6_000)]
     return tiff(*entries)
 
 
@@ -541,6 +541,19 @@ def test_more_bytes_or_pixels_than_allowed_are_refused(tmp_path: Path) -> None:
             decode(source, LUNG, Limits(max_bytes=size - 1))
         with pytest.raises(DecodeError, match=r"40 x 24 pixels; data\.max_pixels allows 959"):
             decode(source, LUNG, Limits(max_pixels=RAMP.size - 1))
+
+
+def test_a_file_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.dcm"
+    path.write_bytes(dicom(np.zeros((4, 4), np.int16)))
+    os.truncate(path, 300_000_000)  # takes no space on disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError, match=r"300,000,000 bytes; data\.max_bytes"):
+            decode(path, LUNG)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

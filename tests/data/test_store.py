@@ -1,0 +1,181 @@
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chestct.config import DataConfig
+from chestct.data import store as store_module
+from chestct.data.store import ingest, open_store, store_folder
+from chestct.errors import DataError
+
+LABELS = {"normal": "normal", "cancer": "cancer"}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Settings of a source of twelve slices that have nothing in common."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        folder = tmp_path / "data" / ("normal" if i % 2 else "cancer")
+        folder.mkdir(parents=True, exist_ok=True)
+        draw(folder / f"{i}.png", rng)
+    return DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS, size=64)
+
+
+def draw(path, rng):
+    coarse = Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8))
+    coarse.resize((90, 80), Image.Resampling.BICUBIC).save(path)
+
+
+def count_decodes(monkeypatch):
+    seen = []
+    real = store_module.decode
+    monkeypatch.setattr(store_module, "decode", lambda path, *rest: (seen.append(path), real(path, *rest))[1])
+    return seen
+
+
+def test_manifest_tells_what_the_files_are(cfg, tmp_path):
+    store = ingest(cfg, tmp_path / "store")
+    row = store.manifest.iloc[0]
+    assert (row["path"], row["label"], row["width"], row["height"]) == ("cancer/0.png", "cancer", 90, 80)
+    assert (row["format"], row["mode"]) == ("PNG", "L")
+    gray = np.asarray(Image.open(tmp_path / "data" / row["path"])) / 255
+    assert row["mean"] == pytest.approx(gray.mean(), abs=1e-4)
+    border = np.concatenate([gray[:4].ravel(), gray[-4:].ravel(), gray[4:-4, :4].ravel(), gray[4:-4, -4:].ravel()])
+    assert row["border_std"] == pytest.approx(border.std(), abs=1e-4)
+    assert store.images.dtype == np.uint8
+    assert store.manifest["group"].nunique() == 12
+
+
+def test_second_run_decodes_nothing_and_changes_nothing(cfg, tmp_path, monkeypatch):
+    first = ingest(cfg, tmp_path / "store")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").iterdir() if p.name != "lock"}
+    seen = count_decodes(monkeypatch)
+    second = ingest(cfg, tmp_path / "store")
+    assert seen == []
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "store").iterdir() if p.name != "lock"}
+    assert second.data_hash == first.data_hash
+
+
+def test_new_files_alone_are_decoded(cfg, tmp_path, monkeypatch):
+    ingest(cfg, tmp_path / "store")
+    rng = np.random.default_rng(1)
+    for i in range(3):
+        draw(tmp_path / "data" / "normal" / f"new{i}.png", rng)
+    seen = count_decodes(monkeypatch)
+    store = ingest(cfg, tmp_path / "store")
+    assert sorted(p.name for p in seen) == ["new0.png", "new1.png", "new2.png"]
+    assert len(store.manifest) == 15
+    fresh = ingest(cfg, tmp_path / "fresh")
+    assert fresh.manifest.equals(store.manifest)
+    assert np.array_equal(fresh.images[fresh.manifest["row"]], store.images[store.manifest["row"]])
+
+
+def test_moved_and_removed_files_are_followed_without_decoding(cfg, tmp_path, monkeypatch):
+    first = ingest(cfg, tmp_path / "store")
+    (tmp_path / "data" / "cancer" / "0.png").rename(tmp_path / "data" / "normal" / "z.png")
+    (tmp_path / "data" / "cancer" / "2.png").unlink()
+    seen = count_decodes(monkeypatch)
+    store = ingest(cfg, tmp_path / "store")
+    assert seen == []
+    assert len(store.manifest) == 11
+    assert store.data_hash != first.data_hash
+    moved = store.manifest.set_index("path").loc["normal/z.png"]
+    original = first.manifest.set_index("path").loc["cancer/0.png"]
+    assert np.array_equal(store.images[moved["row"]], first.images[original["row"]])
+
+
+def test_copies_share_a_row_and_a_group_even_when_they_are_encoded_otherwise(cfg, tmp_path):
+    source = tmp_path / "data" / "cancer" / "0.png"
+    Image.open(source).convert("RGBA").save(tmp_path / "data" / "normal" / "copy.png")
+    shutil.copy(source, tmp_path / "data" / "cancer" / "0 - Copy.png")
+    table = ingest(cfg, tmp_path / "store").manifest.set_index("path")
+    same = table.loc[["cancer/0.png", "cancer/0 - Copy.png", "normal/copy.png"]]
+    assert same["row"].nunique() == same["group"].nunique() == same["content"].nunique() == 1
+    assert same["file_hash"].nunique() == 2
+
+
+def test_other_preprocessing_is_another_store(cfg, tmp_path):
+    folders = {store_folder(cfg, tmp_path)}
+    cfg.fit = "body"
+    folders.add(store_folder(cfg, tmp_path))
+    cfg.window.center = 40
+    folders.add(store_folder(cfg, tmp_path))
+    assert len(folders) == 3
+    first = ingest(cfg, tmp_path / "store")
+    cfg.fit = "stretch"
+    assert not np.array_equal(ingest(cfg, tmp_path / "store").images, first.images)
+
+
+def test_unreadable_files_are_listed_and_fail_beyond_the_limit(cfg, tmp_path):
+    (tmp_path / "data" / "normal" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    (tmp_path / "data" / "normal" / "note.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"2 of 14 files cannot be read.*data\.max_unreadable"):
+        ingest(cfg, tmp_path / "store")
+    cfg.max_unreadable = 2
+    store = ingest(cfg, tmp_path / "store")
+    assert sorted(store.unreadable["path"]) == ["normal/broken.png", "normal/note.txt"]
+    assert store.unreadable["reason"].str.len().min() > 5
+    assert len(store.manifest) == 12
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "data" / "normal").mkdir(parents=True)
+    (tmp_path / "data" / "normal" / "a.png").write_text("hello")
+    with pytest.raises(DataError, match="None of the 1 files"):
+        ingest(DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS), tmp_path / "store")
+
+
+def test_a_folder_without_a_store_says_how_to_make_one(tmp_path):
+    with pytest.raises(DataError, match="chestct.data ingest"):
+        open_store(tmp_path)
+
+
+def test_a_damaged_store_is_made_anew(cfg, tmp_path):
+    ingest(cfg, tmp_path / "store")
+    (tmp_path / "store" / "manifest.parquet").write_bytes(b"PAR1 nothing PAR1")
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 12
+    for path in (tmp_path / "store").glob("images*"):
+        path.unlink()
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 12
+
+
+def test_an_unwritable_folder_is_one_clear_error(cfg, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cache_dir=FOLDER"):
+        ingest(cfg, tmp_path / "file" / "store")
+
+
+def _slow_ingest(cfg, folder, reached):
+    real = store_module._measure
+
+    def measure(*args):
+        reached.set()
+        time.sleep(0.2)
+        return real(*args)
+
+    store_module._measure = measure
+    ingest(cfg, folder)
+
+
+def test_a_killed_run_leaves_the_old_state(cfg, tmp_path):
+    before = ingest(cfg, tmp_path / "store").manifest
+    rng = np.random.default_rng(2)
+    for i in range(6):
+        draw(tmp_path / "data" / "normal" / f"new{i}.png", rng)
+    context = multiprocessing.get_context("fork")
+    reached = context.Event()
+    process = context.Process(target=_slow_ingest, args=(cfg, tmp_path / "store", reached))
+    process.start()
+    assert reached.wait(20)
+    time.sleep(0.3)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert open_store(tmp_path / "store").manifest.equals(before)
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 18
+    assert not list((tmp_path / "store").glob("*.tmp"))

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from chestct.config import ModelConfig
+from chestct.models.features import extract, space_folder
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
+
+
+@pytest.fixture(scope="module")
+def net():
+    return VGG16(ModelConfig(), 1, 32, load_weights("oxford")).eval()
+
+
+class Slices:
+    """Slices made from their position, and a note of which were asked for."""
+
+    def __init__(self, n, seed=0):
+        self.all = torch.rand(n, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
+        self.asked = []
+
+    def __call__(self, positions):
+        self.asked += list(positions)
+        return self.all[list(positions)]
+
+
+def run(net, slices, names, folder):
+    return extract(net, slices, names, folder, batch_size=4)
+
+
+def test_features_are_what_the_convolutions_give(net, tmp_path):
+    slices = Slices(6)
+    found = run(net, slices, list("abcdef"), tmp_path / "f")
+    with torch.no_grad():
+        assert torch.allclose(found, net.maps(slices.all).mean((2, 3)), rtol=1e-4, atol=1e-3)
+
+
+def test_a_second_run_computes_nothing(net, tmp_path):
+    first = run(net, Slices(6), list("abcdef"), tmp_path / "f")
+    again = Slices(6)
+    assert torch.equal(run(net, again, list("fedcba"), tmp_path / "f"), first.flip(0))
+    assert again.asked == []
+
+
+def test_only_what_is_new_is_computed_and_copies_once(net, tmp_path):
+    run(net, Slices(2), ["a", "b"], tmp_path / "f")
+    slices = Slices(5)
+    found = run(net, slices, ["a", "x", "b", "x", "y"], tmp_path / "f")
+    assert slices.asked == [1, 4]
+    assert torch.equal(found[1], found[3])
+
+
+def test_a_damaged_shard_is_computed_again(net, tmp_path, capsys):
+    first = run(net, Slices(3), list("abc"), tmp_path / "f")
+    shard = next((tmp_path / "f").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-20])
+    assert torch.equal(run(net, Slices(3), list("abc"), tmp_path / "f"), first)
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
+    monkeypatch.setattr("chestct.models.features.SHARD", 4)
+
+    def fail_late(positions):
+        if max(positions) >= 4:
+            raise KeyboardInterrupt
+        return Slices(8).all[list(positions)]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(net, fail_late, list("abcdefgh"), tmp_path / "f")
+    slices = Slices(8)
+    run(net, slices, list("abcdefgh"), tmp_path / "f")
+    assert slices.asked == [4, 5, 6, 7]
+    assert not list((tmp_path / "f").glob("*.tmp"))
+
+
+def test_every_setting_that_changes_features_has_its_own_folder(small):
+    cfg = small()
+    folders = {
+        space_folder(cfg, "w", 0),
+        space_folder(cfg, "w", 1),
+        space_folder(cfg, "w", 2),
+        space_folder(cfg, "other weights", 0),
+        space_folder(small("model.pool=flatten"), "w", 0),
+        space_folder(small("data.fit=body"), "w", 0),
+        space_folder(small("data.size=96"), "w", 0),
+        space_folder(small("seed=1"), "w", 1),
+        space_folder(small("data.augment.rotate=3"), "w", 1),
+    }
+    assert len(folders) == 9
+    assert space_folder(small("seed=1"), "w", 0) == space_folder(cfg, "w", 0)  # the plain view has no seed
+    assert space_folder(small("optim.lr=1", "model.dropout=0.5"), "w", 1) == space_folder(cfg, "w", 1)
