@@ -1,19 +1,15 @@
-"""Time and memory of chestct.data.groups against the number of slices: `python benchmarks/groups.py`.
+"""Time and memory of chestct.data.groups against the number of slices: `python -m benchmarks.groups`.
 
 The slices share one anatomy, bent by a smooth random field and strewn with vessels, so that lists of candidates are as
 full as on real slices. Every tenth is a shifted, zoomed and re-windowed copy of the one before it; how many of those
-are found is reported too. `--same` makes all slices noisy copies of one image, the worst case. Each size runs in a
-process of its own, whose peak memory is then its own.
+are found is reported too. `--same` makes all slices noisy copies of one image, the worst case.
 """
 
 import argparse
-import json
 import math
-import resource
-import subprocess
-import sys
 import tempfile
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +21,8 @@ from chestct.data.groups import find_pairs, group
 
 DRAWN = 112
 """Side at which slices are drawn; they are written at twice that, the store's usual 224."""
+
+DIGITS = {"seconds": 0, "cpu": 0, "gigabytes": 2, "recall": 4, "precision": 4}
 
 
 def draw(rng: np.random.Generator) -> np.ndarray:
@@ -68,26 +66,27 @@ def write(path: Path, n: int, same: bool) -> np.ndarray:
 
 
 def measure(n: int, same: bool) -> dict[str, float]:
-    """Seconds, peak memory and what was found for n slices; to be run in a fresh process."""
+    """Seconds, peak memory and what was found among n slices."""
     with tempfile.TemporaryDirectory() as folder:
         images = write(Path(folder) / "images.npy", n, same)
         content = [np.random.default_rng([2, i]).bytes(8).hex() for i in range(n)]
-        start = time.perf_counter()
+        tracemalloc.start()  # the arrays; pages of the memory-mapped images belong to the system
+        start, start_cpu = time.perf_counter(), time.process_time()
         pairs = find_pairs(images, content)
         groups = group(n, pairs)
-        seconds = time.perf_counter() - start
+        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        gigabytes = tracemalloc.get_traced_memory()[1] / 1e9
+        tracemalloc.stop()
     copies = np.arange(9, n, 10)
-    planted = len(pairs) if same else len(copies)
-    right = n - 1 if same else int(((pairs["b"] - pairs["a"] == 1) & (pairs["b"] % 10 == 9)).sum())
+    planted = (pairs["b"] - pairs["a"] == 1) & (pairs["b"] % 10 == 9) | same
     return {
         "slices": n,
         "seconds": seconds,
-        # Includes the pages of the memory-mapped images, which the system takes back when it needs them.
-        "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "cpu": cpu,
+        "gigabytes": gigabytes,
         "recall": float((groups[copies] == groups[copies - 1]).mean()),
-        "precision": 1.0 if same else right / max(1, len(pairs)),
+        "precision": float(planted.mean()),
         "largest": int(np.bincount(groups).max()),
-        "planted": planted,
     }
 
 
@@ -95,22 +94,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--same", action="store_true")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.same)))
-        return
-    table = Table("slices", "seconds", "peak GB", "recall", "precision", "largest group", "growth exponent")
-    previous = None
+    table = Table("slices", "seconds", "CPU seconds", "peak GB", "recall", "precision", "largest group", "growth")
+    before = None
     for n in arguments.sizes:
-        command = [sys.executable, __file__, "--one", str(n), *(["--same"] if arguments.same else [])]
-        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        growth = "" if previous is None else math.log(row["seconds"] / previous["seconds"]) / math.log(n / previous["slices"])
-        table.add_row(
-            f"{n:,}", f"{row['seconds']:.1f}", f"{row['gigabytes']:.2f}", f"{row['recall']:.4f}",
-            f"{row['precision']:.4f}", str(row["largest"]), f"{growth:.2f}" if growth else "",
-        )
-        previous = row
+        row = measure(n, arguments.same)
+        # The exponent e in CPU time ~ slices ** e, from one size to the next.
+        growth = math.log(row["cpu"] / before["cpu"]) / math.log(n / before["slices"]) if before else math.nan
+        cells = [f"{row[key]:.{digits}f}" for key, digits in DIGITS.items()]
+        table.add_row(f"{n:,}", *cells, str(row["largest"]), f"{growth:.2f}")
+        before = row
     Console().print(table)
 
 

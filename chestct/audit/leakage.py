@@ -18,15 +18,17 @@ EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
 
 
-def leaks(manifest: pd.DataFrame, split: pd.Series) -> dict[str, Any]:
+def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict[str, Any]:
     """Held-out slices whose content or group is in an earlier split.
 
-    manifest: one row a slice, index 0..N-1; split: "train" | "valid" | "test" | "" for each. Returns, for "test" and
-    "valid", `slices` (how many there are), `copies` (pixel-identical to an earlier slice), `related` (no copy, but in
-    one group with one: near-copy or same patient), and `by_class` with the same three; under `list` one row for every
-    leaked slice with the earlier slice (`twin`) that gives it away; `left_out` counts slices in no split.
+    manifest: one row a slice, index 0..N-1; split: "train" | "valid" | "test" | "" for each; pairs: as `duplicates`
+    takes them, only to name the most alike. Returns, for "test" and "valid", `slices` (how many there are), `copies`
+    (pixel-identical to an earlier slice), `related` (no copy, but in one group with one: near-copy or same patient),
+    and `by_class` with the same three; under `list` one row for every leaked slice with the earlier slice (`twin`) that
+    gives it away; `left_out` counts slices in no split.
     """
     result: dict[str, Any] = {"left_out": int((split == "").sum()), "list": []}
+    alike = pd.concat([pairs, pairs.rename(columns={"a": "b", "b": "a"})]).sort_values("similarity", ascending=False)
     for held_out, earlier in EARLIER.items():
         part = manifest[split == held_out]
         # The first of `earlier` names the worst place for a copy, so it is looked in first.
@@ -34,7 +36,8 @@ def leaks(manifest: pd.DataFrame, split: pd.Series) -> dict[str, Any]:
         by_content = known.drop_duplicates("content").reset_index().set_index("content")["index"]
         by_group = known.drop_duplicates("group").reset_index().set_index("group")["index"]
         copy = part["content"].map(by_content)
-        twin = copy.fillna(part["group"].map(by_group))
+        closest = alike[alike["b"].isin(known.index)].drop_duplicates("a").set_index("a")["b"]
+        twin = copy.fillna(part.index.to_series().map(closest)).fillna(part["group"].map(by_group))
         copies, related = copy.notna(), copy.isna() & twin.notna()
         result[held_out] = _tally(copies, related) | {
             "by_class": {

@@ -59,20 +59,17 @@ def examples(audit: Audit, manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table
         for row in audit.conflicts[:EXAMPLES]
     ]
     policy = next((name for name in (audit.split, *audit.leakage) if audit.leakage[name]["list"]), None)
-    leaks = sorted(audit.leakage[policy]["list"], key=lambda row: row["kind"] != "copy") if policy else []
-    shown: set[int] = set()
-    for row in leaks:
-        group = int(manifest["group"].to_numpy()[row["slice"]])
-        if group not in shown and len(shown) < EXAMPLES:
-            shown.add(group)
-            how = "identical in every pixel" if row["kind"] == "copy" else "near-copy or same patient"
-            rows.append(
-                ("leak", row["slice"], row["twin"], f"{row['split']} and {row['twin_split']} ({policy}): {how}")
-            )
+    groups = manifest["group"].to_numpy()
+    for how, words in (("copy", "identical in every pixel"), ("related", "near-copy or same patient")):
+        leaks = [row for row in audit.leakage[policy]["list"] if row["kind"] == how] if policy else []
+        # One of every group: its other slices would show the same again.
+        firsts = {groups[row["slice"]]: row for row in reversed(leaks)}
+        for row in list(firsts.values())[: -EXAMPLES - 1 : -1]:
+            rows.append(("leak", row["slice"], row["twin"], f"{row['split']} and {row['twin_split']}: {words}"))
     contents = manifest["content"].to_numpy()
     near = pairs[(pairs["kind"] == "near").to_numpy() & (contents[pairs["a"]] != contents[pairs["b"]])]
     # One pair of every group, the least alike first: they show where the line is drawn.
-    near = near.assign(group=manifest["group"].to_numpy()[near["a"]]).sort_values("similarity").drop_duplicates("group")
+    near = near.assign(group=groups[near["a"]]).sort_values("similarity").drop_duplicates("group")
     for a, b, similarity in near[["a", "b", "similarity"]].head(EXAMPLES).itertuples(index=False):
         rows.append(("near", int(a), int(b), f"similarity {similarity:.4f}"))
     path = manifest["path"]
@@ -162,7 +159,7 @@ def _map(audit: Audit) -> "Figure":
         axis.spines[["top", "right", "bottom"]].set_visible(False)
     for split, colour in COLOURS.items():
         axes[0].bar(0, 0, color=colour, edgecolor="#8a96a3", label=split or "left out")
-    axes[-1].set_xlabel("every column is one image with its near-copies, every square a file", loc="left")
+    axes[-1].set_xlabel("every column is a set of copies and near-copies, every square one of its files", loc="left")
     axes[0].legend(ncols=4, frameon=False, loc="upper right", fontsize=9)
     return figure
 

@@ -59,7 +59,7 @@ def audit(
         sizes=inventory.sizes(manifest),
         unreadable=inventory.records(unreadable[["source", "path", "reason"]]),
         duplicates=leakage.duplicates(manifest, policies, pairs),
-        leakage={policy: leakage.leaks(manifest, column) for policy, column in policies.items()},
+        leakage={policy: leakage.leaks(manifest, column, pairs) for policy, column in policies.items()},
         conflicts=leakage.conflicts(manifest, pairs),
         shortcuts=shortcuts.shortcuts(manifest, policies, images, seed=seed),
         shift=shift(manifest, in_force),

@@ -35,6 +35,9 @@ OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
     "WEBP": WebPImageFile,
 }
 
+MAX_READS = 300_000
+"""Pieces of a raster file, such as chunks or strips; an image of a megapixel takes a few hundred."""
+
 CHROMA_GRID = 64
 
 
@@ -161,7 +164,7 @@ def _raster_slices(data: bytes, format: str, limits: Limits) -> Iterator[Slice]:
         check_pixels(*headers.webp_size(data), limits)
     pages = headers.tiff_pages(data) if format == "TIFF" else iter([0])
     next(pages)  # checks the first page before Pillow sees it
-    with OPENERS[format](io.BytesIO(data)) as image:
+    with OPENERS[format](headers.BudgetedFile(data, MAX_READS)) as image:
         if format in ("PNG", "WEBP"):
             orientation = headers.exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
         yield _slice(image, format, limits, orientation, frame=0)

@@ -9,18 +9,17 @@ C.11.2.1.2.1 with output range [0, 1]: 0 up to c - 0.5 - (w - 1) / 2, 1 above c 
 (x - (c - 0.5)) / (w - 1) + 0.5. VOI LUT sequences and other VOI functions are not used.
 """
 
-import io
 import logging
-import math
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
-from pydicom.filereader import read_dataset
+from pydicom.filereader import read_dataset, read_sequence
 from pydicom.pixels import get_decoder
 from pydicom.uid import (
     UID,
@@ -44,9 +43,12 @@ ELEMENTS = (
     *("Modality", "PatientID", "StudyInstanceUID", "SeriesInstanceUID"),
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
-    *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "WindowCenter", "WindowWidth"),
+    *("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter", "WindowWidth"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "PixelData"),
 )
+
+MAX_READS = 100_000
+"""Pieces of a file that pydicom walks through in Python, two or three for each element: enough for 1,000 frames."""
 
 MAX_RLE_BYTES = 1 << 24
 """One RLE frame: every two bytes can stand for 128, and pydicom expands them before it compares lengths."""
@@ -74,14 +76,23 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
     count = int(_text(dataset, "NumberOfFrames") or 1)
     if count < 1:
         raise RefusedError(f"NumberOfFrames is {count}")
+    shared = _items(dataset, "SharedFunctionalGroupsSequence")[:1]
+    per_frame = _items(dataset, "PerFrameFunctionalGroupsSequence")
     for frame in range(count) if every else (count // 2,):
         stored = _frame(pixels, frame, count, layout, syntax)
-        yield _slice(stored, dataset, layout, window, frame)
+        # Enhanced multi-frame CT keeps rescale and window in functional groups, for all frames or for each.
+        macros = [
+            item
+            for group in per_frame[frame : frame + 1] + shared
+            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence")
+            for item in _items(group, macro)[:1]
+        ]
+        yield _slice(stored, [dataset, *macros], layout, window, frame)
 
 
 def _read(data: bytes, limits: Limits) -> tuple[Dataset, UID]:
     """The dataset with ELEMENTS still as raw bytes, and its transfer syntax."""
-    file = io.BytesIO(data)
+    file = headers.BudgetedFile(data, MAX_READS)
     file.seek(132 if data[128:132] == b"DICM" else 0)
     meta = read_dataset(file, is_implicit_VR=False, is_little_endian=True, stop_when=lambda tag, *_: tag >> 16 != 2)
     syntax = UID(_text(meta, "TransferSyntaxUID") or _guess_syntax(data[file.tell() : file.tell() + 6]))
@@ -90,7 +101,7 @@ def _read(data: bytes, limits: Limits) -> tuple[Dataset, UID]:
         inflated = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data[file.tell() :], limits.max_bytes + 1)
         if len(inflated) > limits.max_bytes:
             raise RefusedError(f"inflates to more than data.max_bytes ({limits.max_bytes:,})")
-        file = io.BytesIO(inflated)
+        file = headers.BudgetedFile(inflated, MAX_READS)
     dataset = read_dataset(
         file,
         is_implicit_VR=syntax == ImplicitVRLittleEndian,
@@ -118,13 +129,23 @@ def _text(dataset: Dataset, keyword: str) -> str:
     return _raw(dataset, keyword).decode("latin-1").strip(" \0")
 
 
-def _number(dataset: Dataset, keyword: str) -> float | None:
-    """The first of the values of a decimal string, if there is a finite one."""
-    try:
-        value = float(_text(dataset, keyword).split("\\")[0])
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
+def _number(datasets: list[Dataset], keyword: str) -> float | None:
+    """The first value of a decimal string, from the first dataset that has a sane one."""
+    for dataset in datasets:
+        with suppress(ValueError):
+            value = float(_text(dataset, keyword).split("\\")[0])
+            if abs(value) < 1e9:  # neither NaN nor what float32 cannot hold once it is scaled
+                return value
+    return None
+
+
+def _items(dataset: Dataset, keyword: str) -> list[Dataset]:
+    """Items of a sequence, which pydicom has read already where its length was left open."""
+    element = dataset.get_item(tag_for_keyword(keyword))
+    if element is None or not isinstance(element.value, bytes):
+        return list(element.value or ()) if element else []
+    file = headers.BudgetedFile(element.value, MAX_READS)
+    return list(read_sequence(file, element.is_implicit_VR, element.is_little_endian, len(element.value), "iso8859"))
 
 
 def _uint16(dataset: Dataset, keyword: str, default: int | None = None) -> int:
@@ -168,7 +189,7 @@ def _frame(pixels: bytes, frame: int, count: int, layout: dict[str, Any], syntax
     if not decoder.is_available:
         raise RefusedError(f"{syntax.name} needs a decoder: pip install 'chestct[dicom]'")
     if syntax.is_encapsulated:
-        stream = get_frame(pixels, frame, number_of_frames=count)
+        stream = get_frame(headers.BudgetedFile(pixels, MAX_READS), frame, number_of_frames=count)
         source = encapsulate([_checked(stream, layout, syntax)])
     else:
         samples = layout["rows"] * layout["columns"] * layout["samples_per_pixel"]
@@ -205,27 +226,28 @@ def _checked(stream: bytes, layout: dict[str, Any], syntax: UID) -> bytes:
     return stream
 
 
-def _slice(stored: np.ndarray, dataset: Dataset, layout: dict[str, Any], window: WindowConfig, frame: int) -> Slice:
+def _slice(
+    stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any], window: WindowConfig, frame: int
+) -> Slice:
     color = 0.0
     if stored.ndim == 3:
         rgb = (stored / np.float32(2 ** layout["bits_stored"] - 1)).astype(np.float32).clip(0, 1)
         gray, color = rgb @ np.array([0.299, 0.587, 0.114], np.float32), float(np.mean(np.ptp(rgb, axis=2)))
     else:
-        gray = _windowed(stored, dataset, layout, window, frame)
+        gray = _windowed(stored, datasets, layout, window)
+    dataset = datasets[0]
     patient, study, series = (_text(dataset, key) for key in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID"))
     return Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, _text(dataset, "Modality"))
 
 
-def _windowed(
-    stored: np.ndarray, dataset: Dataset, layout: dict[str, Any], window: WindowConfig, frame: int
-) -> np.ndarray:
-    slope, intercept = _first(dataset, frame, "RescaleSlope"), _first(dataset, frame, "RescaleIntercept")
-    own_center, own_width = _first(dataset, frame, "WindowCenter"), _first(dataset, frame, "WindowWidth")
+def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any], window: WindowConfig) -> np.ndarray:
+    slope, intercept = _number(datasets, "RescaleSlope"), _number(datasets, "RescaleIntercept")
+    own_center, own_width = _number(datasets, "WindowCenter"), _number(datasets, "WindowWidth")
     signed = layout["pixel_representation"] == 1
     rescaled = slope is not None or intercept is not None
-    hounsfield = _text(dataset, "Modality") in ("CT", "") and (rescaled or signed)
+    hounsfield = _text(datasets[0], "Modality") in ("CT", "") and (rescaled or signed)
     slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
-    if slope == 0:
+    if not slope:
         raise RefusedError("RescaleSlope is 0")
     if own_center is not None and own_width is not None and own_width >= 1 and (window.from_file or not hounsfield):
         center, width = own_center, own_width
@@ -244,20 +266,8 @@ def _windowed(
     np.clip(gray, 0, 1, out=gray)
     if layout["photometric_interpretation"] == "MONOCHROME1":
         np.subtract(1, gray, out=gray)
-    _blacken_padding(gray, stored, dataset)
+    _blacken_padding(gray, stored, datasets[0])
     return gray
-
-
-def _first(dataset: Dataset, frame: int, keyword: str) -> float | None:
-    """The element of this name for a frame: in the dataset, or in a functional group of enhanced multi-frame CT."""
-    groups = [dataset]
-    for sequence, index in (("PerFrameFunctionalGroupsSequence", frame), ("SharedFunctionalGroupsSequence", 0)):
-        if sequence in dataset and index < len(dataset[sequence].value):
-            group = dataset[sequence].value[index]
-            macros = ("PixelValueTransformationSequence", "FrameVOILUTSequence")
-            groups += [item for macro in macros if macro in group for item in group[macro].value[:1]]
-    found = (_number(group, keyword) for group in groups)
-    return next((value for value in found if value is not None), None)
 
 
 def _blacken_padding(gray: np.ndarray, stored: np.ndarray, dataset: Dataset) -> None:

@@ -4,11 +4,18 @@ A near-copy may be re-encoded, rescaled, cropped, shifted, scribbled on or shown
 it: every slice is registered to the mean slice, which undoes shift and zoom; its nearest neighbours by a compact
 descriptor are candidates; each candidate pair is registered to each other and compared in its fine detail. All work is
 done in the order of the content keys, so that the groups do not depend on the order of the files.
+
+Measured on 600 phantoms with 1,600 planted near-copies (JPEG 40-95, zoom 0.5-2, crops and shifts up to 5 % a side,
+borders, brightness, contrast, gamma, window, combinations): the nearest distinct phantoms reach a similarity of 0.85,
+999 in 1,000 copies 0.90 and more; at THRESHOLD recall is above 0.99 for every change, without one false pair. On real
+slices the same slice under those changes scores above 0.90, slices of different patients below 0.76; what lies
+between, down to THRESHOLD, are neighbouring slices of one patient, which must share a split as well.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,19 +23,40 @@ from scipy.linalg import eigh
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from chestct.data.registration import (
+    IDENTITY,
+    Level,
+    blur_matrix,
+    correlation,
+    find_image,
+    make_level,
+    normalise,
+    register,
+    relative_pose,
+    warp,
+)
+
+T = TypeVar("T")
+
 SIDE = 56
 """Side of the thumbnails that are compared, in pixels."""
 
 THRESHOLD = 0.88
-"""Correlation of local detail from which two slices count as near-copies."""
+"""Correlation of local detail from which two slices count as near-copies; see above for how it was chosen."""
 
-NEIGHBOURS = 6
+NEIGHBOURS = 12
 """Candidates of a slice in one round."""
 
 ROUNDS = 4
-"""Rounds of search; from the second on, REPRESENTATIVES of each group found so far look outside of it."""
+"""Rounds of search at most; a round that finds nothing is the last."""
 
 REPRESENTATIVES = 4
+"""Members of each group found so far that look for more outside of it in the next round.
+
+A slice with more copies than NEIGHBOURS has a list of candidates that is full before all are in it. The copies it does
+find are one group in the next round, and groups of copies of one image are close wherever they are compared, so that
+the cap costs rounds, not connections.
+"""
 
 CELL = 4096
 """Slices that are compared all with all by descriptor; larger collections are searched cell by cell."""
@@ -42,12 +70,6 @@ COARSE = (14, 28)
 GATE = 0.8
 """Correlation at the last coarse side below which a pair is given up."""
 
-IDENTITY = np.array([1.0, 0.0, 1.0, 0.0])
-"""A pose: zoom and shift along rows, zoom and shift along columns; shifts in units of the side."""
-
-Level = tuple[np.ndarray, np.ndarray]
-"""Normalised images and their weights, both float32 [n, side, side]; weights in [0, 1] are 0 outside the image."""
-
 
 def find_pairs(
     images: np.ndarray,
@@ -56,10 +78,23 @@ def find_pairs(
     series: Sequence[str] | None = None,
     threshold: float = THRESHOLD,
 ) -> pd.DataFrame:
-    """Pairs of slices that belong together."""
+    """Pairs of slices that belong together, enough to connect each group.
+
+    images: uint8 [N, S, S], grey, letterboxed or not; may be memory-mapped, is read once in parts; content: a hash of
+    each slice's pixels at full resolution; series: a key of each slice's patient, study or series, "" where unknown;
+    threshold: similarity in [0, 1] from which slices are near-copies. Returns columns a < b (positions), similarity in
+    [0, 1] and kind: "exact" (same content), "series" (same key), "near". Exact and series mates are chained, each to
+    the one before; of each content only the first slice is compared. Constant slices have no near-copies.
+    Raises ValueError if the lengths differ or images are not uint8 squares.
+    """
+    n = len(content)
+    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"images must be uint8 [N, S, S], got {images.dtype} {list(images.shape)}")
+    if len(images) != n or (series is not None and len(series) != n):
+        raise ValueError(f"{len(images)} images, {n} contents and {n if series is None else len(series)} series")
     exact = _chain(content, "exact")
-    mates = _chain(series if series is not None else [""] * len(content), "series")
-    position = pd.Series(np.arange(len(content)), index=list(content), dtype=np.int64)
+    mates = _chain([""] * n if series is None else series, "series")
+    position = pd.Series(np.arange(n), index=list(content), dtype=np.int64)  # of the first slice with that content
     position = position[~position.index.duplicated()].sort_index()
     near = _near(images, position.to_numpy(), threshold)
     return pd.concat([exact, mates, near]).sort_values(["a", "b", "kind"], ignore_index=True)
@@ -93,12 +128,13 @@ def _table(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, kind: str) -> p
 
 
 def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.DataFrame:
+    """Near-copies among the slices at these positions, which no two share a content."""
     thumbs = _thumbnails(images, position)
     usable = np.concatenate([np.zeros(0, bool), *_in_threads(_has_content, thumbs)])
     thumbs, position = thumbs[usable], position[usable]
     n = len(thumbs)
     if n < 2:
-        return _table(*np.zeros((3, 0)), "near")
+        return _table(position[:0], position[:0], np.zeros(0), "near")
     pyramid = [_pyramid_level(thumbs, side) for side in COARSE]
     mean = _mean_slice([(image[:SAMPLE], weight[:SAMPLE]) for image, weight in pyramid])
     pose = _align(pyramid, mean)
@@ -121,15 +157,12 @@ def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.Data
     return _table(position[a], position[b], np.concatenate(found, 1)[2], "near")
 
 
-# Pixels
-
-
 def _parts(array: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
     return (array[start : start + size] for start in range(0, len(array), size))
 
 
-def _in_threads(function, *arrays):
-    """function over parts of the arrays, in all cores; numpy lets go of the interpreter in the heavy calls."""
+def _in_threads(function: Callable[..., T], *arrays: np.ndarray) -> list[T]:
+    """function over parts of the arrays, on all cores; numpy lets go of the interpreter in the heavy calls."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(function, *(list(_parts(array)) for array in arrays)))
 
@@ -140,8 +173,7 @@ def _thumbnails(images: np.ndarray, position: np.ndarray) -> np.ndarray:
     edge = np.linspace(0, side, SIDE + 1)
     pixel = np.arange(side)
     area = np.clip(np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel), 0, None)
-    area = (area * SIDE / side).astype(np.float32)
-
+    area = (area * SIDE / max(1, side)).astype(np.float32)
     order = np.argsort(position)  # as they lie on disk
     thumbs = np.empty((len(position), SIDE, SIDE), dtype=np.uint8)
 
@@ -152,141 +184,19 @@ def _thumbnails(images: np.ndarray, position: np.ndarray) -> np.ndarray:
     return thumbs
 
 
-def _inside(thumbs: np.ndarray) -> np.ndarray:
-    """True within the image, False on letterbox bars and on borders of one colour: bool [n, SIDE, SIDE]."""
-    inside = np.ones(thumbs.shape, dtype=bool)
-    index = np.arange(SIDE)
-    for axis in (2, 1, 2, 1):  # twice: a coloured border within a letterbox shows only once the bars are off
-        spread = np.where(inside, thumbs, 0).max(axis) - np.where(inside, thumbs, 255).min(axis).astype(np.int16)
-        live = spread > 10  # grey levels; JPEG noise on a black border stays below
-        low, high = live.argmax(1), SIDE - 1 - live[:, ::-1].argmax(1)
-        span = (index >= low[:, None]) & (index <= high[:, None]) & live.any(1)[:, None]
-        inside &= np.expand_dims(span, axis)
-    core = np.zeros_like(inside)  # the outermost pixels mix image and border
-    core[:, 1:-1, 1:-1] = inside[:, 2:, 1:-1] & inside[:, :-2, 1:-1] & inside[:, 1:-1, 2:] & inside[:, 1:-1, :-2]
-    return core
-
-
 def _has_content(thumbs: np.ndarray) -> np.ndarray:
     """False for constant slices: they all look alike, and only exact copies of them belong together."""
-    return _inside(thumbs).mean((1, 2)) >= 0.1
-
-
-def _level(thumbs: np.ndarray, side: int, sigma: float) -> Level:
-    """Thumbnails at a smaller side, normalised over neighbourhoods of sigma (in units of the side)."""
-    shape = (len(thumbs), side, SIDE // side, side, SIDE // side)
-    weight = _inside(thumbs).reshape(shape).mean((2, 4), dtype=np.float32)
-    return _normalise(thumbs.reshape(shape).mean((2, 4), dtype=np.float32), weight, sigma), weight
+    return find_image(thumbs).mean((1, 2)) >= 0.1
 
 
 def _pyramid_level(thumbs: np.ndarray, side: int) -> Level:
     # Half precision: the pyramid is the largest thing in memory.
-    levels = _in_threads(lambda part: [a.astype(np.float16) for a in _level(part, side, 0.2)], thumbs)
+    levels = _in_threads(lambda part: [a.astype(np.float16) for a in make_level(part, side, 0.2)], thumbs)
     return np.concatenate([image for image, _ in levels]), np.concatenate([weight for _, weight in levels])
 
 
 def _take(level: Level, index: np.ndarray) -> Level:
     return level[0][index].astype(np.float32), level[1][index].astype(np.float32)
-
-
-def _normalise(image: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
-    """Local mean off, local contrast made equal: a change of window, brightness or gamma is locally linear."""
-    blur = _blur(image.shape[-1], sigma)
-    mass = blur @ weight @ blur + 1e-6
-    detail = (image - blur @ (image * weight) @ blur / mass) * weight
-    power = detail * detail
-    local = np.sqrt(np.maximum(blur @ power @ blur / mass, 0))
-    overall = np.sqrt(power.sum((1, 2), keepdims=True) / (weight.sum((1, 2), keepdims=True) + 1e-6))
-    return np.clip(detail / (local + 0.3 * overall + 1e-6), -3, 3)
-
-
-def _blur(side: int, sigma: float) -> np.ndarray:
-    """Gaussian blur along one axis as a matrix."""
-    offset = (np.arange(side)[:, None] - np.arange(side)) / (sigma * side)
-    return (np.exp(-0.5 * offset**2) / (sigma * side * np.sqrt(2 * np.pi))).astype(np.float32)
-
-
-# Registration
-
-
-def _warp(images: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Images zoomed and shifted, bilinear, 0 outside; zoom and shift separate into one small matrix per axis."""
-    side = images.shape[-1]
-    grid = np.arange(side, dtype=np.float32)
-    centre = (side - 1) / 2
-
-    def sampling(zoom: np.ndarray, shift: np.ndarray) -> np.ndarray:
-        at = zoom[:, None] * (grid - centre) + shift[:, None] * side + centre
-        return np.maximum(0, 1 - np.abs(at.astype(np.float32)[:, :, None] - grid))
-
-    return sampling(pose[:, 0], pose[:, 1]) @ images @ sampling(pose[:, 2], pose[:, 3]).transpose(0, 2, 1)
-
-
-def _register(fixed: Level, moving: Level, pose: np.ndarray, steps: int, stiffness: float) -> np.ndarray:
-    """The pose under which moving looks like fixed: Gauss-Newton steps (Lucas and Kanade 1981) on zoom and shift.
-
-    The derivative is that of the mean of both images at the start (Malis 2004), computed once for all steps.
-    stiffness holds the pose back towards the identity, relative to what the images say.
-    """
-    n, side, _ = moving[0].shape
-    grid = (np.arange(side, dtype=np.float32) - (side - 1) / 2) / side
-    weight = fixed[1] * _warp(moving[1], pose)
-    middle = (fixed[0] + _warp(moving[0], pose)) * (side / 2)
-    by_row = np.gradient(middle, axis=1) / pose[:, 0, None, None].astype(np.float32)
-    by_column = np.gradient(middle, axis=2) / pose[:, 2, None, None].astype(np.float32)
-    slope = np.stack([by_row * grid[:, None], by_row, by_column * grid, by_column], 1).reshape(n, 4, side * side)
-    pull = slope * weight.reshape(n, 1, side * side)
-    curvature = pull @ slope.transpose(0, 2, 1)
-    hold = np.eye(4) * (stiffness * curvature + 1e-3)
-    inverse = np.linalg.inv(curvature + hold)
-    for _ in range(steps):
-        rest = (fixed[0] - _warp(moving[0], pose)).reshape(n, side * side, 1)
-        change = inverse @ (pull @ rest - hold @ (pose - IDENTITY)[:, :, None])
-        pose = np.clip(pose + np.clip(change[:, :, 0], -0.05, 0.05), IDENTITY - 0.3, IDENTITY + 0.3)
-    return pose
-
-
-def _correlation(fixed: Level, moving: Level, pose: np.ndarray) -> np.ndarray:
-    """Correlation where both are inside, float [n]; 0 where that is less than 60 % of the smaller one."""
-    weight = fixed[1] * _warp(moving[1], pose)
-    total = weight.sum((1, 2))
-    a, b = fixed[0], _warp(moving[0], pose)
-    a = a - ((a * weight).sum((1, 2)) / (total + 1e-6))[:, None, None]
-    b = b - ((b * weight).sum((1, 2)) / (total + 1e-6))[:, None, None]
-    power = (weight * a * a).sum((1, 2)) * (weight * b * b).sum((1, 2))
-    enough = total > 0.6 * np.minimum(fixed[1].sum((1, 2)), moving[1].sum((1, 2)))
-    return np.where(enough, (weight * a * b).sum((1, 2)) / np.sqrt(power + 1e-6), 0)
-
-
-def _compare(
-    thumbs: np.ndarray, pyramid: list[Level], pose: np.ndarray, a: np.ndarray, b: np.ndarray
-) -> np.ndarray:
-    """How well the detail of slices a and b agrees once they are registered to each other: float [n], at most 1."""
-
-    def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        way = _from_to(pose[a], pose[b])
-        for level in pyramid:
-            fixed, moving = _take(level, a), _take(level, b)
-            way = _register(fixed, moving, way, steps=4, stiffness=1e-3)
-        fixed, moving = ((_normalise(image, weight, 1 / 20), weight) for image, weight in (fixed, moving))
-        similarity = _correlation(fixed, moving, way)
-        close = similarity >= GATE
-        fixed, moving = (_level(thumbs[index[close]], SIDE, 1 / 28) for index in (a, b))
-        way = _register(fixed, moving, way[close], steps=4, stiffness=1e-3)
-        similarity[close] = _correlation(fixed, moving, way)
-        return np.where(close, similarity, 0)
-
-    return np.concatenate([np.zeros(0), *_in_threads(compare, a, b)])
-
-
-def _from_to(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The pose of b relative to a, given the poses of both relative to a third."""
-    zoom = b[:, ::2] / a[:, ::2]
-    shift = b[:, 1::2] - a[:, 1::2] * zoom
-    return np.stack([zoom[:, 0], shift[:, 0], zoom[:, 1], shift[:, 1]], 1)
-
-
-# Search
 
 
 def _align(pyramid: list[Level], mean: list[Level]) -> np.ndarray:
@@ -295,7 +205,7 @@ def _align(pyramid: list[Level], mean: list[Level]) -> np.ndarray:
     def align(index: np.ndarray) -> np.ndarray:
         pose = np.tile(IDENTITY, (len(index), 1))
         for fixed, level in zip(mean, pyramid, strict=True):
-            pose = _register(fixed, _take(level, index), pose, steps=8, stiffness=0.3)
+            pose = register(fixed, _take(level, index), pose, steps=8, stiffness=0.3)
         return pose
 
     return np.concatenate(_in_threads(align, np.arange(len(pyramid[0][0]))))
@@ -307,7 +217,7 @@ def _mean_slice(pyramid: list[Level]) -> list[Level]:
     for turn in range(3):
         mean = []
         for image, _ in pyramid:
-            middle = _warp(image.astype(np.float32), pose).mean(0, keepdims=True)
+            middle = warp(image.astype(np.float32), pose).mean(0, keepdims=True)
             mean.append((middle, np.ones_like(middle)))
         if turn < 2:
             pose = _align(pyramid, mean)
@@ -325,10 +235,10 @@ def _encode(thumbs: np.ndarray, level: Level, pose: np.ndarray, mean: list[Level
     base = _describe(level, pose)
     rng = np.random.default_rng(0)
     differences = []
+    n = len(sample)
     for _ in range(4):
-        n = len(sample)
-        way = np.stack([f(n) for f in (lambda n: rng.uniform(0.92, 1.1, n), lambda n: rng.uniform(-0.05, 0.05, n)) * 2], 1)
-        warped = np.clip(_warp(sample.astype(np.float32) / 255, way), 0, 1)
+        way = rng.uniform([0.92, -0.05, 0.92, -0.05], [1.1, 0.05, 1.1, 0.05], (n, 4))
+        warped = np.clip(warp(sample.astype(np.float32) / 255, way), 0, 1)
         copies = np.rint(255 * warped ** np.exp(rng.uniform(-0.5, 0.5, (n, 1, 1)))).astype(np.uint8)
         pyramid = [_pyramid_level(copies, side) for side in COARSE]
         differences.append(_describe(pyramid[-1], _align(pyramid, mean)) - base[:n])
@@ -339,17 +249,17 @@ def _encode(thumbs: np.ndarray, level: Level, pose: np.ndarray, mean: list[Level
     between = np.cov(base[:SAMPLE].T)
     size = len(within)
     _, axes = eigh(between, within, subset_by_index=[size - min(48, len(sample)), size - 1])
-    code = (base - middle) @ axes
+    code = (base - middle) @ axes.astype(np.float32)
     return (code / (np.linalg.norm(code, axis=1, keepdims=True) + 1e-9)).astype(np.float32)
 
 
 def _describe(level: Level, pose: np.ndarray) -> np.ndarray:
     """Registered, blurred and flattened images, mean 0 and length 1: float32 [n, side * side]."""
-    blur = _blur(level[0].shape[-1], 0.043)
+    blur = blur_matrix(level[0].shape[-1], 0.043)
 
     def describe(index: np.ndarray) -> np.ndarray:
         image, weight = _take(level, index)
-        flat = (blur @ _warp(_normalise(image, weight, 1 / 11), pose[index]) @ blur).reshape(len(index), -1)
+        flat = (blur @ warp(normalise(image, weight, 1 / 11), pose[index]) @ blur).reshape(len(index), -1)
         flat = flat - flat.mean(1, keepdims=True)
         return flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-9)
 
@@ -395,10 +305,29 @@ def _cells(code: np.ndarray, live: np.ndarray) -> Iterator[np.ndarray]:
     if len(live) <= CELL:
         yield live
         return
-    pivots = code[live[: len(live) // 256]]
+    pivots = code[live[: len(live) * 16 // CELL]]  # cells of a quarter of CELL on average
     near = [np.argpartition(code[part] @ pivots.T, -4)[:, -4:] for part in _parts(live, 1024)]
     cell = np.concatenate(near).ravel()
     member = np.repeat(live, 4)
     order = np.argsort(cell, kind="stable")
     for members in np.split(member[order], np.flatnonzero(np.diff(cell[order])) + 1):
         yield from _parts(members, CELL)
+
+
+def _compare(thumbs: np.ndarray, pyramid: list[Level], pose: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How well the detail of slices a and b agrees once they are registered to each other: float [n], at most 1."""
+
+    def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        way = relative_pose(pose[a], pose[b])
+        for level in pyramid:
+            fixed, moving = _take(level, a), _take(level, b)
+            way = register(fixed, moving, way, steps=4, stiffness=1e-3)
+        fixed, moving = ((normalise(image, weight, 1 / 20), weight) for image, weight in (fixed, moving))
+        similarity = correlation(fixed, moving, way)
+        close = similarity >= GATE
+        fixed, moving = (make_level(thumbs[index[close]], SIDE, 1 / 28) for index in (a, b))
+        way = register(fixed, moving, way[close], steps=4, stiffness=1e-3)
+        similarity[close] = correlation(fixed, moving, way)
+        return np.where(close, similarity, 0)
+
+    return np.concatenate([np.zeros(0), *_in_threads(compare, a, b)])

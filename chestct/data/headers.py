@@ -5,6 +5,7 @@ read metadata that a few bytes can make as large as memory. So the few fields th
 are read here, on plain bytes, and whatever claims too much is refused with a RefusedError.
 """
 
+import io
 import struct
 from collections.abc import Iterator
 
@@ -33,6 +34,20 @@ MAX_TIFF_VALUES = 1 << 18
 
 SUB_IFDS = (34665, 34853, 40965)  # Exif, GPS, interoperability: Pillow reads these along with the image
 ORIENTATION = 274
+
+
+class BudgetedFile(io.BytesIO):
+    """Bytes as a file that allows a number of reads: millions of empty chunks or elements take minutes to walk."""
+
+    def __init__(self, data: bytes, reads: int) -> None:
+        super().__init__(data)
+        self.reads = reads
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads -= 1
+        if self.reads < 0:
+            raise RefusedError("too many pieces")
+        return super().read(size)
 
 
 def sniff(data: bytes) -> str:

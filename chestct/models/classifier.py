@@ -92,9 +92,11 @@ class Classifier(L.LightningModule):
             self.predictions.setdefault(stage, []).append((batch["i"].cpu(), logits.detach().float().cpu()))
         return loss
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
+        torch.manual_seed(self.cfg.seed * 1_000_003 + self.global_step)
+
     def on_train_epoch_start(self) -> None:
-        # Dropout draws from here: a resumed run draws what the uninterrupted one would have drawn in this epoch.
-        torch.manual_seed(self.cfg.seed * 100_003 + self.current_epoch)
         if not self.cfg.frozen_at(self.current_epoch) and self.cfg.starts_frozen:
             self.net.set_frozen(5 - self.cfg.trainer.unfreeze_blocks)
 

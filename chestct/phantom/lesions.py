@@ -12,7 +12,7 @@ from scipy.ndimage import distance_transform_edt
 
 from chestct.phantom.anatomy import Patient
 from chestct.phantom.canvas import Canvas, blob
-from chestct.phantom.lungs import Segment, hila
+from chestct.phantom.lungs import Segment, grow, hila
 
 DIAMETER = {"adenocarcinoma": (26.0, 48.0), "squamous": (36.0, 66.0), "large_cell": (52.0, 90.0)}
 """Millimetres at difficulty 0.5."""
@@ -32,7 +32,7 @@ def plant(
     radii = (radius * rng.uniform(0.85, 1.15), radius * rng.uniform(0.8, 1.1))
     angle = rng.uniform(0, math.pi)
     fade = 1.0 - 0.35 * difficulty**2 * rng.uniform(0.3, 1.0)
-    draw_reaction(canvas, rng, lung, center, radius, (1.0 - difficulty) * rng.uniform(0.6, 1.4))
+    draw_reaction(canvas, rng, lung, subtype, center, radius, (1.7 - 1.1 * difficulty) * rng.uniform(0.7, 1.3))
     if subtype == "large_cell":
         outline = blob(rng, center, radii, angle, 0.045, (2, 4, 7, 9))
         canvas.fill(outline, 45, alpha=fade, soft=0.6, within=lung)
@@ -47,7 +47,7 @@ def plant(
             draw_cavity(canvas, rng, lung, center, radii, angle)
     else:
         outline = blob(rng, center, radii, angle, 0.09)
-        solid = rng.uniform(0.35, 1.0)
+        solid = rng.uniform(0.55, 1.0)
         canvas.fill(outline, rng.uniform(-560, -300), alpha=fade, soft=1.2, within=lung)
         core = blob(rng, center, (radii[0] * solid, radii[1] * solid), angle, 0.12)
         canvas.fill(core, rng.uniform(-60, 40), alpha=fade, soft=0.8, within=lung)
@@ -83,24 +83,41 @@ def draw_reaction(
     canvas: Canvas,
     rng: np.random.Generator,
     lung: np.ndarray,
+    subtype: str,
     center: tuple[float, float],
     radius: float,
     strength: float,
 ) -> None:
-    """The lung around a tumour: a halo of ground glass and the net of thickened septa of lymphangitic spread.
+    """The lung around a tumour: thickened septa (lymphangitic spread) for adenocarcinoma, consolidation with air
+    bronchograms behind an obstructing squamous carcinoma, satellite nodules for large cell carcinoma.
 
     strength: 0 for none, about 1 for a lot.
     """
     reach = radius + 6 + 26 * strength
-    halo = canvas.cover(blob(rng, center, (reach, reach), 0, 0.1), soft=6.0)
-    canvas.hu += halo * lung * (220 * strength)
-    count = int(strength * reach**2 / 16)
-    away, around = rng.uniform(0.6 * radius, reach * 1.15, count), rng.uniform(0, 2 * math.pi, count)
+    soft = 2.5 if subtype == "squamous" else 6.0
+    halo = canvas.cover(blob(rng, center, (reach, reach), 0, 0.1), soft=soft) * lung
+    away, around = np.array([[0.6 * radius], [0.0]]) + rng.random((2, int(strength * reach**2 / 11))) * [
+        [1.15 * reach - 0.6 * radius],
+        [2 * math.pi],
+    ]
     start = np.stack([away * np.cos(around), away * np.sin(around)], 1) + center
-    heading, length = rng.uniform(0, math.pi, count), rng.uniform(4, 11, count)
-    end = start + np.stack([np.cos(heading), np.sin(heading)], 1) * length[:, None]
-    septa = np.column_stack([start, end, rng.uniform(0.7, 1.5, count)])
-    canvas.blend(canvas.strokes(septa) * lung * min(1.0, 0.4 + 0.6 * strength), -250)
+    if subtype == "squamous":
+        canvas.blend(halo * min(0.85, 0.25 + 0.4 * strength), -180)
+        heading = np.arange(14) * (2 * math.pi / 14) + rng.normal(0, 0.15, 14)
+        tubes = grow(rng, *np.tile(np.array(center)[:, None], 14), heading, rng.uniform(1.5, 3.0, 14))
+        canvas.blend(canvas.strokes(tubes) * halo * min(1.0, strength), -930)
+    elif subtype == "large_cell":
+        canvas.hu += halo * (90 * strength)
+        size = rng.uniform(3.0, 8.5, len(start))
+        some = rng.random(len(start)) < 0.15
+        nodules = np.column_stack([start, start + 0.3, size])[some]
+        canvas.blend(canvas.strokes(nodules) * lung * min(1.0, 0.4 + 0.6 * strength), 10)
+    else:
+        canvas.hu += halo * (200 * strength)
+        heading, length = rng.uniform(0, math.pi, len(start)), rng.uniform(4, 12, len(start))
+        end = start + np.stack([np.cos(heading), np.sin(heading)], 1) * length[:, None]
+        septa = np.column_stack([start, end, rng.uniform(0.9, 1.7, len(start))])
+        canvas.blend(canvas.strokes(septa) * lung * min(1.0, 0.4 + 0.6 * strength), -160)
 
 
 def draw_spicules(

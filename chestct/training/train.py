@@ -176,5 +176,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
     # Batches come whole from memory: more workers would only cost.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    # A resumed run writes into the folder it began in.
+    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
     # An epoch of a few dozen steps is logged once, at its end.
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")

@@ -19,7 +19,7 @@ def test_copies_and_relatives_of_training_slices_are_counted_apart_and_by_class(
     manifest = table(
         [("normal", "x", 0), ("normal", "x", 0), ("squamous", "y", 1), ("squamous", "z", 1), ("normal", "n", 2)]
     )
-    found = leaks(manifest, pd.Series(["train", "test", "train", "test", "test"]))
+    found = leaks(manifest, pd.Series(["train", "test", "train", "test", "test"]), pairs_of())
     assert found["test"] | {"by_class": None} == {"slices": 3, "copies": 1, "related": 1, "by_class": None}
     assert found["test"]["by_class"]["normal"] == {"slices": 2, "copies": 1, "related": 0}
     assert found["test"]["by_class"]["squamous"] == {"slices": 1, "copies": 0, "related": 1}
@@ -30,21 +30,34 @@ def test_copies_and_relatives_of_training_slices_are_counted_apart_and_by_class(
 
 
 def test_a_test_slice_known_from_validation_leaks_and_the_validation_slice_does_not() -> None:
-    found = leaks(table([("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["test", "valid"]))
+    found = leaks(table([("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["test", "valid"]), pairs_of())
     assert found["test"]["copies"] == 1
     assert found["valid"]["copies"] == 0
     assert found["list"][0]["twin_split"] == "valid"
 
 
+def test_the_twin_that_is_named_is_the_most_alike_of_the_earlier_ones() -> None:
+    manifest = table([("normal", name, 0) for name in "vwxyz"])
+    pairs = pairs_of((0, 3, 0.90, "near"), (3, 1, 0.95, "near"), (2, 3, 0.99, "near"))
+    found = leaks(manifest, pd.Series(["train", "train", "test", "test", "test"]), pairs)
+    assert [(row["path"], row["twin_path"]) for row in found["list"]] == [
+        ("2.png", "0.png"),  # only its group is known
+        ("3.png", "1.png"),  # 2.png is more alike, but a test slice itself
+        ("4.png", "0.png"),
+    ]
+
+
 def test_slices_left_out_neither_leak_nor_give_away() -> None:
-    found = leaks(table([("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["", "test", ""]))
+    found = leaks(
+        table([("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["", "test", ""]), pairs_of()
+    )
     assert found["list"] == []
     assert found["left_out"] == 2
 
 
 def test_copies_within_one_split_are_duplicates_but_no_leak() -> None:
     manifest = table([("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 1)])
-    assert leaks(manifest, pd.Series(["train", "train", "test"]))["list"] == []
+    assert leaks(manifest, pd.Series(["train", "train", "test"]), pairs_of())["list"] == []
 
 
 def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_once() -> None:

@@ -54,6 +54,27 @@ def test_a_planted_shortcut_is_flagged_in_its_family_whatever_its_direction(
         assert flagged(rows) == {family}
 
 
+def test_a_significant_but_small_difference_is_no_shortcut(make_data: Callable[..., Any]) -> None:
+    data = make_data(1500)
+    data.manifest["std"] += 0.025 * (data.manifest["label"] == "cancer")
+    row = measure(data)["std"]
+    assert row["significant"]
+    assert row["auroc"] > 0.55
+    assert not row["flagged"]
+
+
+def test_a_high_figure_on_few_slices_has_to_survive_the_correction_for_many_rules(
+    make_data: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chestct.audit.shortcuts.MATERIAL", 0.5)
+    data = make_data(40)
+    data.manifest["std"] += 0.063 * (data.manifest["label"] == "cancer")
+    row = measure(data)["std"]
+    assert row["low"] > 0.5
+    assert not row["significant"]
+    assert not row["flagged"]
+
+
 def test_format_tied_to_the_label_is_flagged(make_data: Callable[..., Any]) -> None:
     data = make_data()
     data.manifest["mode"] = np.where(data.manifest["label"] == "cancer", "RGBA", "L")

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 import zlib
@@ -314,8 +315,9 @@ def test_the_files_own_window_is_used_when_asked_for() -> None:
     own = decode(data, WindowConfig(from_file=True)).gray
     np.testing.assert_allclose(own, windowed(stored - 1024, 40, 400), atol=1e-5)
     np.testing.assert_allclose(decode(data, LUNG).gray, windowed(stored - 1024), atol=1e-5)
-    without = decode(dicom(stored), WindowConfig(from_file=True)).gray
-    np.testing.assert_allclose(without, windowed(stored - 1024), atol=1e-5)
+    for elements in ({}, {"WindowCenter": "40", "WindowWidth": "0"}, {"WindowCenter": "", "WindowWidth": "400"}):
+        without = decode(dicom(stored, **elements), WindowConfig(from_file=True)).gray
+        np.testing.assert_allclose(without, windowed(stored - 1024), atol=1e-5)
     step = decode(dicom(stored), WindowConfig(center=100, width=1)).gray
     assert np.array_equal(step, (stored - 1024 > 99).astype(np.float32))
 
@@ -418,11 +420,11 @@ def raw_deflate(data: bytes) -> bytes:
 def deflate_bomb() -> bytes:
     data = dicom(np.zeros((4, 4), np.int16), uid.DeflatedExplicitVRLittleEndian)
     meta_end = 144 + struct.unpack_from("<I", data, 140)[0]
-    return data[:meta_end] + raw_deflate(bytes(200_000_000))
+    return data[:meta_end] + raw_deflate(bytes(80_000_000))
 
 
 def rle_bomb() -> bytes:
-    segment = b"\x81\0" * 150_000  # 19 MB of zeros
+    segment = b"\x81\0" * 1_200_000  # 154 MB of zeros
     stream = struct.pack("<16L", 2, 64, 64, *[0] * 13) + segment
     return dicom(np.zeros((8, 8), np.int16), uid.RLELossless, PixelData=encapsulate([stream]))
 
@@ -439,16 +441,19 @@ def scan_bomb() -> bytes:
     return jpeg[:start] + jpeg[start:-2] * 5_000 + jpeg[-2:]
 
 
-def nested_dicom() -> bytes:
-    item = b"\x40\0\x75\xa0SQ\0\0\xff\xff\xff\xff\xfe\xff\0\xe0\xff\xff\xff\xff"
+OPEN_SEQUENCE = b"\x40\0\x75\xa0SQ\0\0\xff\xff\xff\xff"
+OPEN_ITEM = b"\xfe\xff\0\xe0\xff\xff\xff\xff"
+
+
+def dicom_of(dataset: bytes) -> bytes:
     data = dicom(np.zeros((4, 4), np.int16))
-    return data[: data.index(b"\x08\0\x16\0")] + item * 50_000
+    return data[: data.index(b"\x08\0\x16\0")] + dataset
 
 
 BOMBS: dict[str, Callable[[], bytes]] = {
     "png size": lambda: png(width=50_000, height=50_000),
-    "png text": lambda: png(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(100_000_000)))),
-    "png profile": lambda: png(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(100_000_000)))),
+    "png text": lambda: png(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
+    "png profile": lambda: png(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
     "png many texts": lambda: png(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000)))] * 200),
     "bmp size": lambda: b"BM" + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 50_000, 50_000, 1, 8, 0, 0, 0, 0, 0, 0),
     "tiff size": lambda: tiff(
@@ -465,7 +470,6 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "dicom rle": rle_bomb,
     "dicom jpeg2000": lying_jpeg2000,
     "dicom frames": lambda: dicom(np.zeros((4, 4), np.int16), NumberOfFrames=2_000_000_000),
-    "dicom nesting": nested_dicom,
 }
 
 
@@ -483,9 +487,32 @@ def test_bombs_are_refused_before_they_grow(bomb: str) -> None:
             assert not isinstance(caught.value.__cause__, MemoryError)
             if bomb.endswith("size"):
                 assert "data.max_pixels" in caught.value.reason
+            if bomb == "dicom deflate":
+                assert "data.max_bytes" in caught.value.reason
         assert tracemalloc.get_traced_memory()[1] < 70_000_000
     finally:
         tracemalloc.stop()
+
+
+FLOODS: dict[str, Callable[[], bytes]] = {
+    "dicom nesting": lambda: dicom_of((OPEN_SEQUENCE + OPEN_ITEM) * 50_000),
+    "dicom elements": lambda: dicom_of(b"\x11\0\x10\0SH\0\0" * 1_000_000),
+    "dicom items": lambda: dicom_of(OPEN_SEQUENCE + (OPEN_ITEM + b"\xfe\xff\x0d\xe0\0\0\0\0") * 500_000),
+    "dicom fragments": lambda: dicom(
+        np.zeros((4, 4), np.int16), uid.RLELossless, PixelData=b"\xfe\xff\0\xe0\0\0\0\0" * 1_000_000
+    ),
+    "png chunks": lambda: png(chunk(b"teSt", b"") * 1_000_000),
+    "jpeg segments": lambda: b"\xff\xd8" + b"\xff\x01" * 5_000_000,
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_files_of_countless_pieces_are_refused_soon(flood: str) -> None:
+    data = FLOODS[flood]()
+    start = time.process_time()
+    with pytest.raises(DecodeError):
+        decode(data, LUNG)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -514,6 +541,7 @@ def test_bombs_are_refused_before_they_grow(bomb: str) -> None:
         (dicom(np.zeros((4, 4), np.int16), BitsAllocated=None), "BitsAllocated is missing"),
         (dicom(np.zeros((4, 4), np.int16), Rows=0), "4 x 0 pixels"),
         (dicom(np.zeros((4, 4), np.int16), RescaleSlope="0"), "RescaleSlope is 0"),
+        (dicom(np.zeros((4, 4), np.int16), ModalityLUTSequence=[pydicom.Dataset()]), "modality lookup table"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="NONSENSE"), "NONSENSE"),
         (dicom(np.zeros((4, 4), np.int16), uid.MPEG2MPML, PixelData=encapsulate([b"video"])), "MPEG2"),

@@ -1,0 +1,124 @@
+"""Registers small images of slices to each other by zoom and shift, and says how well their detail then agrees.
+
+Grey levels are first normalised over a neighbourhood, so that brightness, window and gamma drop out; zoom and shift
+separate into one small matrix per axis, so that whole batches are warped by matrix products alone.
+
+A level is a batch at one resolution: normalised images and their weights, both float32 [n, side, side], with weights
+in [0, 1] that are 0 outside the image. A pose is float [n, 4]: zoom and shift along rows, zoom and shift along
+columns, shifts in units of the side; a point x of the fixed image lies at zoom * x + shift in the moving one, both
+counted from the centre.
+"""
+
+import numpy as np
+
+IDENTITY = np.array([1.0, 0.0, 1.0, 0.0])
+"""The pose that changes nothing."""
+
+Level = tuple[np.ndarray, np.ndarray]
+
+
+def find_image(thumbs: np.ndarray) -> np.ndarray:
+    """True within the image, False on letterbox bars and on borders of one colour: bool, as thumbs.
+
+    thumbs: uint8 [n, side, side]. One pixel more is left off on each side, for it mixes image and border.
+    """
+    inside = np.ones(thumbs.shape, dtype=bool)
+    side = thumbs.shape[-1]
+    index = np.arange(side)
+    for axis in (2, 1, 2, 1):  # twice: a coloured border within a letterbox shows only once the bars are off
+        spread = np.where(inside, thumbs, 0).max(axis) - np.where(inside, thumbs, 255).min(axis).astype(np.int16)
+        live = spread > 10  # grey levels; JPEG noise on a black border stays below
+        low, high = live.argmax(1), side - 1 - live[:, ::-1].argmax(1)
+        span = (index >= low[:, None]) & (index <= high[:, None]) & live.any(1)[:, None]
+        inside &= np.expand_dims(span, axis)
+    core = np.zeros_like(inside)
+    core[:, 1:-1, 1:-1] = inside[:, 2:, 1:-1] & inside[:, :-2, 1:-1] & inside[:, 1:-1, 2:] & inside[:, 1:-1, :-2]
+    return core
+
+
+def make_level(thumbs: np.ndarray, side: int, sigma: float) -> Level:
+    """Thumbnails, uint8 [n, S, S], shrunk to a side that divides S and normalised (see `normalise`)."""
+    scale = thumbs.shape[-1] // side
+    shape = (len(thumbs), side, scale, side, scale)
+    weight = find_image(thumbs).reshape(shape).mean((2, 4), dtype=np.float32)
+    return normalise(thumbs.reshape(shape).mean((2, 4), dtype=np.float32), weight, sigma), weight
+
+
+def normalise(image: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
+    """Local mean off and local contrast made equal: a change of window, brightness or gamma is locally linear.
+
+    image, weight: float32 [n, side, side]; sigma: standard deviation of the neighbourhood in units of the side; small
+    ones keep only fine detail, by which slices of different patients differ most. Returns float32 in [-3, 3], clipped
+    so that a scribble or a label burnt into one copy counts for little.
+    """
+    blur = blur_matrix(image.shape[-1], sigma)
+    mass = blur @ weight @ blur + 1e-6
+    detail = (image - blur @ (image * weight) @ blur / mass) * weight
+    power = detail * detail
+    local = np.sqrt(np.maximum(blur @ power @ blur / mass, 0))
+    overall = np.sqrt(power.sum((1, 2), keepdims=True) / (weight.sum((1, 2), keepdims=True) + 1e-6))
+    return np.clip(detail / (local + 0.3 * overall + 1e-6), -3, 3)
+
+
+def blur_matrix(side: int, sigma: float) -> np.ndarray:
+    """Gaussian blur along one axis as a symmetric matrix, float32 [side, side]; sigma in units of the side."""
+    offset = (np.arange(side)[:, None] - np.arange(side)) / (sigma * side)
+    return (np.exp(-0.5 * offset**2) / (sigma * side * np.sqrt(2 * np.pi))).astype(np.float32)
+
+
+def warp(images: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """Moving images float32 [n, side, side] as seen from the fixed ones: bilinear, 0 outside."""
+    side = images.shape[-1]
+    grid = np.arange(side, dtype=np.float32)
+    centre = (side - 1) / 2
+
+    def sampling(zoom: np.ndarray, shift: np.ndarray) -> np.ndarray:
+        at = zoom[:, None] * (grid - centre) + shift[:, None] * side + centre
+        return np.maximum(0, 1 - np.abs(at.astype(np.float32)[:, :, None] - grid))
+
+    return sampling(pose[:, 0], pose[:, 1]) @ images @ sampling(pose[:, 2], pose[:, 3]).transpose(0, 2, 1)
+
+
+def register(fixed: Level, moving: Level, pose: np.ndarray, steps: int, stiffness: float) -> np.ndarray:
+    """The pose under which moving looks like fixed: so many Gauss-Newton steps from a pose (Lucas and Kanade 1981).
+
+    The derivative is that of the mean of both images at the start (Malis 2004), computed once for all steps.
+    stiffness pulls the pose back towards IDENTITY, relative to the curvature of the error; where the two images show
+    different things, as a slice and the mean slice do, it keeps the pose from running away.
+    """
+    n, side, _ = moving[0].shape
+    grid = (np.arange(side, dtype=np.float32) - (side - 1) / 2) / side
+    weight = fixed[1] * warp(moving[1], pose)
+    middle = (fixed[0] + warp(moving[0], pose)) * (side / 2)
+    by_row = np.gradient(middle, axis=1) / pose[:, 0, None, None].astype(np.float32)
+    by_column = np.gradient(middle, axis=2) / pose[:, 2, None, None].astype(np.float32)
+    slope = np.stack([by_row * grid[:, None], by_row, by_column * grid, by_column], 1).reshape(n, 4, side * side)
+    pull = slope * weight.reshape(n, 1, side * side)
+    curvature = pull @ slope.transpose(0, 2, 1)
+    hold = np.eye(4) * (stiffness * curvature + 1e-3)
+    inverse = np.linalg.inv(curvature + hold)
+    for _ in range(steps):
+        rest = (fixed[0] - warp(moving[0], pose)).reshape(n, side * side, 1)
+        change = inverse @ (pull @ rest - hold @ (pose - IDENTITY)[:, :, None])
+        pose = np.clip(pose + np.clip(change[:, :, 0], -0.05, 0.05), IDENTITY - 0.3, IDENTITY + 0.3)
+    return pose
+
+
+def correlation(fixed: Level, moving: Level, pose: np.ndarray) -> np.ndarray:
+    """Weighted correlation under the pose, float [n] in [-1, 1]; 0 where less than 60 % of the smaller one overlap."""
+    weight = fixed[1] * warp(moving[1], pose)
+    total = weight.sum((1, 2))
+    a, b = fixed[0], warp(moving[0], pose)
+    a = a - ((a * weight).sum((1, 2)) / (total + 1e-6))[:, None, None]
+    b = b - ((b * weight).sum((1, 2)) / (total + 1e-6))[:, None, None]
+    power = (weight * a * a).sum((1, 2)) * (weight * b * b).sum((1, 2))
+    enough = total > 0.6 * np.minimum(fixed[1].sum((1, 2)), moving[1].sum((1, 2)))
+    value = (weight * a * b).sum((1, 2)) / np.sqrt(power + 1e-6)
+    return np.where(enough, np.clip(value, -1, 1), 0)
+
+
+def relative_pose(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The pose of b relative to a, given the poses of both relative to a third."""
+    zoom = b[:, ::2] / a[:, ::2]
+    shift = b[:, 1::2] - a[:, 1::2] * zoom
+    return np.stack([zoom[:, 0], shift[:, 0], zoom[:, 1], shift[:, 1]], 1)

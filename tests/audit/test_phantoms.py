@@ -1,0 +1,57 @@
+"""What the phantoms plant, the audit finds, and on clean ones it finds nothing: through files, decoding and store."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chestct.audit import Audit, audit
+from chestct.config import SUBTYPES, DataConfig, PhantomConfig
+from chestct.data.splits import make_splits
+from chestct.data.store import ingest
+from chestct.phantom import dataset
+
+pytestmark = pytest.mark.slow
+
+
+def audited(folder: Path, slices: int, *defects: str, split: str = "grouped") -> Audit:
+    cfg = PhantomConfig(slices=slices, size=128, defects=list(defects))
+    dataset.write(folder / "phantoms", cfg)
+    data = DataConfig(
+        root=str(folder / "phantoms"), labels={name: name for name in SUBTYPES}, split=split, size=64, max_unreadable=9
+    )
+    store = ingest(data, folder / "store")
+    splits = {
+        name: make_splits(store.manifest, "binary", replace(data, split=name)) for name in ("official", "grouped")
+    }
+    return audit(store.manifest, splits, store.images, store.unreadable, store.pairs, name="phantom", split=split)
+
+
+def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path) -> None:
+    found = audited(tmp_path, 1000)
+    assert not [row["name"] for row in found.shortcuts if row["flagged"]]
+    assert found.verdict[0] == "clean"
+
+
+@pytest.mark.parametrize(
+    ("defect", "family"), [("shortcut_window", "grey"), ("shortcut_size", "size"), ("shortcut_border", "border")]
+)
+def test_every_planted_shortcut_is_flagged(tmp_path: Path, defect: str, family: str) -> None:
+    found = audited(tmp_path, 200, defect)
+    assert family in {row["family"] for row in found.shortcuts if row["flagged"]}
+    assert "shortcut" in {finding.kind for finding in found.findings if finding.severity == "error"}
+
+
+def test_copies_across_splits_conflicts_and_broken_files_are_found(tmp_path: Path) -> None:
+    found = audited(tmp_path, 200, "across_splits", "label_conflict", "odd_files", split="official")
+    truth = dataset.read_truth(tmp_path / "phantoms")
+    assert truth is not None
+    planted = [file for file in truth["files"] if file["defect"] == "across_splits"]
+    crossing = {row["path"] for row in found.leakage["official"]["list"]} | {
+        row["twin_path"] for row in found.leakage["official"]["list"]
+    }
+    assert {file["path"] for file in planted} <= crossing
+    conflicts = {path for row in found.conflicts for path in row["paths"]}
+    assert {file["path"] for file in truth["files"] if file["defect"] == "label_conflict"} <= conflicts
+    assert {row["path"] for row in found.unreadable} == {f["path"] for f in truth["files"] if not f["readable"]}
+    assert not found.leakage["grouped"]["list"]

@@ -1,0 +1,214 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from chestct.door import CONF
+from chestct.errors import ChestCTError, DataError, Interrupted, WeightsError
+from chestct.evaluation.evaluate import predict
+from chestct.evaluation.metrics import measure
+from chestct.models.classifier import Classifier
+from chestct.training import callbacks, train
+
+ROOT = CONF.parent
+
+
+def losses(folder):
+    return pd.read_csv(folder / "history.csv")[["train/loss", "valid/loss"]]
+
+
+def test_training_learns_and_leaves_what_it_says(small, tmp_path):
+    result = train(small("trainer.max_epochs=12", "optim.lr=0.02"), tmp_path / "run")
+    assert result.metrics["test/auroc"] > 0.8
+    assert result.best.is_file()
+    assert result.last.is_file()
+    history = losses(tmp_path / "run")
+    assert history["train/loss"].iloc[-1] < 0.8 * history["train/loss"].iloc[0]
+    assert set(result.predictions["split"]) == {"valid", "test"}
+    assert result.synthetic
+
+
+def test_same_settings_give_the_same_numbers(small, tmp_path):
+    first = train(small("model.dropout=0.5"), tmp_path / "a").metrics
+    assert train(small("model.dropout=0.5"), tmp_path / "b").metrics == pytest.approx(first, abs=1e-6)
+    assert train(small("model.dropout=0.5", "seed=1"), tmp_path / "c").metrics != pytest.approx(first, abs=1e-6)
+
+
+def test_cached_features_train_like_running_the_convolutions_every_step(small, tmp_path):
+    cached = train(small("data.views=0"), tmp_path / "a")
+    direct = train(small("data.views=0", "features.cache=false"), tmp_path / "b")
+    assert torch.allclose(
+        torch.tensor(losses(cached.folder).values), torch.tensor(losses(direct.folder).values), atol=1e-4
+    )
+    for column in ("logit_cancer",):
+        assert (cached.predictions[column] - direct.predictions[column]).abs().max() < 1e-3
+
+
+def test_cached_views_are_the_views_that_direct_training_sees(small, tmp_path):
+    cached = train(small("data.views=1"), tmp_path / "a")
+    direct = train(small("data.views=1", "features.cache=false"), tmp_path / "b")
+    assert torch.allclose(
+        torch.tensor(losses(cached.folder).values), torch.tensor(losses(direct.folder).values), atol=1e-4
+    )
+
+
+def test_validation_and_test_are_never_augmented(small, tmp_path):
+    result = train(small("features.cache=false", "data.augment.noise=0.5", "data.augment.rotate=90"), tmp_path)
+    cfg = small(f"ckpt={result.best}")
+    plain = predict(cfg)
+    assert (plain["logit_cancer"] - result.predictions["logit_cancer"]).abs().max() < 1e-3
+
+
+def test_evaluation_of_a_checkpoint_gives_the_numbers_that_training_printed(small, tmp_path):
+    result = train(small(), tmp_path / "run")
+    metrics = measure(predict(small(f"ckpt={result.best}")), "binary")
+    shared = {"auroc", "average_precision", "accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1"}
+    for split in ("valid", "test"):
+        for name in shared:
+            theirs, ours = result.metrics[f"{split}/{name}"], metrics[split][name]
+            assert (ours or 0) == pytest.approx(theirs, abs=1e-6), f"{split}/{name}"
+
+
+def stop_after(epochs):
+    """A callback that ends a run the way a signal does, in the epoch after so many."""
+
+    class Stop(callbacks.StopWhenTold):
+        def on_train_batch_end(self, trainer, *rest):
+            self.told = trainer.current_epoch == epochs
+            super().on_train_batch_end(trainer, *rest)
+
+    return Stop
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.dropout=0.3",),
+        ("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle"),
+        ("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1"),
+        ("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch, overrides):
+    overrides = ("trainer.max_epochs=4", "optim.lr=0.01", *overrides)
+    whole = train(small(*overrides), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "StopWhenTold", stop_after(1))
+        with pytest.raises(Interrupted, match=r"ckpt=.*last\.ckpt"):
+            train(small(*overrides), tmp_path / "cut")
+    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
+    resumed = train(small(*overrides, f"ckpt={last}"), tmp_path / "cut")
+    assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-6)
+    assert losses(tmp_path / "cut").to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
+
+
+def test_checkpoints_hold_plain_data_only(small, tmp_path):
+    result = train(small(), tmp_path)
+    for path in (result.best, result.last):
+        saved = torch.load(path, weights_only=True)
+        assert saved["hyper_parameters"]["settings"]["task"] == "binary"
+    assert result.best.stat().st_size < 100_000  # the frozen convolutions are in the package
+    assert Classifier.load_from_checkpoint(result.best, weights_only=True).class_names == ("normal", "cancer")
+
+
+def test_two_stage_training_moves_the_last_blocks_and_nothing_else(small, tmp_path):
+    result = train(small("trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1", "optim.lr=0.05"), tmp_path)
+    saved = torch.load(result.last, weights_only=True)["state_dict"]
+    fresh = Classifier.load_from_checkpoint(result.last, weights_only=True).net
+    original = type(fresh)(fresh_config(), 1, 64, packaged())
+    for name, tensor in original.features.named_parameters():
+        moved = not torch.equal(saved[f"net.features.{name}"], tensor)
+        assert moved == (int(name.split(".")[0]) >= 24), name
+
+
+def fresh_config():
+    from chestct.config import ModelConfig
+
+    return ModelConfig()
+
+
+def packaged():
+    from chestct.models.weights import load_weights
+
+    return load_weights("oxford")
+
+
+@pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_every_experiment_runs(small, tmp_path, experiment):
+    short = (
+        ("trainer.max_epochs=2", "trainer.unfreeze_epoch=1") if experiment == "two_stage" else ("trainer.max_epochs=1",)
+    )
+    result = train(small(f"experiment={experiment}", *short, "data.size=32"), tmp_path)
+    assert 0 <= result.metrics["test/accuracy"] <= 1
+
+
+def test_a_checkpoint_of_another_task_is_refused_before_anything_is_written(small, tmp_path):
+    result = train(small(), tmp_path / "run")
+    with pytest.raises(WeightsError, match="task"):
+        train(small("task=subtype", f"ckpt={result.last}"), tmp_path / "other")
+    assert not (tmp_path / "other" / "history.csv").exists()
+
+
+def test_resuming_on_changed_data_is_refused(small, tmp_path):
+    result = train(small(), tmp_path / "run")
+    with pytest.raises(DataError, match="data changed"):
+        train(
+            small(f"ckpt={result.last}", "data.root=null", "data.phantom.slices=24", "data.phantom.size=64"),
+            tmp_path / "b",
+        )
+
+
+def test_an_unwritable_run_folder_is_one_clear_error(small, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ChestCTError, match="runs_dir=FOLDER"):
+        train(small(), tmp_path / "file" / "run")
+
+
+def test_a_device_that_is_not_there_is_said(small, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ChestCTError, match="trainer settings"):
+        train(small("trainer=gpu"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms, tmp_path, signum):
+    settings = [
+        "data.size=64",
+        f"data.root={phantoms}",
+        "trainer.progress=false",
+        "trainer.patience=0",
+        f"runs_dir={tmp_path}/runs",
+    ]
+    settings += [f"cache_dir={tmp_path}/cache", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.max_epochs=4000"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "ckpt=" in errors
+    (run,) = (tmp_path / "runs").iterdir()
+    done = len(pd.read_csv(run / "history.csv"))
+    again = [sys.executable, str(ROOT / "train.py"), "ckpt=last", *settings, f"trainer.max_epochs={done + 2}"]
+    finished = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
+    assert len(pd.read_csv(run / "history.csv")) == done + 2
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (recorded,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    assert recorded.info.status == "FINISHED"
+    assert os.environ.get("MLFLOW_RUN_ID") is None
+    assert Path(run / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
