@@ -80,7 +80,8 @@ class AuditConfig:
 
     fail_on: list[str] = setting(
         [],
-        "findings that fail the validate stage: leakage, label_conflict, unreadable, shortcut, imbalance, shift",
+        "findings that fail the validate stage: leakage, label_conflict, unreadable, shortcut, sample_size, "
+        "imbalance, shift, duplicates",
     )
 
 

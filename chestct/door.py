@@ -217,5 +217,14 @@ def overlay(cfg: Config, overrides: list[str], base: dict[str, Any]) -> Config:
     return resolve(merged)  # type: ignore[arg-type]
 
 
-if __name__ == "__main__":  # `make params`
-    print(as_yaml(), end="")
+def made_files() -> dict[Path, str]:
+    """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml."""
+    composed = OmegaConf.to_yaml(OmegaConf.structured(compose()))
+    note = "# What `python train.py` composes by default. Made by `make params`; dvc exp run -S writes its own.\n"
+    return {CONF / "defaults.yaml": as_yaml(), CONF.parent / "params.yaml": note + composed}
+
+
+if __name__ == "__main__":  # `make params`; the defaults first, since params.yaml is composed on top of them
+    (CONF / "defaults.yaml").write_text(as_yaml())
+    for made, text in made_files().items():
+        made.write_text(text)

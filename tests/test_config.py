@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from chestct.checks import check, resolve
 from chestct.config import Config, leaves
-from chestct.door import CONF, as_yaml, compose, overlay
+from chestct.door import CONF, compose, made_files, overlay
 from chestct.errors import ConfigError
 
 
@@ -81,8 +81,9 @@ def test_frozen_ends_where_convolutions_join_in():
     assert not cfg.always_frozen
 
 
-def test_defaults_file_is_made_from_the_schema():
-    assert (CONF / "defaults.yaml").read_text() == as_yaml(), "run `make params`"
+def test_committed_files_follow_from_the_schema():
+    for path, text in made_files().items():
+        assert path.read_text() == text, f"{path.name}: run `make params`"
 
 
 def test_schema_defaults_pass_their_own_checks():

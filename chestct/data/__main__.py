@@ -13,7 +13,7 @@ python -m chestct.data COMMAND [settings]
   phantom    draws the synthetic slices (data.phantom.slices=1000 data.phantom.defects=[exact,near] ...)
   ingest     decodes every slice once into the store and finds copies and near-copies
   validate   audits the data: report.html for people, report.json for machines
-  show       prints what is there, and writes a contact sheet for each split and class
+  show       prints slices and groups by split and class
 
   python -m chestct.data validate data=chest_ct data.root=FOLDER
 """
@@ -46,24 +46,22 @@ def ingest(cfg: Config, out: Path) -> None:
 def validate(cfg: Config, out: Path) -> None:
     """Audits the data; fails on what data.audit.fail_on names."""
     # The audit stands a floor above this package; this door only calls it.
-    from chestct.audit import audit_store
+    from chestct.audit import stage
 
-    audit_store(cfg, out)
+    stage.validate(cfg, out)
 
 
 def show(cfg: Config, out: Path) -> None:
-    """Prints slices and groups by split and class, and writes contact sheets."""
-    from chestct.audit import contact_sheets
+    """Prints slices and groups by split and class."""
     from chestct.data.module import SliceModule
 
     data = SliceModule(cfg)
     data.prepare_data()
     data.setup()
-    table = data.manifest.groupby(["split", "subtype"]).agg(slices=("path", "size"), groups=("group", "nunique"))
-    print(table.to_string())
+    columns = {"slices": ("path", "size"), "groups": ("group", "nunique"), "leaked": ("leaked", "sum")}
+    print(data.manifest.groupby(["source", "split", "subtype"]).agg(**columns).to_string())
     assert data.store is not None
-    for path in contact_sheets(data.manifest, data.store.images, out):
-        print(path)
+    print(f"\nstore  {data.store.folder}")
 
 
 COMMANDS = {"phantom": phantom, "ingest": ingest, "validate": validate, "show": show}

@@ -12,7 +12,6 @@ C.11.2.1.2.1 with output range [0, 1]: 0 up to c - 0.5 - (w - 1) / 2, 1 above c 
 import logging
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -130,12 +129,12 @@ def _text(dataset: Dataset, keyword: str) -> str:
 
 
 def _number(datasets: list[Dataset], keyword: str) -> float | None:
-    """The first value of a decimal string, from the first dataset that has a sane one."""
+    """The first value of a decimal string, from the first dataset that has one."""
     for dataset in datasets:
-        with suppress(ValueError):
-            value = float(_text(dataset, keyword).split("\\")[0])
-            if abs(value) < 1e9:  # neither NaN nor what float32 cannot hold once it is scaled
-                return value
+        if text := _text(dataset, keyword).split("\\")[0].strip():
+            if not abs(float(text)) < 1e9:  # NaN, or more than float32 can hold once it is scaled
+                raise RefusedError(f"{keyword} is {text}")
+            return float(text)
     return None
 
 

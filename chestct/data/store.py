@@ -78,7 +78,7 @@ def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
     files = list_slices(cfg)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
             store = _update(cfg, files, folder, progress)
     except OSError as error:
         raise DataError(

@@ -23,7 +23,7 @@ from chestct.errors import DataError
 from chestct.phantom import defects, files, thorax
 from chestct.phantom.defects import File
 
-GENERATOR = 1
+GENERATOR = 2
 """Raised whenever the same settings draw other pictures than before, so that older sets are drawn anew."""
 
 TRUTH = "truth.json"

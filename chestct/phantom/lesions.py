@@ -2,7 +2,8 @@
 
 What differs between the subtypes is what radiology texts teach: adenocarcinoma lies in the periphery, often part-solid
 with spicules; squamous cell carcinoma sits at the hilum and may cavitate; large cell carcinoma is a big lobulated
-peripheral mass with necrosis. The ranges overlap, as they do in patients.
+peripheral mass with necrosis. The lung around a tumour reacts, each in its own way; that texture, more than the mass
+itself, is what a network with pooled features sees, so the difficulty dims it too. The mask holds the tumour alone.
 """
 
 import math
@@ -24,7 +25,8 @@ def plant(
     """Draw one lesion of the subtype into the lung.
 
     lung: float32 [H, W] in [0, 1], coverage of both lungs. difficulty in [0, 1] shrinks and fades the lesion.
-    Returns the mask, bool [H, W]: the lesion's outline within the lung, cavity included, spicules not.
+    Returns the mask, bool [H, W]: the lesion's outline within the lung, cavity included, spicules and
+    satellites not.
     """
     low, high = DIAMETER[subtype]
     radius = rng.uniform(low, high) / 2 * (1.4 - 0.8 * difficulty)
@@ -32,7 +34,7 @@ def plant(
     radii = (radius * rng.uniform(0.85, 1.15), radius * rng.uniform(0.8, 1.1))
     angle = rng.uniform(0, math.pi)
     fade = 1.0 - 0.35 * difficulty**2 * rng.uniform(0.3, 1.0)
-    draw_reaction(canvas, rng, lung, subtype, center, radius, (1.7 - 1.1 * difficulty) * rng.uniform(0.7, 1.3))
+    draw_reaction(canvas, rng, lung, subtype, center, radius, (1.85 - 1.2 * difficulty) * rng.uniform(0.7, 1.3))
     if subtype == "large_cell":
         outline = blob(rng, center, radii, angle, 0.045, (2, 4, 7, 9))
         canvas.fill(outline, 45, alpha=fade, soft=0.6, within=lung)
@@ -96,15 +98,13 @@ def draw_reaction(
     reach = radius + 6 + 26 * strength
     soft = 2.5 if subtype == "squamous" else 6.0
     halo = canvas.cover(blob(rng, center, (reach, reach), 0, 0.1), soft=soft) * lung
-    away, around = np.array([[0.6 * radius], [0.0]]) + rng.random((2, int(strength * reach**2 / 11))) * [
-        [1.15 * reach - 0.6 * radius],
-        [2 * math.pi],
-    ]
+    spread = rng.random((2, int(strength * reach**2 / 11)))
+    away, around = 0.6 * radius + spread[0] * (1.15 * reach - 0.6 * radius), 2 * math.pi * spread[1]
     start = np.stack([away * np.cos(around), away * np.sin(around)], 1) + center
     if subtype == "squamous":
         canvas.blend(halo * min(0.85, 0.25 + 0.4 * strength), -180)
         heading = np.arange(14) * (2 * math.pi / 14) + rng.normal(0, 0.15, 14)
-        tubes = grow(rng, *np.tile(np.array(center)[:, None], 14), heading, rng.uniform(1.5, 3.0, 14))
+        tubes = grow(rng, np.full(14, center[0]), np.full(14, center[1]), heading, rng.uniform(1.5, 3.0, 14))
         canvas.blend(canvas.strokes(tubes) * halo * min(1.0, strength), -930)
     elif subtype == "large_cell":
         canvas.hu += halo * (90 * strength)

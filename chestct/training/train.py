@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 
+from chestct.audit.stage import kept_audit
 from chestct.config import Config
 from chestct.data.module import SliceModule
 from chestct.errors import ChestCTError, DataError, Interrupted
@@ -55,7 +56,8 @@ def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
         model.to(trainer.strategy.root_device)
         splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
         attach(data, model.net, model.weights_digest, cfg, splits)
-    run.tags(_tags(cfg, data, model))
+    _record_data(cfg, data, run)
+    run.tags(model.parameter_counts())
 
     stop = next(callback for callback in callbacks if isinstance(callback, StopWhenTold))
     try:
@@ -144,17 +146,22 @@ def _measure_best(
     return {name: float(value) for name, value in metrics.items()}, pd.concat(tables, ignore_index=True)
 
 
-def _tags(cfg: Config, data: SliceModule, model: Classifier) -> dict[str, object]:
+def _record_data(cfg: Config, data: SliceModule, run: Run) -> None:
+    """Audits the data where that has not been done, and tells the run what it stands on."""
     assert data.store is not None
+    slices = {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()}
     leaks = int(data.manifest["leaked"].sum())
-    return {
-        "data.hash": data.store.data_hash,
-        "data.split": cfg.data.split,
-        "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
-        "data.synthetic": cfg.data.name == "phantom",
-        **{f"slices.{split}": n for split, n in data.manifest["split"].value_counts().items()},
-        **model.parameter_counts(),
-    }
+    run.artifacts(kept_audit(cfg, data.store), "audit")
+    run.data(cfg.data.name, data.store.data_hash, str(data.store.folder.resolve()), slices)
+    run.tags(
+        {
+            "data.hash": data.store.data_hash,
+            "data.split": cfg.data.split,
+            "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
+            "data.synthetic": cfg.data.name == "phantom",
+            **{f"slices.{split}": n for split, n in slices.items()},
+        }
+    )
 
 
 def _make_writable(out: Path) -> None:
