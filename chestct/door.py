@@ -40,7 +40,7 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
             failures: list[str] = []
             try:
                 signal.signal(signal.SIGTERM, _terminate)
-                sys.argv[1:] = [_opened(arg) for arg in sys.argv[1:]]
+                sys.argv[1:] = _ordered(sys.argv[1:])
                 if config_name == "train":
                     sys.argv += _resumed_folder(sys.argv[1:])
                 _run(task, config_name, failures)
@@ -84,6 +84,12 @@ def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[s
 
 def _terminate(signum: int, _: object) -> None:
     raise Interrupted("Terminated.")
+
+
+def _ordered(argv: list[str]) -> list[str]:
+    """Flags before overrides: argparse, under Hydra, does not admit them in between."""
+    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
+    return [arg for arg in argv if arg not in overrides] + [_opened(arg) for arg in overrides]
 
 
 def _opened(override: str) -> str:

@@ -93,7 +93,7 @@ def server():
     """A server that answers every request with the status it is told."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             self.send_response(self.server.status)
             self.end_headers()
             self.server.auth = self.headers.get("Authorization")

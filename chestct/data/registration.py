@@ -115,10 +115,3 @@ def correlation(fixed: Level, moving: Level, pose: np.ndarray) -> np.ndarray:
     enough = total > 0.6 * np.minimum(fixed[1].sum((1, 2)), moving[1].sum((1, 2)))
     value = (weight * a * b).sum((1, 2)) / np.sqrt(power + 1e-6)
     return np.where(enough, np.clip(value, -1, 1), 0)
-
-
-def relative_pose(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The pose of b relative to a, given the poses of both relative to a third."""
-    zoom = b[:, ::2] / a[:, ::2]
-    shift = b[:, 1::2] - a[:, 1::2] * zoom
-    return np.stack([zoom[:, 0], shift[:, 0], zoom[:, 1], shift[:, 1]], 1)

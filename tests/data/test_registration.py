@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+
+from chestct.data.registration import IDENTITY, correlation, find_image, make_level, normalise, register, warp
+
+SIDE = 56
+
+
+def texture(seed: int, n: int = 1) -> np.ndarray:
+    """Smooth random images in a black frame: float32 [n, SIDE, SIDE], 0 to 255."""
+    rng = np.random.default_rng(seed)
+    axis = np.arange(SIDE) / SIDE
+    waves = np.exp(-(((axis[:, None] - np.linspace(0, 1, 15)) / 0.05) ** 2))
+    image = 120 + 50 * waves @ rng.normal(size=(n, 15, 15)) @ waves.T
+    image[:, :4] = image[:, -4:] = 0
+    return np.clip(image, 0, 255).astype(np.float32)
+
+
+def test_shading_and_contrast_drop_out() -> None:
+    image, weight = texture(0), np.ones((1, SIDE, SIDE), np.float32)
+    shaded = (image * np.linspace(0.3, 1.2, SIDE) + 40).astype(np.float32)
+    inner = np.s_[:, 8:-8, 4:-4]
+    plain, changed = normalise(image, weight, 1 / 28)[inner], normalise(shaded, weight, 1 / 28)[inner]
+    assert np.corrcoef(plain.ravel(), changed.ravel())[0, 1] > 0.98
+    # Local mean alone would leave the contrast of the dark side smaller.
+    left, right = (np.abs(part).mean() for part in np.split(changed, 2, axis=2))
+    before_left, before_right = (np.abs(part).mean() for part in np.split(plain, 2, axis=2))
+    assert left / right == pytest.approx(before_left / before_right, rel=0.25)
+
+
+def test_register_finds_the_pose_of_a_warped_copy() -> None:
+    image = texture(1, n=5).astype(np.uint8)
+    rng = np.random.default_rng(0)
+    pose = rng.uniform([0.93, -0.04, 0.93, -0.04], [1.07, 0.04, 1.07, 0.04], (5, 4))
+    moved = np.uint8(np.clip(warp(image.astype(np.float32), pose), 0, 255))
+    found = np.tile(IDENTITY, (5, 1))
+    for side, sigma in ((14, 0.2), (28, 0.2), (56, 1 / 28)):
+        fixed, moving = make_level(moved, side, sigma), make_level(image, side, sigma)
+        found = register(fixed, moving, found, steps=8, stiffness=1e-3)
+    assert found == pytest.approx(pose, abs=0.01)
+    assert (correlation(fixed, moving, found) > 0.93).all()
+    assert correlation(fixed, moving, np.tile(IDENTITY, (5, 1))).mean() < 0.6
+
+
+def test_stiffness_holds_the_pose_back() -> None:
+    image = texture(2).astype(np.uint8)
+    fixed, moving = make_level(image, 28, 0.2), make_level(np.roll(image, 2, axis=2), 28, 0.2)
+    free = register(fixed, moving, IDENTITY[None], steps=8, stiffness=1e-3)
+    held = register(fixed, moving, IDENTITY[None], steps=8, stiffness=1.0)
+    assert free[0, 3] == pytest.approx(2 / SIDE, abs=0.005)
+    assert 0 < held[0, 3] < 0.75 * free[0, 3]
+
+
+def test_bars_and_a_white_border_within_them_are_not_image() -> None:
+    image = texture(3).astype(np.uint8)
+    image[:, :8] = image[:, -8:] = 0
+    image[:, 8:12] = image[:, -12:-8] = image[:, 8:-8, :4] = image[:, 8:-8, -4:] = 255
+    rows, columns = np.nonzero(find_image(image)[0])
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (13, SIDE - 14, 5, SIDE - 6)
+
+
+def test_little_overlap_counts_as_no_likeness() -> None:
+    level = make_level(texture(4).astype(np.uint8), 28, 0.2)
+    away = np.array([[1.0, 0.0, 1.0, 0.5]])
+    assert correlation(level, level, IDENTITY[None]) == pytest.approx(1, abs=1e-3)
+    assert correlation(level, level, away) == 0

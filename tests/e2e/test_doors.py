@@ -1,0 +1,197 @@
+"""The command lines as a user meets them: what they print, where they write, and how they fail."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from chestct.door import CONF
+from tests.conftest import SMALL
+
+ROOT = CONF.parent
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, phantoms, cache, capfd):
+    """call("train.py", *arguments) -> (exit status, standard output, standard error), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(program, *arguments, small=True):
+        settings = [*SMALL, f"data.root={phantoms}", f"cache_dir={cache}"] if small else []
+        # MLflow keeps a store for each URI in a process; a relative one would be the first test's.
+        settings += [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"] if small else []
+        given = {a.split("=")[0] for a in arguments}
+        settings = [s for s in settings if s.split("=")[0] not in given]
+        monkeypatch.setattr(sys, "argv", [program, *settings, *arguments])
+        try:
+            if program.endswith(".py"):
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__")
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+def only_run(tmp_path) -> Path:
+    (run,) = (tmp_path / "runs").iterdir()
+    return run
+
+
+def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
+    status, printed, err = call("train.py", "trainer.max_epochs=2", "tracking=mlflow")
+    assert status == 0, err
+    assert printed.startswith("SYNTHETIC")
+    assert "auroc" in printed
+    run = only_run(tmp_path)
+    trained = json.loads((run / "evaluation" / "metrics.json").read_text())
+    for name in ("roc.png", "precision_recall.png", "confusion.png", "curves.png", "predictions.parquet"):
+        assert (run / "evaluation" / name).stat().st_size > 0
+    status, again, err = call("evaluate.py", "ckpt=last", "hydra.run.dir=evaluated", small=False)
+    assert status == 0, err
+    evaluated = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
+    for split in ("valid", "test"):
+        assert evaluated[split] == pytest.approx(trained[split], abs=1e-6)
+    assert again.splitlines()[:10] == printed.splitlines()[:10]
+
+
+def test_the_mlflow_run_holds_what_the_readme_promises(call, tmp_path):
+    assert call("train.py", "trainer.max_epochs=2", "tracking=mlflow")[0] == 0
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    folders = {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert folders == {"audit", "checkpoints", "config", "evaluation"}
+    assert run.data.params["model.freeze"] == "True"
+    assert run.data.tags["data.synthetic"] == "True"
+    assert run.data.tags["data.leakage"] == "none"
+    assert len(client.get_metric_history(run.info.run_id, "valid/auroc")) >= 2
+    assert "best/test/auroc" in run.data.metrics
+
+
+def test_a_sweep_runs_every_combination(call, tmp_path):
+    status, _, err = call("train.py", "-m", "optim.lr=1e-3,1e-4", "model.hidden=[],[8]", "trainer.max_epochs=1")
+    assert status == 0, err
+    (sweep,) = (tmp_path / "runs").iterdir()
+    assert len(list(sweep.glob("*/evaluation/metrics.json"))) == 4
+
+
+def test_a_sweep_with_one_bad_job_runs_the_others_and_fails(call, tmp_path):
+    status, _, err = call("train.py", "-m", "optim.lr=-1,1e-3", "trainer.max_epochs=1")
+    assert status == 2
+    assert "out of range" in err
+    assert len(list((tmp_path / "runs").glob("*/*/evaluation/metrics.json"))) == 1
+
+
+BAD = {
+    "optim.lrr=1": "Did you mean optim.lr",
+    "data.root=gone": "data=phantom",
+    "ckpt=gone.ckpt": "ckpt=last",
+    "model.weights=gone.safetensors": "no such file",
+    "experiment=nope": "conf/experiment/",
+}
+
+
+@pytest.mark.parametrize("override", list(BAD))
+def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, override):
+    status, out, err = call("train.py", override)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert BAD[override] in err
+    assert "Traceback" not in out + err
+    assert not list(tmp_path.glob("runs/*/checkpoints"))
+
+
+def test_an_unreadable_image_is_named_with_its_reason(call, tmp_path, phantoms):
+    import shutil
+
+    shutil.copytree(phantoms, tmp_path / "set")
+    broken = next((tmp_path / "set" / "train" / "normal").iterdir())
+    broken.write_bytes(broken.read_bytes()[:200])
+    status, _, err = call("train.py", f"data.root={tmp_path}/set")
+    assert status == 2
+    assert broken.name in err
+    assert "data.max_unreadable" in err
+    assert call("train.py", f"data.root={tmp_path}/set", "data.max_unreadable=1", "trainer.max_epochs=1")[0] == 0
+
+
+@pytest.mark.parametrize("arguments", [(), ("ckpt=last",), ("ckpt=gone.ckpt",)])
+def test_evaluation_without_a_checkpoint_is_refused(call, arguments):
+    status, out, err = call("evaluate.py", *arguments, small=False)
+    assert status == 2
+    assert "ckpt=" in err
+    assert "Traceback" not in out + err
+
+
+def test_a_checkpoint_of_another_task_is_refused(call, tmp_path):
+    assert call("train.py", "trainer.max_epochs=1")[0] == 0
+    status, _, err = call("train.py", "ckpt=last", "task=subtype")
+    assert status == 2
+    assert "task=binary" in err
+
+
+def test_a_leaky_split_has_to_be_asked_for_and_is_stamped_on_the_results(call, tmp_path, phantoms):
+    import shutil
+
+    shutil.copytree(phantoms, tmp_path / "set")
+    source = next((tmp_path / "set" / "train" / "normal").iterdir())
+    shutil.copy(source, tmp_path / "set" / "test" / "normal" / "copy.png")
+    arguments = (f"data.root={tmp_path}/set", "data.split=official", "trainer.max_epochs=1")
+    status, _, err = call("train.py", *arguments)
+    assert status == 2
+    assert "data.allow_leakage=true" in err
+    status, out, _ = call("train.py", *arguments, "data.allow_leakage=true")
+    assert status == 0
+    assert "LEAKY SPLIT (official)" in out
+    metrics = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/evaluation/metrics.json")]
+    assert metrics[0]["about"]["leaked"] >= 1
+
+
+def test_data_commands_ingest_audit_and_show(call, tmp_path, phantoms, cache):
+    settings = ("data.size=64", f"data.root={phantoms}", f"cache_dir={cache}", "trainer.progress=false")
+    status, out, _ = call("chestct.data", "ingest", *settings, small=False)
+    assert status == 0
+    assert out.startswith("60 slices, 0 of them copies")
+    status, out, _ = call("chestct.data", "show", *settings, small=False)
+    assert status == 0
+    assert "squamous" in out
+    status, out, err = call("chestct.data", "validate", *settings, "data.audit.fail_on=[sample_size]", small=False)
+    assert status == 2
+    assert "sample_size" in err
+    report = tmp_path / "runs" / "audit-phantom"
+    assert (report / "report.html").stat().st_size > 10_000
+    assert json.loads((report / "report.json").read_text())["name"] == "phantom"
+
+
+def test_data_commands_without_a_command_say_which_there_are(call):
+    status, out, _ = call("chestct.data", small=False)
+    assert status == 0
+    assert "validate" in out
+    status, _, err = call("chestct.data", "injest", small=False)
+    assert status == 2
+    assert "ingest" in err
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate.py"])
+def test_help_explains_every_setting_without_importing_anything_heavy(program):
+    code = f"import runpy, sys; sys.argv = ['{program}', '--help']; runpy.run_path('{program}', run_name='__main__');"
+    code += "print([m for m in ('torch', 'lightning', 'mlflow', 'pandas', 'hydra') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "optim" in done.stdout
+    assert "learning rate of the head" in done.stdout
+    assert "experiment=" in done.stdout
+
+
+def test_history_has_a_row_an_epoch(call, tmp_path):
+    assert call("train.py", "trainer.max_epochs=2")[0] == 0
+    assert pd.read_csv(only_run(tmp_path) / "history.csv")["epoch"].tolist() == [0, 1]
