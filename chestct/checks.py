@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -12,29 +12,26 @@ from omegaconf.errors import OmegaConfBaseException
 from chestct.config import LABEL_NAMES, Config, leaves
 from chestct.errors import ConfigError
 
-T = TypeVar("T")
 
-
-def resolve(cfg: DictConfig | Mapping[str, Any], schema: type[T] = Config) -> T:  # type: ignore[assignment]
+def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """Composed settings as checked plain dataclasses.
 
     Raises ConfigError for a key that the schema does not know, a wrong type, a value out of bounds, or settings that
     contradict each other.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), cfg)
-        result = OmegaConf.to_object(merged)
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error, schema)) from None
+        raise ConfigError(explain(error)) from None
+    assert isinstance(result, Config)
     check(result)
-    return result  # type: ignore[return-value]
+    return result
 
 
-def check(cfg: Any) -> None:
+def check(cfg: Config) -> None:
     """Raises ConfigError where a value is not among its choices, out of its bounds, or at odds with another."""
     problems = [problem for key, value, item in leaves(cfg) for problem in _out_of_bounds(key, value, item.metadata)]
-    if isinstance(cfg, Config):
-        problems += _contradictions(cfg)
+    problems += _contradictions(cfg)
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -77,7 +74,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
                 yield f"{key}: {folder!r} maps to {label!r}, which is not one of {', '.join(LABEL_NAMES)}."
 
 
-def explain(error: Exception, schema: type = Config) -> str:
+def explain(error: Exception) -> str:
     """Hydra's or OmegaConf's message in one or two lines, with the nearest key where one was misspelt."""
     text = str(error)
     cause = error.__cause__
@@ -91,7 +88,7 @@ def explain(error: Exception, schema: type = Config) -> str:
     if "parsing override" in text:
         return f"{first}: settings are given as key=value, for example optim.lr=1e-4."
     if key and ("not in struct" in text or "not in '" in text or "not in struct" in first or "not in '" in first):
-        keys = [k for k, _, _ in leaves(schema)]
+        keys = [k for k, _, _ in leaves(Config)]
         groups = {k.rsplit(".", 1)[0] for k in keys if "." in k}
         hint = _did_you_mean(key, [*keys, *groups])
         return f"There is no setting {key!r}.{hint} All settings: --help."

@@ -150,13 +150,13 @@ def help_text(usage: str) -> str:
     )
 
 
-def as_yaml(schema: type = Config) -> str:
+def as_yaml() -> str:
     """Every setting with its default and its meaning, as YAML; the text of conf/defaults.yaml."""
     lines = [
         "# Every setting, its default and its meaning. Made by `make params` from chestct/config.py: edit there.\n"
     ]
     opened: list[str] = []
-    for key, value, item in leaves(schema):
+    for key, value, item in leaves(Config):
         *parents, name = key.split(".")
         shared = next(
             (i for i, (a, b) in enumerate(zip(opened, parents, strict=False)) if a != b), min(len(opened), len(parents))
@@ -220,7 +220,7 @@ def overlay(cfg: Config, overrides: list[str], base: dict[str, Any]) -> Config:
                 "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."
             )
         OmegaConf.update(merged, key, OmegaConf.select(source, key), merge=False, force_add=True)
-    return resolve(merged)  # type: ignore[arg-type]
+    return resolve(merged)
 
 
 def made_files() -> dict[Path, str]:

@@ -5,6 +5,7 @@ with other workers see the same batches. Batches are fetched as a whole: augment
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -63,7 +64,7 @@ class EpochSampler(DistributedSampler):
     Lightning calls `set_epoch` before each epoch; with one process this is a plain seeded shuffle.
     """
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, i) for i in super().__iter__())
 
 
@@ -132,11 +133,11 @@ class SliceModule(L.LightningDataModule):
             self.cfg.data.batch_size,
             sampler=sampler,
             num_workers=0 if dataset.features else self.cfg.data.workers,
-            collate_fn=_as_is,
+            collate_fn=_whole,
             pin_memory=torch.cuda.is_available(),
         )
 
 
-def _as_is(batch: Batch) -> Batch:
+def _whole(batch: Any) -> Batch:
     """Batches come whole from the dataset; there is nothing to collate."""
     return batch

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -150,7 +150,8 @@ def _facts(store: Store) -> dict[str, dict[str, Any]]:
     ]
     readable = store.manifest[columns].drop_duplicates("file_hash").to_dict("records")
     unreadable = store.unreadable[["file_hash", "reason"]].to_dict("records")
-    return {fact["file_hash"]: fact for fact in [*readable, *unreadable] if fact["file_hash"]}
+    facts = cast(list[dict[str, Any]], [*readable, *unreadable])
+    return {fact["file_hash"]: fact for fact in facts if fact["file_hash"]}
 
 
 def _unchanged(old: Store, files: list[SliceFile], hashes: list[str], facts: dict[str, dict[str, Any]]) -> bool:

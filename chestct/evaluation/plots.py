@@ -110,7 +110,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> Iterator[tupl
     """A figure and its axes in the house style, without a display and without pyplot's global state."""
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+    with matplotlib.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
         yield figure, figure.subplots(rows, columns)
 

@@ -85,7 +85,7 @@ class Classifier(L.LightningModule):
         scores = logits.detach().float()
         # Scores, not logits: torchmetrics takes logits that happen to lie in [0, 1] for scores.
         scores = scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
-        metrics = self.metrics[f"{stage}_"]
+        metrics = cast(MetricCollection, self.metrics[f"{stage}_"])
         metrics.update(scores, batch["y"])
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(logits))
         if stage != "train":
@@ -154,7 +154,7 @@ class Classifier(L.LightningModule):
         _, everything = count_parameters(list(self.net.parameters()))
         return {"parameters/trainable": head + later, "parameters/all": everything}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         state = super().state_dict(*args, **kwargs)
         if self.cfg.always_frozen:
             return {key: tensor for key, tensor in state.items() if not key.startswith("net.features.")}

@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def attach(data: SliceModule, net: VGG16, weights_digest: str, cfg: Config, spli
             data.features[split] = [
                 extract(
                     net,
-                    lambda positions, view=view: dataset.slices(positions, view),  # noqa: B023
+                    partial(dataset.slices, view=view),
                     dataset.contents,
                     space_folder(cfg, weights_digest, view),
                     batch_size=cfg.features.batch_size,

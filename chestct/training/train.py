@@ -8,6 +8,7 @@ from pathlib import Path
 
 import lightning as L
 import pandas as pd
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from chestct.audit.stage import kept_audit
 from chestct.config import Config
@@ -128,7 +129,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
             # The loaders change from features to images when convolutions join in.
             reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
         )
-    except (ValueError, RuntimeError, L.pytorch.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
 
 

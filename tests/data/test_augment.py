@@ -30,7 +30,7 @@ def test_views_stay_in_range(slices):
     strong = AugmentConfig(1.0, 40, 0.3, 0.5, 30, 0.5, 1.0, 0.5)
     for view in range(1, 10):
         out = make_views(slices, NAMES, [view] * 3, 0, strong)
-        assert 0 <= out.min()
+        assert out.min() >= 0
         assert out.max() <= 1
 
 
