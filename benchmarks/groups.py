@@ -104,7 +104,7 @@ def main() -> None:
         cells = [f"{row[key]:.{digits}f}" for key, digits in DIGITS.items()]
         table.add_row(f"{n:,}", *cells, str(row["largest"]), f"{growth:.2f}")
         before = row
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -155,12 +155,18 @@ def test_constant_and_nearly_empty_slices_have_exact_copies_only() -> None:
     flat = np.full((SIDE, SIDE), 7, np.uint8)
     flat[:, : SIDE // 2] = 9  # differs from a constant by less than JPEG noise
     marks = np.zeros((2, SIDE, SIDE), np.uint8)  # two empty slices with the same sign burnt in
-    marks[:, 50:60, 30:50] = 200
+    marks[:, 50:70, 30:60] = np.random.default_rng(0).integers(0, 256, (10, 15)).repeat(2, 0).repeat(2, 1)
     images = np.stack(
         [np.zeros((SIDE, SIDE), np.uint8), np.full((SIDE, SIDE), 90, np.uint8), flat, blob(0), flat, *marks]
     )
     pairs = find_pairs(images, ["black", "grey", "flat", "slice", "flat", "mark", "another mark"])
     assert pairs[["a", "b", "kind"]].to_numpy().tolist() == [[2, 4, "exact"]]
+
+
+def test_a_body_of_another_shape_is_no_copy() -> None:
+    stretched = np.zeros((SIDE, SIDE), np.uint8)
+    stretched[:, 9:103] = np.asarray(Image.fromarray(blob(0)).resize((94, SIDE), Image.Resampling.BILINEAR))
+    assert find_pairs(np.stack([blob(0), stretched]), ["a", "b"]).empty
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
