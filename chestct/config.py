@@ -60,10 +60,12 @@ class AugmentConfig:
 class PhantomConfig:
     """Synthetic thorax slices, written as ordinary class folders."""
 
-    slices: int = setting(600, "how many slices to draw, all splits together", low=12)
+    slices: int = setting(400, "how many slices to draw, all splits together", low=12)
     seed: int = setting(0, "seed of everything drawn")
     size: int = setting(320, "mean side of a drawn slice in pixels; single slices vary around it", low=64, high=1024)
-    difficulty: float = setting(0.5, "0: large, bright lesions; 1: faint and small ones", low=0, high=1)
+    difficulty: float = setting(
+        0.4, "0: large lesions with much reaction around them; 1: small, faint ones", low=0, high=1
+    )
     cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
     format: str = setting("png", "file format", choices=("png", "dicom"))
     defects: list[str] = setting(
@@ -127,7 +129,7 @@ class DataConfig:
     workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
     batch_size: int = setting(32, "slices a training step", low=1)
     views: int = setting(
-        2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
+        1, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
@@ -162,9 +164,9 @@ class OptimConfig:
     """Loss, optimiser and learning-rate schedule."""
 
     name: str = setting("adamw", "optimiser", choices=("adamw", "sgd"))
-    lr: float = setting(1e-3, "learning rate of the head", low=0)
-    backbone_lr_ratio: float = setting(0.05, "learning rate of the convolutions, relative to the head's", low=0, high=1)
-    weight_decay: float = setting(1e-2, "weight decay", low=0)
+    lr: float = setting(1e-2, "learning rate of the head", low=0)
+    backbone_lr_ratio: float = setting(2e-3, "learning rate of the convolutions, relative to the head's", low=0, high=1)
+    weight_decay: float = setting(0.3, "weight decay", low=0)
     momentum: float = setting(0.9, "momentum (sgd)", low=0, high=1)
     schedule: str = setting("cosine", "learning rate over time", choices=("constant", "cosine", "one_cycle"))
     warmup: float = setting(0.1, "share of all steps over which the learning rate rises", low=0, high=0.9)
@@ -176,7 +178,7 @@ class OptimConfig:
 class TrainerConfig:
     """How long, on what, and when to stop."""
 
-    max_epochs: int = setting(30, "epochs at most", low=1)
+    max_epochs: int = setting(40, "epochs at most", low=1)
     patience: int = setting(10, "epochs without a better `monitor` before stopping early; 0: never", low=0)
     monitor: str = setting(
         "valid/loss",

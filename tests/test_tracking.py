@@ -32,7 +32,7 @@ def test_a_run_keeps_settings_metrics_data_and_code(small, uri, tmp_path):
     (found,) = runs(uri)
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "first"
-    assert found.data.params["optim.lr"] == "0.001"
+    assert found.data.params["optim.lr"] == "0.01"
     assert found.data.params["data.augment.flip"] == "0.5"
     assert found.data.metrics["best/test/auroc"] == 0.9
     assert "git.commit" in found.data.tags
