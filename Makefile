@@ -24,10 +24,10 @@ train: $(READY) ## the main job: train and test on phantoms (ARGS="optim.lr=1e-4
 	$(BIN)/python train.py $(ARGS)
 
 test: $(READY) ## all tests, the slow ones too
-	$(BIN)/python -m pytest -m "" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" $(ARGS)
 
 test-fast: $(READY) ## the fast tests, under two minutes
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(READY) ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -94,9 +94,9 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            self.server.auth = self.headers.get("Authorization")
             self.send_response(self.server.status)
             self.end_headers()
-            self.server.auth = self.headers.get("Authorization")
 
         def log_message(self, *_):
             pass

@@ -78,6 +78,7 @@ def test_the_mlflow_run_holds_what_the_readme_promises(call, tmp_path):
     assert "best/test/auroc" in run.data.metrics
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_every_combination(call, tmp_path):
     status, _, err = call("train.py", "-m", "optim.lr=1e-3,1e-4", "model.hidden=[],[8]", "trainer.max_epochs=1")
     assert status == 0, err
