@@ -5,6 +5,7 @@ one message without a traceback, and gives the task its settings and the folder 
 """
 
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -21,6 +22,9 @@ from chestct.config import Config, leaves
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+"""What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
 
 
 def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any]], Callable[[], None]]:
@@ -52,6 +56,13 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
                 sys.exit(130)
             except ChestCTError as error:
                 failures.append(str(error))
+            except OSError as error:
+                if error.errno not in UNWRITABLE:
+                    raise
+                failures.append(
+                    f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space there, or choose other "
+                    "folders with runs_dir=FOLDER and cache_dir=FOLDER."
+                )
             except Exception as error:
                 if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
                     raise

@@ -185,6 +185,13 @@ class _Generation:
         self.temporary = folder / f"images.{os.getpid()}.tmp"
         shape = (rows, cfg.size, cfg.size)
         self.images = np.lib.format.open_memmap(self.temporary, mode="w+", dtype=np.uint8, shape=shape)
+        try:
+            # A mapped page that finds no room on the disk kills the process; room that is asked for first is an error.
+            with self.temporary.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, self.temporary.stat().st_size)
+        except OSError:
+            self.discard()
+            raise
         self.row_of: dict[str, int] = {}
 
     def add(self, content: str, pixels: np.ndarray) -> int:

@@ -1,7 +1,11 @@
 import numpy as np
 import pytest
+from PIL import Image
 
+from chestct.config import PhantomConfig, WindowConfig
+from chestct.data.decode import decode
 from chestct.data.preprocess import Preprocess
+from tests.conftest import real
 
 
 def wide_slice():
@@ -39,3 +43,26 @@ def test_a_black_slice_has_no_body_and_stays_black():
 
 def test_grey_levels_are_kept():
     assert set(np.unique(Preprocess(32, "pad")(np.full((64, 64), 0.5, np.float32)))) == {128}
+
+
+def assert_png_export_is_seen_alike(dicom, folder):
+    gray = decode(dicom, WindowConfig()).gray
+    Image.fromarray((gray * 255 + 0.5).astype(np.uint8)).save(folder / "export.png")
+    again = decode(folder / "export.png", WindowConfig()).gray
+    for fit in ("pad", "stretch", "body"):
+        assert np.array_equal(Preprocess(224, fit)(gray), Preprocess(224, fit)(again))
+
+
+def test_the_network_sees_a_dicom_phantom_and_its_png_export_alike(tmp_path):
+    from chestct.phantom.dataset import write
+
+    write(tmp_path / "set", PhantomConfig(slices=12, size=96, format="dicom"))
+    for dicom in sorted((tmp_path / "set").rglob("*.dcm")):
+        assert_png_export_is_seen_alike(dicom, tmp_path)
+
+
+def test_the_network_sees_a_real_dicom_and_its_png_export_alike(tmp_path):
+    files = sorted(real("dicom").glob("*.dcm"))
+    assert len(files) == 11
+    for dicom in files:
+        assert_png_export_is_seen_alike(dicom, tmp_path)

@@ -1,7 +1,9 @@
+import errno
 import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -149,6 +151,36 @@ def test_an_unwritable_folder_is_one_clear_error(cfg, tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match="cache_dir=FOLDER"):
         ingest(cfg, tmp_path / "file" / "store")
+
+
+def test_a_full_disk_is_one_clear_error_and_the_old_state_stays(cfg, tmp_path, monkeypatch):
+    before = ingest(cfg, tmp_path / "store").manifest
+    draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match=r"No space left.*cache_dir=FOLDER"):
+        ingest(cfg, tmp_path / "store")
+    assert open_store(tmp_path / "store").manifest.equals(before)
+    assert not list((tmp_path / "store").glob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_that_really_fills_up_is_one_clear_error(cfg, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a small disk")
+    try:
+        cfg.size = 224
+        with pytest.raises(DataError, match=r"cache_dir=FOLDER"):
+            ingest(cfg, disk / "store")
+        assert not list(disk.glob("store/*.tmp"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def _slow_ingest(cfg, folder, reached):

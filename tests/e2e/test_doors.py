@@ -125,6 +125,16 @@ def test_an_unreadable_image_is_named_with_its_reason(call, tmp_path, phantoms):
     assert call("train.py", f"data.root={tmp_path}/set", "data.max_unreadable=1", "trainer.max_epochs=1")[0] == 0
 
 
+@pytest.mark.parametrize("setting", ["runs_dir", "cache_dir"])
+def test_a_place_that_cannot_be_written_to_is_named(call, tmp_path, setting):
+    (tmp_path / "file").write_text("in the way")
+    status, out, err = call("train.py", f"{setting}={tmp_path}/file/below")
+    assert status == 2
+    assert f"{tmp_path}/file" in err
+    assert f"{setting}=FOLDER" in err
+    assert "Traceback" not in out + err
+
+
 @pytest.mark.parametrize("arguments", [(), ("ckpt=last",), ("ckpt=gone.ckpt",)])
 def test_evaluation_without_a_checkpoint_is_refused(call, arguments):
     status, out, err = call("evaluate.py", *arguments, small=False)

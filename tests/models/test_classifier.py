@@ -32,11 +32,14 @@ def test_subtype_loss_is_weighted_cross_entropy(small):
     assert model.loss(logits, y).item() == pytest.approx(functional.cross_entropy(logits, y, weight).item(), rel=1e-6)
 
 
-def test_logits_between_0_and_1_are_not_taken_for_scores():
-    # 0.2 as a logit is a score above one half: cancer.
-    metrics = metric_collection(1, "test")
-    metrics.update(torch.tensor([0.2, 0.3]).sigmoid(), torch.tensor([1, 1]))
-    assert metrics.compute()["test/recall"] == 1
+def test_logits_between_0_and_1_are_not_taken_for_scores(small, monkeypatch):
+    model = make(small())
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    monkeypatch.setattr(model, "log_dict", lambda *_, **__: None)
+    torch.nn.init.zeros_(model.net.head[-1].weight)
+    torch.nn.init.constant_(model.net.head[-1].bias, 0.2)  # a score of 0.55: cancer
+    model.validation_step(BATCH, 0)
+    assert model.metrics["valid_"].compute()["valid/recall"] == 1
 
 
 def test_balanced_accuracy_is_the_mean_of_sensitivity_and_specificity():
