@@ -41,7 +41,7 @@ class Classifier(L.LightningModule):
         self, settings: dict[str, Any], class_names: Sequence[str], class_counts: Sequence[float], data: dict[str, Any]
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # tracking records the settings itself
         self.cfg = cfg = resolve(settings)
         self.class_names = tuple(class_names)
         weights = load_weights(cfg.model.weights)

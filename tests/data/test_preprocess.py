@@ -37,6 +37,12 @@ def test_body_fills_the_square():
     assert np.ptp(np.flatnonzero(body.any(0))) == 119
 
 
+def test_air_that_is_not_quite_black_is_no_body():
+    noise = np.random.default_rng(0).uniform(0, 0.1, (60, 120)).astype(np.float32)
+    body = Preprocess(120, "body")(np.maximum(wide_slice(), noise)) > 100
+    assert np.ptp(np.flatnonzero(body.any(0))) == 119
+
+
 def test_a_black_slice_has_no_body_and_stays_black():
     assert Preprocess(32, "body")(np.zeros((40, 50), np.float32)).max() == 0
 
