@@ -35,7 +35,7 @@ def main(cfg: Config, out: Path) -> float:
         metrics = write_report(result.predictions, cfg, out / "evaluation")
         draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
         run.artifacts(out / "evaluation", "evaluation")
-        run.artifacts(out / ".hydra", "config")
+        run.artifacts(out / "settings.yaml", "config")
         if cfg.tracking.log_model:
             run.artifacts(result.best, "checkpoints")
     print(summary(metrics))

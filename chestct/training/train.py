@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 
 from chestct.audit.stage import kept_audit
 from chestct.config import Config
@@ -44,6 +45,7 @@ def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
     run = run or Run()
     _quiet()
     _make_writable(out)
+    (out / "settings.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     L.seed_everything(cfg.seed, verbose=False)
     data = SliceModule(cfg)
     data.prepare_data()
