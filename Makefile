@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params bench bench-data ui audit clean
+.PHONY: help setup train test test-fast lint format params repro audit bench bench-data ui audit clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ params: $(READY) ## write conf/defaults.yaml and params.yaml anew from the schem
 
 audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct data.root=...")
 	$(BIN)/python -m chestct.data validate $(ARGS)
+
+repro: $(READY) ## run the DVC pipeline as far as something changed
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro $(ARGS)
 
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
