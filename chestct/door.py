@@ -56,17 +56,8 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
                 sys.exit(130)
             except ChestCTError as error:
                 failures.append(str(error))
-            except OSError as error:
-                if error.errno not in UNWRITABLE:
-                    raise
-                failures.append(
-                    f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space there, or choose other "
-                    "folders with runs_dir=FOLDER and cache_dir=FOLDER."
-                )
             except Exception as error:
-                if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
-                    raise
-                failures.append(explain(error))
+                failures.append(_explained(error))
             for failure in failures:
                 print(f"error: {failure}", file=sys.stderr)
             if failures:
@@ -75,6 +66,18 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
         return program
 
     return decorate
+
+
+def _explained(error: Exception) -> str:
+    """What a user has to know of an error from outside this package; raises it again where it is a bug of ours."""
+    if type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):  # one of Hydra's is an OSError, too
+        return explain(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return (
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space there, or choose other folders "
+            "with runs_dir=FOLDER and cache_dir=FOLDER."
+        )
+    raise error
 
 
 def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[str]) -> None:

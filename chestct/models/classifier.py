@@ -96,10 +96,6 @@ class Classifier(L.LightningModule):
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
         torch.manual_seed(self.cfg.seed * 1_000_003 + self.global_step)
 
-    def on_train_epoch_start(self) -> None:
-        if not self.cfg.frozen_at(self.current_epoch) and self.cfg.starts_frozen:
-            self.net.set_frozen(5 - self.cfg.trainer.unfreeze_blocks)
-
     def on_validation_epoch_start(self) -> None:
         self.predictions.pop("valid", None)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import pandas as pd
@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from chestct.config import TrainerConfig
 from chestct.errors import Interrupted
+from chestct.models.classifier import Classifier
 
 
 def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
@@ -31,6 +32,8 @@ def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
 def all_callbacks(cfg: TrainerConfig, out: Path, keeper: ModelCheckpoint) -> list[Callback]:
     """Every callback of a training run."""
     found: list[Callback] = [History(out / "history.csv"), StopWhenTold(), keeper]
+    if cfg.unfreeze_epoch:
+        found.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
     if cfg.patience:
         found.append(EarlyStopping(cfg.monitor, patience=cfg.patience, mode=_mode(cfg), check_on_train_epoch_end=True))
     if cfg.progress:
@@ -62,6 +65,17 @@ class History(Callback):
         self.rows = list(state_dict["rows"])
 
 
+class Unfreeze(Callback):
+    """Lets the last blocks of convolutions train from an epoch on; also in a run that is resumed after it."""
+
+    def __init__(self, epoch: int, blocks: int) -> None:
+        self.epoch, self.blocks = epoch, blocks
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch >= self.epoch:
+            cast(Classifier, pl_module).net.set_frozen(5 - self.blocks)
+
+
 class StopWhenTold(Callback):
     """Ends training between two batches after Ctrl-C or SIGTERM; the checkpoint of the last whole epoch stays.
 
@@ -79,7 +93,7 @@ class StopWhenTold(Callback):
 
     def _stop(self, trainer: L.Trainer) -> None:
         if self.told:
-            raise Interrupted(f"Stopped in epoch {trainer.current_epoch}.")
+            raise Interrupted
 
 
 @contextmanager

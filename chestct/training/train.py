@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from chestct.audit.stage import kept_audit
@@ -66,10 +67,10 @@ def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
     try:
         with stop_on_signals(stop):
             trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-    except Interrupted as told:
+    except (Interrupted, SIGTERMException):  # Lightning sometimes sees a SIGTERM before our callback does
         kept = out / "checkpoints" / "last.ckpt"
         rest = f"Go on with: python train.py ckpt={kept}" if kept.is_file() else "No epoch was finished."
-        raise Interrupted(f"{told} {rest}") from None
+        raise Interrupted(f"Stopped in epoch {trainer.current_epoch}. {rest}") from None
 
     best = Path(keeper.best_model_path)
     metrics, predictions = _measure_best(cfg, best, data, trainer)
