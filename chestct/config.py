@@ -129,7 +129,7 @@ class DataConfig:
     workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
     batch_size: int = setting(32, "slices a training step", low=1)
     views: int = setting(
-        1, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
+        2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
     )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
