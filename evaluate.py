@@ -18,16 +18,11 @@ Settings that are not given come from the checkpoint.
 
 @door("evaluate", USAGE)
 def main(cfg: Config, out: Path) -> None:
-    from chestct.errors import ChestCTError
     from chestct.evaluation.evaluate import predict, write_report
     from chestct.evaluation.summary import summary
 
-    if not cfg.ckpt:
-        raise ChestCTError(
-            "Nothing to evaluate: give a checkpoint with ckpt=runs/.../checkpoints/best.ckpt, or ckpt=last for the "
-            "newest run. A network that was not trained is never evaluated."
-        )
-    cfg = from_checkpoint(cfg)
+    if cfg.ckpt:
+        cfg = from_checkpoint(cfg)
     metrics = write_report(predict(cfg), cfg, out)
     print(summary(metrics))
     print(f"\nmetrics and plots  {out}")

@@ -20,7 +20,7 @@ from torchmetrics import classification as tm
 from chestct.checks import resolve
 from chestct.config import Config
 from chestct.errors import WeightsError
-from chestct.models.vgg16 import VGG16, count_parameters
+from chestct.models.vgg16 import BLOCK_STARTS, VGG16, count_parameters
 from chestct.models.weights import load_weights
 
 Batch = dict[str, torch.Tensor]
@@ -165,8 +165,6 @@ class Classifier(L.LightningModule):
 
 def _first_layer(cfg: Config) -> int:
     """Index of the first layer of the convolutions that trains at any time in the run."""
-    from chestct.models.vgg16 import BLOCK_STARTS
-
     if cfg.starts_frozen:
         blocks = 5 - cfg.trainer.unfreeze_blocks if cfg.trainer.unfreeze_epoch else 5
     else:

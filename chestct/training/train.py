@@ -74,7 +74,6 @@ def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
 
     best = Path(keeper.best_model_path)
     metrics, predictions = _measure_best(cfg, best, data, trainer)
-    predictions.to_parquet(out / "predictions.parquet")
     run.metrics({f"best/{name}": value for name, value in metrics.items()})
     return Result(
         out,
