@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,14 @@ class Limits:
 class Slice:
     """One decoded slice.
 
-    gray: float32 [H, W] in [0, 1], 0 black; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or "DICOM";
-    color: mean chroma, (max - min of R, G, B) / 255 over a grid of 64 x 64 pixels: 0 for grey, below 0.02 for CT with
-    coloured marks or JPEG noise, above 0.05 for most photographs; patient, study, series, modality: DICOM's PatientID,
-    StudyInstanceUID, SeriesInstanceUID and Modality, or ""; frame: index in a file of several.
+    levels: [H, W], 0 black, as the file has them: uint8 or uint16 with their largest value for white, or float32 in
+    [0, 1]; gray: the same as float32 [H, W] in [0, 1]; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or
+    "DICOM"; color: mean chroma, (max - min of R, G, B) / 255 over a grid of 64 x 64 pixels: 0 for grey, below 0.02 for
+    CT with coloured marks or JPEG noise, above 0.05 for most photographs; patient, study, series, modality: DICOM's
+    PatientID, StudyInstanceUID, SeriesInstanceUID and Modality, or ""; frame: index in a file of several.
     """
 
-    gray: np.ndarray
+    levels: np.ndarray
     format: str
     mode: str
     color: float = 0.0
@@ -68,6 +70,10 @@ class Slice:
     series: str = ""
     frame: int = 0
     modality: str = ""
+
+    @cached_property
+    def gray(self) -> np.ndarray:
+        return as_gray(self.levels)
 
 
 def decode(source: Path | bytes, window: WindowConfig, limits: Limits = Limits(), *, name: str | None = None) -> Slice:
@@ -98,16 +104,28 @@ def decode_frames(
     return _slices(source, window, limits, name, every=True)
 
 
-def pixel_hash(gray: np.ndarray) -> str:
+def as_gray(levels: np.ndarray) -> np.ndarray:
+    """Grey levels of any kind (see Slice) as float32 in [0, 1]."""
+    if levels.dtype.kind == "f":
+        return levels
+    return levels / np.float32(np.iinfo(levels.dtype).max)
+
+
+def pixel_hash(levels: np.ndarray) -> str:
     """Hash of what is seen: 32 hex digits over the shape and the grey levels, not over the file.
 
-    gray: [H, W], uint8, or float in [0, 1]. Levels are rounded to 16 bits first, so a lossless copy has the same hash
-    whether it is saved as L, RGB or RGBA, as PNG, BMP or TIFF, and whether it is hashed as uint8 or as float.
+    levels: [H, W], uint8, uint16, or float in [0, 1]. Levels are compared at 16 bits, so a lossless copy has the same
+    hash whether it is saved as L, RGB or RGBA, as PNG, BMP or TIFF, and whether it is hashed as uint8 or as float.
     """
-    levels = gray.astype("<u2") * np.uint16(257) if gray.dtype == np.uint8 else np.rint(gray * 65535).astype("<u2")
-    digest = hashlib.blake2b(np.array(gray.shape, "<u4").tobytes(), digest_size=16)
+    if levels.dtype.kind == "f":
+        levels = np.rint(levels * 65535).astype("<u2")
+    if levels.dtype != np.uint8:
+        short = (levels >> 8).astype(np.uint8)
+        # What 8 bits can tell is hashed as 8 bits, which nearly all files have: no pass over them in 16 bits.
+        levels = short if (levels == short * np.uint16(257)).all() else levels.astype("<u2")
+    digest = hashlib.sha256(np.array(levels.shape, "<u4").tobytes())
     digest.update(np.ascontiguousarray(levels).data)
-    return digest.hexdigest()
+    return digest.hexdigest()[:32]
 
 
 def read(path: Path, limits: Limits = Limits()) -> bytes:
@@ -176,14 +194,14 @@ def _raster_slices(data: bytes, format: str, limits: Limits) -> Iterator[Slice]:
 def _slice(image: Image.Image, format: str, limits: Limits, orientation: int, frame: int) -> Slice:
     check_pixels(*image.size, limits)
     mode = image.mode
-    gray = _upright(_gray(image), orientation)
-    return Slice(gray, format, mode, _chroma(image), frame=frame)
+    levels = _upright(_levels(image), orientation)
+    return Slice(levels, format, mode, _chroma(image), frame=frame)
 
 
-def _gray(image: Image.Image) -> np.ndarray:
-    """Float32 [H, W] in [0, 1] of a Pillow image in any mode."""
+def _levels(image: Image.Image) -> np.ndarray:
+    """Grey levels [H, W] of a Pillow image in any mode (see Slice)."""
     if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImageFile)):
-        return np.asarray(image).astype(np.float32) / np.float32(65535)
+        return np.asarray(image).astype(np.uint16)
     if image.mode == "F":
         gray = np.asarray(image)
         if not (gray.min() >= 0 and gray.max() <= 1):  # also true for NaN
@@ -196,12 +214,12 @@ def _gray(image: Image.Image) -> np.ndarray:
     if image.mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
     # Pillow goes from CMYK and palettes to grey through RGB, as it should, and drops alpha.
-    gray = np.asarray(image.convert("L")) / np.float32(255)
+    levels = np.asarray(image.convert("L"))
     if image.mode == "RGBA":
-        alpha = np.frombuffer(image.tobytes("raw", "A"), np.uint8).reshape(gray.shape)
+        alpha = np.frombuffer(image.tobytes("raw", "A"), np.uint8).reshape(levels.shape)
         if alpha.min() < 255:
-            gray *= alpha / np.float32(255)
-    return gray
+            return as_gray(levels) * as_gray(alpha)
+    return levels
 
 
 def _chroma(image: Image.Image) -> float:
@@ -214,10 +232,10 @@ def _chroma(image: Image.Image) -> float:
     return float(chroma.mean() / 255)
 
 
-def _upright(gray: np.ndarray, orientation: int) -> np.ndarray:
+def _upright(levels: np.ndarray, orientation: int) -> np.ndarray:
     """Undo the camera's Exif orientation 1-8 (Exif 2.32, tag 274; TIFF has been turned by Pillow)."""
     if orientation >= 5:
-        gray = gray.T
+        levels = levels.T
     # Orientation -> which axes run backwards after the transposition.
     flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
-    return np.ascontiguousarray(np.flip(gray, flips.get(orientation, ())))
+    return np.ascontiguousarray(np.flip(levels, flips.get(orientation, ())))

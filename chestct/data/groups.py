@@ -12,10 +12,7 @@ changes score above 0.90 (998 in 1,000), the most alike of different patients 0.
 THRESHOLD, are neighbouring slices of one patient, which must not be in two splits either.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,16 +23,21 @@ from scipy.sparse.csgraph import connected_components
 from chestct.data.registration import (
     IDENTITY,
     Level,
+    align_all,
     blur_matrix,
     correlation,
+    details,
     find_image,
-    make_level,
+    in_threads,
+    levels,
+    mean_slice,
     normalise,
+    parts,
     register,
+    take,
+    thumbnails,
     warp,
 )
-
-T = TypeVar("T")
 
 SIDE = 56
 """Side of the thumbnails that are compared, in pixels."""
@@ -63,8 +65,14 @@ CELL = 4096
 SAMPLE = 512
 """Slices from which the mean slice and the descriptor are learned."""
 
+CHANGES = 1024
+"""Changed copies of the sample from which the descriptor learns what does not tell slices apart."""
+
 COARSE = (14, 28)
 """Sides at which a registration begins; pairs that still look alike there go on to SIDE."""
+
+FINE = 16_384
+"""Pairs that go on to SIDE at once; the levels of their slices are held meanwhile, 12 kB each."""
 
 GATE = 0.8
 """Correlation at the last coarse side below which a pair is given up."""
@@ -131,15 +139,17 @@ def _table(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, kind: str) -> p
 
 def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.DataFrame:
     """Near-copies among the slices at these positions, which no two share a content."""
-    thumbs = _thumbnails(images, position)
-    usable = np.concatenate([np.zeros(0, bool), *_in_threads(_has_content, thumbs)])
+    thumbs = thumbnails(images, position, SIDE)
+    # Constant slices all look alike: only exact copies of them belong together.
+    (usable,) = in_threads(lambda part: (find_image(part).mean((1, 2)) >= 0.1,), thumbs)
     thumbs, position = thumbs[usable], position[usable]
     n = len(thumbs)
     if n < 2:
         return _table(position[:0], position[:0], np.zeros(0), "near")
-    pyramid = [_pyramid_level(thumbs, side) for side in COARSE]
-    mean = _mean_slice([(image[:SAMPLE], weight[:SAMPLE]) for image, weight in pyramid])
-    pose = _align(pyramid, mean)
+    pyramid = [levels(thumbs, side, 0.2) for side in COARSE]
+    detail = details(pyramid[-1], 1 / 20)
+    mean = mean_slice([(image[:SAMPLE], weight[:SAMPLE]) for image, weight in pyramid])
+    pose = align_all(pyramid, mean)
     code = _encode(thumbs, pyramid[-1], pose, mean)
     component = np.arange(n)
     tested = np.zeros(0, dtype=np.int64)
@@ -148,7 +158,7 @@ def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.Data
         fresh = np.setdiff1d(_candidates(code, component), tested)
         tested = np.union1d(tested, fresh)
         a, b = np.divmod(fresh, n)
-        similarity = _compare(thumbs, pyramid, a, b)
+        similarity = _compare(thumbs, pyramid, detail, a, b)
         same = similarity >= threshold
         if not same.any():
             break
@@ -159,98 +169,30 @@ def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.Data
     return _table(position[a], position[b], np.concatenate(found, 1)[2], "near")
 
 
-def _parts(array: np.ndarray, size: int = 256) -> Iterator[np.ndarray]:
-    return (array[start : start + size] for start in range(0, len(array), size))
-
-
-def _in_threads(function: Callable[..., T], *arrays: np.ndarray) -> list[T]:
-    """function over parts of the arrays, on all cores; numpy lets go of the interpreter in the heavy calls."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, *(list(_parts(array)) for array in arrays)))
-
-
-def _thumbnails(images: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Slices shrunk by averaging over areas: uint8 [N, S, S] -> uint8 [n, SIDE, SIDE]."""
-    side = images.shape[1] if len(images) else SIDE
-    edge = np.linspace(0, side, SIDE + 1)
-    pixel = np.arange(side)
-    area = np.clip(np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel), 0, None)
-    area = (area * SIDE / max(1, side)).astype(np.float32)
-    order = np.argsort(position)  # as they lie on disk
-    thumbs = np.empty((len(position), SIDE, SIDE), dtype=np.uint8)
-
-    def shrink(part: np.ndarray) -> None:
-        thumbs[part] = np.rint(area @ images[position[part]].astype(np.float32) @ area.T)
-
-    _in_threads(shrink, order)
-    return thumbs
-
-
-def _has_content(thumbs: np.ndarray) -> np.ndarray:
-    """False for constant slices: they all look alike, and only exact copies of them belong together."""
-    return find_image(thumbs).mean((1, 2)) >= 0.1
-
-
-def _pyramid_level(thumbs: np.ndarray, side: int) -> Level:
-    # Half precision: the pyramid is the largest thing in memory.
-    levels = _in_threads(lambda part: [a.astype(np.float16) for a in make_level(part, side, 0.2)], thumbs)
-    return np.concatenate([image for image, _ in levels]), np.concatenate([weight for _, weight in levels])
-
-
-def _take(level: Level, index: np.ndarray) -> Level:
-    return level[0][index].astype(np.float32), level[1][index].astype(np.float32)
-
-
-def _align(pyramid: list[Level], mean: list[Level]) -> np.ndarray:
-    """The pose of every slice relative to the mean slice, float [n, 4]."""
-
-    def align(index: np.ndarray) -> np.ndarray:
-        pose = np.tile(IDENTITY, (len(index), 1))
-        for fixed, level in zip(mean, pyramid, strict=True):
-            pose = register(fixed, _take(level, index), pose, steps=8, stiffness=0.3)
-        return pose
-
-    return np.concatenate(_in_threads(align, np.arange(len(pyramid[0][0]))))
-
-
-def _mean_slice(pyramid: list[Level]) -> list[Level]:
-    """The mean of the slices after they were registered to the mean, twice."""
-    pose = np.tile(IDENTITY, (len(pyramid[0][0]), 1))
-    for turn in range(3):
-        mean = []
-        for image, _ in pyramid:
-            middle = warp(image.astype(np.float32), pose).mean(0, keepdims=True)
-            mean.append((middle, np.ones_like(middle)))
-        if turn < 2:
-            pose = _align(pyramid, mean)
-            pose += IDENTITY - pose.mean(0)
-    return mean
-
-
 def _encode(thumbs: np.ndarray, level: Level, pose: np.ndarray, mean: list[Level]) -> np.ndarray:
     """Descriptors whose dot product tells copies from other slices: float32 [n, d <= 48], unit length.
 
     Linear discriminant analysis (Fisher 1936): copies of a sample are made by zoom, shift and gamma; the directions
     kept are those in which slices differ most relative to how their copies differ.
     """
-    sample = thumbs[:SAMPLE]
     base = _describe(level, pose)
     rng = np.random.default_rng(0)
-    differences = []
-    n = len(sample)
-    for _ in range(4):
-        way = rng.uniform([0.92, -0.05, 0.92, -0.05], [1.1, 0.05, 1.1, 0.05], (n, 4))
-        warped = np.clip(warp(sample.astype(np.float32) / 255, way), 0, 1)
-        copies = np.rint(255 * warped ** np.exp(rng.uniform(-0.5, 0.5, (n, 1, 1)))).astype(np.uint8)
-        pyramid = [_pyramid_level(copies, side) for side in COARSE]
-        differences.append(_describe(pyramid[-1], _align(pyramid, mean)) - base[:n])
-    change = np.concatenate(differences)
+    origin = np.repeat(np.arange(min(SAMPLE, len(base))), -(-CHANGES // min(SAMPLE, len(base))))
+    way = rng.uniform([0.92, -0.05, 0.92, -0.05], [1.1, 0.05, 1.1, 0.05], (len(origin), 4))
+    gamma = np.exp(rng.uniform(-0.5, 0.5, (len(origin), 1, 1))).astype(np.float32)
+
+    def copy(original: np.ndarray, way: np.ndarray, gamma: np.ndarray) -> tuple[np.ndarray]:
+        return (np.rint(255 * np.clip(warp(original / np.float32(255), way), 0, 1) ** gamma).astype(np.uint8),)
+
+    (copies,) = in_threads(copy, thumbs[origin], way, gamma)
+    pyramid = [levels(copies, side, 0.2) for side in COARSE]
+    change = _describe(pyramid[-1], align_all(pyramid, mean)) - base[origin]
     within = change.T @ change / len(change)
     within += np.eye(len(within)) * (0.05 * np.trace(within) / len(within) + 1e-9)
     middle = base[:SAMPLE].mean(0)
     between = np.cov(base[:SAMPLE].T)
     size = len(within)
-    _, axes = eigh(between, within, subset_by_index=[size - min(48, len(sample)), size - 1])
+    _, axes = eigh(between, within, subset_by_index=[size - min(48, len(base)), size - 1])
     code = (base - middle) @ axes.astype(np.float32)
     return (code / (np.linalg.norm(code, axis=1, keepdims=True) + 1e-9)).astype(np.float32)
 
@@ -259,13 +201,13 @@ def _describe(level: Level, pose: np.ndarray) -> np.ndarray:
     """Registered, blurred and flattened images, mean 0 and length 1: float32 [n, side * side]."""
     blur = blur_matrix(level[0].shape[-1], 0.043)
 
-    def describe(index: np.ndarray) -> np.ndarray:
-        image, weight = _take(level, index)
+    def describe(index: np.ndarray) -> tuple[np.ndarray]:
+        image, weight = take(level, index)
         flat = (blur @ warp(normalise(image, weight, 1 / 11), pose[index]) @ blur).reshape(len(index), -1)
         flat = flat - flat.mean(1, keepdims=True)
-        return flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-9)
+        return (flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-9),)
 
-    return np.concatenate(_in_threads(describe, np.arange(len(pose))))
+    return in_threads(describe, np.arange(len(pose)))[0]
 
 
 def _candidates(code: np.ndarray, component: np.ndarray) -> np.ndarray:
@@ -287,7 +229,7 @@ def _nearest(code: np.ndarray, component: np.ndarray, members: np.ndarray) -> tu
     """Nearest members of other components for each member, all compared with all: a, b and their likeness."""
     k = min(NEIGHBOURS, len(members))
     columns = []
-    for query in _parts(members, 512):
+    for query in parts(members, 512):
         likeness = code[query] @ code[members].T
         likeness[component[query][:, None] == component[members]] = -2
         best = np.argpartition(likeness, -k)[:, -k:]
@@ -308,29 +250,34 @@ def _cells(code: np.ndarray, live: np.ndarray) -> Iterator[np.ndarray]:
         yield live
         return
     pivots = code[live[: len(live) * 16 // CELL]]  # cells of a quarter of CELL on average
-    near = [np.argpartition(code[part] @ pivots.T, -4)[:, -4:] for part in _parts(live, 1024)]
+    near = [np.argpartition(code[part] @ pivots.T, -4)[:, -4:] for part in parts(live, 1024)]
     cell = np.concatenate(near).ravel()
     member = np.repeat(live, 4)
     order = np.argsort(cell, kind="stable")
     for members in np.split(member[order], np.flatnonzero(np.diff(cell[order])) + 1):
-        yield from _parts(members, CELL)
+        yield from parts(members, CELL)
 
 
-def _compare(thumbs: np.ndarray, pyramid: list[Level], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _compare(thumbs: np.ndarray, pyramid: list[Level], detail: Level, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """How well the detail of slices a and b agrees once they are registered to each other: float [n], at most 1."""
 
-    def compare(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def coarse(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         way = np.tile(IDENTITY, (len(a), 1))
         for level in pyramid:
-            fixed, moving = _take(level, a), _take(level, b)
-            way = register(fixed, moving, way, steps=4, stiffness=1e-3)
-        fixed, moving = ((normalise(image, weight, 1 / 20), weight) for image, weight in (fixed, moving))
-        similarity = correlation(fixed, moving, way)
-        distortion = np.abs(np.log(way[:, 0] / way[:, 2]))
-        close = (similarity >= GATE) & (distortion <= DISTORTION)
-        fixed, moving = (make_level(thumbs[index[close]], SIDE, 1 / 28) for index in (a, b))
-        way = register(fixed, moving, way[close], steps=4, stiffness=1e-3)
-        similarity[close] = correlation(fixed, moving, way)
-        return np.where(close, similarity, 0)
+            way = register(take(level, a), take(level, b), way, steps=4, stiffness=1e-3)
+        return way, correlation(take(detail, a), take(detail, b), way)
 
-    return np.concatenate([np.zeros(0), *_in_threads(compare, a, b)])
+    way, likeness = in_threads(coarse, a, b)
+    distortion = np.abs(np.log(way[:, 0] / way[:, 2]))
+    similarity = np.zeros(len(a))
+    for part in parts(np.flatnonzero((likeness >= GATE) & (distortion <= DISTORTION)), FINE):
+        # A slice is in several pairs and is normalised once for all of them.
+        members, place = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
+        level = levels(thumbs[members], SIDE, 1 / 28)
+
+        def fine(a: np.ndarray, b: np.ndarray, way: np.ndarray, level: Level = level) -> tuple[np.ndarray]:
+            fixed, moving = take(level, a), take(level, b)
+            return (correlation(fixed, moving, register(fixed, moving, way, steps=2, stiffness=1e-3)),)
+
+        (similarity[part],) = in_threads(fine, *np.split(place, 2), way[part])
+    return similarity

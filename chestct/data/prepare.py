@@ -29,6 +29,11 @@ def draws_phantoms(data: DataConfig) -> bool:
     return data.name == "phantom" and not data.root and not data.sources
 
 
+def is_synthetic(data: DataConfig) -> bool:
+    """Whether any slice is a phantom: what a model reaches on them says nothing about patients."""
+    return "phantom" in (data.sources or [data.name])
+
+
 def located(cfg: Config) -> DataConfig:
     """The data settings with the root of drawn phantoms filled in: a folder named by their settings."""
     if not draws_phantoms(cfg.data):

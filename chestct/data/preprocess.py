@@ -22,10 +22,10 @@ class Preprocess:
     fit: str = "pad"
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
-        """gray: float32 [H, W] in [0, 1]. Returns uint8 [size, size]; 255 is 1."""
-        image = Image.fromarray((gray * 255 + 0.5).astype(np.uint8))
+        """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
+        image = Image.fromarray(gray if gray.dtype == np.uint8 else (gray * 255 + 0.5).astype(np.uint8))
         if self.fit == "body":
-            image = image.crop(_body_box(np.asarray(image)))
+            image = image.crop(body_box(np.asarray(image)))
         if self.fit == "stretch":
             return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
         scale = self.size / max(image.size)
@@ -37,7 +37,7 @@ class Preprocess:
         return np.asarray(square)
 
 
-def _body_box(image: np.ndarray) -> tuple[int, int, int, int]:
+def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) around rows and columns in which at least 2 % of the pixels may be body.
 
     The whole image where nothing is bright enough: a black slice has no body to crop to.

@@ -9,12 +9,36 @@ columns, shifts in units of the side; a point x of the fixed image lies at zoom 
 counted from the centre.
 """
 
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+from PIL import Image
 
 IDENTITY = np.array([1.0, 0.0, 1.0, 0.0])
 """The pose that changes nothing."""
 
 Level = tuple[np.ndarray, np.ndarray]
+
+
+def thumbnails(images: np.ndarray, position: np.ndarray, side: int) -> np.ndarray:
+    """The slices at these positions shrunk by averaging over areas: uint8 [N, S, S] -> uint8 [n, side, side]."""
+    if not len(position):
+        return np.empty((0, side, side), np.uint8)
+    edge = np.linspace(0, images.shape[1], side + 1)
+    pixel = np.arange(images.shape[1])
+    area = np.clip(np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel), 0, None)
+    area = (area * side / len(pixel)).astype(np.float32)
+
+    def shrink(part: np.ndarray) -> tuple[np.ndarray]:
+        if len(pixel) % side == 0:  # as for slices of 224: ten times as fast, and the same but for the sign of halves
+            factor = len(pixel) // side
+            return (np.stack([np.asarray(Image.fromarray(images[i]).reduce(factor)) for i in position[part]]),)
+        return (np.rint(area @ images[position[part]].astype(np.float32) @ area.T).astype(np.uint8),)
+
+    order = np.argsort(position)  # as they lie on disk
+    return in_threads(shrink, order)[0][np.argsort(order)]
 
 
 def find_image(thumbs: np.ndarray) -> np.ndarray:
@@ -39,9 +63,31 @@ def find_image(thumbs: np.ndarray) -> np.ndarray:
 def make_level(thumbs: np.ndarray, side: int, sigma: float) -> Level:
     """Thumbnails, uint8 [n, S, S], shrunk to a side that divides S and normalised (see `normalise`)."""
     scale = thumbs.shape[-1] // side
-    shape = (len(thumbs), side, scale, side, scale)
-    weight = find_image(thumbs).reshape(shape).mean((2, 4), dtype=np.float32)
-    return normalise(thumbs.reshape(shape).mean((2, 4), dtype=np.float32), weight, sigma), weight
+    mean = np.repeat(np.eye(side, dtype=np.float32), scale, 1) / scale
+    image, weight = (mean @ a.astype(np.float32) @ mean.T for a in (thumbs, find_image(thumbs)))
+    return normalise(image, weight, sigma), weight
+
+
+def levels(thumbs: np.ndarray, side: int, sigma: float) -> Level:
+    """`make_level` for a whole collection, in half precision: levels are the largest thing in memory."""
+    image, weight = in_threads(lambda part: _half(*make_level(part, side, sigma)), thumbs)
+    return image, weight
+
+
+def details(level: Level, sigma: float) -> Level:
+    """A collection's level normalised once more, over another neighbourhood."""
+    index = np.arange(len(level[0]))
+    image, weight = in_threads(lambda i: _half(normalise(*take(level, i), sigma), level[1][i]), index)
+    return image, weight
+
+
+def _half(image: np.ndarray, weight: np.ndarray) -> Level:
+    return image.astype(np.float16), weight.astype(np.float16)
+
+
+def take(level: Level, index: np.ndarray) -> Level:
+    """Slices of a collection's level, as float32 again."""
+    return level[0][index].astype(np.float32), level[1][index].astype(np.float32)
 
 
 def normalise(image: np.ndarray, weight: np.ndarray, sigma: float) -> np.ndarray:
@@ -87,19 +133,26 @@ def register(fixed: Level, moving: Level, pose: np.ndarray, steps: int, stiffnes
     different things, as a slice and the mean slice do, it keeps the pose from running away.
     """
     n, side, _ = moving[0].shape
-    grid = (np.arange(side, dtype=np.float32) - (side - 1) / 2) / side
     weight = fixed[1] * warp(moving[1], pose)
-    middle = (fixed[0] + warp(moving[0], pose)) * (side / 2)
+    middle = (fixed[0] + warp(moving[0], pose)) * np.float32(side / 2)
     by_row = np.gradient(middle, axis=1) / pose[:, 0, None, None].astype(np.float32)
     by_column = np.gradient(middle, axis=2) / pose[:, 2, None, None].astype(np.float32)
-    slope = np.stack([by_row * grid[:, None], by_row, by_column * grid, by_column], 1).reshape(n, 4, side * side)
-    pull = slope * weight.reshape(n, 1, side * side)
-    curvature = pull @ slope.transpose(0, 2, 1)
+    pull_row, pull_column = weight * by_row, weight * by_column
+    # Zoom and shift of an axis weigh a line of pixels alike, so that lines are summed first: half the work.
+    place = (np.arange(side, dtype=np.float32) - (side - 1) / 2) / side
+    lines = np.stack([place, np.ones_like(place)], 1)
+    curvature = np.empty((n, 4, 4), np.float32)
+    curvature[:, :2, :2] = lines.T @ (np.einsum("nij,nij->ni", pull_row, by_row)[:, :, None] * lines)
+    curvature[:, 2:, 2:] = lines.T @ (np.einsum("nij,nij->nj", pull_column, by_column)[:, :, None] * lines)
+    curvature[:, :2, 2:] = lines.T @ (pull_row * by_column) @ lines
+    curvature[:, 2:, :2] = curvature[:, :2, 2:].transpose(0, 2, 1)
     hold = np.eye(4) * (stiffness * curvature + 1e-3)
     inverse = np.linalg.inv(curvature + hold)
     for _ in range(steps):
-        rest = (fixed[0] - warp(moving[0], pose)).reshape(n, side * side, 1)
-        change = inverse @ (pull @ rest - hold @ (pose - IDENTITY)[:, :, None])
+        rest = fixed[0] - warp(moving[0], pose)
+        rows, columns = np.einsum("nij,nij->ni", pull_row, rest), np.einsum("nij,nij->nj", pull_column, rest)
+        force = np.concatenate([rows @ lines, columns @ lines], 1)[:, :, None]
+        change = inverse @ (force - hold @ (pose - IDENTITY)[:, :, None])
         pose = np.clip(pose + np.clip(change[:, :, 0], -0.05, 0.05), IDENTITY - 0.3, IDENTITY + 0.3)
     return pose
 
@@ -115,3 +168,44 @@ def correlation(fixed: Level, moving: Level, pose: np.ndarray) -> np.ndarray:
     enough = total > 0.6 * np.minimum(fixed[1].sum((1, 2)), moving[1].sum((1, 2)))
     value = (weight * a * b).sum((1, 2)) / np.sqrt(power + 1e-6)
     return np.where(enough, np.clip(value, -1, 1), 0)
+
+
+def align_all(pyramid: list[Level], mean: list[Level]) -> np.ndarray:
+    """The pose of every slice relative to the mean slice, float [n, 4]."""
+
+    def align(index: np.ndarray) -> tuple[np.ndarray]:
+        pose = np.tile(IDENTITY, (len(index), 1))
+        for fixed, level in zip(mean, pyramid, strict=True):
+            pose = register(fixed, take(level, index), pose, steps=8, stiffness=0.3)
+        return (pose,)
+
+    return in_threads(align, np.arange(len(pyramid[0][0])))[0]
+
+
+def mean_slice(pyramid: list[Level]) -> list[Level]:
+    """The mean of the slices after they were registered to the mean, twice."""
+    pose = np.tile(IDENTITY, (len(pyramid[0][0]), 1))
+    for turn in range(3):
+        mean = []
+        for image, _ in pyramid:
+            middle = warp(image.astype(np.float32), pose).mean(0, keepdims=True)
+            mean.append((middle, np.ones_like(middle)))
+        if turn < 2:
+            pose = align_all(pyramid, mean)
+            pose += IDENTITY - pose.mean(0)
+    return mean
+
+
+def parts(array: np.ndarray, size: int = 128) -> Iterator[np.ndarray]:
+    """The array piece by piece."""
+    return (array[start : start + size] for start in range(0, len(array), size))
+
+
+def in_threads(function: Callable[..., tuple[np.ndarray, ...]], *arrays: np.ndarray) -> list[np.ndarray]:
+    """function over parts of the arrays, on all cores, its results joined; numpy lets go of the interpreter lock.
+
+    An empty array is one part, so that results have their shapes and types whatever there is to do.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(function, *(list(parts(array)) or [array] for array in arrays))
+        return [np.concatenate(column) for column in zip(*results, strict=True)]

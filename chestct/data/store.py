@@ -23,19 +23,16 @@ from filelock import FileLock
 from rich.progress import track
 
 from chestct.config import DataConfig
-from chestct.data.decode import Limits, decode, pixel_hash
-from chestct.data.groups import find_pairs, group
+from chestct.data.decode import Limits, decode, pixel_hash, read
 from chestct.data.preprocess import Preprocess
 from chestct.data.sources import SliceFile, list_slices
+from chestct.data.statistics import image_statistics
 from chestct.errors import DataError, DecodeError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the files below; another version is made anew."""
 
 UNREADABLE = ["source", "path", "file_hash", "reason"]
-
-BORDER = 0.05
-"""Width of the border whose grey values the manifest keeps, as a fraction of the side."""
 
 
 @dataclass
@@ -99,7 +96,7 @@ def open_store(folder: Path) -> Store:
     path = folder / "manifest.parquet"
     if not path.is_file():
         raise DataError(f"No store in {folder}. Make it with `python -m chestct.data ingest`.")
-    table = pq.read_table(path)
+    table = _read_table(path)
     meta = json.loads((table.schema.metadata or {}).get(b"chestct", b"{}"))
     if meta.get("format") != FORMAT:
         raise DataError(f"The store in {folder} was written by another version. Delete the folder and ingest again.")
@@ -107,40 +104,55 @@ def open_store(folder: Path) -> Store:
         folder,
         table.to_pandas(),
         np.load(folder / meta["images"], mmap_mode="r"),
-        pd.read_parquet(folder / meta["pairs"]),
+        _read_table(folder / meta["pairs"]).to_pandas(),
         pd.DataFrame(meta["unreadable"], columns=UNREADABLE),
         meta["settings"],
     )
+
+
+def _read_table(path: Path) -> pa.Table:
+    # read_table would first import pyarrow.dataset: a tenth of the time of a run that finds nothing new.
+    with pq.ParquetFile(path) as file:
+        return file.read()
 
 
 def _update(cfg: DataConfig, files: list[SliceFile], folder: Path, progress: bool) -> Store:
     old = _known(cfg, folder)
     facts = {} if old is None else _facts(old)
     limits = Limits(cfg.max_bytes, cfg.max_pixels)
-    # Threads, not processes: reading, hashing, Pillow and NumPy's reductions release the interpreter lock.
+    # Threads, not processes: reading, hashing and Pillow release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = list(pool.map(lambda file: _hash(file, limits), files))
         if old is not None and _unchanged(old, files, hashes, facts):
             return old
-        new_generation = _Generation(cfg, folder, len(files))
-        found = pool.map(lambda file, key: facts.get(key) or _measure(file, key, cfg, limits), files, hashes)
-        bar = track(found, "Reading slices", len(files), disable=not progress)
+        new = _Generation(cfg, folder, len(files))
         rows: list[dict[str, Any]] = []
         unreadable: list[dict[str, str]] = []
-        for file, fact in zip(files, bar, strict=True):
+        measured = pool.map(lambda file, key: _measure(file, key, cfg, limits), *_unknown(files, hashes, facts))
+        for file, key in track(list(zip(files, hashes, strict=True)), "Reading slices", disable=not progress):
+            fact, pixels = (facts[key], None) if key in facts else next(measured)
+            if key:
+                facts[key] = fact
             if "reason" in fact:
                 unreadable.append({"source": file.source, "path": file.path, **fact})
                 continue
-            pixels = fact["pixels"] if "pixels" in fact else old.images[fact["row"]]  # type: ignore[union-attr]
-            row = new_generation.add(fact["content"], pixels)
-            rows.append({**_described(file), **fact, "row": row})
-            rows[-1].pop("pixels", None)
+            if pixels is None and fact["content"] not in new.row_of:
+                pixels = cast(Store, old).images[fact["row"]]
+            rows.append({**_described(file), **fact, "row": new.add(fact["content"], pixels)})
     if not rows:
-        new_generation.discard()
+        new.discard()
         raise DataError(
             f"None of the {len(files)} files can be read; the first, {unreadable[0]['path']}: {unreadable[0]['reason']}"
         )
-    return new_generation.commit(pd.DataFrame(rows), pd.DataFrame(unreadable, columns=UNREADABLE))
+    return new.commit(pd.DataFrame(rows), pd.DataFrame(unreadable, columns=UNREADABLE))
+
+
+def _unknown(
+    files: list[SliceFile], hashes: list[str], facts: dict[str, dict[str, Any]]
+) -> tuple[list[SliceFile], list[str]]:
+    """The files to decode and their hashes: of files with the same bytes the first, and all that were not hashed."""
+    todo = {key or str(i): i for i, key in reversed(list(enumerate(hashes))) if key not in facts}
+    return [files[i] for i in sorted(todo.values())], [hashes[i] for i in sorted(todo.values())]
 
 
 def _facts(store: Store) -> dict[str, dict[str, Any]]:
@@ -194,8 +206,8 @@ class _Generation:
             raise
         self.row_of: dict[str, int] = {}
 
-    def add(self, content: str, pixels: np.ndarray) -> int:
-        """Row of the content, which is written once."""
+    def add(self, content: str, pixels: np.ndarray | None) -> int:
+        """Row of the content, which is written once; only the first time its pixels are needed."""
         if content not in self.row_of:
             self.row_of[content] = len(self.row_of)
             self.images[self.row_of[content]] = pixels
@@ -206,6 +218,9 @@ class _Generation:
         self.temporary.unlink()
 
     def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> Store:
+        # SciPy takes longer to import than a run that finds nothing new needs in all.
+        from chestct.data.groups import group
+
         self.images.flush()
         pairs = _find_pairs(manifest, self.images)
         manifest["group"] = group(len(manifest), pairs)
@@ -232,6 +247,8 @@ class _Generation:
 
 def _find_pairs(manifest: pd.DataFrame, images: np.ndarray) -> pd.DataFrame:
     """Copies, near-copies and series mates; only one slice of each content is compared with others."""
+    from chestct.data.groups import find_pairs
+
     first = manifest.drop_duplicates("content").sort_values("row")
     ids = first[["patient", "study", "series"]].to_numpy()
     series = [next(filter(None, row), "") for row in ids]
@@ -252,39 +269,30 @@ def _known(cfg: DataConfig, folder: Path) -> Store | None:
     return None
 
 
-def _measure(file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits) -> dict[str, Any]:
+def _measure(
+    file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits
+) -> tuple[dict[str, Any], np.ndarray | None]:
     """What one file is: its facts and its pixels (uint8 [size, size]), or the reason why it cannot be read."""
     path = file.root / file.path
     try:
-        slice_ = decode(path, cfg.window, limits)
+        data = read(path, limits)
+        slice_ = decode(data, cfg.window, limits, name=file.path)
     except DecodeError as error:
-        return {"file_hash": file_hash, "reason": error.reason}
-    gray = slice_.gray
-    border = _border(gray)
-    return {
+        return {"file_hash": file_hash, "reason": error.reason}, None
+    # Bytes stay bytes: passes over floats would cost as much again as decoding.
+    gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
+    facts = {
         "file_hash": file_hash,
-        "content": pixel_hash(gray),
-        "width": gray.shape[1],
-        "height": gray.shape[0],
+        "content": pixel_hash(slice_.levels),
         "mode": slice_.mode,
         "format": slice_.format,
-        "bytes": path.stat().st_size,
-        "mean": float(gray.mean()),
-        "std": float(gray.std()),
-        "border_mean": float(border.mean()),
-        "border_std": float(border.std()),
+        "bytes": len(data),
+        **image_statistics(gray),
         "patient": slice_.patient,
         "study": slice_.study,
         "series": slice_.series,
-        "pixels": preprocess_of(cfg)(gray),
     }
-
-
-def _border(gray: np.ndarray) -> np.ndarray:
-    """The outermost pixels of all four sides, as one flat array."""
-    y, x = (max(1, round(side * BORDER)) for side in gray.shape)
-    inner = gray[y:-y]
-    return np.concatenate([part.ravel() for part in (gray[:y], gray[-y:], inner[:, :x], inner[:, -x:])])
+    return facts, preprocess_of(cfg)(gray)
 
 
 def _described(file: SliceFile) -> dict[str, str]:

@@ -124,6 +124,19 @@ def test_hash_depends_on_every_pixel_and_on_the_shape() -> None:
     assert all(len(digest) == 32 for digest in hashes)
 
 
+def test_hash_tells_sixteen_bit_levels_apart_that_eight_bits_cannot() -> None:
+    coarse = RAMP.astype(np.uint16) * 257
+    fine = coarse.copy()
+    fine[0, 1] += 1
+    assert pixel_hash(coarse) == pixel_hash(RAMP)
+    assert pixel_hash(fine) != pixel_hash(coarse)
+    assert (
+        pixel_hash(fine)
+        == pixel_hash(fine / np.float32(65535))
+        == pixel_hash(decode(encoded(fine, "PNG"), LUNG).levels)
+    )
+
+
 def test_sixteen_bits_are_divided_by_the_full_range_in_either_byte_order() -> None:
     stored = np.array([[0, 1, 4095], [32768, 65534, 65535]], np.uint16)
     for data in (encoded(stored, "PNG"), encoded(stored, "TIFF"), encoded(stored.astype(">u2"), "TIFF")):

@@ -65,3 +65,24 @@ def test_little_overlap_counts_as_no_likeness() -> None:
     away = np.array([[1.0, 0.0, 1.0, 0.5]])
     assert correlation(level, level, IDENTITY[None]) == pytest.approx(1, abs=1e-3)
     assert correlation(level, level, away) == 0
+
+
+def test_a_step_solves_the_weighted_least_squares_problem() -> None:
+    """One Gauss-Newton step against the plain formula: a column of derivatives for each of the four parameters."""
+    side = 14
+    images = texture(5, n=2).astype(np.uint8)
+    fixed, moving = make_level(images, side, 0.2), make_level(np.roll(images, (1, 1), (1, 2)), side, 0.2)
+    pose = np.tile([1.01, 0.005, 0.99, -0.005], (2, 1))
+    found = register(fixed, moving, pose, steps=1, stiffness=0.0)
+    place = (np.arange(side) - (side - 1) / 2) / side
+    for i in range(2):
+        seen, weight = (warp(part[i : i + 1], pose[:1])[0].astype(float) for part in moving)
+        weight = (weight * fixed[1][i]).ravel()
+        by_row, by_column = np.gradient((fixed[0][i] + seen) / 2 * side)
+        by_row, by_column = by_row / pose[0, 0], by_column / pose[0, 2]
+        slope = np.stack([by_row * place[:, None], by_row, by_column * place, by_column]).reshape(4, -1)
+        hold = np.eye(4) * 1e-3
+        force = slope @ (weight * (fixed[0][i] - seen).ravel()) - hold @ (pose[0] - IDENTITY)
+        step = np.linalg.solve((slope * weight) @ slope.T + hold, force)
+        assert found[i] - pose[i] == pytest.approx(np.clip(step, -0.05, 0.05), abs=1e-4)
+        assert np.abs(step).max() < 0.05  # else clipping hides a wrong step

@@ -36,8 +36,8 @@ def draw(path, rng):
 
 def count_decodes(monkeypatch):
     seen = []
-    real = store_module.decode
-    monkeypatch.setattr(store_module, "decode", lambda path, *rest: (seen.append(path), real(path, *rest))[1])
+    real = store_module.read
+    monkeypatch.setattr(store_module, "read", lambda path, *rest: (seen.append(path), real(path, *rest))[1])
     return seen
 
 
@@ -211,3 +211,50 @@ def test_a_killed_run_leaves_the_old_state(cfg, tmp_path):
     assert open_store(tmp_path / "store").manifest.equals(before)
     assert len(ingest(cfg, tmp_path / "store").manifest) == 18
     assert not list((tmp_path / "store").glob("*.tmp"))
+
+
+def test_files_with_the_same_bytes_are_decoded_once(cfg, tmp_path, monkeypatch):
+    for i in range(3):
+        shutil.copy(tmp_path / "data" / "cancer" / "0.png", tmp_path / "data" / "normal" / f"copy{i}.png")
+        (tmp_path / "data" / "normal" / f"bad{i}.png").write_bytes(b"not an image")
+    cfg.max_unreadable = 3
+    seen = count_decodes(monkeypatch)
+    store = ingest(cfg, tmp_path / "store")
+    assert len(seen) == 13
+    assert sorted(store.unreadable["path"]) == [f"normal/bad{i}.png" for i in range(3)]
+    copies = store.manifest[store.manifest["path"].str.contains("copy")]
+    assert len(copies) == 3
+    original = store.manifest.set_index("path").loc["cancer/0.png"]
+    for column in ("content", "row", "mean", "file_hash"):
+        assert set(copies[column]) == {original[column]}
+    assert store.manifest["file_hash"].nunique() == 12
+
+
+def test_an_interrupted_run_does_not_wait_for_the_files_that_are_left(cfg, tmp_path, monkeypatch):
+    seen = []
+
+    def measure(file, *_):
+        seen.append(file.path)
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(store_module, "_measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(cfg, tmp_path / "store")
+    assert len(seen) < 6
+
+
+def test_colour_depth_and_kind_of_number_do_not_change_what_is_measured(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+    (tmp_path / "data" / "normal").mkdir(parents=True)
+    Image.fromarray(levels).save(tmp_path / "data" / "normal" / "8.png")
+    Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "data" / "normal" / "16.png")
+    Image.fromarray(levels / np.float32(255)).save(tmp_path / "data" / "normal" / "32.tiff")
+    cfg = DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS, size=64)
+    table = ingest(cfg, tmp_path / "store").manifest
+    assert table["content"].nunique() == 1
+    assert table["file_hash"].nunique() == 3
+    for column, value in (("mean", levels.mean() / 255), ("std", levels.std() / 255)):
+        assert table[column].to_numpy() == pytest.approx(value, abs=1e-6)
+    assert np.ptp(table["border_std"]) < 1e-6
