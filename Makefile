@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params repro audit bench bench-data ui audit clean
+.PHONY: help setup train test test-fast lint format params repro audit bench bench-data ui dagshub-remote clean
 
 help: ## list these
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make the virtual environment and install everything into it
 
@@ -47,6 +47,9 @@ audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct dat
 
 repro: $(READY) ## run the DVC pipeline as far as something changed
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro $(ARGS)
+
+dagshub-remote: $(READY) ## let DVC keep data on DagsHub (OWNER=... REPO=..., token in DAGSHUB_USER_TOKEN)
+	@$(BIN)/python -m chestct.tracking dagshub-remote tracking.owner=$(or $(OWNER),null) tracking.repo=$(or $(REPO),null)
 
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

@@ -1,4 +1,8 @@
 import http.server
+import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 
@@ -6,13 +10,30 @@ import pytest
 from mlflow import MlflowClient
 
 from chestct import tracking
-from chestct.errors import Interrupted
-from chestct.tracking import TrackingError, open_run, probe
+from chestct.config import TrackingConfig
+from chestct.door import CONF, find_checkpoint
+from chestct.errors import ConfigError, Interrupted
+from chestct.tracking import TrackingError, open_run, probe, sole_writer
+from chestct.tracking.__main__ import main
+from chestct.tracking.push import push
+from chestct.tracking.server import local_uri, server_uri
+from chestct.tracking.storage import dagshub_remotes
+
+ROOT = CONF.parent
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """MLflow takes seconds to make a store, and none to open a copy of one."""
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
 
 
 @pytest.fixture
-def uri(tmp_path, monkeypatch):
+def uri(tmp_path, monkeypatch, empty_store):
     monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -90,47 +111,237 @@ def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
 
 @pytest.fixture
 def server():
-    """A server that answers every request with the status it is told."""
+    """A server on loopback that answers every request with the status and text it is told, or never (None)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             self.server.auth = self.headers.get("Authorization")
-            self.send_response(self.server.status)
+            asked = self.path.split("/")[-1].split("?")[0]
+            status, text = self.server.answers.get(asked, (404, "<html>"))
+            if status is None:
+                self.server.ended.wait(30)
+                return
+            self.send_response(status)
             self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_POST = do_GET  # noqa: N815
 
         def log_message(self, *_):
             pass
 
     made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.ended, made.answers = threading.Event(), {}
+    made.uri = f"http://127.0.0.1:{made.server_port}"
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield made
+    made.ended.set()
     made.shutdown()
+    made.server_close()
     thread.join()
 
 
-@pytest.mark.parametrize(
-    ("status", "says"), [(200, None), (401, "does not accept the user"), (403, "may not read"), (404, "status 404")]
-)
-def test_probe_tells_what_is_wrong_with_a_server(server, status, says, monkeypatch):
+KNOWN = (200, '{"experiment": {"experiment_id": "1"}}')
+UNKNOWN = (404, '{"error_code": "RESOURCE_DOES_NOT_EXIST"}')
+ANSWERS = {
+    "well": ({"get-by-name": KNOWN, "set-experiment-tag": (200, "{}")}, None),
+    "new experiment": ({"get-by-name": UNKNOWN, "create": (200, '{"experiment_id": "1"}')}, None),
+    "made by another meanwhile": (
+        {"get-by-name": UNKNOWN, "create": (400, '{"error_code": "RESOURCE_ALREADY_EXISTS"}')},
+        None,
+    ),
+    "password": ({"get-by-name": (401, "no")}, "does not accept the user and password"),
+    "read": ({"get-by-name": (403, "no")}, "does not let this user write"),
+    "write": ({"get-by-name": KNOWN, "set-experiment-tag": (403, "Permission denied")}, "does not let this user write"),
+    "create": ({"get-by-name": UNKNOWN, "create": (403, "Permission denied")}, "does not let this user write"),
+    "page": ({"get-by-name": (200, "<html>")}, "is it an MLflow server"),
+    "unknown JSON": ({"get-by-name": (200, '{"error": "not here"}')}, "is it an MLflow server"),
+    "other JSON": ({"get-by-name": (200, "[1]")}, "is it an MLflow server"),
+    "missing page": ({}, "is it an MLflow server"),
+    "deleted": (
+        {"get-by-name": (200, '{"experiment": {"experiment_id": "1", "lifecycle_stage": "deleted"}}')},
+        "was deleted on",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(ANSWERS))
+def test_probe_tells_what_is_wrong_with_a_server(server, case, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-word")
-    server.status = status
-    found = probe(f"http://127.0.0.1:{server.server_port}")
+    server.answers, says = ANSWERS[case]
+    found = probe(server.uri)
     assert found is None if says is None else says in found
     assert "secret-word" not in str(found)
     assert server.auth == "Basic bWU6c2VjcmV0LXdvcmQ="
 
 
-def test_an_unreachable_server_is_said_quickly_and_the_run_goes_on_locally(small, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_reading_needs_no_right_to_write(server):
+    for server.answers, asked in (ANSWERS["write"], ANSWERS["create"]):
+        assert asked in probe(server.uri)
+        assert probe(server.uri, write=False) is None
+    server.answers = ANSWERS["read"][0]
+    assert "does not let this user read" in probe(server.uri, write=False)
+
+
+def test_probe_gives_up_on_a_server_that_never_answers(server, monkeypatch):
+    monkeypatch.setattr("chestct.tracking.server.PROBE_SECONDS", 1.0)
+    server.answers = {"get-by-name": (None, "")}
     started = time.monotonic()
-    with open_run(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9"), tmp_path / "out") as run:
-        assert run.uri == tracking.LOCAL
-    assert time.monotonic() - started < 10
-    assert "cannot be reached" in capsys.readouterr().out
+    assert "does not answer within 1 s" in probe(server.uri)
+    assert time.monotonic() - started < 3
+
+
+def test_an_unreachable_server_is_said_quickly_and_the_run_goes_on_locally(small, uri, tmp_path, capsys):
+    asked = ("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}")
+    started = time.monotonic()
+    assert "cannot be reached" in probe("http://127.0.0.1:9")
+    assert time.monotonic() - started < 5
+    with open_run(small(*asked), tmp_path / "out") as run:
+        assert run.uri == uri
+    told = capsys.readouterr().out
+    assert "cannot be reached" in told
+    assert "python -m chestct.tracking push tracking.uri=http://127.0.0.1:9" in told
     with (
         pytest.raises(TrackingError, match=r"tracking\.required=false"),
-        open_run(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", "tracking.required=true"), tmp_path / "b"),
+        open_run(small(*asked, "tracking.required=true"), tmp_path / "b"),
     ):
         pass
+    assert len(runs(uri)) == 1
+
+
+@pytest.mark.parametrize("where", ["http://me:secret-word@127.0.0.1:9", "postgresql://me:secret-word@host/db"])
+def test_a_password_in_the_uri_is_refused_and_not_repeated(small, tmp_path, where):
+    with (
+        pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as refused,
+        open_run(small("tracking=mlflow", f"tracking.uri={where}"), tmp_path / "out"),
+    ):
+        pass
+    assert "secret-word" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def no_token(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "DAGSHUB_USER_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back, too
+        monkeypatch.delenv(name)
+
+
+def test_dagshub_takes_owner_and_repository_from_settings_and_the_token_from_the_environment(no_token, monkeypatch):
+    monkeypatch.setenv("DAGSHUB_USER_TOKEN", "secret-word")
+    cfg = TrackingConfig("dagshub", owner="ada", repo="chest-ct")
+    assert server_uri(cfg) == "https://dagshub.com/ada/chest-ct.mlflow"
+    assert local_uri(cfg) == cfg.local
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-word"
+
+
+@pytest.mark.parametrize(
+    ("owner", "repo", "token", "says"),
+    [
+        (None, "ct", "t", "tracking.owner"),
+        ("ada", None, "t", "tracking.repo"),
+        ("ada/ct", "ct", "t", "OWNER/REPO"),
+        ("ada", "ct", None, "DAGSHUB_USER_TOKEN"),
+    ],
+)
+def test_dagshub_says_what_is_missing(no_token, monkeypatch, owner, repo, token, says):
+    if token:
+        monkeypatch.setenv("DAGSHUB_USER_TOKEN", token)
+    with pytest.raises(ConfigError, match=says):
+        server_uri(TrackingConfig("dagshub", owner=owner, repo=repo))
+
+
+def test_two_trainings_cannot_write_to_one_folder(tmp_path):
+    code = (
+        f"from chestct.tracking import sole_writer\nwith sole_writer(__import__('pathlib').Path({str(tmp_path)!r})):\n"
+    )
+    with sole_writer(tmp_path):
+        done = subprocess.run([sys.executable, "-c", code + "    pass"], capture_output=True, text=True, cwd=ROOT)
+        assert f"Another training is writing to {tmp_path}" in done.stderr
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_the_dvc_experiment_and_the_folder_are_on_the_run(small, uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
+    with open_run(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out"):
+        pass
+    (found,) = runs(uri)
+    assert found.data.tags["dvc.experiment"] == "brave-fox"
+    assert found.data.tags["folder"] == str(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_system_metrics_are_recorded_where_asked_for(small, uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    for name, asked in (("a", "true"), ("b", "false")):
+        cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"tracking.system_metrics={asked}")
+        with open_run(cfg, tmp_path / name):
+            time.sleep(2)
+        assert any(key.startswith("system/") for key in runs(uri)[0].data.metrics) is (asked == "true")
+
+
+def test_the_checkpoint_of_a_run_is_found_by_its_id(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    out = tmp_path / "runs" / "first"
+    best = out / "checkpoints" / "best.ckpt"
+    with open_run(cfg, out) as run:
+        best.parent.mkdir()
+        best.write_bytes(b"weights")
+        run.artifacts(best, "checkpoints")
+    asked = f"runs:/{run.run_id}"
+    assert find_checkpoint(asked, str(tmp_path / "runs"), cfg.tracking) == best
+    elsewhere = find_checkpoint(asked, str(tmp_path / "new"), cfg.tracking)
+    assert elsewhere.read_bytes() == b"weights"
+    assert (elsewhere.parent.parent / tracking.RUN_ID_FILE).read_text().strip() == run.run_id
+    with pytest.raises(ConfigError, match="not found"):
+        find_checkpoint("runs:/0123456789abcdef0123456789abcdef", str(tmp_path / "runs"), cfg.tracking)
+    assert run.client is not None
+    run.client.delete_run(run.run_id)
+    with pytest.raises(ConfigError, match="was deleted"):
+        find_checkpoint(asked, str(tmp_path / "third"), cfg.tracking)
+
+
+def test_a_run_without_a_checkpoint_says_so(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    with open_run(cfg, tmp_path / "out") as run:
+        pass
+    with pytest.raises(ConfigError, match="kept no checkpoint"):
+        find_checkpoint(f"runs:/{run.run_id}", str(tmp_path), cfg.tracking)
+
+
+def test_push_without_a_server_says_how(small):
+    with pytest.raises(ConfigError, match="tracking=dagshub"):
+        push(small("tracking=mlflow"))
+
+
+def test_the_command_line_of_tracking_explains_itself(capsys):
+    assert main([]) == 0
+    assert "push" in capsys.readouterr().out
+    assert main(["pull"]) == 2
+    assert main(["push", "tracking.urll=x"]) == 2
+    assert "Did you mean tracking.uri" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_token_for_dvc_stands_in_config_local_only(no_token, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], check=True, env=os.environ | {"DVC_NO_ANALYTICS": "1"})
+    cfg = TrackingConfig("dagshub", owner="ada", repo="ct")
+    with pytest.raises(ConfigError, match="DAGSHUB_USER_TOKEN"):
+        dagshub_remotes(cfg)
+    monkeypatch.setenv("DAGSHUB_USER_TOKEN", "secret-word")
+    for _ in range(2):
+        dagshub_remotes(cfg)
+    shared = (tmp_path / ".dvc" / "config").read_text()
+    assert "endpointurl = https://dagshub.com/ada/ct.s3" in shared
+    assert "url = https://dagshub.com/ada/ct.dvc" in shared
+    assert "remote = dagshub\n" in shared
+    holding = [p for p in tmp_path.rglob("*") if p.is_file() and b"secret-word" in p.read_bytes()]
+    assert holding == [tmp_path / ".dvc" / "config.local"]
+    ignored = subprocess.run(["git", "check-ignore", "-q", ".dvc/config.local"], check=False)
+    assert ignored.returncode == 0
+    assert "secret-word" not in capsys.readouterr().out

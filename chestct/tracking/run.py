@@ -1,15 +1,14 @@
-"""Runs in MLflow: what was set, what came out, from which code and data.
+"""The run that a training or an evaluation writes to.
 
-Everything goes through one `Run`. A server is probed before training, because MLflow's client retries for minutes
-where none answers; a run that may not use its server goes on in the local store and says so. Nothing phones home.
+Everything goes through one `Run`, which always writes to the store on this machine; open_run says whether a server gets
+a copy while it lasts. A run belongs to a folder, where its id is noted, so that a resumed training goes on with it.
 """
 
-import base64
 import json
+import logging
 import os
 import subprocess
-import urllib.error
-import urllib.request
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from chestct.config import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
+from chestct.tracking.mirror import ORIGIN, Copy, Mirror, experiment_id, first_line
+from chestct.tracking.server import TrackingError, local_uri, probe, server_uri
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
     from mlflow import MlflowClient
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-
-LOCAL = TrackingConfig().uri
 RUN_ID_FILE = "mlflow_run_id.txt"
-PROBE_SECONDS = 5.0
-
-
-class TrackingError(ChestCTError):
-    """A tracking server that cannot be used, though `tracking.required=true`."""
+LOCK_FILE = ".lock"
+FOLDER = "folder"  # tag: the run folder on the machine that trained
 
 
 class Run:
@@ -48,15 +43,17 @@ class Run:
         return MLFlowLogger(tracking_uri=self.uri, run_id=self.run_id)
 
     def tags(self, tags: Mapping[str, object]) -> None:
+        from mlflow.entities import RunTag
+
         if self.client:
-            for key, value in tags.items():
-                self.client.set_tag(self.run_id, key, str(value))
+            self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         from mlflow.entities import Metric
 
         if self.client:
-            self.client.log_batch(self.run_id, [Metric(k, float(v), 0, step) for k, v in metrics.items()])
+            now = int(time.time() * 1000)
+            self.client.log_batch(self.run_id, [Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def settings(self, cfg: Config) -> None:
         """Every resolved setting as a parameter; MLflow keeps the first value if a resumed run changes one."""
@@ -93,27 +90,31 @@ def open_run(cfg: Config, out: Path) -> Iterator[Run]:
     if cfg.tracking.name == "off":
         yield Run()
         return
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    uri = _usable_uri(cfg.tracking)
+    server = _usable_server(cfg.tracking)
+    uri = local_uri(cfg.tracking)
     try:
         run = _start(cfg.tracking, uri, out)
     except MlflowException as error:
-        raise TrackingError(
-            f"MLflow cannot use {uri}: {str(error).splitlines()[0]} Set tracking.uri or tracking=off."
-        ) from None
+        raise TrackingError(f"MLflow cannot use {uri}: {first_line(error)} Set tracking.uri or tracking=off.") from None
+    assert run.client is not None
     run.settings(cfg)
-    run.tags(code_version())
+    run.tags(code_version() | _called_by() | {FOLDER: out.resolve()})
+    mirror = Mirror(Copy(run.client, MlflowClient(server), run.run_id)) if server else None
     status = "FAILED"
     try:
-        yield run
+        with _system_metrics(cfg.tracking, run):
+            yield run
         status = "FINISHED"
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        assert run.client is not None
         run.client.set_terminated(run.run_id, status)
+        if mirror:
+            _say_how_it_ended(mirror, cfg.tracking)
 
 
 def _start(cfg: TrackingConfig, uri: str, out: Path) -> Run:
@@ -122,61 +123,108 @@ def _start(cfg: TrackingConfig, uri: str, out: Path) -> Run:
 
     client = MlflowClient(uri)
     note = out / RUN_ID_FILE
+    tags = {}
     if note.is_file():
         run_id = note.read_text().strip()
         try:
             client.update_run(run_id, status="RUNNING")
             return Run(client, run_id, uri)
         except MlflowException:
-            print(f"The MLflow run {run_id} of this folder is not in {uri} any more; a new run is recorded.")
+            print(f"The MLflow run {run_id} of this folder is not in {uri}; a new run is recorded.")
+            tags[ORIGIN] = run_id
     found = client.get_experiment_by_name(cfg.experiment)
     if found is not None and found.lifecycle_stage == "deleted":
         raise TrackingError(
             f"The MLflow experiment '{cfg.experiment}' was deleted in {uri}. Restore it, or choose another with "
             "tracking.experiment=NAME."
         )
-    experiment = found.experiment_id if found else client.create_experiment(cfg.experiment)
-    run_id = client.create_run(experiment, run_name=cfg.run_name).info.run_id
+    experiment = experiment_id(client, cfg.experiment)
+    run_id = client.create_run(experiment, tags=tags, run_name=cfg.run_name).info.run_id
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(run_id + "\n")
+    fresh = note.with_suffix(".new")
+    fresh.write_text(run_id + "\n")
+    fresh.replace(note)
     return Run(client, run_id, uri)
 
 
-def _usable_uri(cfg: TrackingConfig) -> str:
-    """The URI asked for, or the local store where its server cannot be used and need not be."""
-    if not cfg.uri.startswith(("http://", "https://")):
-        return cfg.uri
-    problem = probe(cfg.uri)
+def _usable_server(cfg: TrackingConfig) -> str | None:
+    """The server that gets a copy; None where none is asked for, or it cannot be used and need not be."""
+    server = server_uri(cfg)
+    problem = probe(server, cfg.experiment) if server else None
     if problem is None:
-        return cfg.uri
+        return server
     if cfg.required:
-        raise TrackingError(f"{problem} Set tracking.required=false to go on with the local store {LOCAL}.")
-    print(f"{problem} This run is recorded in {LOCAL} instead.")
-    return LOCAL
-
-
-def probe(uri: str) -> str | None:
-    """What keeps the MLflow server at `uri` from being used, in one sentence; None where it answers.
-
-    Credentials come from MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, as for MLflow's client.
-    """
-    request = urllib.request.Request(f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/search?max_results=1")
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}", "") for name in ("USERNAME", "PASSWORD"))
-    if user:
-        request.add_header("Authorization", "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode())
-    try:
-        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code == 401:
-            return (
-                f"The MLflow server {uri} does not accept the user and password in MLFLOW_TRACKING_USERNAME/PASSWORD."
-            )
-        if error.code == 403:
-            return f"The MLflow server {uri} knows the user, who may not read experiments there."
-        return f"The server {uri} answers with status {error.code}: is it an MLflow server?"
-    except (OSError, ValueError) as error:
-        return f"The MLflow server {uri} cannot be reached ({getattr(error, 'reason', error)})."
+        raise TrackingError(f"{problem} Set tracking.required=false to go on with the local store {cfg.local}.")
+    print(f"{problem} This run is recorded in {cfg.local}; send it later with: {_push_command(cfg)}")
     return None
+
+
+def _push_command(cfg: TrackingConfig) -> str:
+    where = (
+        f"tracking=dagshub tracking.owner={cfg.owner} tracking.repo={cfg.repo}"
+        if cfg.name == "dagshub"
+        else f"tracking.uri={cfg.uri}"
+    )
+    where += "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
+    return f"python -m chestct.tracking push {where}"
+
+
+def _say_how_it_ended(mirror: Mirror, cfg: TrackingConfig) -> None:
+    server = server_uri(cfg)
+    if mirror.finish():
+        print(f"MLflow copy      {mirror.copy.copy_id} on {server}")
+        return
+    print(
+        f"The MLflow server {server} has not all of this run ({mirror.problem}). Nothing is lost: it is in "
+        f"{cfg.local}; send the rest with: {_push_command(cfg)}"
+    )
+
+
+@contextmanager
+def _system_metrics(cfg: TrackingConfig, run: Run) -> Iterator[None]:
+    """MLflow's own monitor of processor, memory, disk, network and GPU, where it is asked for."""
+    if not cfg.system_metrics:
+        yield
+        return
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+    monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Holds the folder `out` for this process. Raises ChestCTError where another training holds it."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK_FILE)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ChestCTError(
+            f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
+            "or with hydra.run.dir=FOLDER."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _called_by() -> dict[str, str]:
+    """The DVC experiment and Hydra's overrides, where there are any."""
+    from hydra.core.hydra_config import HydraConfig
+
+    tags = {"dvc.experiment": os.environ["DVC_EXP_NAME"]} if os.environ.get("DVC_EXP_NAME") else {}
+    if HydraConfig.initialized():
+        tags["hydra.overrides"] = " ".join(HydraConfig.get().overrides.task)
+    return tags
 
 
 def code_version() -> dict[str, Any]:

@@ -1,0 +1,365 @@
+"""Tracking and storage against real servers on loopback, which stand for DagsHub's."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from chestct.door import CONF
+from chestct.tracking import TrackingError, open_run, probe
+from chestct.tracking.push import push
+from tests.conftest import SMALL
+
+pytestmark = pytest.mark.slow
+
+ROOT = CONF.parent
+PASSWORDS = {"admin": secrets.token_hex(16), "writer": secrets.token_hex(16), "reader": secrets.token_hex(16)}
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+class Server:
+    """`mlflow server` with its basic-auth app, in a process group of its own so that it can be killed whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        (folder / "auth.ini").write_text(
+            "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
+            f"database_uri = sqlite:///{folder}/auth.db\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            "auth_cache_ttl_seconds = 60\n"  # else every request hashes a password for a tenth of a second
+        )
+
+    def start(self) -> None:
+        quiet = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        self.process = subprocess.Popen(
+            f"{sys.executable} -m mlflow server --app-name basic-auth --host 127.0.0.1 --port {self.port} --workers 1 "
+            f"--artifacts-destination artifacts --backend-store-uri sqlite:///server.db".split(),
+            cwd=self.folder,
+            env=quiet
+            | {
+                "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+            stdout=(self.folder / "server.log").open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def signal(self, signum: int) -> None:
+        os.killpg(self.process.pid, signum)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A running server with the users admin, writer (may do everything) and reader (may only read)."""
+    made = Server(tmp_path_factory.mktemp("server"))
+    made.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            log_in(patch, "admin")
+            from mlflow.server.auth.client import AuthServiceClient
+
+            users = AuthServiceClient(made.uri)
+            for name in ("writer", "reader"):
+                users.create_user(name, PASSWORDS[name])
+            assert probe(made.uri) is None  # admin makes the experiment, on which others may only read
+            from mlflow import MlflowClient
+
+            experiment = MlflowClient(made.uri).get_experiment_by_name("chestct").experiment_id
+            users.grant_user_permission("writer", "experiment", experiment, "MANAGE")
+        yield made
+    finally:
+        made.kill()
+
+
+def log_in(monkeypatch, user, password=None):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password or PASSWORDS[user])
+
+
+def test_wrong_password_and_missing_permission_are_told_apart(server, monkeypatch):
+    log_in(monkeypatch, "writer")
+    assert probe(server.uri) is None
+    log_in(monkeypatch, "writer", "wrong-password-123")
+    assert "does not accept the user and password" in probe(server.uri)
+    log_in(monkeypatch, "reader")
+    assert "does not let this user write" in probe(server.uri)
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory):
+    """MLflow takes seconds to make a store, and none to open a copy of one."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def recorded(server, empty_store, tmp_path, monkeypatch):
+    """Settings of a run of `writer` that is recorded on the server, with its local store in an empty folder."""
+    shutil.copy(empty_store, tmp_path / "local.db")
+    monkeypatch.chdir(tmp_path)
+    log_in(monkeypatch, "writer")
+    return (
+        f"tracking.uri={server.uri}",
+        f"tracking.local=sqlite:///{tmp_path}/local.db",
+        "tracking.required=true",
+        f"cache_dir={tmp_path}/cache",
+    )
+
+
+def copies(server, local, **kwargs):
+    """(local run, its copies on the server), for the newest local run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)
+    here = MlflowClient(local.tracking.local)
+    (run,) = here.search_runs([e.experiment_id for e in here.search_experiments()], max_results=1)
+    experiment = client.get_experiment_by_name("chestct").experiment_id
+    return run, client.search_runs([experiment], f"tags.`chestct.origin` = '{run.info.run_id}'", **kwargs)
+
+
+def assert_same(server, cfg):
+    """The newest local run is on the server once, and whole."""
+    from mlflow import MlflowClient
+
+    run, found = copies(server, cfg)
+    assert len(found) == 1
+    copy, here, there = found[0], MlflowClient(cfg.tracking.local), MlflowClient(server.uri)
+    assert copy.data.params == run.data.params
+    assert run.data.tags.items() <= copy.data.tags.items()
+    assert copy.info.status == run.info.status
+    assert copy.info.run_name == run.info.run_name
+    assert [i.dataset.digest for i in copy.inputs.dataset_inputs] == [
+        i.dataset.digest for i in run.inputs.dataset_inputs
+    ]
+    for key in run.data.metrics:
+        histories = [
+            sorted((m.step, m.timestamp, m.value) for m in client.get_metric_history(one.info.run_id, key))
+            for client, one in ((here, run), (there, copy))
+        ]
+        assert histories[0] == histories[1]
+    assert contents(there, copy) == contents(here, run)
+    return copy
+
+
+def contents(client, run):
+    root = Path(client.download_artifacts(run.info.run_id, ""))
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def act(run, steps, folder):
+    """What a training does with its run; returns the seconds of the slowest step."""
+    slowest = 0.0
+    for step in steps:
+        began = time.monotonic()
+        run.metrics({"valid/loss": 1 / (step + 1), "valid/auroc": 0.5}, step)
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.1)
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps({"steps": len(steps)}))
+    (folder / "plot.png").write_bytes(bytes(100_000))
+    run.artifacts(folder, "evaluation")
+    run.data("phantom", "f" * 64, "somewhere", {"train": 3})
+    return slowest
+
+
+@pytest.fixture(autouse=True)
+def mirrors_often(monkeypatch):
+    monkeypatch.setattr("chestct.tracking.mirror.SYNC_SECONDS", 0.2)
+
+
+def test_a_run_is_on_the_server_while_it_lasts_and_whole_at_its_end(server, recorded, small, tmp_path, empty_store):
+    cfg = small("tracking=mlflow", *recorded)
+    with open_run(cfg, tmp_path / "out") as run:
+        act(run, range(20), tmp_path / "evaluation")
+        deadline = time.monotonic() + 30
+        while not (found := copies(server, cfg)[1]) or not found[0].data.metrics:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert found[0].info.status == "RUNNING"
+    copy = assert_same(server, cfg)
+
+    # Another machine, with the run folder but without the local store, goes on in the same copy.
+    shutil.copy(empty_store, tmp_path / "other.db")
+    elsewhere = small("tracking=mlflow", *recorded, f"tracking.local=sqlite:///{tmp_path}/other.db")
+    with open_run(elsewhere, tmp_path / "out") as run:
+        run.metrics({"valid/loss": 0.01}, 20)
+    _, more = copies(server, cfg)
+    assert [one.info.run_id for one in more] == [copy.info.run_id]
+    assert more[0].data.metrics["valid/loss"] == 0.01
+
+
+def test_a_server_killed_and_restarted_in_mid_run_loses_nothing(recorded, server, small, tmp_path, capsys):
+    cfg = small("tracking=mlflow", *recorded)
+    with open_run(cfg, tmp_path / "out") as run:
+        act(run, range(10), tmp_path / "evaluation")
+        server.kill()
+        assert act(run, range(10, 30), tmp_path / "evaluation") < 1
+        server.start()
+        act(run, range(30, 40), tmp_path / "evaluation")
+        time.sleep(2)
+    assert "MLflow copy" in capsys.readouterr().out
+    assert_same(server, cfg)
+
+
+def test_a_server_that_hangs_neither_slows_the_run_nor_loses_anything(recorded, server, small, tmp_path, capsys):
+    cfg = small("tracking=mlflow", *recorded)
+    with open_run(cfg, tmp_path / "out") as run:
+        act(run, range(5), tmp_path / "evaluation")
+        server.signal(signal.SIGSTOP)
+        try:
+            assert act(run, range(5, 45), tmp_path / "evaluation") < 1
+            ended = time.monotonic()
+        except BaseException:
+            server.signal(signal.SIGCONT)
+            raise
+    took = time.monotonic() - ended
+    told = probe(server.uri)
+    server.signal(signal.SIGCONT)
+    assert took < 6
+    assert "does not answer" in told
+    assert "chestct.tracking push" in capsys.readouterr().out
+    time.sleep(12)  # until the request that hung is given up
+    push(cfg)
+    assert_same(server, cfg)
+
+
+def test_push_sends_what_was_trained_offline_once(recorded, server, small, tmp_path, monkeypatch, capsys):
+    away = small("tracking=mlflow", *recorded, "tracking.uri=http://127.0.0.1:9", "tracking.required=false")
+    with open_run(away, tmp_path / "out") as run:
+        act(run, range(5), tmp_path / "evaluation")
+    assert "cannot be reached" in capsys.readouterr().out
+    cfg = small("tracking=mlflow", *recorded)
+    for _ in range(2):
+        assert push(cfg) == 1
+    copy = assert_same(server, cfg)
+    from mlflow import MlflowClient
+
+    MlflowClient(server.uri).delete_run(copy.info.run_id)
+    push(cfg)
+    assert "stays so" in capsys.readouterr().out
+    assert copies(server, cfg)[1] == []
+
+
+def test_push_goes_on_where_it_was_interrupted(recorded, server, small, tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    away = small("tracking=mlflow", *recorded, "tracking.uri=http://127.0.0.1:9", "tracking.required=false")
+    with open_run(away, tmp_path / "out") as run:
+        act(run, range(5), tmp_path / "evaluation")
+    cfg = small("tracking=mlflow", *recorded)
+    sent = []
+    send = MlflowClient.log_artifact
+
+    def breaks(self, run_id, path, folder=None):
+        if len(sent) == 1:
+            sent.append("broken")
+            raise ConnectionError("cable pulled")
+        send(self, run_id, path, folder)
+        sent.append(Path(path).name)
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", breaks)
+    with pytest.raises(TrackingError, match="Run push again"):
+        push(cfg)
+    push(cfg)
+    assert sent == ["metrics.json", "broken", "plot.png"]
+    assert_same(server, cfg)
+
+
+def train(*overrides, cwd, **environment):
+    """python train.py in a process of its own."""
+    given = {override.split("=")[0] for override in overrides}
+    settings = [setting for setting in SMALL if setting.split("=")[0] not in given]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *settings, *overrides],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def test_a_training_is_shared_whole_and_no_file_holds_a_password(recorded, server, small, phantoms, cache, tmp_path):
+    settings = [*recorded[:3], f"data.root={phantoms}", f"cache_dir={cache}", "tracking=mlflow"]
+    done = train(*settings, cwd=tmp_path, DVC_EXP_NAME="brave-fox", DAGSHUB_USER_TOKEN=PASSWORDS["writer"])
+    printed, _ = done.communicate(timeout=200)
+    assert done.returncode == 0, printed
+    copy = assert_same(server, small(*recorded))
+    assert copy.data.tags["dvc.experiment"] == "brave-fox"
+    assert "data.root=" in copy.data.tags["hydra.overrides"]
+    assert copy.data.tags["data.leakage"] == "none"
+    places = [path for root in (tmp_path, cache, server.folder) for path in root.rglob("*") if path.is_file()]
+    assert len(places) > 20
+    assert [path for path in places if PASSWORDS["writer"].encode() in path.read_bytes()] == []
+    assert PASSWORDS["writer"] not in printed
+
+    from chestct.door import find_checkpoint
+
+    cfg = small(*recorded)
+    run, _ = copies(server, cfg)
+    folder = next((tmp_path / "runs").iterdir())
+    assert find_checkpoint(f"runs:/{run.info.run_id}", str(tmp_path / "runs"), cfg.tracking).parent.parent == folder
+    fetched = find_checkpoint(f"runs:/{copy.info.run_id}", str(tmp_path / "elsewhere"), cfg.tracking)
+    assert fetched.read_bytes() == (folder / "checkpoints" / "best.ckpt").read_bytes()
+
+
+def test_a_killed_training_is_pushed_as_killed(recorded, server, small, phantoms, cache, tmp_path):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/local.db"
+    settings = [f"tracking.uri={store}", f"data.root={phantoms}", f"cache_dir={cache}", "tracking=mlflow"]
+    going = train(*settings, "trainer.max_epochs=2000", "trainer.patience=0", cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+            assert going.poll() is None, going.communicate()[0]
+            time.sleep(0.3)
+        cfg = small(*recorded)
+        assert push(cfg) == 0  # still running: left alone
+        going.send_signal(signal.SIGSTOP)  # it keeps its folder and leaves the processor to the other
+        again = train(*settings, "ckpt=last", cwd=tmp_path)
+        printed, _ = again.communicate(timeout=150)
+        assert again.returncode == 2
+        assert "Another training is writing to" in printed
+        assert "Traceback" not in printed
+    finally:
+        going.kill()
+        going.communicate()
+    assert push(cfg) == 1
+    assert assert_same(server, cfg).info.status == "KILLED"
+    assert MlflowClient(store).get_metric_history(copies(server, cfg)[0].info.run_id, "valid/loss")
