@@ -37,5 +37,9 @@ class WeightsError(ChestCTError):
     """Weights or a checkpoint that are missing, altered or made for something else."""
 
 
+class BundleError(ChestCTError):
+    """A bundle that is missing, altered, unsafe, or of a newer version."""
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, after what had to be kept was kept. Not an Exception, so that nothing swallows it."""

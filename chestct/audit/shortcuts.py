@@ -113,6 +113,35 @@ def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.n
     return rows
 
 
+@dataclass(frozen=True)
+class ShortcutScores:
+    """A baseline learned on train, and its scores float [N] on the N test slices; larger speaks for cancer."""
+
+    title: str
+    scores: np.ndarray
+    auroc: float
+
+
+def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> list[ShortcutScores]:
+    """Every baseline that is defined on these slices, learned on `split` "train" and applied to "test".
+
+    manifest: as in `shortcuts`, with the column `split`. For comparing a model with its best shortcut, slice by slice.
+    """
+    manifest = manifest[manifest["split"].isin(["train", "test"])].reset_index(drop=True)
+    y = (manifest["label"] == "cancer").to_numpy()
+    features = _features(manifest, images)
+    train, test = (np.flatnonzero(manifest["split"] == name) for name in ("train", "test"))
+    found = []
+    for baseline in BASELINES:
+        X = np.column_stack([features[name] for name in baseline.features])
+        if not (_undefined(X[train], y[train]) or _undefined(X[test], y[test])):
+            scores = _learn(baseline, X[train], y[train], seed)(X[test])
+            found.append(
+                ShortcutScores(baseline.title, scores, float(auroc(scores, y[test], np.ones((1, len(test))))[0]))
+            )
+    return found
+
+
 def auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Weighted area under the ROC curve, ties counted half, for many weightings at once.
 

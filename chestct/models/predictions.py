@@ -6,8 +6,10 @@ import numpy as np
 import pandas as pd
 
 from chestct.data.splits import classes_of
+from chestct.models.calibration import to_scores
 
 KEPT = ["source", "path", "split", "label", "subtype", "target", "group", "content", "leaked"]
+KEPT += ["width", "height", "mode", "format", "mean", "std"]  # for subgroups
 
 
 def prediction_table(manifest: pd.DataFrame, split: str, logits: np.ndarray, task: str) -> pd.DataFrame:
@@ -28,12 +30,3 @@ def prediction_table(manifest: pd.DataFrame, split: str, logits: np.ndarray, tas
 def output_names(task: str) -> Sequence[str]:
     """The class of each output of the network."""
     return ("cancer",) if task == "binary" else classes_of(task)
-
-
-def to_scores(logits: np.ndarray) -> np.ndarray:
-    """P(class) from logits [N, 1] (sigmoid) or [N, K] (softmax), float64 of the same shape."""
-    logits = logits.astype(np.float64)
-    if logits.shape[1] == 1:
-        return 0.5 * (1 + np.tanh(logits / 2))  # the sigmoid, without overflow
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)

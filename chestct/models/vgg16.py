@@ -62,10 +62,17 @@ class VGG16(nn.Module):
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
         """The last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`."""
+        return self.features[-1](self.fine_maps(x))
+
+    def fine_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last max pool gets, [B, 512, S // 16, S // 16], for x as in `forward`.
+
+        Heat maps are made from it, as in Selvaraju et al. 2017: lesions are smaller than a place of the pooled maps.
+        """
         if x.ndim != 4 or x.shape[1] != 1 or x.shape[2:] != (self.size, self.size):
             raise ValueError(f"expected slices [B, 1, {self.size}, {self.size}], got {list(x.shape)}")
         x = (x - self.mean) * self.scale  # (B, 3, S, S)
-        return self.features(x.contiguous(memory_format=torch.channels_last))
+        return self.features[:-1](x.contiguous(memory_format=torch.channels_last))
 
     def set_frozen(self, freeze: bool | int) -> None:
         """Fixes all convolutions (true), none (false), or the given number of blocks from the input."""

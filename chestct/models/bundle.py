@@ -1,0 +1,256 @@
+"""The deployable folder: weights, preprocessing, operating point, what the training data looked like, and a model card.
+
+Safetensors and JSON only, with the hash of every file, so that a bundle from a stranger can do no harm and an altered
+one is noticed. A head on the packaged convolutions makes a bundle of some kilobytes; torch is all that loading needs.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+import chestct
+from chestct.config import ModelConfig, WindowConfig
+from chestct.data.preprocess import Preprocess
+from chestct.errors import BundleError, WeightsError
+from chestct.models.novelty import Reference, channel_means
+from chestct.models.operating_point import OperatingPoint
+from chestct.models.saliency import explained_output, heat_maps
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
+
+SCHEMA = 1
+"""Version of bundle.json; a newer one is refused."""
+
+PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
+"""The bundle in the package, trained on real slices; its model card tells on which."""
+
+TENSORS, FACTS, CARD = "model.safetensors", "bundle.json", "MODEL_CARD.md"
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a bundle says of N slices."""
+
+    logits: np.ndarray  # float32 [N, 1] or [N, classes]
+    probabilities: np.ndarray  # float64 [N, classes], calibrated
+    decision: np.ndarray  # str [N]: cancer, normal or uncertain
+    novelty: np.ndarray  # float32 [N]; above 1 a slice is too far from the training data
+    heat: np.ndarray | None  # float32 [N, h, w] in [0, 1], evidence for cancer
+
+    @property
+    def score(self) -> np.ndarray:
+        """P(cancer), float64 [N]."""
+        return 1 - self.probabilities[:, 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A trained network with all that is needed to use it on a file.
+
+    facts: bundle.json. `Bundle.predict` is the one way from squares to answers, for evaluation and serving alike.
+    """
+
+    net: VGG16
+    point: OperatingPoint
+    reference: Reference
+    baseline: torch.Tensor  # what normal training slices have as evidence, see chestct.models.saliency.mean_evidence
+    facts: dict[str, Any]
+    card: str = ""
+
+    @property
+    def id(self) -> str:
+        """Twelve hex digits that change with anything in the bundle."""
+        return str(self.facts.get("digest", ""))[:12]
+
+    @property
+    def task(self) -> str:
+        return str(self.facts["task"])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """In the order of the columns of `Outputs.probabilities`; the first is normal."""
+        return tuple(self.facts["classes"])
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return Preprocess(**self.facts["preprocess"])
+
+    @property
+    def window(self) -> WindowConfig:
+        """The window for DICOM files, where nothing else is asked for."""
+        return WindowConfig(**self.facts["window"])
+
+    @cached_property
+    def seen(self) -> frozenset[str]:
+        """The first 16 digits of the content hash of every slice in train or valid."""
+        return frozenset(self.facts["data"]["seen"])
+
+    @torch.no_grad()
+    def predict(self, images: np.ndarray, explain: bool = False) -> Outputs:
+        """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
+        x = torch.tensor(images).unsqueeze(1)  # a copy: the store is mapped read-only
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        fine = self.net.fine_maps(x)
+        maps = self.net.features[-1](fine)
+        logits = self.net.head(maps).numpy()
+        novelty = self.reference.distance(channel_means(maps)).numpy()
+        probabilities = self.point.probabilities(logits)
+        decision = self.point.decide(probabilities, novelty)
+        return Outputs(logits, probabilities, decision, novelty, self._heat(fine, logits) if explain else None)
+
+    def _heat(self, fine: torch.Tensor, logits: np.ndarray) -> np.ndarray:
+        return heat_maps(self.net, fine, explained_output(logits), self.baseline)
+
+
+def save_bundle(
+    folder: Path,
+    net: VGG16,
+    point: OperatingPoint,
+    reference: Reference,
+    baseline: torch.Tensor,
+    weights: Weights,
+    facts: dict[str, Any],
+    card: str,
+) -> Bundle:
+    """Writes a bundle whole or not at all, and returns it as loaded from there.
+
+    weights: the convolutions that the network was given; they are written too unless they are the packaged ones and
+    still the same. facts: task, classes, model, preprocess, window, data and whatever else is worth knowing.
+    """
+    own = weights.digest != PACKAGED_SHA256 or facts["model"]["trained_convolutions"]
+    tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
+    if own:
+        tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
+    tensors |= {f"novelty.{key}": value for key, value in reference.to_tensors().items()}
+    tensors["saliency.baseline"] = baseline
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / TENSORS)
+        (temporary / CARD).write_text(card)
+        facts = {
+            "schema": SCHEMA,
+            "chestct": chestct.__version__,
+            **facts,
+            "weights": {"packaged": not own, "mean": weights.mean, "scale": weights.scale, "digest": weights.digest},
+            "operating_point": point.to_dict(),
+            "files": {name: _sha256((temporary / name).read_bytes()) for name in (TENSORS, CARD)},
+        }
+        facts = json.loads(json.dumps(facts))
+        (temporary / FACTS).write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1) + "\n")
+        temporary.chmod(0o755)  # mkdtemp's folders are for one user
+        _swap(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return load_bundle(folder)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    """Puts a folder in the place of another that may be there; what stood there goes last."""
+    old = new.with_name(new.name + ".old")
+    if folder.exists():
+        folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_bundle(source: str | Path) -> Bundle:
+    """The bundle in a folder; `packaged` is the one in the package.
+
+    Raises BundleError where something is missing, altered, unexpected or of a newer version.
+    """
+    folder = PACKAGED_BUNDLE if str(source) == "packaged" else Path(source)
+    facts = _read_facts(folder)
+    files = {name: _read(folder, name, digest) for name, digest in facts["files"].items()}
+    try:
+        tensors = load(files[TENSORS])
+        net = _network(facts, tensors, folder)
+        reference = Reference.from_tensors(_part(tensors, "novelty."))
+        baseline = tensors["saliency.baseline"]
+        point = OperatingPoint.from_dict(facts["operating_point"])
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BundleError(
+            f"The bundle {folder} cannot be used: {str(error).splitlines()[0]}. Export it again."
+        ) from None
+    return Bundle(net.eval().requires_grad_(False), point, reference, baseline, facts, files[CARD].decode())
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    path = folder / FACTS
+    if not path.is_file():
+        raise BundleError(
+            f"No bundle in {folder}: there is no {FACTS}. Make one with `python -m chestct.export ckpt=last`, or use "
+            "bundle=packaged."
+        )
+    try:
+        facts = json.loads(path.read_bytes())
+        schema = facts["schema"]
+        digest = facts.pop("digest")
+    except (ValueError, KeyError, TypeError):
+        raise BundleError(f"{path} is damaged. Export the bundle again.") from None
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise BundleError(
+            f"The bundle {folder} has schema {schema}; this version of chestct reads up to {SCHEMA}. Update chestct."
+        )
+    if digest != _digest(facts):
+        raise BundleError(f"{path} was altered after it was written. Export the bundle again.")
+    unexpected = sorted(
+        entry.name for entry in folder.iterdir() if entry.name not in {FACTS, *facts["files"]} and entry.name[0] != "."
+    )
+    if unexpected:
+        raise BundleError(
+            f"The bundle {folder} holds a file that does not belong to it: {unexpected[0]}. A bundle is {TENSORS}, "
+            f"{FACTS} and {CARD}; remove anything else."
+        )
+    return facts | {"digest": digest}
+
+
+def _read(folder: Path, name: str, digest: str) -> bytes:
+    path = folder / Path(name).name  # a name with a path in it would lead out of the folder
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"The bundle lacks {path} ({error.strerror}). Export it again.") from None
+    if _sha256(data) != digest:
+        raise BundleError(f"{path} was altered after the bundle was written (wrong SHA-256). Export it again.")
+    return data
+
+
+def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> VGG16:
+    about, model = facts["weights"], facts["model"]
+    if about["packaged"]:
+        weights = load_weights("oxford")
+        if weights.digest != about["digest"]:
+            raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
+    else:
+        mean, scale = tuple(about["mean"]), tuple(about["scale"])
+        weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"])  # type: ignore[arg-type]
+    outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
+    cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"])
+    net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
+    net.head.load_state_dict(_part(tensors, "head."))
+    return net
+
+
+def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """Hash of everything in bundle.json but the hash itself."""
+    return _sha256(json.dumps(facts, sort_keys=True).encode())

@@ -1,0 +1,91 @@
+"""What turns a logit into a decision: calibration, threshold and conformal sets, all fitted on validation slices.
+
+They belong together, because a threshold means something only on the scores that it was chosen on. The bundle keeps
+them as JSON, and evaluation and serving decide with the same lines.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from chestct.config import EvaluationConfig
+from chestct.models.calibration import (
+    Calibration,
+    choose_threshold,
+    fit_calibration,
+    fit_conformal,
+    prediction_sets,
+)
+from chestct.models.novelty import FOREIGN
+
+CANCER, NORMAL, UNCERTAIN, REFUSED = "cancer", "normal", "uncertain", "refused"
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """Calibrated scores, the threshold on P(cancer), and the conformal quantile of each class.
+
+    validation: what the threshold does to the validation slices: {"cancers", "found", "normals", "flagged"}, counts.
+    """
+
+    calibration: Calibration
+    threshold: float
+    policy: str
+    coverage: float
+    quantiles: tuple[float, ...]
+    validation: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def fit(cls, logits: np.ndarray, targets: np.ndarray, cfg: EvaluationConfig) -> "OperatingPoint":
+        """From validation logits float [N, 1] or [N, K] and targets int [N] (0 is normal in both tasks)."""
+        calibration = fit_calibration(logits, targets)
+        probabilities = _by_class(calibration.scores(logits))
+        cancer, truth = 1 - probabilities[:, 0], (targets > 0).astype(int)
+        threshold = choose_threshold(cancer, truth, cfg.threshold, cfg.cost_ratio)
+        flagged = cancer >= threshold
+        counts = {
+            "cancers": int(truth.sum()),
+            "found": int((flagged & (truth == 1)).sum()),
+            "normals": int((1 - truth).sum()),
+            "flagged": int((flagged & (truth == 0)).sum()),
+        }
+        quantiles = fit_conformal(probabilities, targets, cfg.coverage)
+        return cls(calibration, threshold, cfg.threshold, cfg.coverage, tuple(quantiles), counts)
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Calibrated P(class), float64 [N, classes], for logits [N, 1] (normal, cancer) or [N, K]."""
+        return _by_class(self.calibration.scores(logits))
+
+    def decide(self, probabilities: np.ndarray, novelty: np.ndarray) -> np.ndarray:
+        """`cancer`, `normal`, `uncertain` or `refused` for each row of `probabilities`.
+
+        Uncertain where the conformal set does not hold the side that the threshold chose, or holds the other one too,
+        and where a slice is further from the training data than nearly all of validation (novelty above 1); refused
+        where it is hardly a chest CT slice at all (above FOREIGN).
+        """
+        cancer = 1 - probabilities[:, 0] >= self.threshold
+        sets = prediction_sets(probabilities, list(self.quantiles))
+        holds_normal, holds_cancer = sets[:, 0], sets[:, 1:].any(1)
+        sure = np.where(cancer, holds_cancer & ~holds_normal, holds_normal & ~holds_cancer)
+        decision = np.where(sure & (novelty <= 1), np.where(cancer, CANCER, NORMAL), UNCERTAIN)
+        return np.where(novelty > FOREIGN, REFUSED, decision)
+
+    def sets(self, probabilities: np.ndarray) -> np.ndarray:
+        """Conformal sets, bool [N, classes]: the classes that cannot be excluded at the stated coverage."""
+        return prediction_sets(probabilities, list(self.quantiles))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "OperatingPoint":
+        """The inverse of `to_dict`."""
+        rest = {**values, "calibration": Calibration(**values["calibration"]), "quantiles": tuple(values["quantiles"])}
+        return cls(**rest)
+
+
+def _by_class(scores: np.ndarray) -> np.ndarray:
+    """[N, 1] P(cancer) -> [N, 2] normal, cancer; [N, K] stays."""
+    return np.hstack([1 - scores, scores]) if scores.shape[1] == 1 else scores
