@@ -1,4 +1,4 @@
-"""Evaluates a checkpoint. `python evaluate.py --help` explains every setting."""
+"""Evaluates a checkpoint or a bundle, or compares two. `python evaluate.py --help` explains every setting."""
 
 from pathlib import Path
 
@@ -6,11 +6,15 @@ from chestct.config import Config
 from chestct.door import door, from_checkpoint
 
 USAGE = """
-Scores the valid and test slices of a checkpoint's data, or of other data, and writes metrics and plots.
+Scores the valid and test slices of a checkpoint's data, or other data, and writes report, metrics, plots, model card.
 
   python evaluate.py ckpt=last                                 the newest run
   python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
-  python evaluate.py ckpt=... data.split=official_clean        another split of the same data
+  python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    beside other splits and folds
+  python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.robustness=40    heat maps and robustness checked
+  python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
+                                                               a bundle on slices that it never saw
+  python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
 
 Settings that are not given come from the checkpoint.
 """
@@ -18,14 +22,28 @@ Settings that are not given come from the checkpoint.
 
 @door("evaluate", USAGE)
 def main(cfg: Config, out: Path) -> None:
-    from chestct.evaluation.evaluate import predict, write_report
+    from chestct.evaluation.asked import asked_for
+    from chestct.evaluation.comparison import compare_runs
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.external import evaluate_bundle
+    from chestct.evaluation.report import write
+    from chestct.evaluation.side_by_side import beside
     from chestct.evaluation.summary import summary
+    from chestct.training import train
 
-    if cfg.ckpt:
-        cfg = from_checkpoint(cfg)
-    metrics = write_report(predict(cfg), cfg, out)
-    print(summary(metrics))
-    print(f"\nmetrics and plots  {out}")
+    if cfg.compare:
+        print(compare_runs(cfg, out))
+        return
+    if cfg.bundle:
+        found = evaluate_bundle(cfg)
+    else:
+        cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
+        found = evaluate(cfg)
+        found.sections |= asked_for(found)
+        found.rows += beside(cfg, lambda name, cfg, data: train(cfg, out / "refits" / name, data=data).predictions)
+    write(found, out)
+    print(summary(found))
+    print(f"\nreport  {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -20,26 +20,42 @@ Trains VGG16 on chest CT slices and tests the best checkpoint.
 @door("train", USAGE)
 def main(cfg: Config, out: Path) -> float:
     # Imported when the settings are known to be right: --help and misspelt keys answer at once.
+    import dataclasses
+
     import pandas as pd
 
-    from chestct.evaluation.evaluate import write_report
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.export import export
     from chestct.evaluation.plots import draw_history
+    from chestct.evaluation.report import flat, write
     from chestct.evaluation.summary import summary
-    from chestct.tracking import open_run
+    from chestct.tracking import open_run, sole_writer
     from chestct.training import train
 
     if cfg.ckpt:
         cfg = from_checkpoint(cfg)
-    with open_run(cfg, out) as run:
+    with sole_writer(out), open_run(cfg, out) as run:
         result = train(cfg, out, run)
-        metrics = write_report(result.predictions, cfg, out / "evaluation")
+        found = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
+        write(found, out / "evaluation")
+        export(found, out / "bundle")
         draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
         run.artifacts(out / "evaluation", "evaluation")
         run.artifacts(out / "settings.yaml", "config")
+        run.metrics(
+            {
+                f"best/{split}/{name}": value
+                for split, values in flat(found).items()
+                for name, value in values.items()
+                if split in found.metrics and value is not None
+            }
+        )
         if cfg.tracking.log_model:
             run.artifacts(result.best, "checkpoints")
-    print(summary(metrics))
-    print(f"\nbest checkpoint  {result.best}\nplots and table  {out / 'evaluation'}")
+            run.artifacts(out / "bundle", "bundle")
+    print(summary(found))
+    print(f"\nbest checkpoint  {result.best}\nreport           {out / 'evaluation' / 'report.html'}")
+    print(f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})")
     if run.run_id:
         print(f"MLflow run       {run.run_id} in {run.uri} (make ui)")
     return result.metrics[cfg.trainer.monitor]

@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from chestct.config import LABEL_NAMES, Config, leaves
 from chestct.errors import ConfigError
 
+THRESHOLD_POLICY = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
+
 
 def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """Composed settings as checked plain dataclasses.
@@ -59,6 +61,17 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "trainer.unfreeze_epoch starts from frozen convolutions: set model.freeze=true."
     if trainer.unfreeze_epoch >= trainer.max_epochs and trainer.unfreeze_epoch:
         yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
+    if not re.fullmatch(THRESHOLD_POLICY, cfg.evaluation.threshold):
+        yield (
+            f"evaluation.threshold={cfg.evaluation.threshold}: give youden, sensitivity>=0.95, specificity>=0.95 (any "
+            "share up to 1), cost or half."
+        )
+    if any(not 0 < share < 1 for share in cfg.evaluation.prevalences):
+        yield f"evaluation.prevalences={cfg.evaluation.prevalences}: shares lie between 0 and 1."
+    if cfg.evaluation.folds == 1:
+        yield "evaluation.folds=1: two folds at least, or 0 for none."
+    if cfg.compare and len(cfg.compare) != 2:
+        yield f"compare={cfg.compare}: give two evaluations, as in compare=[runs/A,runs/B]."
     if data.folds == 1 or (data.folds and data.fold >= data.folds):
         yield f"data.folds={data.folds} data.fold={data.fold}: two folds at least, and fold counts from 0."
     if data.folds and data.split != "grouped":
@@ -66,7 +79,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
     if data.root and data.sources:
-        yield "Give either data.root (one source) or data.sources (several), not both."
+        yield "Give either data.root (one source) or data.sources (several), not both; data.root=null takes it back."
     mappings = {"data.labels": data.labels} | {f"data.sources.{k}.labels": s.labels for k, s in data.sources.items()}
     for key, labels in mappings.items():
         for folder, label in labels.items():

@@ -195,15 +195,65 @@ class TrainerConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """What is measured, and how the operating point is chosen; all of it from validation slices."""
+
+    threshold: str = setting(
+        "sensitivity>=0.95",
+        "which score counts as cancer: youden, sensitivity>=X, specificity>=X, cost or half (0.5)",
+    )
+    cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
+    coverage: float = setting(
+        0.9, "share of each class whose conformal set holds the truth; other slices are uncertain", low=0.5, high=0.999
+    )
+    resamples: int = setting(2000, "bootstrap resamples over groups behind each interval", low=100, high=100_000)
+    prevalences: list[float] = setting([0.01, 0.1, 0.5], "shares of cancer at which predictive values are given")
+    policies: bool = setting(
+        False, "train the same head under every split policy too, and show all side by side (frozen models only)"
+    )
+    folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
+    permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
+    phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
+    robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)
+    gallery: int = setting(6, "slices a row of the report's galleries", low=0, high=50)
+
+
+@dataclass
 class TrackingConfig:
     """Where runs are recorded."""
 
-    name: str = setting("mlflow", "mlflow, or off", choices=("mlflow", "off"))
+    name: str = setting("mlflow", "mlflow, dagshub or off", choices=("mlflow", "dagshub", "off"))
     uri: str = setting("sqlite:///mlflow.db", "MLflow tracking URI: sqlite:///FILE or http(s)://SERVER")
+    local: str = setting("sqlite:///mlflow.db", "store on this machine that a run is written to where uri is a server")
+    owner: str | None = setting(None, "owner of the repository on DagsHub (tracking=dagshub)")
+    repo: str | None = setting(None, "name of the repository on DagsHub (tracking=dagshub)")
     experiment: str = setting("chestct", "MLflow experiment")
     run_name: str | None = setting(None, "name of the run; empty: MLflow invents one")
     required: bool = setting(False, "stop when the server cannot be used, instead of going on with the local store")
     log_model: bool = setting(True, "keep the best checkpoint as an artifact of the run")
+    system_metrics: bool = setting(True, "record processor, memory, disk, network and GPU every ten seconds")
+
+
+@dataclass
+class ServeConfig:
+    """The web page and its API: where they listen, and what one person may ask of them."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
+    port: int = setting(7860, "port to listen on", low=1, high=65535)
+    max_upload: int = setting(200_000_000, "bytes that one request may send", low=1_000)
+    max_slices: int = setting(128, "slices that one request may ask about", low=1, high=2000)
+    queue: int = setting(64, "requests that may wait or run at once; more are told to come back", low=1)
+    seconds: float = setting(60.0, "longest time that one request may take", low=1, high=3600)
+    rate: int = setting(240, "requests for answers a minute from one address; 0: any number", low=0)
+    batch: int = setting(16, "slices that share a forward pass at most", low=1)
+
+
+@dataclass
+class MonitorConfig:
+    """The record of what the service saw: numbers only, never pixels, names or DICOM tags."""
+
+    enabled: bool = setting(False, "append one record a slice")
+    path: str = setting("monitor.sqlite", "file for the records")
 
 
 @dataclass
@@ -216,13 +266,18 @@ class Config:
     seed: int = setting(0, "seed of initial weights, order and views", low=0)
     ckpt: str | None = setting(None, "checkpoint to resume or to evaluate: a path, or `last` for the newest run's")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
+    bundle: str | None = setting(None, "bundle to evaluate or to serve: a folder, or `packaged`")
+    compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
     runs_dir: str = setting("runs", "folder under which `ckpt=last` looks for runs")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
     def starts_frozen(self) -> bool:

@@ -7,6 +7,7 @@ one message without a traceback, and gives the task its settings and the folder 
 import dataclasses
 import errno
 import functools
+import json
 import os
 import re
 import signal
@@ -18,10 +19,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from chestct.checks import explain, resolve
-from chestct.config import Config, leaves
+from chestct.config import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+
+PIPELINE = "params"
+"""Name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes."""
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 """What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
@@ -44,6 +48,7 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
             failures: list[str] = []
             try:
                 signal.signal(signal.SIGTERM, _terminate)
+                _refuse_passwords(sys.argv[1:])
                 sys.argv[1:] = _ordered(sys.argv[1:])
                 if config_name == "train":
                     sys.argv += _resumed_folder(sys.argv[1:])
@@ -96,6 +101,15 @@ def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[s
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
 
 
+def _refuse_passwords(argv: list[str]) -> None:
+    """Stops before Hydra writes a password that stands in an override beside the run."""
+    for override in argv:
+        if override.startswith("tracking.uri="):
+            from chestct.tracking.server import refuse_password
+
+            refuse_password(override.split("=", 1)[1])
+
+
 def _terminate(signum: int, _: object) -> None:
     raise Interrupted("Terminated.")
 
@@ -113,11 +127,16 @@ def _opened(override: str) -> str:
     return f"++{override}" if any(key == table or key.startswith(f"{table}.") for table in tables) else override
 
 
-def find_checkpoint(ckpt: str, runs_dir: str = "runs") -> Path:
-    """The checkpoint file that `ckpt` names: a file, a run folder (its last), or `last` (of the newest run).
+def find_checkpoint(ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig | None = None) -> Path:
+    """The checkpoint file that `ckpt` names.
 
-    Raises ConfigError where there is none.
+    A file, a run folder (its last), `last` (of the newest run), or runs:/RUN_ID (the best of an MLflow run, in the
+    stores that `tracking` names). Raises ConfigError where there is none.
     """
+    if ckpt.startswith("runs:/"):
+        from chestct.tracking import checkpoint_of_run
+
+        return checkpoint_of_run(ckpt, tracking or TrackingConfig(), runs_dir)
     path = Path(ckpt)
     if ckpt == "last":
         found = sorted(Path(runs_dir).glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
@@ -130,7 +149,7 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs") -> Path:
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no .ckpt file"
         raise ConfigError(
             f"ckpt={ckpt}: no checkpoint {path} (in that folder: {near}). Give a .ckpt file, a run folder, or "
-            "ckpt=last for the newest run."
+            "ckpt=last for the newest run, or ckpt=runs:/ID for an MLflow run."
         )
     return path
 
@@ -140,7 +159,9 @@ def _resumed_folder(argv: list[str]) -> list[str]:
     given = dict(arg.split("=", 1) for arg in argv if "=" in arg)
     if given.get("ckpt", "null") in ("null", "") or "hydra.run.dir" in given:
         return []
-    path = find_checkpoint(given["ckpt"], given.get("runs_dir", "runs")).resolve()
+    named = {key: given[f"tracking.{key}"] for key in ("uri", "local", "owner", "repo") if f"tracking.{key}" in given}
+    tracking = TrackingConfig(given.get("tracking", "mlflow"), **named)  # type: ignore[arg-type]
+    path = find_checkpoint(given["ckpt"], given.get("runs_dir", "runs"), tracking).resolve()
     return [f"hydra.run.dir={_quoted(path.parent.parent)}"] if path.parent.name == "checkpoints" else []
 
 
@@ -178,7 +199,8 @@ def as_yaml() -> str:
         for depth in range(shared, len(parents)):
             lines.append(f"{'  ' * depth}{parents[depth]}:\n")
         opened = parents
-        text = OmegaConf.to_yaml(OmegaConf.create({name: value})).strip()
+        listed = isinstance(value, list | dict)  # on one line, before its comment
+        text = f"{name}: {json.dumps(value)}" if listed else OmegaConf.to_yaml(OmegaConf.create({name: value})).strip()
         choices = " | ".join(map(str, item.metadata["choices"]))
         note = item.metadata["help"] + (
             f" ({choices})" if choices and choices.split(" | ")[0] not in item.metadata["help"] else ""
@@ -214,9 +236,12 @@ def from_checkpoint(cfg: Config) -> Config:
 
     from chestct.models.classifier import read_checkpoint
 
-    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir)
+    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking)
     settings = read_checkpoint(path)["hyper_parameters"]["settings"]
-    said = overlay(cfg, list(HydraConfig.get().overrides.task), settings)
+    overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().job.config_name == PIPELINE:  # what params.yaml says of evaluation is said, too
+        overrides.append("evaluation=params")
+    said = overlay(cfg, overrides, settings)
     return dataclasses.replace(said, ckpt=str(path))
 
 

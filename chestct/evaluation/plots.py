@@ -1,10 +1,15 @@
-"""Pictures of predictions and of training, each with the numbers it was drawn from (for DVC and for your own plots)."""
+"""Pictures of predictions and of training, each with the numbers it was drawn from (for DVC and for your own plots).
 
-import json
+One figure serves two: as PNG for MLflow, and as SVG in the report, where it takes its colours and its font from the
+page, so that it follows light and dark. A curve that these slices do not define is a sentence that says why.
+"""
+
+import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -12,108 +17,323 @@ import pandas as pd
 from sklearn import metrics as sk
 
 from chestct.data.splits import classes_of
+from chestct.evaluation.evaluate import Evaluation, calibrated
+from chestct.evaluation.metrics import Estimate, confusion, decision_curve
+from chestct.evaluation.summary import cancer, interval, known
+from chestct.models.calibration import expected_calibration_error, reliability_table, risk_coverage
 
-# One hue a class, distinguishable with every common colour vision (Okabe and Ito 2008).
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, SOFT, LINE, PAPER = "#1c2126", "#59626b", "#ddd9d1", "#fcfbf8"
+TEST, VALID, PLAIN, CANCER, NORMAL = "#0b5cad", "#d97c00", "#8a96a3", "#a8201a", "#3a5a78"
+VARIABLES = {INK: "currentColor", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "var(--paper)"}
+VARIABLES |= {TEST: "var(--test)", VALID: "var(--valid)", PLAIN: "var(--train)"}
+VARIABLES |= {CANCER: "var(--error)", NORMAL: "var(--info)"}
+"""Colours of the page's style sheet (light), and what the report's SVG says instead."""
+
+SUBTYPES = ("#3a5a78", "#0072B2", "#D55E00", "#009E73")
+"""One hue a class, distinguishable with every common colour vision (Okabe and Ito 2008)."""
+
 STYLE = {
-    "font.size": 10,
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": SOFT,
+    "axes.edgecolor": SOFT,
+    "axes.facecolor": "none",
+    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": "#e5e5e5",
     "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.handlelength": 1.4,
+    "legend.borderaxespad": 0.2,
+    "lines.linewidth": 1.8,
+    "lines.solid_joinstyle": "round",
     "figure.dpi": 150,
-    "savefig.bbox": "tight",
+    "svg.fonttype": "none",
 }
+SIZE = (4.4, 3.5)
+LOG_ODDS = 7.0
+"""Calibrated scores are drawn up to these log odds, 0.0009 to 0.9991; more extreme ones stand at the edge."""
+
+THRESHOLDS = np.linspace(0.01, 0.99, 99)
 
 
-def draw_all(test: pd.DataFrame, task: str, out: Path) -> None:
-    """ROC and precision-recall curves and the confusion matrix of the test slices, into `out`."""
-    names = classes_of(task)
-    y = test["target"].to_numpy()
-    positives = {"cancer": 1} if task == "binary" else {name: i for i, name in enumerate(names)}
-    curves = {
-        name: _curves(y == i, test[f"score_{name}"].to_numpy())
-        for name, i in positives.items()
-        if 0 < (y == i).sum() < len(y)
-    }
-    for kind, (x, v, xlabel, ylabel) in {
-        "roc": ("fpr", "tpr", "1 - specificity", "Sensitivity"),
-        "precision_recall": ("recall", "precision", "Recall", "Precision"),
+def figures(found: Evaluation) -> "dict[str, Figure | str]":
+    """The report's figures of the test slices by name; a sentence where one is undefined."""
+    one_class = _one_class(found.test)
+    drawn: dict[str, Figure | str] = {"scores": _scores(found)}
+    for name, draw in {
+        "roc": _roc,
+        "precision_recall": _precision_recall,
+        "reliability": _reliability,
+        "decision_curve": _decision_curve,
+        "risk_coverage": _risk_coverage,
     }.items():
-        points = [{"class": n, x: a, v: b} for n, c in curves.items() for a, b in zip(c[x], c[v], strict=True)]
-        _write_json(out / f"{kind}.json", points)
-        _draw_curves(curves, x, v, xlabel, ylabel, f"{len(test)} test slices", out / f"{kind}.png")
-    decision = _decisions(test, task, names)
-    pairs = [{"actual": names[a], "predicted": names[b]} for a, b in zip(y, decision, strict=True)]
-    _write_json(out / "confusion.json", pairs)
-    _draw_confusion(sk.confusion_matrix(y, decision, labels=range(len(names))), names, out / "confusion.png")
+        drawn[name] = draw(found) if not one_class or name in ("reliability", "risk_coverage") else one_class
+    return drawn
+
+
+def data(found: Evaluation) -> dict[str, list[dict[str, Any]]]:
+    """The points of the plots that `dvc plots` draws, by file name."""
+    names = classes_of(found.cfg.task)
+    table, test = confusion_table(found), curves(found)
+    columns = {"roc": ("fpr", "tpr"), "precision_recall": ("recall", "precision")}
+    points: dict[str, list[dict[str, Any]]] = {
+        kind: [{"class": n, x: a, y: b} for n, c in test.items() for a, b in zip(c[x], c[y], strict=True)]
+        for kind, (x, y) in columns.items()
+    }
+    points["confusion"] = [
+        {"actual": names[a], "predicted": names[p]} for (a, p), n in np.ndenumerate(table) for _ in range(n)
+    ]
+    points["reliability"] = [
+        {"when": when} | row for when, score in before_after(found) for row in reliability_table(score, _truth(found))
+    ]
+    return points
+
+
+def curves(found: Evaluation) -> dict[str, dict[str, list[float]]]:
+    """Points of the ROC and precision-recall curves on test for each class that has both sides: fpr, tpr, ..."""
+    names = classes_of(found.cfg.task)
+    scores, target = calibrated(found.test, found.cfg.task), found.test["target"].to_numpy()
+    positives = {"cancer": 1} if found.cfg.task == "binary" else {name: k for k, name in enumerate(names)}
+    drawn = {}
+    for column, (name, k) in enumerate(positives.items()):
+        if 0 < (target == k).sum() < len(target):
+            fpr, tpr, _ = sk.roc_curve(target == k, scores[:, column])
+            precision, recall, _ = sk.precision_recall_curve(target == k, scores[:, column])
+            values = {"fpr": fpr, "tpr": tpr, "precision": precision, "recall": recall}
+            drawn[name] = {key: value.tolist() for key, value in values.items()}
+    return drawn
+
+
+def svg(figure: "Figure", name: str) -> str:
+    """A figure as SVG to stand in the report: text as text, the page's colours, ids that no other figure has."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
+    text = re.sub(r' (width|height)="[^"]*pt"', "", text)
+    text = re.sub(r' (id="|(?:xlink:)?href="#|clip-path="url\(#)', rf" \g<1>{name}-", text)
+    text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", text).replace("xlink:href", "href")
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    # Matplotlib leaves out the colour of black text; ours is never black, but the default of SVG is.
+    return text.replace("<svg ", f'<svg role="img" aria-label="{name.replace("_", " ")}" fill="currentColor" ', 1)
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as PNG on white."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", bbox_inches="tight")
+    return buffer.getvalue()
 
 
 def draw_history(history: pd.DataFrame, path: Path) -> None:
     """Loss and AUROC by epoch. history: the table that training keeps (history.csv)."""
-    with _figure(1, 2, (9, 3.2)) as (figure, axes):
+    with _figure((9, 3.2), columns=2) as (figure, axes):
         for axis, metric, title in zip(axes, ("loss", "auroc"), ("Loss", "AUROC"), strict=True):
-            for stage, color in zip(("train", "valid"), COLORS, strict=False):
+            for stage, colour in (("train", PLAIN), ("valid", VALID)):
                 if f"{stage}/{metric}" in history:
-                    axis.plot(history["epoch"], history[f"{stage}/{metric}"], color=color, label=stage)
+                    axis.plot(history["epoch"], history[f"{stage}/{metric}"], color=colour, label=stage)
             axis.set(title=title, xlabel="Epoch")
             axis.xaxis.get_major_locator().set_params(integer=True)
-        axes[0].legend(frameon=False)
+        axes[0].legend()
         figure.savefig(path)
 
 
-def _curves(positive: np.ndarray, score: np.ndarray) -> dict[str, Any]:
-    fpr, tpr, _ = sk.roc_curve(positive, score)
-    precision, recall, _ = sk.precision_recall_curve(positive, score)
-    curves = {"fpr": fpr, "tpr": tpr, "precision": precision, "recall": recall}
-    return {name: values.tolist() for name, values in curves.items()} | {"auroc": sk.auc(fpr, tpr)}
-
-
-def _decisions(test: pd.DataFrame, task: str, names: tuple[str, ...]) -> np.ndarray:
-    if task == "binary":
-        return (test["score_cancer"] >= 0.5).to_numpy(int)
-    return test[[f"score_{name}" for name in names]].to_numpy().argmax(1)
-
-
-def _draw_curves(curves: dict, x: str, y: str, xlabel: str, ylabel: str, title: str, path: Path) -> None:
-    with _figure(1, 1, (4.2, 4)) as (figure, axis):
-        for (name, curve), color in zip(curves.items(), COLORS, strict=False):
-            label = f"{name} (AUROC {curve['auroc']:.3f})" if x == "fpr" else name
-            axis.step(curve[x], curve[y], color=color, where="post", label=label)
-        if x == "fpr":
-            axis.plot([0, 1], [0, 1], color="#999999", linewidth=1, linestyle=":")
-        if not curves:
-            axis.text(0.5, 0.5, "n/a: only one class in test", ha="center")
-        axis.set(xlabel=xlabel, ylabel=ylabel, title=title, xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-        if curves:
-            axis.legend(frameon=False, loc="lower center")
-        figure.savefig(path)
-
-
-def _draw_confusion(matrix: np.ndarray, names: tuple[str, ...], path: Path) -> None:
-    with _figure(1, 1, (1.6 + len(names), 1.2 + len(names))) as (figure, axis):
+def draw_confusion(found: Evaluation) -> "Figure":
+    """Counts of test slices, actual by decided class; shades are shares of the actual class."""
+    names = [name.replace("_", " ") for name in classes_of(found.cfg.task)]
+    matrix = confusion_table(found)
+    with _figure((1.6 + len(names), 1.2 + len(names))) as (figure, axis):
         axis.grid(False)
         axis.imshow(matrix / np.maximum(1, matrix.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
             dark = count > 0.5 * matrix[row].sum()
-            axis.text(column, row, str(count), ha="center", va="center", color="white" if dark else "black")
-        ticks = range(len(names))
-        axis.set_xticks(ticks, names, rotation=30 if len(names) > 2 else 0)
-        axis.set_yticks(ticks, names)
+            axis.text(column, row, str(count), ha="center", va="center", color="white" if dark else INK)
+        axis.set_xticks(range(len(names)), names, rotation=30 if len(names) > 2 else 0)
+        axis.set_yticks(range(len(names)), names)
         axis.set(xlabel="Predicted", ylabel="Actual")
-        figure.savefig(path)
+    return figure
+
+
+def _roc(found: Evaluation) -> "Figure":
+    estimates = found.metrics["test"]
+    with _figure() as (figure, axis):
+        axis.plot([0, 1], [0, 1], color=PLAIN, linewidth=1, linestyle=":")
+        for name, curve, colour in _coloured(curves(found)):
+            key = "auroc" if name == "cancer" else f"auroc/{name}"
+            label = f"{name.replace('_', ' ')}: {interval(estimates[key])}"
+            axis.step(curve["fpr"], curve["tpr"], where="post", color=colour, label=label, clip_on=False)
+        up, right = _ends(cancer(estimates, "sensitivity")), _ends(cancer(estimates, "specificity"))
+        if up and right:
+            spread = {
+                "xerr": [[right[2] - right[0]], [right[0] - right[1]]],
+                "yerr": [[up[0] - up[1]], [up[2] - up[0]]],
+            }
+            axis.errorbar(
+                1 - right[0], up[0], **spread, fmt="o", color=INK, ms=5, elinewidth=1.2, label="operating point"
+            )
+        _square(axis, "1 - specificity", "Sensitivity")
+        axis.legend(loc="lower right", title="AUROC [95 %]", alignment="left")
+    return figure
+
+
+def _precision_recall(found: Evaluation) -> "Figure":
+    share = float(_truth(found).mean())
+    with _figure() as (figure, axis):
+        if found.cfg.task == "binary":
+            axis.axhline(share, color=PLAIN, linewidth=1, linestyle=":", label=f"chance: {known(share)} are cancer")
+        for name, curve, colour in _coloured(curves(found)):
+            value = f": {interval(found.metrics['test']['average_precision'])}" if name == "cancer" else ""
+            axis.step(
+                curve["recall"], curve["precision"], where="post", color=colour, label=name.replace("_", " ") + value,
+                clip_on=False,
+            )  # fmt: skip
+        _square(axis, "Recall", "Precision")
+        title = "Average precision [95 %]" if found.cfg.task == "binary" else None
+        axis.legend(loc="lower left", title=title, alignment="left")
+    return figure
+
+
+def _scores(found: Evaluation) -> "Figure":
+    score, truth = _score(found), _truth(found)
+    bins = np.linspace(-LOG_ODDS, LOG_ODDS, 29)
+    width = bins[1] - bins[0]
+    with _figure() as (figure, axis):
+        top = 0.05
+        for side, name, colour in ((1, "cancer", CANCER), (-1, "normal", NORMAL)):
+            part = _log_odds(score[truth == max(side, 0)])
+            if len(part):
+                heights = np.histogram(part, bins)[0] / len(part)
+                axis.bar(bins[:-1] + width / 2, side * heights, width * 0.86, color=colour, linewidth=0)
+                top = max(top, heights.max())
+            where = {"ha": "left", "va": "top" if side == 1 else "bottom", "transform": axis.transAxes}
+            axis.text(0.02, 0.98 if side == 1 else 0.02, f"{name}, {len(part)} slices", color=colour, **where)
+        axis.axhline(0, color=SOFT, linewidth=0.8)
+        threshold = _log_odds(np.array([found.point.threshold]))[0]
+        axis.axvline(threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        side = -1 if threshold > 0 else 1
+        label = f"threshold {known(found.point.threshold)}"
+        axis.text(threshold + 0.2 * side, -1.2 * top * side, label, ha="right" if side == -1 else "left", va="center")
+        ticks = np.array([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
+        axis.set_xticks(_log_odds(ticks), [f"{tick:g}" for tick in ticks])
+        step = 0.5 if top > 0.6 else 0.2 if top > 0.25 else 0.1
+        marks = np.arange(-int(1.3 * top / step), int(1.3 * top / step) + 1) * step
+        axis.set_yticks(marks, [f"{100 * abs(mark):.0f} %" for mark in marks])
+        axis.set(xlabel="Calibrated P(cancer), log odds", ylabel="Share of the class", ylim=(-1.35 * top, 1.35 * top))
+    return figure
+
+
+def _reliability(found: Evaluation) -> "Figure":
+    truth = _truth(found)
+    with _figure() as (figure, axis):
+        axis.plot([0, 1], [0, 1], color=PLAIN, linewidth=1, linestyle=":")
+        for (when, score), (colour, dashes) in zip(before_after(found), ((PLAIN, "--"), (TEST, "-")), strict=True):
+            rows = pd.DataFrame(reliability_table(score, truth))
+            label = f"{when}: {known(expected_calibration_error(score, truth))}"
+            axis.plot(rows["score"], rows["observed"], dashes, color=colour, linewidth=1.2, label=label)
+            axis.scatter(rows["score"], rows["observed"], 14 + 90 * rows["n"] / len(truth), color=colour, linewidth=0)
+            if when == "after":
+                axis.vlines(rows["score"], rows["low"], rows["high"], color=colour, linewidth=1, alpha=0.6)
+        _square(axis, "P(cancer)", "Share that is cancer")
+        axis.legend(loc="upper left", title="ECE, calibration", alignment="left")
+    return figure
+
+
+def _decision_curve(found: Evaluation) -> "Figure":
+    truth = _truth(found)
+    rows = decision_curve(_score(found), truth, THRESHOLDS)
+    with _figure() as (figure, axis):
+        lines = {"treat_none": ("call none", PLAIN, ":"), "treat_all": ("call all", PLAIN, "-")}
+        for column, (label, colour, dashes) in (lines | {"model": ("model", TEST, "-")}).items():
+            axis.plot(rows["threshold"], rows[column], color=colour, linestyle=dashes, label=label)
+        share = float(truth.mean())
+        axis.axvline(found.point.threshold, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        axis.set(xlim=(0, 1), ylim=(-0.15 * share, 1.08 * share), xlabel="Threshold", ylabel="Net benefit a slice")
+        axis.legend(loc="center left")
+    return figure
+
+
+def _risk_coverage(found: Evaluation) -> "Figure":
+    coverage, risk = risk_coverage(_score(found), _truth(found), found.point.threshold)
+    decided = (found.test["decision"] != "uncertain").mean()
+    with _figure() as (figure, axis):
+        axis.step(coverage, risk, where="post", color=TEST)
+        axis.axvline(decided, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        place = {"ha": "right", "va": "top", "transform": axis.get_xaxis_transform()}
+        axis.text(decided - 0.015, 0.97, f"{100 * decided:.0f} % decided", **place)
+        axis.set(xlim=(0, 1.01), ylim=(0, max(0.05, 1.15 * float(risk.max()))))
+        axis.set(xlabel="Share of slices decided, surest first", ylabel="Share of wrong decisions")
+    return figure
+
+
+def confusion_table(found: Evaluation) -> np.ndarray:
+    return confusion(found.test, found.cfg.task, calibrated(found.test, found.cfg.task), found.point.threshold)
+
+
+def _score(found: Evaluation) -> np.ndarray:
+    """Calibrated P(cancer) of the test slices, float [N], for both tasks."""
+    return 1 - found.test["probability_normal"].to_numpy()
+
+
+def _truth(found: Evaluation) -> np.ndarray:
+    return (found.test["label"] == "cancer").to_numpy(int)
+
+
+def before_after(found: Evaluation) -> list[tuple[str, np.ndarray]]:
+    test = found.test
+    raw = test["score_cancer"] if "score_cancer" in test else 1 - test["score_normal"]
+    return [("before", raw.to_numpy()), ("after", _score(found))]
+
+
+def _log_odds(score: np.ndarray) -> np.ndarray:
+    clipped = score.clip(1e-9, 1 - 1e-9)
+    return np.log(clipped / (1 - clipped)).clip(-LOG_ODDS + 1e-6, LOG_ODDS - 1e-6)
+
+
+def _ends(estimate: Estimate) -> tuple[float, float, float] | None:
+    """Value, lower and upper end; None where one of them is undefined."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return None
+    return estimate.value, estimate.low, estimate.high
+
+
+def _one_class(test: pd.DataFrame) -> str:
+    """Why curves over both classes are undefined, or ""."""
+    missing = [name for name in ("normal", "cancer") if not (test["label"] == name).any()]
+    return f"n/a: no {missing[0]} slices in test" if missing else ""
+
+
+def _coloured(drawn: dict[str, Any]) -> Iterator[tuple[str, dict[str, list[float]], str]]:
+    names = list(drawn)
+    for name in names:
+        yield name, drawn[name], TEST if name == "cancer" else SUBTYPES[classes_of("subtype").index(name)]
+
+
+def _square(axis: "Axes", xlabel: str, ylabel: str) -> None:
+    axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
 
 
 @contextmanager
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
+def _figure(size: tuple[float, float] = SIZE, columns: int = 1) -> "Iterator[tuple[Figure, Any]]":
     """A figure and its axes in the house style, without a display and without pyplot's global state."""
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(size, layout="constrained")
-        yield figure, figure.subplots(rows, columns)
-
-
-def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(values) + "\n")
+        yield figure, figure.subplots(1, columns)

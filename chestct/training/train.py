@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from chestct.audit.stage import kept_audit
 from chestct.config import Config
 from chestct.data.module import SliceModule
+from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, DataError, Interrupted
 from chestct.models.classifier import Classifier, check_fits, load_classifier, read_checkpoint
 from chestct.models.features import attach
@@ -33,22 +34,22 @@ class Result:
     epochs: int
     metrics: dict[str, float]  # valid/... and test/...
     predictions: pd.DataFrame  # valid and test slices, see chestct.models.predictions
-    synthetic: bool  # phantoms: the numbers say nothing about patients
-    leaks: int  # valid and test slices that have a copy in an earlier split
+    data: SliceModule
 
 
-def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
+def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | None = None) -> Result:
     """Trains as `cfg` says, keeps checkpoints and history in `out`, and tests the best checkpoint.
 
-    With cfg.ckpt, goes on from that checkpoint. Raises ChestCTError for what the user can mend, and Interrupted after
-    Ctrl-C or SIGTERM; the checkpoint of the last whole epoch is then in place.
+    data: made from `cfg` unless it is given, set up or not. With cfg.ckpt, goes on from that checkpoint.
+    Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C or SIGTERM; the checkpoint of the last
+    whole epoch is then in place.
     """
     run = run or Run()
     _quiet()
     _make_writable(out)
     (out / "settings.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     L.seed_everything(cfg.seed, verbose=False)
-    data = SliceModule(cfg)
+    data = data or SliceModule(cfg)
     data.prepare_data()
     data.setup()
     model = _classifier(cfg, data)
@@ -74,7 +75,6 @@ def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
 
     best = Path(keeper.best_model_path)
     metrics, predictions = _measure_best(cfg, best, data, trainer)
-    run.metrics({f"best/{name}": value for name, value in metrics.items()})
     return Result(
         out,
         best,
@@ -82,8 +82,7 @@ def train(cfg: Config, out: Path, run: Run | None = None) -> Result:
         trainer.current_epoch,
         metrics,
         predictions,
-        synthetic=cfg.data.name == "phantom",
-        leaks=int(data.manifest["leaked"].sum()),
+        data=data,
     )
 
 
@@ -161,7 +160,7 @@ def _record_data(cfg: Config, data: SliceModule, run: Run) -> None:
             "data.hash": data.store.data_hash,
             "data.split": cfg.data.split,
             "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
-            "data.synthetic": cfg.data.name == "phantom",
+            "data.synthetic": is_synthetic(cfg.data),
             **{f"slices.{split}": n for split, n in slices.items()},
         }
     )

@@ -50,7 +50,7 @@ def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
     status, printed, err = call("train.py", "trainer.max_epochs=2", "tracking=mlflow")
     assert status == 0, err
     assert printed.startswith("SYNTHETIC")
-    assert "auroc" in printed
+    assert "AUROC" in printed
     run = only_run(tmp_path)
     trained = json.loads((run / "evaluation" / "metrics.json").read_text())
     for name in ("roc.png", "precision_recall.png", "confusion.png", "curves.png", "predictions.parquet"):
@@ -60,6 +60,7 @@ def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
     evaluated = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
     for split in ("valid", "test"):
         assert evaluated[split] == pytest.approx(trained[split], abs=1e-6)
+    assert (run / "bundle" / "bundle.json").is_file()
     assert again.splitlines()[:10] == printed.splitlines()[:10]
 
 
@@ -70,12 +71,12 @@ def test_the_mlflow_run_holds_what_the_readme_promises(call, tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
     folders = {a.path for a in client.list_artifacts(run.info.run_id)}
-    assert folders == {"audit", "checkpoints", "config", "evaluation"}
+    assert folders == {"audit", "bundle", "checkpoints", "config", "evaluation"}
     assert run.data.params["model.freeze"] == "True"
     assert run.data.tags["data.synthetic"] == "True"
     assert run.data.tags["data.leakage"] == "none"
     assert len(client.get_metric_history(run.info.run_id, "valid/auroc")) >= 2
-    assert "best/test/auroc" in run.data.metrics
+    assert {"best/test/auroc", "best/test/auroc_low", "best/valid/auroc_high"} <= set(run.data.metrics)
 
 
 @pytest.mark.slow

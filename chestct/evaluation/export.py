@@ -1,0 +1,78 @@
+"""From an evaluation to the bundle that is deployed: the last stage of the pipeline."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from chestct.data.splits import classes_of
+from chestct.data.statistics import STATISTICS
+from chestct.evaluation.evaluate import Evaluation
+from chestct.evaluation.metrics import to_plain
+from chestct.evaluation.model_card import model_card
+from chestct.models.bundle import Bundle, save_bundle
+from chestct.models.weights import load_weights
+from chestct.tracking import code_version
+
+QUANTILES = np.linspace(0, 1, 101)
+"""What is kept of a distribution for the drift report: enough to draw it, too little to know a slice by."""
+
+
+def export(found: Evaluation, folder: Path) -> Bundle:
+    """Writes the bundle of an evaluated checkpoint to `folder`, and returns it as loaded from there."""
+    assert found.model is not None
+    return save_bundle(
+        folder,
+        found.model.net,
+        found.point,
+        found.reference,
+        found.baseline,
+        load_weights(found.cfg.model.weights),
+        facts(found),
+        model_card(found),
+    )
+
+
+def facts(found: Evaluation) -> dict[str, Any]:
+    """What bundle.json says beside the operating point and the hashes."""
+    cfg, data = found.cfg, found.data
+    assert data is not None
+    assert data.store is not None
+    learned = data.manifest[data.manifest["split"] != "test"]
+    return {
+        "task": cfg.task,
+        "classes": list(classes_of(cfg.task)),
+        "model": {
+            "pool": cfg.model.pool,
+            "hidden": list(cfg.model.hidden),
+            "dropout": cfg.model.dropout,
+            "trained_convolutions": not cfg.always_frozen,
+        },
+        "preprocess": {"size": cfg.data.size, "fit": cfg.data.fit},
+        "window": dataclasses.asdict(cfg.data.window),
+        "limits": {"max_bytes": cfg.data.max_bytes, "max_pixels": cfg.data.max_pixels},
+        "data": {
+            **found.about,
+            "slices": {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()},
+            "seen": sorted({content[:16] for content in learned["content"]}),
+        },
+        "metrics": {split: to_plain(estimates) for split, estimates in found.metrics.items()},
+        "statistics": statistics(found),
+        "code": code_version(),
+    }
+
+
+def statistics(found: Evaluation) -> dict[str, list[float]]:
+    """Quantiles of what the service sees: image statistics of train; scores and novelty of validation.
+
+    Scores of train would not do: the network has been fitted to them.
+    """
+    assert found.data is not None
+    manifest = found.data.manifest
+    train = manifest[manifest["split"] == "train"]
+    valid = found.table[found.table["split"] == "valid"]
+    columns: dict[str, pd.Series] = {name: train[name] for name in STATISTICS}
+    columns |= {"score": 1 - valid["probability_normal"], "novelty": valid["novelty"]}
+    return {name: np.quantile(column.to_numpy(float), QUANTILES).tolist() for name, column in columns.items()}

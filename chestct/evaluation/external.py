@@ -1,0 +1,127 @@
+"""A bundle on slices that it never saw: another hospital's folders, or the test slices it was made with.
+
+Nothing is fitted here. Threshold, calibration and novelty stay as the bundle has them, and slices that were in its
+training data are left out, which the bundle knows by their hashes.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.progress import Progress
+
+from chestct.config import Config
+from chestct.data.prepare import is_synthetic, prepare_store
+from chestct.data.splits import classes_of, load_splits
+from chestct.data.statistics import STATISTICS
+from chestct.data.store import Store
+from chestct.errors import DataError
+from chestct.evaluation.evaluate import Evaluation, Row, decided, made, measured
+from chestct.models.bundle import Bundle, load_bundle
+from chestct.models.drift import kolmogorov_smirnov, psi
+from chestct.models.predictions import prediction_table
+
+BATCH = 16
+
+
+def evaluate_bundle(cfg: Config) -> Evaluation:
+    """Measures the bundle cfg.bundle on the slices that cfg.data describes.
+
+    The very data that the bundle was made with give its test slices; of other data, every slice counts that the bundle
+    has not been trained on. Raises BundleError and DataError.
+    """
+    bundle = load_bundle(cfg.bundle or "packaged")
+    cfg = _seen_as_trained(cfg, bundle)
+    store = prepare_store(cfg, cfg.trainer.progress)
+    manifest, left_out = _slices(cfg, store, bundle)
+    if not manifest["subtype"].isin(bundle.classes).all():
+        cfg = dataclasses.replace(cfg, task="binary")
+    table = _predicted(manifest, store, bundle, cfg)
+    return Evaluation(
+        cfg,
+        table,
+        bundle.point,
+        bundle.reference,
+        metrics := {"test": measured(table, cfg, bundle.point.threshold)},
+        [_row(table, metrics["test"], cfg)],
+        {
+            "task": cfg.task,
+            "data": cfg.data.name,
+            "split": "external" if store.data_hash != bundle.facts["data"]["data_hash"] else cfg.data.split,
+            "synthetic": is_synthetic(cfg.data),
+            "leaked": int(table["leaked"].sum()),
+            "data_hash": store.data_hash,
+            "bundle": bundle.id,
+            "left_out": left_out,
+        },
+        sections={"shift": shift(bundle, manifest, table), "made": made()},
+    )
+
+
+def _seen_as_trained(cfg: Config, bundle: Bundle) -> Config:
+    """The settings with the bundle's task and preprocessing."""
+    data = dataclasses.replace(
+        cfg.data, size=bundle.preprocess.size, fit=bundle.preprocess.fit, window=bundle.window, views=0
+    )
+    return dataclasses.replace(cfg, task=bundle.task, data=data)
+
+
+def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, int]:
+    """The slices to measure, with `split` "test", `target` and `leaked`; and how many were left out as known."""
+    if store.data_hash == bundle.facts["data"]["data_hash"]:
+        splitting = bundle.facts["data"]["splitting"]
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **splitting))
+        manifest = load_splits(store.manifest, cfg)
+        return manifest[manifest["split"] == "test"].reset_index(drop=True), 0
+    distinct = store.manifest.drop_duplicates("content")
+    known = distinct["content"].str[:16].isin(bundle.seen)
+    if known.all():
+        raise DataError(
+            f"All {len(distinct)} slices of {cfg.data.name} were in the bundle's training data. Give other data."
+        )
+    manifest = distinct[~known].reset_index(drop=True).assign(split="test", leaked=False)
+    return manifest, int(known.sum())
+
+
+def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:
+    """Predictions of every slice; where subtypes are not known, those of a subtype bundle are reduced to cancer."""
+    rows = manifest["row"].to_numpy()
+    parts = []
+    with Progress(disable=not cfg.trainer.progress, transient=True) as progress:
+        for at in progress.track(range(0, len(rows), BATCH), description="Scoring"):
+            parts.append(bundle.predict(store.images[rows[at : at + BATCH]]))
+    logits, novelty = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "novelty"))
+    names = {name: i for i, name in enumerate(classes_of(cfg.task))}
+    manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
+    table = decided(prediction_table(manifest, "test", logits, bundle.task), bundle.point, novelty, bundle.task)
+    return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])
+
+
+def _row(table: pd.DataFrame, estimates: dict[str, Any], cfg: Config) -> Row:
+    counts = table["label"].value_counts()
+    slices = {name: int(counts.get(name, 0)) for name in ("normal", "cancer")}
+    return Row(cfg.data.split, estimates, slices, int(table["group"].nunique()), int(table["leaked"].sum()))
+
+
+def shift(bundle: Bundle, manifest: pd.DataFrame, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """How each image statistic, the score and the novelty differ from the bundle's: PSI and KS distance."""
+    reference, counts = bundle.facts["statistics"], bundle.facts["data"]["slices"]
+    columns = {name: manifest[name] for name in STATISTICS}
+    columns |= {"score": 1 - table["probability_normal"], "novelty": table["novelty"]}
+    rows = []
+    for name, column in columns.items():
+        values = column.to_numpy(float)
+        size = counts["valid" if name in ("score", "novelty") else "train"]
+        distance, p = kolmogorov_smirnov(np.array(reference[name]), values, size)
+        rows.append(
+            {
+                "name": name,
+                "psi": psi(np.array(reference[name]), values),
+                "distance": distance,
+                "p": p,
+                "training": float(np.median(reference[name])),
+                "here": float(np.median(values)),
+            }
+        )
+    return rows

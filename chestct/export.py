@@ -1,0 +1,33 @@
+"""python -m chestct.export: writes the bundle of a checkpoint, the folder that serve.py and the batch CLI use."""
+
+from pathlib import Path
+
+from chestct.config import Config
+from chestct.door import door, from_checkpoint
+from chestct.errors import ConfigError
+
+USAGE = """
+Evaluates a checkpoint and writes its bundle: weights, preprocessing, threshold, calibration, model card.
+
+  python -m chestct.export ckpt=last bundle=FOLDER
+
+Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point.
+"""
+
+
+@door("evaluate", USAGE)
+def main(cfg: Config, out: Path) -> None:
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.export import export
+
+    if not cfg.ckpt:
+        raise ConfigError("Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt.")
+    cfg = from_checkpoint(cfg)
+    folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
+    bundle = export(evaluate(cfg), folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""A small trained run that several tests measure."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chestct.config import Config
+from chestct.door import compose
+from chestct.evaluation.evaluate import Evaluation, evaluate
+from chestct.training.train import Result, train
+from tests.conftest import SMALL
+
+
+@pytest.fixture(scope="session")
+def run(phantoms: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Result]:
+    """Settings (with ckpt) and result of a run on the small phantoms. Read only."""
+    cfg = compose(*SMALL, f"data.root={phantoms}", f"cache_dir={cache}", "evaluation.resamples=200")
+    result = train(cfg, tmp_path_factory.mktemp("run"))
+    return replace(cfg, ckpt=str(result.best)), result
+
+
+@pytest.fixture(scope="session")
+def found(run: tuple[Config, Result]) -> Evaluation:
+    """That run, evaluated. Read only."""
+    return evaluate(run[0])

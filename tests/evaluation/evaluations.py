@@ -1,0 +1,100 @@
+"""Made-up evaluations: predictions whose quality is known, measured like those of a checkpoint."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from chestct.config import Config
+from chestct.data.splits import classes_of
+from chestct.evaluation.evaluate import Evaluation, Row, decided, measured
+from chestct.evaluation.metrics import Estimate
+from chestct.models.calibration import to_scores
+from chestct.models.operating_point import OperatingPoint
+from chestct.models.predictions import output_names
+
+
+def predictions(labels: list[str], logits: np.ndarray, task: str, split: str) -> pd.DataFrame:
+    """A table of predictions with one group a slice. labels: subtypes; logits: [N, K]."""
+    names = classes_of(task)
+    label = ["normal" if name == "normal" else "cancer" for name in labels]
+    table = pd.DataFrame(
+        {
+            "source": "made_up",
+            "path": [f"{split}/{name}/{i}.png" for i, name in enumerate(labels)],
+            "split": split,
+            "label": label,
+            "subtype": labels,
+            "target": [names.index(name) for name in (label if task == "binary" else labels)],
+            "group": range(len(labels)),
+            "content": [f"{split} {i}" for i in range(len(labels))],
+            "leaked": False,
+        }
+    )
+    for i, name in enumerate(output_names(task)):
+        table[f"logit_{name}"], table[f"score_{name}"] = logits[:, i], to_scores(logits)[:, i]
+    return table
+
+
+def draw(n: int, task: str, seed: int, strength: float = 2.0) -> tuple[list[str], np.ndarray]:
+    """Labels of n slices and logits [n, K] that are larger for the right class."""
+    rng = np.random.default_rng(seed)
+    kinds = ("normal", "adenocarcinoma", "large_cell", "squamous")
+    labels = [kinds[i % 4 if i % 2 else 0] for i in range(n)]
+    if task == "binary":
+        side = np.array([1 if name != "normal" else -1 for name in labels])
+        return labels, (strength * side + rng.normal(size=n))[:, None]
+    return labels, strength * np.eye(4)[[kinds.index(name) for name in labels]] + rng.normal(size=(n, 4))
+
+
+def made_up(
+    task: str = "binary",
+    test: tuple[list[str], np.ndarray] | None = None,
+    point: OperatingPoint | None = None,
+    n: int = 80,
+    **sections: Any,
+) -> Evaluation:
+    """An evaluation of 60 valid and `n` test slices, or of those given, without a network."""
+    cfg = Config(task=task)
+    cfg.data.name = "made_up"
+    cfg.evaluation.resamples = 200
+    valid = predictions(*draw(60, task, 1), task, "valid")
+    tested = predictions(*(test or draw(n, task, 0)), task, "test")
+    logits = [column for column in valid if column.startswith("logit_")]
+    point = point or OperatingPoint.fit(valid[logits].to_numpy(), valid["target"].to_numpy(), cfg.evaluation)
+    table = pd.concat([valid, tested], ignore_index=True)
+    table = decided(table, point, np.linspace(0.2, 1.3, len(table)), task)
+    metrics = {name: measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
+    about = {
+        "task": task,
+        "data": "made_up",
+        "split": "grouped",
+        "synthetic": False,
+        "leaked": 0,
+        "data_hash": "0" * 64,
+        "checkpoint": "best.ckpt",
+    }
+    counts = tested["label"].value_counts()
+    row = Row(
+        "grouped",
+        metrics["test"],
+        {name: int(counts.get(name, 0)) for name in ("normal", "cancer")},
+        len(tested),
+        0,
+        "Width",
+        0.8,
+        Estimate(0.1, 0.05, 0.15, len(tested), len(tested)),
+    )
+    return Evaluation(cfg, table, point, None, metrics, [row], about, sections=sections)  # type: ignore[arg-type]
+
+
+def with_images(found: Evaluation, net: Any, size: int) -> Evaluation:
+    """The same with a network and a noise image for every test slice, as far as galleries need them."""
+    manifest = found.table.assign(row=np.arange(len(found.table)))
+    images = np.random.default_rng(0).integers(0, 256, (len(manifest), size, size), dtype=np.uint8)
+    found.model = SimpleNamespace(net=net)  # type: ignore[assignment]
+    found.data = SimpleNamespace(manifest=manifest, store=SimpleNamespace(images=images))  # type: ignore[assignment]
+    found.baseline = torch.zeros(4, size // 16, size // 16)
+    return found

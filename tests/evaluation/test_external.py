@@ -1,0 +1,103 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chestct.config import Config, PhantomConfig
+from chestct.errors import BundleError, DataError
+from chestct.evaluation.evaluate import Evaluation
+from chestct.evaluation.export import export
+from chestct.evaluation.external import evaluate_bundle
+from chestct.training.train import Result
+
+
+@pytest.fixture(scope="module")
+def folder(found: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("external") / "bundle"
+    export(found, made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms of another seed in folders with names of their own."""
+    from chestct.phantom.dataset import write
+
+    drawn = tmp_path_factory.mktemp("others")
+    write(drawn / "drawn", PhantomConfig(slices=24, size=96, seed=7, difficulty=0.0))
+    for path in (drawn / "drawn").glob("t*/*/*.png"):
+        name = "healthy" if path.parent.name == "normal" else "tumour"
+        (drawn / "renamed" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, drawn / "renamed" / name / f"{path.parent.parent.name}-{path.parent.name}-{path.name}")
+    return drawn / "renamed"
+
+
+def asked(run: tuple[Config, Result], folder: Path, **data: object) -> Config:
+    return replace(run[0], ckpt=None, bundle=str(folder), data=replace(run[0].data, **data))
+
+
+def test_foreign_folders_are_measured_with_the_frozen_threshold(
+    run: tuple[Config, Result], folder: Path, others: Path, found: Evaluation
+) -> None:
+    labels = {"healthy": "normal", "tumour": "cancer"}
+    result = evaluate_bundle(asked(run, folder, name="elsewhere", root=str(others), labels=labels))
+    assert result.about["split"] == "external"
+    assert result.point.threshold == found.point.threshold
+    assert result.metrics["test"]["auroc"].value is not None
+    assert len(result.table) == len(list(others.glob("*/*")))
+    assert {row["name"] for row in result.sections["shift"]} >= {"width", "std", "score", "novelty"}
+
+
+def test_the_data_it_was_made_with_give_its_test_slices(
+    run: tuple[Config, Result], folder: Path, found: Evaluation
+) -> None:
+    result = evaluate_bundle(asked(run, folder))
+    assert sorted(result.table["path"]) == sorted(found.test["path"])
+    assert result.metrics["test"]["auroc"].value == pytest.approx(found.metrics["test"]["auroc"].value, abs=1e-6)
+
+
+def test_slices_it_was_trained_on_are_left_out(
+    run: tuple[Config, Result], folder: Path, others: Path, tmp_path: Path
+) -> None:
+    mixed = Path(shutil.copytree(others, tmp_path / "mixed"))
+    known = run[1].data.manifest.query("split == 'train' and label == 'cancer'").iloc[0]["path"]
+    # Another file, the same pixels.
+    Image.open(Path(run[0].data.root or "") / known).convert("RGB").save(mixed / "tumour" / "again.bmp")
+    labels = {"healthy": "normal", "tumour": "cancer"}
+    result = evaluate_bundle(asked(run, folder, name="mixed", root=str(mixed), labels=labels))
+    assert result.about["left_out"] == 1
+    assert not result.table["path"].str.contains("again").any()
+
+
+def test_one_class_gives_no_auroc_but_its_reason(run: tuple[Config, Result], folder: Path, others: Path) -> None:
+    labels = {"healthy": "normal", "tumour": "ignore"}
+    result = evaluate_bundle(asked(run, folder, name="healthy", root=str(others), labels=labels))
+    auroc = result.metrics["test"]["auroc"]
+    assert auroc.value is None
+    assert "cancer" in auroc.reason
+    assert result.metrics["test"]["specificity"].value is not None
+
+
+def test_folders_that_map_to_nothing_are_named(run: tuple[Config, Result], folder: Path, others: Path) -> None:
+    with pytest.raises(DataError, match="healthy"):
+        evaluate_bundle(asked(run, folder, name="x", root=str(others), labels={"sound": "normal"}))
+
+
+def test_a_missing_bundle_is_one_clear_error(run: tuple[Config, Result], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="No bundle"):
+        evaluate_bundle(asked(run, tmp_path / "none"))
+
+
+def test_two_slices_are_measured_as_far_as_they_go(run: tuple[Config, Result], folder: Path, tmp_path: Path) -> None:
+    for i, name in enumerate(("normal", "cancer")):
+        (tmp_path / name).mkdir()
+        pixels = np.random.default_rng(i).integers(0, 255, (80, 80), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name / "a.png")
+    labels = {"normal": "normal", "cancer": "cancer"}
+    result = evaluate_bundle(asked(run, folder, name="two", root=str(tmp_path), labels=labels))
+    assert result.metrics["test"]["auroc"].value in (0.0, 1.0)
+    assert result.metrics["test"]["auroc"].low is None
+    assert result.metrics["test"]["auroc"].reason

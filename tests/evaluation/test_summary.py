@@ -1,0 +1,104 @@
+import dataclasses
+
+import pytest
+
+from chestct.evaluation.evaluate import Row
+from chestct.evaluation.metrics import Estimate
+from chestct.evaluation.summary import called, caveats, doubts, headline, interval, known, summary
+from tests.evaluation.evaluations import draw, made_up
+
+
+def kinds(found) -> dict[str, str]:
+    return {doubt.kind: doubt.severity for doubt in doubts(found)}
+
+
+def with_margin(low, high):
+    found = made_up(n=200)
+    found.rows[0] = dataclasses.replace(found.rows[0], margin=Estimate(0.1, low, high, 200, 200))
+    return found
+
+
+def test_caveats_come_first_in_the_summary():
+    found = made_up()
+    found.about |= {"synthetic": True, "leaked": 3}
+    lines = summary(found).splitlines()
+    assert lines[0].startswith("SYNTHETIC")
+    assert lines[1].startswith("LEAKY SPLIT (grouped): 3 ")
+    assert lines[2] == headline(found)
+    assert not caveats(made_up().about)
+
+
+def test_the_summary_has_each_metric_with_its_interval_and_counts():
+    text = summary(made_up())
+    assert "AUROC                " in text
+    assert interval(made_up().metrics["test"]["auroc"]) in text
+    assert "slices                                          60                      80" in text
+    assert "+0.100 [+0.050, +0.150]" in text
+
+
+def test_a_policy_that_could_not_be_trained_is_a_row_with_its_note():
+    found = made_up()
+    found.rows.append(Row("official", {}, {}, 0, 0, note="not available: no train folder"))
+    assert "not available: no train folder" in summary(found)
+
+
+def test_the_headline_says_that_a_margin_is_not_known():
+    found = made_up()
+    found.rows[0] = dataclasses.replace(found.rows[0], margin=None)
+    assert "not known" in headline(found)
+
+
+def test_one_class_gives_a_headline_with_the_reason():
+    _labels, logits = draw(10, "binary", 0)
+    found = made_up(test=(["squamous"] * 10, logits))
+    assert headline(found).startswith("AUROC n/a on 10 test slices in 10 groups: no normal slices")
+    assert kinds(found)["Few normals"] == "error"
+
+
+@pytest.mark.parametrize(("low", "high", "doubted"), [(0.05, 0.15, False), (-0.01, 0.2, True), (None, None, True)])
+def test_a_margin_that_is_not_shown_is_a_serious_doubt(low, high, doubted):
+    assert ("Shortcut" in kinds(with_margin(low, high))) is doubted
+
+
+def test_few_groups_of_a_class_are_doubted_by_their_interval():
+    assert "Few normals" not in kinds(made_up(n=200))
+    found = made_up(n=20)
+    low = known(found.metrics["test"]["specificity"].low)
+    assert any(f"from {low} to" in doubt.text for doubt in doubts(found))
+
+
+def test_a_threshold_that_misses_its_aim_on_test_is_doubted():
+    labels, logits = draw(200, "binary", 0)
+    assert "Operating point" in kinds(made_up(test=(labels, logits - 3)))
+    assert "Operating point" not in kinds(made_up(n=200))
+
+
+def test_permuted_labels_that_teach_something_are_a_serious_doubt():
+    auroc = made_up().metrics["test"] | {"auroc": Estimate(0.8, 0.7, 0.9, 80, 80)}
+    row = Row("permuted labels", auroc, {"normal": 40, "cancer": 40}, 80, 0)
+    found = made_up(permuted=row)
+    assert kinds(found)["Control"] == "error"
+    assert "permuted labels" in summary(found)
+    in_rows = made_up()
+    in_rows.rows.append(row)
+    assert kinds(in_rows)["Control"] == "error"
+
+
+def test_doubts_come_worst_first():
+    found = made_up(n=20)
+    found.about["leaked"] = 2
+    ranks = [("error", "warning", "info").index(doubt.severity) for doubt in doubts(found)]
+    assert ranks == sorted(ranks)
+    assert ranks[0] == 0
+
+
+def test_numbers_have_three_decimals_and_undefined_ones_none():
+    assert known(None) == "n/a"
+    assert interval(Estimate(0.5, None, None, 1, 1, "why")) == "0.500 [n/a]"
+    assert interval(Estimate(None, None, None, 1, 1, "why")) == "n/a"
+    assert interval(Estimate(-0.1, -0.2, 0.05, 1, 1), signed=True) == "−0.100 [−0.200, +0.050]"
+
+
+def test_metrics_have_names_for_people():
+    assert called("auroc/large_cell") == "AUROC, large cell"
+    assert called("cancer/sensitivity") == "Sensitivity, any cancer"
