@@ -1,0 +1,1 @@
+"""The model in use: predictor, web page, batch command line, drift report."""

@@ -1,0 +1,238 @@
+"""From a file to an answer: decode, preprocess, network, decision, heat map. Imports torch, and nothing that trains.
+
+One thread runs the network for everybody: requests that wait at the same time share a forward pass, and two passes
+never fight for the same cores. Everything else happens in the caller's thread.
+"""
+
+import queue
+import threading
+import time
+from concurrent.futures import Future, TimeoutError
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from chestct.data.decode import Limits, Slice, decode, decode_frames, pixel_hash
+from chestct.data.statistics import image_statistics
+from chestct.errors import ChestCTError
+from chestct.models.bundle import Bundle, Outputs, load_bundle
+from chestct.models.novelty import FOREIGN
+from chestct.models.operating_point import REFUSED, UNCERTAIN
+from chestct.models.saliency import heat_to_slice, placement
+
+COLOR = 0.05
+"""Mean chroma (see chestct.data.decode.Slice) above which an image is a colour photograph, not CT."""
+
+SMALLEST = 64
+"""Shorter side in pixels below which nothing can be seen on a slice."""
+
+NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagnosis or treatment."
+
+
+CLOSING = "The service is shutting down. Try again in a minute."
+
+
+class BusyError(ChestCTError):
+    """More requests wait than the service takes on, or one took too long."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What is said of one slice."""
+
+    score: float  # calibrated P(cancer), in [0, 1]; given for refused slices too, where it means little
+    decision: str  # cancer, normal, uncertain or refused
+    reason: str  # of a refusal or an uncertainty, else ""
+    probabilities: dict[str, float]  # calibrated P(class)
+    possible: tuple[str, ...]  # conformal set: classes that cannot be excluded at the bundle's coverage
+    novelty: float  # distance to the training data; uncertain above 1, refused above FOREIGN
+    known: bool  # whether this very slice was in train or valid
+    gray: np.ndarray  # uint8 [H, W], as decoded
+    heat: np.ndarray | None  # float32 [H, W] in [0, 1], evidence for cancer; all zero where there is none
+    slice: Slice
+    statistics: dict[str, float]  # chestct.data.statistics
+    seconds: dict[str, float]  # decode, wait (for the network and in it), draw
+    bundle: str  # id of the bundle that answered
+
+
+@dataclass(eq=False)
+class _Job:
+    bundle: Bundle
+    square: np.ndarray
+    explain: bool
+    answer: "Future[Outputs]"
+
+
+class Predictor:
+    """Answers for files. Safe to call from any number of threads; `close` ends its own.
+
+    source: a bundle folder or `packaged`. limits: what a file may cost. batch: slices a forward pass at most; waiting:
+    slices that may wait at once; seconds: how long one may take before the caller gets a BusyError.
+    """
+
+    def __init__(
+        self,
+        source: str | Path = "packaged",
+        limits: Limits = Limits(),
+        *,
+        batch: int = 16,
+        waiting: int = 256,
+        seconds: float = 60.0,
+    ) -> None:
+        self.source, self.limits, self.batch, self.seconds = source, limits, batch, seconds
+        self.bundle = load_bundle(source)
+        self._closed = False
+        self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
+        self._thread = threading.Thread(target=self._work, name="predictor", daemon=True)
+        self._thread.start()
+
+    def predict(
+        self,
+        source: Path | bytes,
+        *,
+        name: str | None = None,
+        every: bool = False,
+        explain: bool = True,
+    ) -> list[Prediction]:
+        """One prediction, or with `every` one for each frame or page of the file.
+
+        name: what the file is called in errors. DICOM is seen through the bundle's window, whatever a viewer shows.
+        Raises DecodeError for whatever is wrong with the file, and BusyError.
+        """
+        bundle = self.bundle  # one for the whole file, though `reload` may come in between
+        begun = time.perf_counter()
+        if every:
+            slices = list(decode_frames(source, bundle.window, self.limits, name=name))
+        else:
+            slices = [decode(source, bundle.window, self.limits, name=name)]
+        squares = [bundle.preprocess(found.gray) for found in slices]
+        decoded = (time.perf_counter() - begun) / len(slices)
+        jobs = [self._ask(bundle, square, explain) for square in squares]
+        return [self._told(bundle, found, job, decoded) for found, job in zip(slices, jobs, strict=True)]
+
+    def reload(self) -> str:
+        """Loads the bundle again from where it lies; requests under way end with the old one.
+
+        Returns the id of the bundle now in use. Raises BundleError, and the old one stays.
+        """
+        self.bundle = load_bundle(self.source)
+        return self.bundle.id
+
+    def close(self) -> None:
+        """Lets what is waiting be answered, then ends the thread; who asks afterwards gets a BusyError."""
+        self._closed = True
+        self._jobs.put(None)
+        self._thread.join()
+        while not self._jobs.empty():
+            if job := self._jobs.get():
+                job.answer.set_exception(BusyError(CLOSING))
+
+    def _ask(self, bundle: Bundle, square: np.ndarray, explain: bool) -> _Job:
+        if self._closed:
+            raise BusyError(CLOSING)
+        job = _Job(bundle, square, explain, Future())
+        try:
+            self._jobs.put(job, timeout=self.seconds)
+        except queue.Full:
+            raise BusyError("The service is busy: too many slices are waiting. Try again in a minute.") from None
+        return job
+
+    def _told(self, bundle: Bundle, found: Slice, job: _Job, decoded: float) -> Prediction:
+        begun = time.perf_counter()
+        try:
+            answer = job.answer.result(self.seconds)
+        except TimeoutError:
+            job.answer.cancel()
+            raise BusyError(f"No answer within {self.seconds:.0f} s: the service is busy. Try again.") from None
+        answered = time.perf_counter()
+        gray = (found.gray * 255 + 0.5).astype(np.uint8)
+        heat = None
+        if answer.heat is not None:
+            heat = heat_to_slice(torch.from_numpy(answer.heat[0]), gray.shape, placement(gray, bundle.preprocess))
+        novelty = float(answer.novelty[0])
+        sets = bundle.point.sets(answer.probabilities)[0]
+        possible = tuple(name for name, held in zip(bundle.classes, sets, strict=True) if held)
+        refusal = why_refused(found, novelty)
+        decision = REFUSED if refusal else str(answer.decision[0])
+        return Prediction(
+            score=float(answer.score[0]),
+            decision=decision,
+            reason=refusal or (_why_uncertain(bundle, possible, novelty) if decision == UNCERTAIN else ""),
+            probabilities=dict(zip(bundle.classes, answer.probabilities[0].tolist(), strict=True)),
+            possible=possible,
+            novelty=novelty,
+            known=pixel_hash(found.levels)[:16] in bundle.seen,
+            gray=gray,
+            heat=heat,
+            slice=found,
+            statistics=image_statistics(found.gray),
+            seconds={"decode": decoded, "wait": answered - begun, "draw": time.perf_counter() - answered},
+            bundle=bundle.id,
+        )
+
+    def _work(self) -> None:
+        """Takes what waits, up to a batch, and answers it."""
+        while (first := self._jobs.get()) is not None:
+            jobs: list[_Job] = [first]
+            last = False
+            while len(jobs) < self.batch and not last:
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+                last = job is None
+                if job is not None:
+                    jobs.append(job)
+            for bundle in {id(job.bundle): job.bundle for job in jobs}.values():
+                _answer([job for job in jobs if job.bundle is bundle and job.answer.set_running_or_notify_cancel()])
+            if last:
+                return
+
+
+def _answer(jobs: list[_Job]) -> None:
+    """One forward pass for jobs of one bundle."""
+    if not jobs:
+        return
+    try:
+        found = jobs[0].bundle.predict(np.stack([job.square for job in jobs]), any(job.explain for job in jobs))
+    except Exception as error:  # whatever it is belongs to those who asked, not to this thread
+        for job in jobs:
+            job.answer.set_exception(error)
+        return
+    for i, job in enumerate(jobs):
+        heat = found.heat[i : i + 1] if found.heat is not None and job.explain else None
+        part = slice(i, i + 1)
+        job.answer.set_result(
+            Outputs(found.logits[part], found.probabilities[part], found.decision[part], found.novelty[part], heat)
+        )
+
+
+def why_refused(found: Slice, novelty: float) -> str:
+    """Why no answer is given for a slice, in a sentence; "" where one is."""
+    if found.modality not in ("", "CT"):
+        return f"This DICOM file is not CT: its modality is {found.modality}."
+    if found.color > COLOR:
+        return "This is a colour image, and CT slices are grey."
+    if min(found.gray.shape) < SMALLEST:
+        height, width = found.gray.shape
+        return f"This image is too small: {width} x {height} pixels, at least {SMALLEST} a side are needed."
+    if novelty > FOREIGN:
+        return (
+            f"This image is unlike the chest CT slices that the model knows: its distance to them is {novelty:.2f}, "
+            f"and beyond {FOREIGN:.2f} the score means nothing."
+        )
+    return ""
+
+
+def _why_uncertain(bundle: Bundle, possible: tuple[str, ...], novelty: float) -> str:
+    if novelty > 1:
+        return (
+            f"This slice is further from the training slices than 99 of 100 of validation are: {novelty:.2f}, where "
+            "1.00 is the mark."
+        )
+    share = f"{bundle.point.coverage:.0%}"
+    if not possible:
+        return f"At {share} coverage the score fits no class: it is unlike the validation slices of each."
+    return f"At {share} coverage the score fits more than one answer: {' or '.join(possible)}."
