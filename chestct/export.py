@@ -11,20 +11,27 @@ Evaluates a checkpoint and writes its bundle: weights, preprocessing, threshold,
 
   python -m chestct.export ckpt=last bundle=FOLDER
 
-Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point.
+Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point, and what else
+evaluation.* asks for goes into the model card.
 """
 
 
 @door("evaluate", USAGE)
 def main(cfg: Config, out: Path) -> None:
+    from chestct.evaluation.asked import asked_for
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
+    from chestct.evaluation.side_by_side import beside
+    from chestct.training import train
 
     if not cfg.ckpt:
         raise ConfigError("Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt.")
     cfg = from_checkpoint(cfg)
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
-    bundle = export(evaluate(cfg), folder)
+    found = evaluate(cfg)
+    found.sections |= asked_for(found)
+    found.rows += beside(cfg, lambda name, cfg, data: train(cfg, out / "refits" / name, data=data).predictions)
+    bundle = export(found, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
 

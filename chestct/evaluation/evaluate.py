@@ -267,7 +267,8 @@ def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:
         "synthetic": is_synthetic(cfg.data),
         "leaked": int(data.manifest.loc[data.manifest["split"] != "train", "leaked"].sum()),
         "data_hash": data.store.data_hash,
-        "checkpoint": cfg.ckpt,
+        # The run's folder and below: where it lies on this machine is nobody's business.
+        "checkpoint": "/".join(Path(cfg.ckpt or "").resolve().parts[-3:]),
         "splitting": {
             name: getattr(cfg.data, name)
             for name in ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage")

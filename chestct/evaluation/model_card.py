@@ -38,8 +38,9 @@ def model_card(found: Evaluation) -> str:
         classes=classes_of(found.cfg.task),
         splits=[name for name in ("test", "valid") if name in found.metrics],
         values=predictive(
-            *(cancer(found.metrics["test"], name) for name in ("sensitivity", "specificity")),
-            prevalences=found.cfg.evaluation.prevalences,
+            cancer(found.metrics["test"], "sensitivity"),
+            cancer(found.metrics["test"], "specificity"),
+            found.cfg.evaluation.prevalences,
         ),
         novel=int((found.test["novelty"] > 1).sum()),
         uncertain=int((found.test["decision"] == "uncertain").sum()),

@@ -4,19 +4,16 @@ One figure serves two: as PNG for MLflow, and as SVG in the report, where it tak
 page, so that it follows light and dark. A curve that these slices do not define is a sentence that says why.
 """
 
-import io
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from sklearn import metrics as sk
 
 from chestct.data.splits import classes_of
+from chestct.evaluation.canvas import CANCER, INK, NORMAL, PLAIN, SOFT, TEST, VALID, canvas
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.evaluation.metrics import Estimate, confusion, decision_curve
 from chestct.evaluation.summary import cancer, interval, known
@@ -26,42 +23,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, SOFT, LINE, PAPER = "#1c2126", "#59626b", "#ddd9d1", "#fcfbf8"
-TEST, VALID, PLAIN, CANCER, NORMAL = "#0b5cad", "#d97c00", "#8a96a3", "#a8201a", "#3a5a78"
-VARIABLES = {INK: "currentColor", SOFT: "var(--soft)", LINE: "var(--line)", PAPER: "var(--paper)"}
-VARIABLES |= {TEST: "var(--test)", VALID: "var(--valid)", PLAIN: "var(--train)"}
-VARIABLES |= {CANCER: "var(--error)", NORMAL: "var(--info)"}
-"""Colours of the page's style sheet (light), and what the report's SVG says instead."""
-
-SUBTYPES = ("#3a5a78", "#0072B2", "#D55E00", "#009E73")
+SUBTYPES = (PLAIN, "#0072B2", "#D55E00", "#009E73")
 """One hue a class, distinguishable with every common colour vision (Okabe and Ito 2008)."""
 
-STYLE = {
-    "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": SOFT,
-    "axes.edgecolor": SOFT,
-    "axes.facecolor": "none",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.8,
-    "xtick.color": SOFT,
-    "ytick.color": SOFT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-    "legend.handlelength": 1.4,
-    "legend.borderaxespad": 0.2,
-    "lines.linewidth": 1.8,
-    "lines.solid_joinstyle": "round",
-    "figure.dpi": 150,
-    "svg.fonttype": "none",
-}
-SIZE = (4.4, 3.5)
 LOG_ODDS = 7.0
 """Calibrated scores are drawn up to these log odds, 0.0009 to 0.9991; more extreme ones stand at the edge."""
 
@@ -116,35 +80,9 @@ def curves(found: Evaluation) -> dict[str, dict[str, list[float]]]:
     return drawn
 
 
-def svg(figure: "Figure", name: str) -> str:
-    """A figure as SVG to stand in the report: text as text, the page's colours, ids that no other figure has."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r' (width|height)="[^"]*pt"', "", text)
-    text = re.sub(r' (id="|(?:xlink:)?href="#|clip-path="url\(#)', rf" \g<1>{name}-", text)
-    text = re.sub(r' xmlns(:xlink)?="[^"]*"| version="1.1"', "", text).replace("xlink:href", "href")
-    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    # Matplotlib leaves out the colour of black text; ours is never black, but the default of SVG is.
-    return text.replace("<svg ", f'<svg role="img" aria-label="{name.replace("_", " ")}" fill="currentColor" ', 1)
-
-
-def png(figure: "Figure") -> bytes:
-    """A figure as PNG on white."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white", bbox_inches="tight")
-    return buffer.getvalue()
-
-
 def draw_history(history: pd.DataFrame, path: Path) -> None:
     """Loss and AUROC by epoch. history: the table that training keeps (history.csv)."""
-    with _figure((9, 3.2), columns=2) as (figure, axes):
+    with canvas((9, 3.2), columns=2) as (figure, axes):
         for axis, metric, title in zip(axes, ("loss", "auroc"), ("Loss", "AUROC"), strict=True):
             for stage, colour in (("train", PLAIN), ("valid", VALID)):
                 if f"{stage}/{metric}" in history:
@@ -159,7 +97,7 @@ def draw_confusion(found: Evaluation) -> "Figure":
     """Counts of test slices, actual by decided class; shades are shares of the actual class."""
     names = [name.replace("_", " ") for name in classes_of(found.cfg.task)]
     matrix = confusion_table(found)
-    with _figure((1.6 + len(names), 1.2 + len(names))) as (figure, axis):
+    with canvas((1.6 + len(names), 1.2 + len(names))) as (figure, axis):
         axis.grid(False)
         axis.imshow(matrix / np.maximum(1, matrix.sum(1, keepdims=True)), cmap="Blues", vmin=0, vmax=1)
         for (row, column), count in np.ndenumerate(matrix):
@@ -173,7 +111,7 @@ def draw_confusion(found: Evaluation) -> "Figure":
 
 def _roc(found: Evaluation) -> "Figure":
     estimates = found.metrics["test"]
-    with _figure() as (figure, axis):
+    with canvas() as (figure, axis):
         axis.plot([0, 1], [0, 1], color=PLAIN, linewidth=1, linestyle=":")
         for name, curve, colour in _coloured(curves(found)):
             key = "auroc" if name == "cancer" else f"auroc/{name}"
@@ -195,7 +133,7 @@ def _roc(found: Evaluation) -> "Figure":
 
 def _precision_recall(found: Evaluation) -> "Figure":
     share = float(_truth(found).mean())
-    with _figure() as (figure, axis):
+    with canvas() as (figure, axis):
         if found.cfg.task == "binary":
             axis.axhline(share, color=PLAIN, linewidth=1, linestyle=":", label=f"chance: {known(share)} are cancer")
         for name, curve, colour in _coloured(curves(found)):
@@ -214,7 +152,7 @@ def _scores(found: Evaluation) -> "Figure":
     score, truth = _score(found), _truth(found)
     bins = np.linspace(-LOG_ODDS, LOG_ODDS, 29)
     width = bins[1] - bins[0]
-    with _figure() as (figure, axis):
+    with canvas() as (figure, axis):
         top = 0.05
         for side, name, colour in ((1, "cancer", CANCER), (-1, "normal", NORMAL)):
             part = _log_odds(score[truth == max(side, 0)])
@@ -227,9 +165,8 @@ def _scores(found: Evaluation) -> "Figure":
         axis.axhline(0, color=SOFT, linewidth=0.8)
         threshold = _log_odds(np.array([found.point.threshold]))[0]
         axis.axvline(threshold, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        side = -1 if threshold > 0 else 1
-        label = f"threshold {known(found.point.threshold)}"
-        axis.text(threshold + 0.2 * side, -1.2 * top * side, label, ha="right" if side == -1 else "left", va="center")
+        corner = {"ha": "right", "va": "top", "transform": axis.transAxes}
+        axis.text(0.99, 0.98, f"threshold {known(found.point.threshold)}", **corner)
         ticks = np.array([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999])
         axis.set_xticks(_log_odds(ticks), [f"{tick:g}" for tick in ticks])
         step = 0.5 if top > 0.6 else 0.2 if top > 0.25 else 0.1
@@ -241,7 +178,7 @@ def _scores(found: Evaluation) -> "Figure":
 
 def _reliability(found: Evaluation) -> "Figure":
     truth = _truth(found)
-    with _figure() as (figure, axis):
+    with canvas() as (figure, axis):
         axis.plot([0, 1], [0, 1], color=PLAIN, linewidth=1, linestyle=":")
         for (when, score), (colour, dashes) in zip(before_after(found), ((PLAIN, "--"), (TEST, "-")), strict=True):
             rows = pd.DataFrame(reliability_table(score, truth))
@@ -258,21 +195,21 @@ def _reliability(found: Evaluation) -> "Figure":
 def _decision_curve(found: Evaluation) -> "Figure":
     truth = _truth(found)
     rows = decision_curve(_score(found), truth, THRESHOLDS)
-    with _figure() as (figure, axis):
+    with canvas() as (figure, axis):
         lines = {"treat_none": ("call none", PLAIN, ":"), "treat_all": ("call all", PLAIN, "-")}
         for column, (label, colour, dashes) in (lines | {"model": ("model", TEST, "-")}).items():
             axis.plot(rows["threshold"], rows[column], color=colour, linestyle=dashes, label=label)
         share = float(truth.mean())
         axis.axvline(found.point.threshold, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         axis.set(xlim=(0, 1), ylim=(-0.15 * share, 1.08 * share), xlabel="Threshold", ylabel="Net benefit a slice")
-        axis.legend(loc="center left")
+        axis.legend(loc="best")
     return figure
 
 
 def _risk_coverage(found: Evaluation) -> "Figure":
     coverage, risk = risk_coverage(_score(found), _truth(found), found.point.threshold)
     decided = (found.test["decision"] != "uncertain").mean()
-    with _figure() as (figure, axis):
+    with canvas() as (figure, axis):
         axis.step(coverage, risk, where="post", color=TEST)
         axis.axvline(decided, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         place = {"ha": "right", "va": "top", "transform": axis.get_xaxis_transform()}
@@ -327,13 +264,3 @@ def _coloured(drawn: dict[str, Any]) -> Iterator[tuple[str, dict[str, list[float
 
 def _square(axis: "Axes", xlabel: str, ylabel: str) -> None:
     axis.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
-
-
-@contextmanager
-def _figure(size: tuple[float, float] = SIZE, columns: int = 1) -> "Iterator[tuple[Figure, Any]]":
-    """A figure and its axes in the house style, without a display and without pyplot's global state."""
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(size, layout="constrained")
-        yield figure, figure.subplots(1, columns)

@@ -20,6 +20,7 @@ import chestct.audit
 from chestct.audit.pictures import save
 from chestct.data.splits import classes_of
 from chestct.evaluation import plots
+from chestct.evaluation.canvas import png, svg
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.gallery import gallery
 from chestct.evaluation.metrics import Estimate, effective_size
@@ -59,7 +60,7 @@ def write(found: Evaluation, out: Path) -> None:
     figures = plots.figures(found)
     for name, figure in ({**figures, "confusion": plots.draw_confusion(found)}).items():
         if not isinstance(figure, str):
-            save(out / f"{name}.png", plots.png(figure))
+            save(out / f"{name}.png", png(figure))
     save(out / "MODEL_CARD.md", model_card(found).encode("utf-8", "backslashreplace"))
     # File names may hold bytes that are no UTF-8; they are shown as escapes.
     save(out / "report.html", html(found, figures).encode("utf-8", "backslashreplace"))
@@ -93,7 +94,7 @@ def to_json(found: Evaluation) -> dict[str, Any]:
             "operating_point": found.point.to_dict(),
             "metrics": found.metrics,
             "side_by_side": found.rows,
-            "operating_points": operating_points(found)["rows"],
+            "operating_points": operating_points(found),
             "sections": {name: section for name, section in found.sections.items() if name != "audit"},
         }
     )
@@ -141,7 +142,7 @@ def html(found: Evaluation, figures: Mapping[str, Any] | None = None) -> str:
         sections=sections(found) | {"robustness": plain(found.sections.get("robustness"))},
         headline=headline(found),
         doubts=doubts(found),
-        figures={n: f if isinstance(f, str) else plots.svg(f, n) for n, f in figures.items()},
+        figures={n: f if isinstance(f, str) else svg(f, n) for n, f in figures.items()},
         undefined={name for name, figure in figures.items() if isinstance(figure, str)},
         calibration=calibration_errors(found),
         confusion=plots.confusion_table(found).tolist(),
@@ -254,11 +255,11 @@ def operating_points(found: Evaluation) -> dict[str, Any]:
 def _rates(table: pd.DataFrame, threshold: float, found: Evaluation) -> list[str]:
     flagged = 1 - table["probability_normal"].to_numpy() >= threshold
     truth, group = (table["label"] == "cancer").to_numpy(), table["group"].to_numpy()
-    ends = [_share(hit, group, base) for hit, base in ((flagged, truth), (~flagged, ~truth))]
-    values = predictive(*ends, prevalences=found.cfg.evaluation.prevalences)
+    sensitivity, specificity = _share(flagged, group, truth), _share(~flagged, group, ~truth)
+    values = predictive(sensitivity, specificity, found.cfg.evaluation.prevalences)
     at_prevalence = [interval(row[name]) for row in values for name in ("ppv", "npv")]
     missing = ["n/a"] * (2 * len(found.cfg.evaluation.prevalences))
-    return [*(interval(rate) for rate in ends), *(at_prevalence or missing)]
+    return [interval(sensitivity), interval(specificity), *(at_prevalence or missing)]
 
 
 def _share(hit: np.ndarray, group: np.ndarray, base: np.ndarray) -> Estimate:

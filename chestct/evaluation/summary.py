@@ -36,6 +36,9 @@ HEADLINE = (
 )
 
 
+MANY_NOVEL = 0.1
+"""Share of a class's test slices that may be refused; the threshold is meant to refuse one in a hundred."""
+
 PERMUTED = "permuted labels"
 """Policy of the row of the control."""
 
@@ -172,10 +175,13 @@ def _operating_point(found: Evaluation) -> list[Doubt]:
 
 def _sections(found: Evaluation) -> list[Doubt]:
     listed = []
-    novel = float((found.test["novelty"] > 1).mean())
-    if novel > 0.1:
-        text = f"{novel:.0%} of the test slices are unlike the training data; a service would refuse them."
-        listed.append(Doubt("warning", "Novelty", text))
+    for name, part in found.test.groupby("label"):
+        novel = int((part["novelty"] > 1).sum())
+        if novel > MANY_NOVEL * len(part):
+            text = (
+                f"{novel} of {counted(len(part), f'{name} test slice')} would be refused as unlike the training data."
+            )
+            listed.append(Doubt("warning", "Novelty", text))
     flags = [row for row in found.sections.get("subgroups", []) if row["flag"]]
     if flags:
         names = "; ".join(f"{row['by']} {row['name']}: {row['flag']}" for row in flags[:3])
@@ -197,9 +203,10 @@ def _sentence(text: str) -> str:
 
 
 def summary(found: Evaluation) -> str:
-    """The evaluation for a terminal: caveats, metrics with 95 % intervals, and the other split policies."""
+    """The evaluation for a terminal: caveats, headline, doubts, metrics with intervals, other split policies."""
     splits = [name for name in ("valid", "test") if name in found.metrics]
-    lines = [*caveats(found.about), headline(found), ""]
+    told = len(caveats(found.about))  # they are the first doubts
+    lines = [*caveats(found.about), headline(found), *(f"- {doubt.text}" for doubt in doubts(found)[told:]), ""]
     lines.append(f"{'':26}" + "".join(f"{name:>24}" for name in splits))
     for metric in HEADLINE:
         cells = [interval(found.metrics[split][metric]) for split in splits if metric in found.metrics[split]]

@@ -1,0 +1,40 @@
+import json
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SECONDS = 180 if not os.environ.get("CI") else 400
+"""A notebook is to take under three minutes; a machine that runs other tests beside it gets more."""
+
+
+def test_there_are_four() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_name_no_place_of_one_machine(path: Path) -> None:
+    assert not re.search(r"/(home|root|work|tmp|Users)/", path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_run_on_phantoms(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CHESTCT_DATA", raising=False)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
+    client = NotebookClient(
+        nbformat.read(path, as_version=4), timeout=SECONDS, resources={"metadata": {"path": str(ROOT)}}
+    )
+    client.execute()
