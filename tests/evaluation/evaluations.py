@@ -42,7 +42,7 @@ def draw(n: int, task: str, seed: int, strength: float = 2.0) -> tuple[list[str]
     """Labels of n slices and logits [n, K] that are larger for the right class."""
     rng = np.random.default_rng(seed)
     kinds = ("normal", "adenocarcinoma", "large_cell", "squamous")
-    labels = [kinds[i % 4 if i % 2 else 0] for i in range(n)]
+    labels = [kinds[1 + i // 2 % 3 if i % 2 else 0] for i in range(n)]
     if task == "binary":
         side = np.array([1 if name != "normal" else -1 for name in labels])
         return labels, (strength * side + rng.normal(size=n))[:, None]

@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from chestct.evaluation import plots
+from chestct.evaluation.canvas import png, svg
 from tests.evaluation.evaluations import draw, made_up
 
 
@@ -45,7 +46,7 @@ def test_curves_of_one_class_are_a_reason():
 
 
 def test_figures_become_svg_without_anything_from_outside():
-    text = plots.svg(plots.figures(made_up())["roc"], "roc")
+    text = svg(plots.figures(made_up())["roc"], "roc")
     assert text.startswith("<svg ")
     assert not re.search(r"https?:|<metadata|font-family|<\?xml", text)
     assert all(name.startswith("roc-") for name in re.findall(r' id="([^"]+)"', text))
@@ -54,13 +55,13 @@ def test_figures_become_svg_without_anything_from_outside():
 
 
 def test_figures_become_png_on_white():
-    image = plots.png(plots.draw_confusion(made_up("subtype")))
+    image = png(plots.draw_confusion(made_up("subtype")))
     assert image.startswith(b"\x89PNG")
 
 
 def test_scores_of_0_and_1_can_be_drawn():
     labels, logits = draw(20, "binary", 0)
-    drawn = plots.svg(plots.figures(made_up(test=(labels, 1000 * logits)))["scores"], "scores")
+    drawn = svg(plots.figures(made_up(test=(labels, 1000 * logits)))["scores"], "scores")
     assert not re.search(r"\b(inf|nan)\b", drawn)
 
 

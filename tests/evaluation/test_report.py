@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chestct.evaluation import report
+from chestct.evaluation import plots, report
 from chestct.evaluation.evaluate import Evaluation, Row
 from chestct.evaluation.metrics import Estimate
 from chestct.evaluation.model_card import model_card
-from chestct.evaluation.summary import summary
+from chestct.evaluation.summary import doubts, summary
 from chestct.models.calibration import Calibration
 from chestct.models.operating_point import OperatingPoint
 from tests.evaluation.evaluations import draw, made_up
@@ -65,6 +65,15 @@ def page(full: Evaluation) -> str:
     return report.html(full)
 
 
+@pytest.fixture(scope="module")
+def bare() -> str:
+    """The page of an evaluation for which nothing beyond was asked, and about which nothing is doubted."""
+    found = made_up(n=200)
+    found.table["novelty"] = 0.5
+    assert not doubts(found)
+    return report.html(found)
+
+
 def told(html: str) -> str:
     """What a person reads of the page."""
     text = re.sub(r"<(style|script).*?</\1>|base64,[^\"]*", " ", html, flags=re.S)
@@ -103,10 +112,12 @@ def test_the_page_stands_alone_and_escapes_names(page: str) -> None:
     assert page.count("<table") == page.count("</table>")
 
 
-def test_no_two_elements_share_an_id_and_every_link_has_its_place(page: str) -> None:
-    ids = re.findall(r' id="([^"]+)"', page)
+@pytest.mark.parametrize("name", ["page", "bare"])
+def test_no_two_elements_share_an_id_and_every_link_has_its_place(name: str, request: pytest.FixtureRequest) -> None:
+    html = request.getfixturevalue(name)
+    ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
-    assert set(re.findall(r'href="#([^"]+)"', page)) | set(re.findall(r"url\(#([^)]+)\)", page)) <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
 
 
 def test_figures_take_their_colours_from_the_page(page: str) -> None:
@@ -133,10 +144,8 @@ def test_the_first_screen_says_result_doubts_and_rows(page: str) -> None:
         ("audit", "chestct.data validate"),
     ],
 )
-def test_what_was_not_asked_for_is_said_with_the_setting(
-    full: Evaluation, page: str, section: str, setting: str
-) -> None:
-    assert setting in report.html(made_up())
+def test_what_was_not_asked_for_is_said_with_the_setting(bare: str, page: str, section: str, setting: str) -> None:
+    assert setting in bare
     assert f"<code>{setting}" not in page
 
 
@@ -147,6 +156,7 @@ def test_failed_explanations_are_said_to_fail(page: str) -> None:
 
 def test_flags_of_subgroups_and_undefined_values_show_their_reason(page: str) -> None:
     assert FLAG in page
+    assert page.count("0.700<small>0.500 to 0.800</small>") == 2
     assert re.search(r"n/a<small>why</small>", page)
 
 
@@ -223,7 +233,10 @@ def test_the_same_evaluation_gives_the_same_page(full: Evaluation, page: str) ->
     assert report.html(full) == page
 
 
-def test_a_file_name_that_is_no_utf_8_is_written(tmp_path: Path) -> None:
+def test_a_file_name_that_is_no_utf_8_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undefined = ("scores", "roc", "precision_recall", "reliability", "decision_curve", "risk_coverage")
+    monkeypatch.setattr(plots, "figures", lambda found: dict.fromkeys(undefined, "n/a: not drawn"))
     found = made_up(audit={**AUDIT, "findings": [{**AUDIT["findings"][0], "text": "test/\udcff.png"}]})
     report.write(found, tmp_path)
     assert "\\udcff" in (tmp_path / "report.html").read_text()
+    assert "\\udcff" in (tmp_path / "MODEL_CARD.md").read_text()
