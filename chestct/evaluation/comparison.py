@@ -13,16 +13,8 @@ import pandas as pd
 from chestct.config import Config
 from chestct.data.splits import classes_of
 from chestct.errors import DataError
-from chestct.evaluation.metrics import (
-    MIN_GROUPS,
-    Sample,
-    draws,
-    missing,
-    percentiles,
-    proportions_of,
-    sample_of,
-    statistics,
-)
+from chestct.evaluation.intervals import MIN_GROUPS, draws, percentiles
+from chestct.evaluation.metrics import Sample, missing, proportions_of, sample_of, statistics
 
 KEYS = ["source", "path", "content"]
 POOLED = ("brier", "log_loss", "ece")

@@ -5,7 +5,7 @@ resample is a weighting by how often each slice's group was drawn. An undefined 
 NaN, and no interval is without width merely because nothing went wrong in a small split.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,16 +14,8 @@ import pandas as pd
 
 from chestct.data.splits import classes_of
 from chestct.errors import DataError
+from chestct.evaluation.intervals import MIN_GROUPS, draws, effective_size, percentiles
 from chestct.models.calibration import calibration_bins, wilson
-
-MIN_GROUPS = 10
-"""With fewer groups of a class than this, resampling alone gives intervals too narrow to be believed.
-
-Somewhat above it they are still a little short: simulated with 12 to 20 groups of a class, they held the truth in 87 to
-97 % of the draws."""
-
-UNDEFINED = 0.05
-"""Share of resamples in which a metric may be undefined before its interval is."""
 
 LEVELS = (90, 95)
 """Percentages at which sensitivity is read at a specificity, and the reverse."""
@@ -132,21 +124,6 @@ def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray | None, thresho
     return Sample(scores, table["target"].to_numpy(int), decision, flagged, group, names)
 
 
-def draws(group: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
-    """How often each slice is drawn, float [r, N] in blocks of bounded memory: groups [N] = 0..G-1, with replacement.
-
-    The whole group comes or stays away (Field & Welsh 2007): slices of a patient are no independent evidence.
-    """
-    groups = int(group.max()) + 1
-    generator = np.random.default_rng(seed)
-    block = max(1, 1_000_000 // len(group))
-    for at in range(0, resamples, block):
-        rows = min(block, resamples - at)
-        picked = generator.integers(0, groups, (rows, groups)) + groups * np.arange(rows)[:, None]
-        counts = np.bincount(picked.ravel(), minlength=rows * groups).reshape(rows, groups)
-        yield counts[:, group].astype(float)
-
-
 def statistics(sample: Sample, weights: np.ndarray) -> Statistics:
     """Every metric under each of R weightings: weights float [R, N] -> {name: float [R]}, NaN where undefined."""
     s, K = sample, len(sample.names)
@@ -239,42 +216,6 @@ def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray, leve
         found[f"specificity_at_{level}_sensitivity"] = 1 - np.where(enough, fp, np.inf).min(1) / N[:, 0]
     both = (P * N)[:, 0] > 0
     return {name: np.where(both, values, np.nan) for name, values in found.items()}
-
-
-def percentiles(drawn: np.ndarray, value: float) -> tuple[float | None, float | None, str]:
-    """95 % percentile interval of the resamples [R] in which the metric is defined, with the value itself in it.
-
-    (None, None, reason) if it is undefined in more than 5 % of them.
-    """
-    defined = drawn[~np.isnan(drawn)]
-    missing = 1 - len(defined) / len(drawn)
-    if missing > UNDEFINED:
-        return None, None, f"no interval: undefined in {missing:.0%} of the resamples, for want of groups"
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return min(float(low), value), max(float(high), value), ""
-
-
-def effective_size(hit: np.ndarray, group: np.ndarray) -> float:
-    """How many independent slices a share of slices is worth: hit bool [n], group int [n]; between 1 and n.
-
-    n over the design effect, the ratio of the share's variance between groups (linearised) to that of independent
-    slices, times (t[n-1] / t[G-1])^2 for a variance from few groups (Korn & Graubard 1998; Franco et al. 2019 find
-    Wilson's interval with it to hold up). A share of 0 or 1 has no variance to look at: then slices of a group are
-    taken to be copies of each other, n^2 / sum(m^2) for group sizes m (Kish 1965). It is n if every group is one slice.
-    """
-    from scipy.special import stdtrit
-
-    index = np.unique(group, return_inverse=True)[1]
-    sizes, hits = np.bincount(index), np.bincount(index, hit)
-    n, groups, share = len(hit), len(sizes), hit.mean()
-    if groups == 1:
-        return 1.0
-    if share in (0, 1):
-        return float(n**2 / (sizes**2).sum())
-    variance = groups / (groups - 1) * ((hits - share * sizes) ** 2).sum() / n**2
-    size = min(n, share * (1 - share) / max(variance, 1e-12) * n / (n - 1))  # groups may agree by chance
-    few = (stdtrit(n - 1, 0.975) / stdtrit(groups - 1, 0.975)) ** 2
-    return float(max(1, size * few))
 
 
 def _unseen(sample: Sample) -> Statistics:

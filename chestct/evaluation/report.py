@@ -23,7 +23,8 @@ from chestct.evaluation import plots
 from chestct.evaluation.canvas import png, svg
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.gallery import gallery
-from chestct.evaluation.metrics import Estimate, effective_size
+from chestct.evaluation.intervals import effective_size
+from chestct.evaluation.metrics import Estimate
 from chestct.evaluation.model_card import model_card, predictive
 from chestct.evaluation.summary import (
     HEADLINE,

@@ -8,12 +8,11 @@ import torch
 from sklearn import metrics as sk
 
 from chestct.errors import DataError
+from chestct.evaluation.intervals import draws, effective_size
 from chestct.evaluation.metrics import (
     Estimate,
     confusion,
     decision_curve,
-    draws,
-    effective_size,
     measure,
     predictive_values,
     sample_of,

@@ -1,0 +1,70 @@
+"""What intervals over groups are made of: draws of whole groups, percentiles of what they give, effective sizes.
+
+A group stands in for a patient, and is the unit of resampling: two slices of one patient are not two observations.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+MIN_GROUPS = 10
+"""With fewer groups of a class than this, resampling alone gives intervals too narrow to be believed.
+
+Somewhat above it they are still a little short: simulated with 12 to 20 groups of a class, they held the truth in 87 to
+97 % of the draws."""
+
+UNDEFINED = 0.05
+"""Share of resamples in which a metric may be undefined before its interval is."""
+
+
+def draws(group: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each slice is drawn, float [r, N] in blocks of bounded memory: groups [N] = 0..G-1, with replacement.
+
+    The whole group comes or stays away (Field & Welsh 2007): slices of a patient are no independent evidence.
+    """
+    groups = int(group.max()) + 1
+    generator = np.random.default_rng(seed)
+    block = max(1, 1_000_000 // len(group))
+    for at in range(0, resamples, block):
+        rows = min(block, resamples - at)
+        picked = generator.integers(0, groups, (rows, groups)) + groups * np.arange(rows)[:, None]
+        counts = np.bincount(picked.ravel(), minlength=rows * groups).reshape(rows, groups)
+        yield counts[:, group].astype(float)
+
+
+def percentiles(drawn: np.ndarray, value: float) -> tuple[float | None, float | None, str]:
+    """95 % percentile interval of the resamples [R] in which the metric is defined, with the value itself in it.
+
+    (None, None, reason) if it is undefined in more than 5 % of them.
+    """
+    defined = drawn[~np.isnan(drawn)]
+    missing = 1 - len(defined) / len(drawn)
+    if missing > UNDEFINED:
+        return None, None, f"no interval: undefined in {missing:.0%} of the resamples, for want of groups"
+    low, high = np.quantile(defined, [0.025, 0.975])
+    if 1 < high < 1 + 1e-9:  # sums of weights round
+        high = 1.0
+    return min(float(low), value), max(float(high), value), ""
+
+
+def effective_size(hit: np.ndarray, group: np.ndarray) -> float:
+    """How many independent slices a share of slices is worth: hit bool [n], group int [n]; between 1 and n.
+
+    n over the design effect, the ratio of the share's variance between groups (linearised) to that of independent
+    slices, times (t[n-1] / t[G-1])^2 for a variance from few groups (Korn & Graubard 1998; Franco et al. 2019 find
+    Wilson's interval with it to hold up). A share of 0 or 1 has no variance to look at: then slices of a group are
+    taken to be copies of each other, n^2 / sum(m^2) for group sizes m (Kish 1965). It is n if every group is one slice.
+    """
+    from scipy.special import stdtrit
+
+    index = np.unique(group, return_inverse=True)[1]
+    sizes, hits = np.bincount(index), np.bincount(index, hit)
+    n, groups, share = len(hit), len(sizes), hit.mean()
+    if groups == 1:
+        return 1.0
+    if share in (0, 1):
+        return float(n**2 / (sizes**2).sum())
+    variance = groups / (groups - 1) * ((hits - share * sizes) ** 2).sum() / n**2
+    size = min(n, share * (1 - share) / max(variance, 1e-12) * n / (n - 1))  # groups may agree by chance
+    few = (stdtrit(n - 1, 0.975) / stdtrit(groups - 1, 0.975)) ** 2
+    return float(max(1, size * few))
