@@ -64,7 +64,7 @@ class Evaluation:
     """What was measured. The report, the model card and the bundle are written from this and nothing else."""
 
     cfg: Config
-    table: pd.DataFrame  # one row a valid or test slice; columns: docs/predictions.md
+    table: pd.DataFrame  # one row a valid or test slice; columns: docs/manifest.md
     point: OperatingPoint
     reference: Reference
     metrics: dict[str, dict[str, Estimate]]  # split -> name -> estimate
@@ -226,8 +226,8 @@ def _margin(test: pd.DataFrame, shortcut: np.ndarray, cfg: Config) -> Estimate:
         )
     except DataError as error:  # too few groups
         return Estimate(None, None, None, len(test), int(test["group"].nunique()), str(error))
-    auroc = compared.set_index("metric").loc["auroc"]
-    return Estimate(*(auroc[name] for name in ("difference", "low", "high", "slices", "groups", "reason")))
+    auroc: Any = compared.set_index("metric").loc["auroc"]
+    return Estimate(auroc.difference, auroc.low, auroc.high, auroc.slices, auroc.groups, auroc.reason)
 
 
 def _sections(found: Evaluation) -> dict[str, Any]:
