@@ -1,0 +1,229 @@
+"""Scores folders of slices into a table: `python -m chestct.predict`.
+
+A few files are read and decoded ahead while the network works, and answers are written in order as they come, so that
+memory does not grow with the number of files and a killed run loses seconds. A file whose bytes are in the table with
+this bundle's answer is not asked about again.
+"""
+
+import hashlib
+import itertools
+import os
+import re
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from chestct.data.decode import read
+from chestct.errors import DataError, DecodeError
+from chestct.models.saliency import colors
+from chestct.serving.predictor import Prediction, Predictor
+from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns
+
+AHEAD = 6
+"""Files read, decoded and asked about at once: enough for shared forward passes, few enough to hold in memory."""
+
+PATIENCE = 24 * 3600.0
+"""Seconds that a slice may wait for the network: here nobody waits but the program itself."""
+
+OPACITY = 0.6
+
+
+@dataclass
+class Summary:
+    """What became of the files."""
+
+    bundle: str
+    files: int
+    reused: int = 0  # files whose rows an earlier run had made
+    known: int = 0  # slices that were in train or valid
+    decisions: Counter[str] = field(default_factory=Counter)  # of slices; `unreadable` counts files
+
+    def add(self, rows: Iterable[Mapping[str, object]], reused: bool) -> None:
+        """Counts the rows of one file."""
+        self.reused += reused
+        for row in rows:
+            self.decisions[str(row["decision"])] += 1
+            self.known += str(row.get("known")) == "True"
+
+    @property
+    def scored(self) -> int:
+        """Slices with a score."""
+        return self.decisions.total() - self.unreadable
+
+    @property
+    def unreadable(self) -> int:
+        """Files without a score."""
+        return self.decisions[UNREADABLE]
+
+
+def find_files(sources: list[Path], left_out: Iterable[Path] = ()) -> list[Path]:
+    """The files given and those in the folders given, each folder's sorted, none twice.
+
+    Hidden files are left out, and links to folders are not followed: they may loop. What a file is, its content says.
+    A folder that cannot be listed stands for itself, so that the table tells of it. left_out: files and folders that
+    the program itself writes. Raises DataError where something given is not there, or where there is no file at all.
+    """
+    if missing := next((source for source in sources if not os.path.lexists(source)), None):
+        raise DataError(f"No such file or folder: {missing}.")
+    own = {os.path.abspath(path) for path in left_out}  # noqa: PTH100  Path.resolve would follow links
+    found = list(dict.fromkeys(path for source in sources for path in _below(source, own)))
+    if not found:
+        raise DataError(f"No files in {', '.join(map(str, sources))}. Give slices, or folders that hold some.")
+    return found
+
+
+def _below(source: Path, own: set[str]) -> Iterator[Path]:
+    if not source.is_dir():
+        yield source
+        return
+    closed: list[Path] = []
+
+    def shown(here: str, names: list[str]) -> list[Path]:
+        paths = [Path(here) / name for name in sorted(names) if not name.startswith(".")]
+        return [path for path in paths if not any(os.path.abspath(path) in (o, o + ".partial") for o in own)]  # noqa: PTH100
+
+    for here, folders, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
+        yield from closed
+        closed.clear()
+        folders[:] = [path.name for path in shown(here, folders)]
+        yield from shown(here, names)
+    yield from closed
+
+
+def predict_files(
+    paths: list[Path],
+    out: Path,
+    *,
+    bundle: str | Path = "packaged",
+    overlays: Path | None = None,
+    every: bool = False,
+    advance: Callable[[], object] = lambda: None,
+) -> Summary:
+    """Writes the answers for `paths` to the CSV `out`, one row a slice and one for each unreadable file.
+
+    overlays: folder for a picture of each slice with its heat; every: a row for each frame or page of a file; advance:
+    called after each file. Raises BundleError, and TableError where `out` cannot be written.
+    """
+    if overlays is not None:
+        try:
+            overlays.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TableError(f"Cannot make the folder {overlays} for overlays: {error.strerror}.") from None
+    predictor = Predictor(bundle, batch=AHEAD, seconds=PATIENCE)
+    asked = _Asked(predictor, overlays, every)
+    done = Summary(bundle=predictor.bundle.id, files=len(paths))
+    pool = ThreadPoolExecutor(AHEAD, "batch")
+    ahead: deque[tuple[Path, list[dict[str, str]], Future[list[Row] | None]]] = deque()
+    waiting = iter(paths)
+    try:
+        with Table(out, columns(predictor.bundle.classes)) as table:
+            while True:
+                for path in itertools.islice(waiting, AHEAD - len(ahead)):
+                    old = table.rows(str(path))
+                    ahead.append((path, old, pool.submit(_answer, asked, path, old)))
+                if not ahead:
+                    break
+                path, old, answer = ahead.popleft()
+                rows = answer.result()
+                if rows is not None:
+                    table.put(str(path), rows)
+                done.add(old if rows is None else rows, reused=rows is None)
+                advance()
+            table.finish(map(str, paths))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        predictor.close()
+    return done
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is wanted of every file."""
+
+    predictor: Predictor
+    overlays: Path | None
+    every: bool
+
+    def holds(self, rows: list[dict[str, str]], file_hash: str) -> bool:
+        """Whether rows of an earlier run are this bundle's answer to the same bytes, and as much as is wanted now."""
+        return (
+            bool(rows)
+            and all(row["file_hash"] == file_hash and row["bundle"] == self.predictor.bundle.id for row in rows)
+            and rows[0]["decision"] != UNREADABLE  # cheap to try again, and perhaps this version can read it
+            and rows[0]["frames"] == (str(len(rows)) if self.every else "")
+            and (
+                not self.overlays or all(row["overlay"] and (self.overlays / row["overlay"]).is_file() for row in rows)
+            )
+        )
+
+
+def _answer(asked: _Asked, path: Path, old: list[dict[str, str]]) -> list[Row] | None:
+    """The new rows of a file; None where the old ones hold."""
+    file_hash = ""
+    try:
+        data = read(path, asked.predictor.limits)
+        file_hash = hashlib.sha256(data).hexdigest()
+        if asked.holds(old, file_hash):
+            return None
+        found = asked.predictor.predict(data, name=str(path), every=asked.every, explain=asked.overlays is not None)
+    except DecodeError as error:
+        bundle = asked.predictor.bundle.id
+        unreadable = {"decision": UNREADABLE, "reason": error.reason, "bundle": bundle, "file_hash": file_hash}
+        return [{"path": str(path), **unreadable}]
+    rows = []
+    for one in found:
+        name = ""
+        if asked.overlays is not None:
+            name = overlay_name(path, f"{file_hash} {one.slice.frame} {one.bundle}")
+            _save_overlay(one, asked.overlays / name)
+        rows.append(_row(path, one, file_hash, len(found) if asked.every else None, name))
+    return rows
+
+
+def _row(path: Path, found: Prediction, file_hash: str, frames: int | None, overlay: str) -> Row:
+    row: Row = {
+        "path": str(path),
+        "frame": found.slice.frame,
+        "score": _short(found.score),
+        "decision": found.decision,
+        "reason": found.reason,
+        "possible": " ".join(found.possible),
+        "novelty": _short(found.novelty),
+        "known": found.known,
+        "bundle": found.bundle,
+        "file_hash": file_hash,
+        "frames": "" if frames is None else frames,
+        "overlay": overlay,
+    }
+    return row | {f"probability_{name}": _short(value) for name, value in found.probabilities.items()}
+
+
+def _short(value: float) -> float:
+    """Six digits: more would be noise of the processor's arithmetic."""
+    return float(f"{value:.6g}")
+
+
+def overlay_name(path: Path, what: str) -> str:
+    """A file name that says which slice it shows, fits every file system and stands for this answer alone."""
+    readable = re.sub(r"[^A-Za-z0-9.-]+", "_", str(path)).strip("._-")[-80:]
+    digest = hashlib.sha256(f"{path} {what}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return f"{readable}-{digest}.png".lstrip("._-")
+
+
+def _save_overlay(found: Prediction, path: Path) -> None:
+    """The slice with its heat; where nothing speaks for cancer, the slice alone."""
+    assert found.heat is not None
+    share = (OPACITY * found.heat)[..., None]
+    mixed = found.gray[..., None] * (1 - share) + colors(found.heat) * share
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        Image.fromarray((mixed + 0.5).astype(np.uint8)).save(part, "PNG")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TableError(f"Cannot write {path}: {error.strerror or error}. Free space there.") from None

@@ -1,0 +1,137 @@
+"""The record of what the service saw: a few numbers a slice in SQLite, for the drift report.
+
+A request never waits for the disk: it leaves its numbers in a queue, and one thread writes what has gathered there. A
+full disk, a lock or a broken file costs records, never an answer.
+"""
+
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from chestct.data.statistics import STATISTICS
+from chestct.errors import ChestCTError
+from chestct.serving.predictor import Prediction
+
+logger = logging.getLogger("chestct.serving")
+
+NUMBERS = ("score", "novelty", *STATISTICS)
+COLUMNS = ("time", "bundle", "decision", *NUMBERS)
+
+SCHEMA = 1
+WAITING = 10_000
+"""Records that may wait to be written; more are dropped."""
+
+PRUNE = 3600.0
+"""Seconds between two looks for records that are too old."""
+
+BUSY = 5.0
+"""Seconds to wait for another process that writes the same file."""
+
+Record = tuple[int | float | str, ...]
+
+
+class MonitorError(ChestCTError):
+    """A file of records that is missing or something else."""
+
+
+class Monitor:
+    """Appends records to a file; safe to call from any number of threads, and several processes may share the file.
+
+    path: made where it is missing; keep_days: older records are deleted. `dropped`: records that could not be written.
+    """
+
+    def __init__(self, path: str | Path, keep_days: int = 90, clock: Callable[[], float] = time.time) -> None:
+        self.path, self.keep_days, self.dropped = Path(path), keep_days, 0
+        self._clock = clock
+        self._waiting: queue.Queue[Record | None] = queue.Queue(WAITING)
+        self._pruned = -PRUNE
+        self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
+        self._thread.start()
+
+    def record(self, found: Prediction) -> None:
+        """Notes an answer. Returns at once and never raises for what is wrong with the disk."""
+        numbers = {"score": found.score, "novelty": found.novelty, **found.statistics}
+        row: Record = (int(self._clock()), found.bundle, found.decision, *(float(numbers[name]) for name in NUMBERS))
+        try:
+            self._waiting.put_nowait(row)
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Writes what waits, and ends the thread."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            rows = [self._waiting.get()]
+            while not self._waiting.empty():
+                rows.append(self._waiting.get())
+            last = None in rows
+            self._write([row for row in rows if row is not None])
+
+    def _write(self, rows: list[Record]) -> None:
+        if not rows:
+            return
+        try:
+            with _opened(self.path) as database:
+                marks = ", ".join("?" * len(COLUMNS))
+                database.executemany(f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({marks})", rows)
+                if time.monotonic() > self._pruned + PRUNE:
+                    oldest = self._clock() - self.keep_days * 86400
+                    database.execute("DELETE FROM answers WHERE time < ?", (oldest,))
+                    self._pruned = time.monotonic()
+        except (sqlite3.Error, OSError) as error:
+            if not self.dropped:  # once is enough: a full disk needs no full log
+                logger.error("monitor: cannot write %s (%s); answers go on without a record", self.path, error)
+            self.dropped += len(rows)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """One transaction. Opened anew each time: a file that was moved away or mended is found again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would let everybody read it
+    with closing(sqlite3.connect(path, timeout=BUSY)) as database, database:
+        if database.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
+            database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
+            names = [f"{name} {'REAL' if name in NUMBERS else 'TEXT'}" for name in COLUMNS[1:]]
+            database.execute(f"CREATE TABLE IF NOT EXISTS answers (time INTEGER, {', '.join(names)})")
+            database.execute("CREATE INDEX IF NOT EXISTS by_time ON answers (time)")
+            database.execute(f"PRAGMA user_version = {SCHEMA}")
+        yield database
+
+
+def read_records(path: str | Path, days: float | None = None) -> dict[str, np.ndarray]:
+    """The records of the last `days`, or all, by column: `time` int64 in Unix seconds, texts, and float64 NUMBERS.
+
+    Raises MonitorError where the file is missing or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MonitorError(
+            f"No records in {path}: there is no such file. Start the service with monitor.enabled=true "
+            f"monitor.path={path}, or give the right file with --db."
+        )
+    since = 0 if days is None else time.time() - days * 86400
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY)) as database:
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version != SCHEMA:
+                raise MonitorError(f"{path} holds no records of this version (schema {version}, not {SCHEMA}).")
+            query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE time >= ? ORDER BY time"
+            rows = database.execute(query, (since,)).fetchall()
+    except sqlite3.Error as error:
+        raise MonitorError(f"{path} cannot be read as records of the service: {error}.") from None
+    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
+    types = {"time": np.int64, "bundle": str, "decision": str}
+    return {name: np.array(values, types.get(name, np.float64)) for name, values in zip(COLUMNS, columns, strict=True)}

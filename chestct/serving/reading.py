@@ -1,0 +1,112 @@
+"""From the files of one request to what is shown of each slice: read, ask, draw; one bad file spoils no other.
+
+Slices are asked for a few at a time, so that they share forward passes, and what is large about an answer is dropped
+as soon as its pictures are drawn.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from chestct.errors import ChestCTError, DecodeError
+from chestct.serving.pictures import MANY, heat_picture, hounsfield_pictures, slice_picture
+from chestct.serving.predictor import Prediction, Predictor
+from chestct.serving.text import heat_meaning
+from chestct.serving.uploads import Upload, frame_count, too_many
+
+logger = logging.getLogger("chestct.serving")
+
+AT_ONCE = 4
+NOTHING = np.zeros((0, 0), np.uint8)
+
+OnAnswer = Callable[[Prediction], None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is shown of one slice: an answer, or why there is none.
+
+    prediction: without its arrays; picture, heat, hounsfield: data URIs, "" where there is none.
+    """
+
+    name: str
+    prediction: Prediction | None = None
+    error: str = ""
+    picture: str = ""
+    heat: str = ""
+    hounsfield: str = ""
+    heat_meaning: str = ""
+
+
+def read_all(
+    predictor: Predictor, uploads: list[Upload], max_slices: int, seconds: float, on_answer: OnAnswer | None = None
+) -> Iterator[list[Reading]]:
+    """The readings of each file in turn, as they become ready.
+
+    seconds: for all together; what has not begun by then gets an error of its own. Raises UploadError where files of
+    several frames make more than `max_slices`.
+    """
+    counts = [frame_count(upload.data, max_slices) for upload in uploads]
+    if sum(counts) > max_slices:
+        raise too_many(sum(counts), max_slices)
+    ends = time.monotonic() + seconds
+    side = 384 if sum(counts) >= MANY else 768
+    with ThreadPoolExecutor(AT_ONCE, "reading") as pool:
+        yield from pool.map(lambda upload: _read(predictor, upload, side, ends, on_answer), uploads)
+
+
+def _read(predictor: Predictor, upload: Upload, side: int, ends: float, on_answer: OnAnswer | None) -> list[Reading]:
+    if time.monotonic() > ends:
+        return [Reading(upload.name, error="No time was left for this slice. Send fewer at once.")]
+    try:
+        found = predictor.predict(upload.data, name="file", every=True)
+        hounsfield = (
+            hounsfield_pictures(upload.data, predictor.limits, side) if found[0].slice.format == "DICOM" else []
+        )
+    except DecodeError as error:
+        logger.info("unreadable file")
+        return [Reading(upload.name, error=f"This file cannot be read: {error.reason}.")]
+    except ChestCTError as error:
+        logger.warning("no answer: %s", error)
+        return [Reading(upload.name, error=str(error))]
+    except Exception:
+        logger.exception("an answer failed")
+        return [Reading(upload.name, error="Something went wrong with this file on our side. It was noted in the log.")]
+    names = [upload.name] if len(found) == 1 else [f"{upload.name}, frame {i}" for i in range(1, len(found) + 1)]
+    return [
+        _drawn(name, prediction, side, hounsfield[i] if i < len(hounsfield) else "", on_answer)
+        for i, (name, prediction) in enumerate(zip(names, found, strict=True))
+    ]
+
+
+def _drawn(name: str, found: Prediction, side: int, hounsfield: str, on_answer: OnAnswer | None) -> Reading:
+    tell(found, on_answer)
+    light = dataclasses.replace(
+        found, gray=NOTHING, heat=None, slice=dataclasses.replace(found.slice, levels=NOTHING, patient="", study="")
+    )
+    return Reading(name, light, "", slice_picture(found, side), heat_picture(found), hounsfield, heat_meaning(found))
+
+
+def tell(found: Prediction, on_answer: OnAnswer | None) -> None:
+    """Passes an answer on to whoever counts or records it; their trouble is not the asker's."""
+    if on_answer is None:
+        return
+    try:
+        on_answer(found)
+    except Exception:
+        logger.exception("an answer could not be recorded")
+
+
+def most_suspicious(readings: list[Reading]) -> int:
+    """Index of the slice to show first: the highest score among those answered, then among the refused."""
+
+    def rank(i: int) -> tuple[int, float]:
+        found = readings[i].prediction
+        return (0, 0.0) if found is None else (1 if found.decision == "refused" else 2, found.score)
+
+    return max(range(len(readings)), key=lambda i: (rank(i), -i))

@@ -1,0 +1,196 @@
+"""Whether what the service sees still looks like what the model was trained on: each number, and the mix of decisions.
+
+A drift has to be both sure and large: small windows differ by chance, and in large ones any difference is significant.
+Refused slices count in the share of refusals alone; what the model declined to judge says nothing about its judgement.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from chestct.data.statistics import STATISTICS
+from chestct.errors import ChestCTError
+from chestct.models.bundle import Bundle
+from chestct.models.drift import PSI_LARGE, PSI_MODERATE, kolmogorov_smirnov, psi
+from chestct.models.novelty import FOREIGN
+from chestct.models.operating_point import CANCER, NORMAL, REFUSED, UNCERTAIN
+
+FEWEST = 50
+"""Slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2."""
+
+SIGNIFICANT = 0.05
+SHARE_LARGE = 0.1
+"""Change of a share that counts as large."""
+
+TITLES = {
+    "width": "Width in pixels",
+    "height": "Height in pixels",
+    "mean": "Mean grey level",
+    "std": "Contrast (standard deviation)",
+    "border_mean": "Mean grey level of the border",
+    "border_std": "Contrast of the border",
+    "score": "Score, P(cancer)",
+    "novelty": "Distance to the training data",
+    "flagged": "Scores at or above the threshold",
+    "refused": "Refused slices",
+}
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value
+class Shift:
+    """One number, or one share, then and now.
+
+    p: after Holm's correction over all that was compared, None where nothing was; effect: PSI of a number, change of a
+    share; verdict: same, small or drift, or unknown with too few slices.
+    """
+
+    name: str
+    verdict: str
+    sentence: str
+    before: float  # median of a number, or share in [0, 1]
+    now: float
+    effect: float
+    p: float | None
+    distance: float | None = None  # Kolmogorov-Smirnov, in [0, 1]; None for shares
+    quantiles: np.ndarray | None = None  # of the reference, and the values now; to be drawn
+    values: np.ndarray | None = None
+
+    @property
+    def title(self) -> str:
+        return TITLES[self.name]
+
+
+@dataclass(frozen=True, eq=False)  # arrays have no single truth value
+class Drift:
+    """A window of records against a bundle. mix: decision -> (count, share expected, or None where nobody knows)."""
+
+    bundle: str
+    slices: int
+    others: int  # records of other bundles in the window
+    first: int  # Unix seconds
+    last: int
+    shifts: list[Shift]
+    mix: dict[str, tuple[int, float | None]]
+
+    @property
+    def verdict(self) -> str:
+        """`few`, `drift` or `same`."""
+        if self.slices < FEWEST:
+            return "few"
+        return "drift" if any(shift.verdict == "drift" for shift in self.shifts) else "same"
+
+    @property
+    def sentence(self) -> str:
+        """The verdict, in a sentence."""
+        if self.slices < FEWEST:
+            return f"{self.slices} slices are too few to judge: {FEWEST} are needed."
+        drifted = [shift.title.lower() for shift in self.shifts if shift.verdict == "drift"]
+        if drifted:
+            return f"{len(drifted)} of {len(self.shifts)} things compared have drifted: {'; '.join(drifted)}."
+        return f"No drift in {self.slices:,} slices: of {len(self.shifts)} things compared none has changed by much."
+
+
+def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
+    """The records of `bundle` (see chestct.serving.monitor.read_records) against what it was trained on.
+
+    Raises ChestCTError for a bundle that keeps no statistics.
+    """
+    facts = bundle.facts
+    if missing := next(
+        (name for name in (*STATISTICS, "score", "novelty") if name not in facts.get("statistics", {})), ""
+    ):
+        raise ChestCTError(f"The bundle {bundle.id} has no statistics of {missing} to compare with. Export it again.")
+    own = records["bundle"] == bundle.id
+    mine = {name: column[own] for name, column in records.items()}
+    answered = {name: column[mine["decision"] != REFUSED] for name, column in mine.items()}
+    sizes = facts["data"]["slices"]
+    shifts = [
+        _number(
+            name, np.array(facts["statistics"][name]), answered[name], sizes["train" if name in STATISTICS else "valid"]
+        )
+        for name in (*STATISTICS, "score", "novelty")
+    ]
+    counts = facts["operating_point"]["validation"]
+    slices = counts["cancers"] + counts["normals"]
+    flagged = answered["score"] >= bundle.point.threshold
+    foreign = _share_above(np.array(facts["statistics"]["novelty"]), FOREIGN)
+    shifts += [
+        _share("flagged", counts["found"] + counts["flagged"], slices, int(flagged.sum()), len(flagged)),
+        _share("refused", round(foreign * slices), slices, int((mine["decision"] == REFUSED).sum()), int(own.sum())),
+    ]
+    times = mine["time"]
+    return Drift(
+        bundle=bundle.id,
+        slices=len(times),
+        others=int((~own).sum()),
+        first=int(times.min()) if len(times) else 0,
+        last=int(times.max()) if len(times) else 0,
+        shifts=_corrected(shifts),
+        mix=_mix(bundle, mine["decision"]),
+    )
+
+
+def _number(name: str, quantiles: np.ndarray, values: np.ndarray, reference_size: int) -> Shift:
+    before = float(np.median(quantiles))
+    if len(values) < FEWEST:
+        sentence = f"Not judged: {len(values)} answered slices, {FEWEST} are needed."
+        return Shift(name, "unknown", sentence, before, float("nan"), float("nan"), None)
+    distance, p = kolmogorov_smirnov(quantiles, values, reference_size)
+    now, effect = float(np.median(values)), psi(quantiles, values)
+    return Shift(name, "", "", before, now, effect, p, distance, quantiles, values)
+
+
+def _share(name: str, before: int, slices: int, now: int, seen: int) -> Shift:
+    """A share of validation against one of the window, by Fisher's exact test."""
+    from scipy.stats import fisher_exact
+
+    share = before / slices
+    if seen < FEWEST:
+        sentence = f"Not judged: {seen} slices, {FEWEST} are needed."
+        return Shift(name, "unknown", sentence, share, float("nan"), float("nan"), None)
+    p = float(fisher_exact([[before, slices - before], [now, seen - now]]).pvalue)
+    return Shift(name, "", "", share, now / seen, now / seen - share, p)
+
+
+def _corrected(shifts: list[Shift]) -> list[Shift]:
+    """With Holm's step-down correction (Holm 1979) over what was compared, verdicts and sentences."""
+    tested = sorted((shift for shift in shifts if shift.p is not None), key=lambda shift: shift.p or 0.0)
+    corrected: dict[str, float] = {}
+    highest = 0.0
+    for i, shift in enumerate(tested):
+        highest = max(highest, min(1.0, (shift.p or 0.0) * (len(tested) - i)))
+        corrected[shift.name] = highest
+    return [_judged(shift, corrected[shift.name]) if shift.name in corrected else shift for shift in shifts]
+
+
+def _judged(shift: Shift, p: float) -> Shift:
+    small, large = (PSI_MODERATE, PSI_LARGE) if shift.distance is not None else (0.0, SHARE_LARGE)
+    sure, effect = p < SIGNIFICANT, abs(shift.effect)
+    verdict = "drift" if sure and effect >= large else "small" if sure and effect >= small else "same"
+    if shift.distance is None:
+        what = f"{shift.now:.1%} of slices, {shift.before:.1%} in validation"
+    else:
+        source = "training" if shift.name in STATISTICS else "validation"
+        what = f"median {shift.now:.4g}, in {source} {shift.before:.4g}; PSI {shift.effect:.2f}"
+    said = {"drift": "has drifted", "small": "has changed a little", "same": "no change that chance does not explain"}
+    if verdict == "same" and sure:
+        said["same"] = "a change for sure, but too small to matter"
+    return replace(shift, p=p, verdict=verdict, sentence=f"{said[verdict].capitalize()}: {what}, p {_p(p)}.")
+
+
+def _p(p: float) -> str:
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _mix(bundle: Bundle, decisions: np.ndarray) -> dict[str, tuple[int, float | None]]:
+    expected: dict[str, float | None] = dict.fromkeys((CANCER, NORMAL, UNCERTAIN, REFUSED))
+    if bundle.task == "binary":  # with more classes the score alone does not make the decision
+        score = np.array(bundle.facts["statistics"]["score"])
+        decided = bundle.point.decide(np.stack([1 - score, score], 1), np.zeros(len(score)))
+        expected |= {name: float((decided == name).mean()) for name in expected}
+    return {name: (int((decisions == name).sum()), share) for name, share in expected.items()}
+
+
+def _share_above(quantiles: np.ndarray, value: float) -> float:
+    """Share of a distribution that lies above a value, from its quantiles."""
+    return float(1 - np.interp(value, quantiles, np.linspace(0, 1, len(quantiles))))

@@ -1,0 +1,35 @@
+"""Serves the model as a web page with an API. `python serve.py --help` explains every setting."""
+
+import sys
+from pathlib import Path
+
+from chestct.config import Config
+from chestct.door import door
+
+USAGE = """
+Opens a web page that reads chest CT slices, at http://127.0.0.1:7860, with an API beside it.
+
+  python serve.py                                   the model in the package
+  python serve.py bundle=FOLDER                     another bundle
+  python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
+  python serve.py --hash-password                   makes the hash of a password or token (see docs/api.md)
+
+CHESTCT_USERS='name:HASH' or CHESTCT_TOKENS='HASH' in the environment ask visitors for a password or token. SIGHUP
+takes the bundle anew; SIGTERM ends the service when requests under way are answered.
+"""
+
+
+@door("serve", USAGE)
+def main(cfg: Config, out: Path) -> None:
+    from chestct.serving.service import serve
+
+    serve(cfg)
+
+
+if __name__ == "__main__":
+    if "--hash-password" in sys.argv[1:]:
+        from chestct.serving.auth import ask_and_hash
+
+        ask_and_hash()
+    else:
+        main()

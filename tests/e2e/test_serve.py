@@ -1,0 +1,105 @@
+"""`python serve.py` as a process: how it starts, what it prints, and how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from chestct.door import CONF
+from chestct.serving.auth import verify
+from tests.serving.conftest import bundle_folder, examples, files
+from tests.serving.visitor import Visitor
+
+__all__ = ["bundle_folder", "examples", "files"]  # fixtures
+
+ROOT = CONF.parent
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def process(tmp_path: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A service in an empty folder, ready; yields it and its URL."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / "serve.py"), f"serve.port={port}", *arguments]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    running = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert running.poll() is None, running.communicate()[0]
+            assert time.monotonic() < deadline
+            try:
+                if httpx.get(f"{url}/healthz").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+        yield running, url
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.mark.slow
+def test_it_serves_reloads_and_ends_well_with_a_page_open(bundle_folder: Path, files, examples, tmp_path: Path) -> None:
+    with process(tmp_path, f"bundle={bundle_folder}") as (running, url):
+        with httpx.stream("GET", f"{url}/gradio_api/heartbeat/abc") as page:  # what an open page holds on to
+            next(page.iter_lines())
+            running.send_signal(signal.SIGHUP)
+            assert httpx.post(f"{url}/predict", content=files[0]).status_code == 200
+            odd = examples["no-lesion.dcm"].replace(b"PHANTOM", b"JaneDoe").replace(b"IS\x02\0001 ", b"IS\x02\0JD")
+            assert odd != examples["no-lesion.dcm"]
+            assert "Jane" in Visitor(url).look([("Jane.dcm", odd)])
+            time.sleep(0.5)
+            begun = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            printed, _ = running.communicate(timeout=20)
+        assert running.returncode == 0, printed
+        assert time.monotonic() - begun < 10
+        assert "bundle reloaded" in printed
+        assert "Traceback" not in printed
+        assert "Jane" not in printed
+        assert "JD" not in printed
+        assert str(bundle_folder) not in printed
+    assert not list(tmp_path.iterdir())  # neither runs nor uploads nor anything else
+
+
+@pytest.mark.slow
+def test_a_bundle_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "serve.py"), "bundle=gone", f"serve.port={free_port()}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 2
+    assert "No bundle in gone" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_password_becomes_a_hash() -> None:
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "serve.py"), "--hash-password"], input="secret\n", capture_output=True, text=True
+    )
+    assert verify("secret", ended.stdout.strip())
+
+
+def test_help_names_every_setting_of_the_service() -> None:
+    ended = subprocess.run([sys.executable, str(ROOT / "serve.py"), "--help"], capture_output=True, text=True)
+    for said in ("127.0.0.1:7860", "max_upload", "--hash-password", "SIGHUP"):
+        assert said in ended.stdout

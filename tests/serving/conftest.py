@@ -1,0 +1,147 @@
+"""A bundle made from the small phantoms, with everything that the page shows, and a service that runs on it."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from chestct.config import Config, EvaluationConfig, ModelConfig, ServeConfig, WindowConfig
+from chestct.data.decode import decode
+from chestct.data.preprocess import Preprocess
+from chestct.models.bundle import save_bundle
+from chestct.models.novelty import channel_means, fit_reference
+from chestct.models.operating_point import OperatingPoint
+from chestct.models.saliency import mean_evidence
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
+from chestct.serving.auth import Gate
+from chestct.serving.predictor import Predictor
+from chestct.serving.service import Service, listen, upload_folder
+
+SIZE = 64
+
+CARD = """# Model card
+
+## What it is for
+Trying things out.
+
+## Limitations
+- It has only seen **phantoms**.
+- <script>alert(1)</script> is not run.
+
+## Licence
+None.
+"""
+
+
+def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("normal", "cancer")) -> None:
+    """Fits a head on mean-pooled features of phantoms, by ridge regression."""
+    paths = [path for path in sorted(phantoms.glob("*/*/*.png")) if path.parts[-3] != "masks"]
+    preprocess = Preprocess(SIZE, "pad")
+    squares = np.stack([preprocess(decode(path, WindowConfig()).gray) for path in paths])
+    labels = [path.parent.name for path in paths]
+    targets = np.array([classes.index(name) if name in classes else int(name != "normal") for name in labels])
+    weights = load_weights("oxford")
+    outputs = 1 if len(classes) == 2 else len(classes)
+    net = VGG16(ModelConfig(), outputs, SIZE, weights).eval()
+    with torch.no_grad():
+        maps = net.maps(torch.from_numpy(squares).unsqueeze(1).float() / 255)
+        pooled = maps.mean((2, 3))
+        wanted = torch.from_numpy(6 * np.eye(len(classes))[targets] - 3).float()[:, -outputs:]
+        mean = pooled.mean(0)
+        centred = pooled - mean
+        gram = centred @ centred.T + 0.3 * centred.square().sum(1).mean() * torch.eye(len(centred))
+        slope = (centred.T @ torch.linalg.solve(gram, wanted - wanted.mean(0))).T
+        linear = next(layer for layer in net.head if isinstance(layer, torch.nn.Linear))
+        linear.weight.copy_(slope)
+        linear.bias.copy_(wanted.mean(0) - slope @ mean)
+        logits = net.head(maps).numpy()
+        baseline = mean_evidence(net, net.fine_maps(torch.from_numpy(squares).unsqueeze(1).float() / 255))
+    point = OperatingPoint.fit(logits, targets, EvaluationConfig())
+    reference = fit_reference(channel_means(maps), channel_means(maps))
+    scores = 1 - point.probabilities(logits)[:, 0]
+    estimate = {"value": 0.93, "low": 0.88, "high": 0.97, "slices": 60, "groups": 60, "reason": ""}
+    facts = {
+        "task": "binary" if outputs == 1 else "subtype",
+        "classes": list(classes),
+        "model": {"pool": "gap", "hidden": [], "dropout": 0.0, "trained_convolutions": False},
+        "preprocess": {"size": SIZE, "fit": "pad"},
+        "window": {"center": -600.0, "width": 1500.0, "from_file": False},
+        "data": {"seen": [], "slices": {"train": 39, "valid": 9, "test": 12}},
+        "metrics": {"test": {"auroc": estimate, "sensitivity": estimate}, "valid": {"auroc": estimate}},
+        "statistics": {"score": np.quantile(scores, np.linspace(0, 1, 101)).tolist()},
+    }
+    save_bundle(folder, net, point, reference, baseline, weights, facts, CARD)
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A bundle for cancer or normal. Read only."""
+    folder = tmp_path_factory.mktemp("served") / "bundle"
+    make_bundle(folder, phantoms)
+    return folder
+
+
+@dataclass
+class Served:
+    """A service that runs in a thread of this process."""
+
+    url: str
+    uploads: Path
+    service: Service
+
+    def left(self) -> list[Path]:
+        """What lies in the upload folder, but for one that Gradio makes anew for every service of this process."""
+        return [path for path in self.uploads.iterdir() if path.name != "vibe_edit_history"]
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.service.predictor
+
+
+@contextlib.contextmanager
+def serving(bundle: Path, gate: Gate | None = None, on_answer=None, **settings: int) -> Iterator[Served]:
+    """settings: of ServeConfig; without a limit to the rate, since all tests come from one address."""
+    cfg = Config(bundle=str(bundle), serve=ServeConfig(**{"rate": 0} | settings))
+    listening = listen("127.0.0.1", 0)
+    with upload_folder() as uploads:
+        service = Service(cfg, gate or Gate(), uploads, on_answer)
+        thread = threading.Thread(target=service.run, args=(listening,))
+        thread.start()
+        try:
+            deadline = time.monotonic() + 120
+            while not service.ready.wait(0.1) and thread.is_alive():
+                assert time.monotonic() < deadline
+            assert not service.failure, service.failure
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", uploads, service)
+        finally:
+            service.server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def served(bundle_folder: Path) -> Iterator[Served]:
+    """The service with the small bundle, for all tests that change nothing in it."""
+    with serving(bundle_folder, max_upload=3_000_000, max_slices=20) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def files(phantoms: Path) -> list[bytes]:
+    """Six slices as PNG, all different."""
+    return [path.read_bytes() for path in sorted(phantoms.glob("test/*/*.png"))[::2][:6]]
+
+
+@pytest.fixture(scope="session")
+def examples() -> dict[str, bytes]:
+    """The page's own examples by file name."""
+    from chestct.serving.examples import make_examples
+
+    return {example.name: example.data for example in make_examples()}
