@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params repro audit bench bench-data ui dagshub-remote clean
+.PHONY: help setup train test test-fast lint format params repro audit bench bench-data bundle demo dagshub-remote ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +51,15 @@ repro: $(READY) ## run the DVC pipeline as far as something changed
 
 dagshub-remote: $(READY) ## let DVC keep data on DagsHub (OWNER=... REPO=..., token in DAGSHUB_USER_TOKEN)
 	@$(BIN)/python -m chestct.tracking dagshub-remote tracking.owner=$(or $(OWNER),null) tracking.repo=$(or $(REPO),null)
+
+demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDER serve.port=...")
+	$(BIN)/python serve.py $(ARGS)
+
+bundle: $(READY) ## make the packaged bundle again (DATA=../shared/data/chest-ct)
+	$(BIN)/python train.py data=chest_ct data.root=$(DATA) tracking=off hydra.run.dir=runs/bundle
+	$(BIN)/python -m chestct.export ckpt=runs/bundle/checkpoints/best.ckpt bundle=chestct/models/bundle \
+		hydra.run.dir=runs/bundle/export evaluation.policies=true evaluation.folds=5 evaluation.permuted=true \
+		evaluation.phantoms=100
 
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000

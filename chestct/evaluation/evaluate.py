@@ -249,13 +249,19 @@ def _sections(found: Evaluation) -> dict[str, Any]:
 def made() -> dict[str, Any]:
     """How the numbers came about: command, time, versions."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", *_program(), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chestct": chestct.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **code_version(),
     }
+
+
+def _program() -> list[str]:
+    """How the running program was called, without its place on this machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
 
 
 def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:

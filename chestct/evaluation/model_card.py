@@ -13,6 +13,7 @@ from chestct.data.splits import classes_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.metrics import Estimate, predictive_values
 from chestct.evaluation.summary import beside, called, cancer, counted, doubts, headline, interval, known, sections
+from chestct.models.novelty import FOREIGN
 
 
 def model_card(found: Evaluation) -> str:
@@ -43,6 +44,8 @@ def model_card(found: Evaluation) -> str:
             found.cfg.evaluation.prevalences,
         ),
         novel=int((found.test["novelty"] > 1).sum()),
+        refused=int((found.test["novelty"] > FOREIGN).sum()),
+        foreign=FOREIGN,
         uncertain=int((found.test["decision"] == "uncertain").sum()),
     )
 

@@ -186,7 +186,7 @@ def facts(found: Evaluation) -> dict[str, Any]:
 
 
 def refused(found: Evaluation) -> list[dict[str, Any]]:
-    """How many slices of each split and class novelty refuses, and how often the model errs on them and on others."""
+    """How many slices of each split and class are novel, and how often the model errs on them and on others."""
     rows = []
     for (split, label), part in found.table.groupby(["split", "label"], sort=False):
         novel, groups = (part["novelty"] > 1).to_numpy(), part["group"].to_numpy()

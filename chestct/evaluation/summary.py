@@ -37,7 +37,7 @@ HEADLINE = (
 
 
 MANY_NOVEL = 0.1
-"""Share of a class's test slices that may be refused; the threshold is meant to refuse one in a hundred."""
+"""Share of a class's test slices that may be novel; the threshold is meant to leave one in a hundred beyond."""
 
 PERMUTED = "permuted labels"
 """Policy of the row of the control."""
@@ -178,9 +178,7 @@ def _sections(found: Evaluation) -> list[Doubt]:
     for name, part in found.test.groupby("label"):
         novel = int((part["novelty"] > 1).sum())
         if novel > MANY_NOVEL * len(part):
-            text = (
-                f"{novel} of {counted(len(part), f'{name} test slice')} would be refused as unlike the training data."
-            )
+            text = f"{novel} of {counted(len(part), f'{name} test slice')} lie further from training than validation does, and are called uncertain."
             listed.append(Doubt("warning", "Novelty", text))
     flags = [row for row in found.sections.get("subgroups", []) if row["flag"]]
     if flags:
