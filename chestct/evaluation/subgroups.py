@@ -51,19 +51,19 @@ def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series]]:
         "source": table["source"],
         "subtype": table["subtype"].str.replace("_", " "),
         "file": table["format"] + " " + table["mode"].where(table["mode"] != table["format"], ""),
-        "size": _thirds(np.sqrt(table["width"] * table["height"]), "px"),
-        "contrast": _thirds(table["std"], "sd"),
+        "size": _thirds((table["width"] * table["height"]) ** 0.5, "px", 0),
+        "contrast": _thirds(table["std"], "sd", 2),
     }
     for kind, names in kinds.items():
         if names.nunique() > 1:
             yield from ((kind, str(name).strip(), names == name) for name in sorted(names.unique()))
 
 
-def _thirds(values: pd.Series, unit: str) -> pd.Series:
+def _thirds(values: pd.Series, unit: str, digits: int) -> pd.Series:
     """The third of the slices that each value falls into, named by its bounds."""
     low, high = values.quantile([1 / 3, 2 / 3])
-    shown = (lambda v: f"{v:.0f}") if unit == "px" else (lambda v: f"{v:.2f}")
-    names = [f"1: up to {shown(low)} {unit}", f"2: to {shown(high)} {unit}", f"3: above {shown(high)} {unit}"]
+    low_text, high_text = (f"{value:.{digits}f} {unit}" for value in (low, high))
+    names = [f"1: up to {low_text}", f"2: to {high_text}", f"3: above {high_text}"]
     return pd.Series(np.select([values <= low, values <= high], names[:2], names[2]), index=values.index)
 
 

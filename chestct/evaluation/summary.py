@@ -178,7 +178,10 @@ def _sections(found: Evaluation) -> list[Doubt]:
     for name, part in found.test.groupby("label"):
         novel = int((part["novelty"] > 1).sum())
         if novel > MANY_NOVEL * len(part):
-            text = f"{novel} of {counted(len(part), f'{name} test slice')} lie further from training than validation does, and are called uncertain."
+            text = (
+                f"{novel} of {counted(len(part), f'{name} test slice')} lie further from training than validation "
+                "does, and are called uncertain."
+            )
             listed.append(Doubt("warning", "Novelty", text))
     flags = [row for row in found.sections.get("subgroups", []) if row["flag"]]
     if flags:

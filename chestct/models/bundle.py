@@ -235,7 +235,7 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
             raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
     else:
         mean, scale = tuple(about["mean"]), tuple(about["scale"])
-        weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"])  # type: ignore[arg-type]
+        weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"])
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
     cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"])
     net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)

@@ -70,7 +70,8 @@ def find_files(sources: list[Path], left_out: Iterable[Path] = ()) -> list[Path]
     """
     if missing := next((source for source in sources if not os.path.lexists(source)), None):
         raise DataError(f"No such file or folder: {missing}.")
-    own = {os.path.abspath(path) for path in left_out}  # noqa: PTH100  Path.resolve would follow links
+    absolute = [os.path.abspath(path) for path in left_out]  # noqa: PTH100  Path.resolve would follow links
+    own = {*absolute, *(f"{path}.partial" for path in absolute)}
     found = list(dict.fromkeys(path for source in sources for path in _below(source, own)))
     if not found:
         raise DataError(f"No files in {', '.join(map(str, sources))}. Give slices, or folders that hold some.")
@@ -85,7 +86,7 @@ def _below(source: Path, own: set[str]) -> Iterator[Path]:
 
     def shown(here: str, names: list[str]) -> list[Path]:
         paths = [Path(here) / name for name in sorted(names) if not name.startswith(".")]
-        return [path for path in paths if not any(os.path.abspath(path) in (o, o + ".partial") for o in own)]  # noqa: PTH100
+        return [path for path in paths if os.path.abspath(path) not in own]  # noqa: PTH100
 
     for here, folders, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
         yield from closed

@@ -75,7 +75,7 @@ class Predictor:
     def __init__(
         self,
         source: str | Path = "packaged",
-        limits: Limits = Limits(),
+        limits: Limits = Limits(),  # noqa: B008 - frozen
         *,
         batch: int = 16,
         waiting: int = 256,
