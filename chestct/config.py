@@ -193,14 +193,19 @@ class TrainerConfig:
     deterministic: bool = setting(True, "only algorithms that repeat exactly")
     progress: bool = setting(True, "show progress bars")
 
+    @property
+    def mode(self) -> str:
+        """Whether a smaller or a larger `monitor` is better: min or max."""
+        return "min" if self.monitor.endswith("loss") else "max"
+
 
 @dataclass
 class EvaluationConfig:
     """What is measured, and how the operating point is chosen; all of it from validation slices."""
 
     threshold: str = setting(
-        "sensitivity>=0.95",
-        "which score counts as cancer: youden, sensitivity>=X, specificity>=X, cost or half (0.5)",
+        "half",
+        "which score counts as cancer: half (0.5), youden, sensitivity>=X, specificity>=X or cost; chosen on validation",
     )
     cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
     coverage: float = setting(
@@ -216,6 +221,7 @@ class EvaluationConfig:
     phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
     robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)
     gallery: int = setting(6, "slices a row of the report's galleries", low=0, high=50)
+    report: bool = setting(True, "after training, write report and bundle; false: metrics only (jobs of a search)")
 
 
 @dataclass
@@ -230,7 +236,8 @@ class TrackingConfig:
     experiment: str = setting("chestct", "MLflow experiment")
     run_name: str | None = setting(None, "name of the run; empty: MLflow invents one")
     required: bool = setting(False, "stop when the server cannot be used, instead of going on with the local store")
-    log_model: bool = setting(True, "keep the best checkpoint as an artifact of the run")
+    log_model: bool = setting(True, "keep the best checkpoint and the bundle, as an MLflow model, with the run")
+    register: str | None = setting(None, "register the bundle under this name, and call it the champion of that name")
     system_metrics: bool = setting(True, "record processor, memory, disk, network and GPU every ten seconds")
 
 
@@ -254,6 +261,7 @@ class MonitorConfig:
 
     enabled: bool = setting(False, "append one record a slice")
     path: str = setting("monitor.sqlite", "file for the records")
+    keep_days: int = setting(90, "days after which a record is deleted", low=1)
 
 
 @dataclass
@@ -266,7 +274,9 @@ class Config:
     seed: int = setting(0, "seed of initial weights, order and views", low=0)
     ckpt: str | None = setting(None, "checkpoint to resume or to evaluate: a path, or `last` for the newest run's")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
-    bundle: str | None = setting(None, "bundle to evaluate or to serve: a folder, or `packaged`")
+    bundle: str | None = setting(
+        None, "bundle to evaluate or to serve: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID"
+    )
     compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
     runs_dir: str = setting("runs", "folder under which `ckpt=last` looks for runs")
     data: DataConfig = field(default_factory=DataConfig)

@@ -30,8 +30,8 @@ def grad_cam(
     """Logits [B, K] and the heat float32 [B, h, w] in [0, 1] for one output, both detached (see `evidence`, `heat`).
 
     maps: float [B, 512, h, w] from `net.fine_maps`, or from `net.maps` at half the resolution; against: what speaks
-    against the output instead (with one output, 0 is cancer and `against` is normal, whose logit is the negative); baseline:
-    from `mean_evidence` of normal training slices, then heat is what exceeds a normal slice at the same place.
+    against the output instead (with one output, 0 is cancer and `against` is normal, whose logit is the negative);
+    baseline: from `mean_evidence` of normal training slices, then heat is what exceeds a normal slice at that place.
     """
     logits, found = evidence(net, maps, output)
     if baseline is not None:
