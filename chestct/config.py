@@ -205,7 +205,7 @@ class EvaluationConfig:
 
     threshold: str = setting(
         "half",
-        "which score counts as cancer: half (0.5), youden, sensitivity>=X, specificity>=X or cost; chosen on validation",
+        "which score counts as cancer: half (0.5), or by validation: youden, sensitivity>=X, specificity>=X, cost",
     )
     cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
     coverage: float = setting(
