@@ -1,0 +1,53 @@
+"""The bundle in the package: whole, honest about itself, and with the scores that it had when it was made."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chestct.config import PhantomConfig
+from chestct.data.decode import decode
+from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
+from chestct.phantom.dataset import write
+
+GOLDEN = {
+    "test/large_cell/phantom_00000.png": (0.9742, 0.94),
+    "train/normal/phantom_00004.png": (0.9337, 1.1775),
+    "valid/squamous/phantom_00008.png": (0.7425, 1.1291),
+}
+"""Phantom -> P(cancer), novelty."""
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return load_bundle("packaged")
+
+
+def test_it_is_small_and_names_no_place_of_one_machine() -> None:
+    files = list(PACKAGED_BUNDLE.iterdir())
+    assert sum(path.stat().st_size for path in files) < 200_000
+    for path in files:
+        assert not any(place in path.read_bytes() for place in (b"/home/", b"/work/", b"/tmp/", b"/root/"))
+
+
+def test_it_was_trained_on_real_slices_without_leaks_and_from_committed_code(bundle: Bundle) -> None:
+    data = bundle.facts["data"]
+    assert data["synthetic"] is False
+    assert data["leaked"] == 0
+    assert data["split"] == "grouped"
+    assert bundle.facts["code"]["git.dirty"] is False
+
+
+def test_its_card_says_what_the_numbers_are_worth(bundle: Bundle) -> None:
+    for said in ("Not for clinical use", "4 groups", "5 folds", "permuted labels", "Few normals", "Shortcut"):
+        assert said in bundle.card
+
+
+def test_its_scores_are_those_it_was_made_with(bundle: Bundle, tmp_path: Path) -> None:
+    write(tmp_path / "set", PhantomConfig(slices=12, size=160))
+    found = {}
+    for name in GOLDEN:
+        gray = decode(tmp_path / "set" / name, bundle.window).gray
+        answer = bundle.predict(bundle.preprocess(gray)[np.newaxis])
+        found[name] = (float(answer.score[0]), float(answer.novelty[0]))
+    assert found == {name: pytest.approx(values, abs=2e-3) for name, values in GOLDEN.items()}
