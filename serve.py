@@ -21,9 +21,15 @@ takes the bundle anew; SIGTERM ends the service when requests under way are answ
 
 @door("serve", USAGE)
 def main(cfg: Config, out: Path) -> None:
+    from chestct.serving.monitor import Monitor
     from chestct.serving.service import serve
 
-    serve(cfg)
+    monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
+    try:
+        serve(cfg, monitor.record if monitor else None)
+    finally:
+        if monitor:
+            monitor.close()
 
 
 if __name__ == "__main__":

@@ -149,7 +149,8 @@ def save_bundle(
         }
         facts = json.loads(json.dumps(facts))
         (temporary / FACTS).write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1) + "\n")
-        temporary.chmod(0o755)  # mkdtemp's folders are for one user
+        temporary.chmod(0o755)  # mkdtemp's folders, and safetensors' files, are for one user
+        (temporary / TENSORS).chmod(0o644)
         _swap(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

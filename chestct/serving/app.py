@@ -40,20 +40,23 @@ def make_page(
     def look(files: list[File], rows: list[history.Row]) -> Iterator[tuple[Any, ...]]:
         try:
             received = taken(files)
-            yield from _read(received, rows)
+            yield from _read(received, rows, on_answer)
         except ChestCTError as error:
             yield answer.message(str(error)), rows, gr.skip(), None
 
     def look_at_example(rows: list[history.Row], event: gr.EventData) -> Iterator[tuple[Any, ...]]:
         example = examples[int(event._data["index"]) % len(examples)]
-        yield from _read([(example.name, example.data)], rows)
+        # Not told to anybody: what the house shows is no sign of what visitors bring.
+        yield from _read([(example.name, example.data)], rows, None)
 
-    def _read(files: list[tuple[str, bytes]], rows: list[history.Row]) -> Iterator[tuple[Any, ...]]:
+    def _read(
+        files: list[tuple[str, bytes]], rows: list[history.Row], told: OnAnswer | None
+    ) -> Iterator[tuple[Any, ...]]:
         found = expand(files, cfg.max_slices, cfg.max_upload)
         readings: list[Reading] = []
         yield answer.waiting(0, len(found)), gr.skip(), gr.skip(), gr.skip()
         shown = time.monotonic()
-        for done, part in enumerate(read_all(predictor, found, cfg.max_slices, cfg.seconds, on_answer), start=1):
+        for done, part in enumerate(read_all(predictor, found, cfg.max_slices, cfg.seconds, told), start=1):
             readings += part
             if time.monotonic() - shown > 0.5 and done < len(found):
                 shown = time.monotonic()

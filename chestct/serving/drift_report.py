@@ -60,6 +60,8 @@ def summary(drift: Drift) -> str:
         lines.append(f"  Decisions: {', '.join(mix)}")
     if drift.others:
         lines.append(f"  {drift.others:,} records of other bundles were left out.")
+    if drift.known:
+        lines.append(f"  {drift.known:,} slices from the model's training data were left out.")
     return "\n".join(lines)
 
 

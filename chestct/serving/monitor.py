@@ -23,7 +23,7 @@ from chestct.serving.predictor import Prediction
 logger = logging.getLogger("chestct.serving")
 
 NUMBERS = ("score", "novelty", *STATISTICS)
-COLUMNS = ("time", "bundle", "decision", *NUMBERS)
+COLUMNS = ("time", "bundle", "decision", "known", *NUMBERS)
 
 SCHEMA = 1
 WAITING = 10_000
@@ -59,7 +59,8 @@ class Monitor:
     def record(self, found: Prediction) -> None:
         """Notes an answer. Returns at once and never raises for what is wrong with the disk."""
         numbers = {"score": found.score, "novelty": found.novelty, **found.statistics}
-        row: Record = (int(self._clock()), found.bundle, found.decision, *(float(numbers[name]) for name in NUMBERS))
+        what = (int(self._clock()), found.bundle, found.decision, int(found.known))
+        row: Record = (*what, *(float(numbers[name]) for name in NUMBERS))
         try:
             self._waiting.put_nowait(row)
         except queue.Full:
@@ -104,17 +105,19 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     with closing(sqlite3.connect(path, timeout=BUSY)) as database, database:
         if database.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
             database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
-            names = [f"{name} {'REAL' if name in NUMBERS else 'TEXT'}" for name in COLUMNS[1:]]
-            database.execute(f"CREATE TABLE IF NOT EXISTS answers (time INTEGER, {', '.join(names)})")
+            types = {"time": "INTEGER", "bundle": "TEXT", "decision": "TEXT", "known": "INTEGER"}
+            columns = ", ".join(f"{name} {types.get(name, 'REAL')}" for name in COLUMNS)
+            database.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
             database.execute("CREATE INDEX IF NOT EXISTS by_time ON answers (time)")
             database.execute(f"PRAGMA user_version = {SCHEMA}")
         yield database
 
 
 def read_records(path: str | Path, days: float | None = None) -> dict[str, np.ndarray]:
-    """The records of the last `days`, or all, by column: `time` int64 in Unix seconds, texts, and float64 NUMBERS.
+    """The records of the last `days`, or all, by column.
 
-    Raises MonitorError where the file is missing or holds something else.
+    `time`: int64, Unix seconds; `bundle`, `decision`: text; `known`: bool; NUMBERS: float64. Raises
+    MonitorError where the file is missing or holds something else.
     """
     path = Path(path)
     if not path.is_file():
@@ -133,5 +136,5 @@ def read_records(path: str | Path, days: float | None = None) -> dict[str, np.nd
     except sqlite3.Error as error:
         raise MonitorError(f"{path} cannot be read as records of the service: {error}.") from None
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
-    types = {"time": np.int64, "bundle": str, "decision": str}
+    types = {"time": np.int64, "bundle": str, "decision": str, "known": bool}
     return {name: np.array(values, types.get(name, np.float64)) for name, values in zip(COLUMNS, columns, strict=True)}

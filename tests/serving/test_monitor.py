@@ -37,7 +37,7 @@ def test_a_record_holds_what_the_drift_report_needs(tmp_path):
     kept.close()
     found = read_records(tmp_path / "m.db")
     assert set(found) == {
-        *("time", "bundle", "decision", "score", "novelty", "width", "height", "mean", "std"),
+        *("time", "bundle", "decision", "known", "score", "novelty", "width", "height", "mean", "std"),
         *("border_mean", "border_std"),
     }
     assert found["score"].tolist() == [0.25, 0.75]

@@ -50,6 +50,7 @@ def records(bundle: Bundle, rng: np.random.Generator, n: int, refused: int = 0) 
         "time": np.arange(n) + 1_790_000_000,
         "bundle": np.full(n, bundle.id),
         "decision": decision.astype(str),
+        "known": np.zeros(n, bool),
         **values,
     }
 
@@ -157,6 +158,15 @@ def test_records_of_other_bundles_are_counted_and_left_out(bundle):
     found["mean"][:30] = 9.0
     drift = compare(bundle, found)
     assert (drift.slices, drift.others, drift.verdict) == (90, 30, "same")
+
+
+def test_slices_of_the_training_data_are_counted_and_left_out(bundle):
+    found = records(bundle, np.random.default_rng(3), 120)
+    found["known"][:30] = True
+    found["novelty"][:30] = 0.1
+    drift = compare(bundle, found)
+    assert (drift.slices, drift.known, drift.verdict) == (90, 30, "same")
+    assert "30 slices" in drift_report.summary(drift)
 
 
 @pytest.mark.parametrize(("change", "n", "status"), [(0.0, 200, 0), (0.2, 200, 1), (0.2, 20, 3)])

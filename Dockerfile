@@ -1,0 +1,56 @@
+# The service as an image: docker build -t chestct . && docker run --rm -p 127.0.0.1:7860:7860 chestct
+# The model in the package is inside; nothing is downloaded when it starts. docs/deploy.md tells the rest.
+
+# Pin it by digest: --build-arg BASE=python:3.11-slim-bookworm@sha256:...
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+# Where torch comes from beside the usual index: the address of the CPU wheels saves some gigabytes.
+ARG TORCH_INDEX=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv
+COPY constraints.txt requirements-serve.txt ./
+RUN python -m pip --python /opt/venv install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+    -c constraints.txt -r requirements-serve.txt
+WORKDIR /app
+COPY serve.py ./
+COPY conf conf
+COPY chestct chestct
+# The service runs as a user who may write nothing, and has to be able to read everything.
+RUN chmod -R a+rX . && python -m compileall -q chestct serve.py
+
+# docker build --target mlflow: the tracking server of compose.yaml.
+FROM ${BASE} AS build-mlflow
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv
+COPY constraints.txt ./
+RUN python -m pip --python /opt/venv install -c constraints.txt mlflow
+
+FROM ${BASE} AS mlflow
+RUN useradd --no-create-home --uid 10001 chestct && install -d -o chestct /data
+COPY --from=build-mlflow /opt/venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 MLFLOW_DISABLE_TELEMETRY=true
+WORKDIR /data
+USER 10001
+VOLUME /data
+EXPOSE 5000
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
+    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:5000/health', timeout=4)"]
+ENTRYPOINT ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "2", \
+    "--backend-store-uri", "sqlite:////data/mlflow.db", "--artifacts-destination", "/data/artifacts"]
+
+FROM ${BASE} AS serve
+RUN useradd --no-create-home --uid 10001 chestct && install -d -o chestct /data
+COPY --from=build /opt/venv /opt/venv
+COPY --from=build /app /app
+# Uploads and whatever else is written goes to /tmp and, with monitor.enabled=true, to /data.
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+USER 10001
+VOLUME /data
+EXPOSE 7860
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
+    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/healthz', timeout=4)"]
+ENTRYPOINT ["python", "serve.py", "serve.host=0.0.0.0", "monitor.path=/data/monitor.sqlite"]

