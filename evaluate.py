@@ -1,9 +1,13 @@
 """Evaluates a checkpoint or a bundle, or compares two. `python evaluate.py --help` explains every setting."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chestct.config import Config
 from chestct.door import door, from_checkpoint
+
+if TYPE_CHECKING:
+    from chestct.evaluation.evaluate import Evaluation
 
 USAGE = """
 Scores the valid and test slices of a checkpoint's data, or other data, and writes report, metrics, plots, model card.
@@ -14,6 +18,7 @@ Scores the valid and test slices of a checkpoint's data, or other data, and writ
   python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.robustness=40    heat maps and robustness checked
   python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
                                                                a bundle on slices that it never saw
+  python evaluate.py bundle=models:/NAME@champion              a bundle by its name in MLflow
   python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
 
 Settings that are not given come from the checkpoint.
@@ -22,20 +27,23 @@ Settings that are not given come from the checkpoint.
 
 @door("evaluate", USAGE)
 def main(cfg: Config, out: Path) -> None:
+    import dataclasses
+
     from chestct.evaluation.asked import asked_for
     from chestct.evaluation.comparison import compare_runs
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.external import evaluate_bundle
-    from chestct.evaluation.report import write
+    from chestct.evaluation.report import flat, write
     from chestct.evaluation.side_by_side import beside
     from chestct.evaluation.summary import summary
+    from chestct.tracking import fetch_bundle, record_evaluation
     from chestct.training import train
 
     if cfg.compare:
         print(compare_runs(cfg, out))
         return
     if cfg.bundle:
-        found = evaluate_bundle(cfg)
+        found = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
         found = evaluate(cfg)
@@ -44,6 +52,15 @@ def main(cfg: Config, out: Path) -> None:
     write(found, out)
     print(summary(found))
     print(f"\nreport  {out / 'report.html'}")
+    if cfg.ckpt and _as_trained(found):
+        record_evaluation(cfg, Path(cfg.ckpt), {split: flat(found)[split] for split in found.metrics}, out)
+
+
+def _as_trained(found: "Evaluation") -> bool:
+    """Whether the checkpoint was measured on its own run's data and split, so that the numbers belong to the run."""
+    assert found.model is not None
+    splitting = {name: getattr(found.model.cfg.data, name) for name in found.about["splitting"]}
+    return found.model.hparams["data"]["hash"] == found.about["data_hash"] and splitting == found.about["splitting"]
 
 
 if __name__ == "__main__":

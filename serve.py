@@ -1,5 +1,6 @@
 """Serves the model as a web page with an API. `python serve.py --help` explains every setting."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ Opens a web page that reads chest CT slices, at http://127.0.0.1:7860, with an A
 
   python serve.py                                   the model in the package
   python serve.py bundle=FOLDER                     another bundle
+  python serve.py bundle=models:/NAME@champion      one that is registered in MLflow
   python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
   python serve.py --hash-password                   makes the hash of a password or token (see docs/api.md)
 
@@ -24,6 +26,10 @@ def main(cfg: Config, out: Path) -> None:
     from chestct.serving.monitor import Monitor
     from chestct.serving.service import serve
 
+    if cfg.bundle and cfg.bundle.startswith(("models:/", "runs:/")):  # MLflow takes seconds to import
+        from chestct.tracking.bundle import fetch_bundle
+
+        cfg = dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg))
     monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
     try:
         serve(cfg, monitor.record if monitor else None)

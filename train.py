@@ -1,9 +1,14 @@
 """Trains one model, or a sweep of them. `python train.py --help` explains every setting."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chestct.config import Config
 from chestct.door import door, from_checkpoint
+
+if TYPE_CHECKING:
+    from chestct.tracking import Run
+    from chestct.training import Result
 
 USAGE = """
 Trains VGG16 on chest CT slices and tests the best checkpoint.
@@ -13,6 +18,8 @@ Trains VGG16 on chest CT slices and tests the best checkpoint.
   python train.py model.freeze=true optim.lr=1e-4       single settings
   python train.py experiment=two_stage                  a named experiment
   python train.py -m optim.lr=1e-3,1e-4 model.freeze=true,false    all combinations
+  python train.py -m sweep=head                         a search; the same command goes on with it
+  python train.py tracking.register=NAME                bundle=models:/NAME@champion then finds the bundle
   python train.py ckpt=last                             goes on with the newest run
 """
 
@@ -20,7 +27,28 @@ Trains VGG16 on chest CT slices and tests the best checkpoint.
 @door("train", USAGE)
 def main(cfg: Config, out: Path) -> float:
     # Imported when the settings are known to be right: --help and misspelt keys answer at once.
+    from chestct.tracking import open_run, sole_writer
+    from chestct.training import train
+
+    if cfg.ckpt:
+        cfg = from_checkpoint(cfg)
+    with sole_writer(out), open_run(cfg, out) as run:
+        result = train(cfg, out, run)
+        run.artifacts(out / "settings.yaml", "config")
+        if cfg.tracking.log_model:
+            run.artifacts(result.best, "checkpoints")
+        told = report(cfg, out, run, result) if cfg.evaluation.report else ""
+    objective = result.metrics[cfg.trainer.monitor]
+    print(f"{told}best checkpoint  {result.best}  ({cfg.trainer.monitor} {objective:.4f})")
+    if run.run_id:
+        print(f"MLflow run       {run.run_id} in {run.uri} (make ui)")
+    return objective
+
+
+def report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
+    """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns what to tell."""
     import dataclasses
+    import tempfile
 
     import pandas as pd
 
@@ -29,36 +57,21 @@ def main(cfg: Config, out: Path) -> float:
     from chestct.evaluation.plots import draw_history
     from chestct.evaluation.report import flat, write
     from chestct.evaluation.summary import summary
-    from chestct.tracking import open_run, sole_writer
-    from chestct.training import train
+    from chestct.pyfunc import save_model
 
-    if cfg.ckpt:
-        cfg = from_checkpoint(cfg)
-    with sole_writer(out), open_run(cfg, out) as run:
-        result = train(cfg, out, run)
-        found = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
-        write(found, out / "evaluation")
-        export(found, out / "bundle")
-        draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
-        run.artifacts(out / "evaluation", "evaluation")
-        run.artifacts(out / "settings.yaml", "config")
-        run.metrics(
-            {
-                f"best/{split}/{name}": value
-                for split, values in flat(found).items()
-                for name, value in values.items()
-                if split in found.metrics and value is not None
-            }
-        )
-        if cfg.tracking.log_model:
-            run.artifacts(result.best, "checkpoints")
-            run.artifacts(out / "bundle", "bundle")
-    print(summary(found))
-    print(f"\nbest checkpoint  {result.best}\nreport           {out / 'evaluation' / 'report.html'}")
-    print(f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})")
-    if run.run_id:
-        print(f"MLflow run       {run.run_id} in {run.uri} (make ui)")
-    return result.metrics[cfg.trainer.monitor]
+    found = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
+    write(found, out / "evaluation")
+    export(found, out / "bundle")
+    draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
+    run.evaluation("best", {split: flat(found)[split] for split in found.metrics}, out / "evaluation")
+    if cfg.tracking.log_model and run.run_id:
+        with tempfile.TemporaryDirectory(dir=out) as folder:
+            save_model(out / "bundle", Path(folder) / "model")
+            run.artifacts(Path(folder) / "model", "bundle")
+    return (
+        f"{summary(found)}\n\nreport           {out / 'evaluation' / 'report.html'}\n"
+        f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})\n"
+    )
 
 
 if __name__ == "__main__":

@@ -63,9 +63,8 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
                 failures.append(str(error))
             except Exception as error:
                 failures.append(_explained(error))
-            for failure in failures:
-                print(f"error: {failure}", file=sys.stderr)
             if failures:
+                print(f"error: {failures[0]}", file=sys.stderr)
                 sys.exit(2)
 
         return program
@@ -88,14 +87,16 @@ def _explained(error: Exception) -> str:
 def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[str]) -> None:
     import hydra
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
     def job(composed: DictConfig) -> Any:
         try:
             return task(resolve(composed), Path(HydraConfig.get().runtime.output_dir))
         except ChestCTError as error:
-            # A sweep goes on with its other jobs; the program still fails in the end.
-            failures.append(str(error))
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the sweep, maybe in another process, tells of it
+            failures.append(str(error))  # Hydra would print a line of its own
             return None
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
@@ -175,7 +176,7 @@ def help_text(usage: str) -> str:
     groups = "\n".join(
         f"  {folder.name}={'|'.join(sorted(f.stem for f in folder.glob('*.yaml')))}"
         for folder in sorted(CONF.iterdir())
-        if folder.is_dir()
+        if list(folder.glob("*.yaml"))
     )
     settings = re.sub(r"^#.*\n", "", as_yaml())
     return (

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from chestct.config import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
-from chestct.tracking.mirror import ORIGIN, Copy, Mirror, experiment_id, first_line
+from chestct.tracking.bundle import ALIAS, register
+from chestct.tracking.mirror import ORIGIN, PARENT, Copy, DeletedThereError, Mirror, experiment_id, first_line
 from chestct.tracking.server import TrackingError, local_uri, probe, server_uri
 
 if TYPE_CHECKING:
@@ -70,6 +71,15 @@ class Run:
             send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             send(self.run_id, str(path), folder)
 
+    def evaluation(self, which: str, values: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+        """The report's folder, and the numbers of each split as `WHICH/SPLIT/NAME`.
+
+        which: the checkpoint, best or last; values: split -> name -> number, or None where one is not defined.
+        """
+        flat = {f"{which}/{split}/{name}": value for split, part in values.items() for name, value in part.items()}
+        self.metrics({key: value for key, value in flat.items() if value is not None})
+        self.artifacts(folder, "evaluation")
+
     def data(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
         """The data that the run used: their hash, where they lie and how many slices stand in which split."""
         from mlflow.entities import Dataset, DatasetInput
@@ -108,13 +118,54 @@ def open_run(cfg: Config, out: Path) -> Iterator[Run]:
         with _system_metrics(cfg.tracking, run):
             yield run
         status = "FINISHED"
+        if cfg.tracking.register:
+            _register(run.client, run.run_id, cfg.tracking.register, uri)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
         run.client.set_terminated(run.run_id, status)
-        if mirror:
-            _say_how_it_ended(mirror, cfg.tracking)
+        if mirror and _say_how_it_ended(mirror, cfg.tracking) and status == "FINISHED" and cfg.tracking.register:
+            _register(mirror.copy.remote, mirror.copy.copy_id, cfg.tracking.register, str(server))
+
+
+def record_evaluation(cfg: Config, ckpt: Path, values: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Adds an evaluation of a checkpoint to the MLflow run that it belongs to, which may long have ended.
+
+    Says so; where the run or its store is not there, it says that, and the evaluation stands all the same.
+    """
+    note = ckpt.resolve().parent.parent / RUN_ID_FILE
+    if cfg.tracking.name == "off" or not note.is_file():
+        return
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    run_id = note.read_text().strip()
+    try:
+        uri = local_uri(cfg.tracking)
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+            raise TrackingError("there is no such store")  # asking would make one
+        run = Run(MlflowClient(uri), run_id, uri)
+        if run.client and run.client.get_run(run_id).info.lifecycle_stage == "deleted":
+            raise TrackingError("it was deleted")
+        run.evaluation(ckpt.stem, values, folder)
+        if run.client and (server := _usable_server(cfg.tracking)):
+            Copy(run.client, MlflowClient(server), run_id).send(artifacts=True)
+        print(f"MLflow run {run_id} in {uri} (make ui)")
+    except (MlflowException, ChestCTError, DeletedThereError, OSError) as error:
+        print(f"Not added to the MLflow run {run_id} in {cfg.tracking.local}: {first_line(error)}")
+
+
+def _register(client: "MlflowClient", run_id: str, name: str, uri: str) -> None:
+    """A name that cannot be given is said; the run stands all the same."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = register(client, run_id, name)
+    except MlflowException as error:
+        print(f"Not registered as {name} in {uri}: {first_line(error)}")
+    else:
+        print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {uri}")
 
 
 def _start(cfg: TrackingConfig, uri: str, out: Path) -> Run:
@@ -139,6 +190,8 @@ def _start(cfg: TrackingConfig, uri: str, out: Path) -> Run:
             "tracking.experiment=NAME."
         )
     experiment = experiment_id(client, cfg.experiment)
+    if (sweep := out.parent / RUN_ID_FILE).is_file():  # a job of a sweep, whose folder is the one above
+        tags[PARENT] = sweep.read_text().strip()
     run_id = client.create_run(experiment, tags=tags, run_name=cfg.run_name).info.run_id
     out.mkdir(parents=True, exist_ok=True)
     fresh = note.with_suffix(".new")
@@ -169,15 +222,17 @@ def _push_command(cfg: TrackingConfig) -> str:
     return f"python -m chestct.tracking push {where}"
 
 
-def _say_how_it_ended(mirror: Mirror, cfg: TrackingConfig) -> None:
+def _say_how_it_ended(mirror: Mirror, cfg: TrackingConfig) -> bool:
+    """Whether all of the run is on the server, which is told too."""
     server = server_uri(cfg)
     if mirror.finish():
         print(f"MLflow copy      {mirror.copy.copy_id} on {server}")
-        return
+        return True
     print(
         f"The MLflow server {server} has not all of this run ({mirror.problem}). Nothing is lost: it is in "
         f"{cfg.local}; send the rest with: {_push_command(cfg)}"
     )
+    return False
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import pandas as pd
@@ -14,6 +14,10 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from chestct.config import TrainerConfig
 from chestct.errors import Interrupted
 from chestct.models.classifier import Classifier
+from chestct.sweep.search import mark_pruned, trial_of
+
+if TYPE_CHECKING:
+    import optuna
 
 
 def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
@@ -22,7 +26,7 @@ def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
         folder,
         "best",
         monitor=cfg.monitor,
-        mode=_mode(cfg),
+        mode=cfg.mode,
         save_last=True,
         save_on_train_epoch_end=True,
         enable_version_counter=False,
@@ -32,17 +36,15 @@ def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
 def all_callbacks(cfg: TrainerConfig, out: Path, keeper: ModelCheckpoint) -> list[Callback]:
     """Every callback of a training run."""
     found: list[Callback] = [History(out / "history.csv"), StopWhenTold(), keeper]
+    if trial := trial_of(out):
+        found.append(Prune(trial, cfg.monitor))
     if cfg.unfreeze_epoch:
         found.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
     if cfg.patience:
-        found.append(EarlyStopping(cfg.monitor, patience=cfg.patience, mode=_mode(cfg), check_on_train_epoch_end=True))
+        found.append(EarlyStopping(cfg.monitor, patience=cfg.patience, mode=cfg.mode, check_on_train_epoch_end=True))
     if cfg.progress:
         found.append(RichProgressBar(leave=False))
     return found
-
-
-def _mode(cfg: TrainerConfig) -> str:
-    return "min" if cfg.monitor.endswith("loss") else "max"
 
 
 class History(Callback):
@@ -74,6 +76,19 @@ class Unfreeze(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch >= self.epoch:
             cast(Classifier, pl_module).net.set_frozen(5 - self.blocks)
+
+
+class Prune(Callback):
+    """Ends a job of a search that does worse than the others did by the same epoch; its best checkpoint stays."""
+
+    def __init__(self, trial: "optuna.Trial", monitor: str) -> None:
+        self.trial, self.monitor = trial, monitor
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.trial.report(float(trainer.callback_metrics[self.monitor]), trainer.current_epoch)
+        if self.trial.should_prune():
+            mark_pruned(self.trial)
+            trainer.should_stop = True
 
 
 class StopWhenTold(Callback):

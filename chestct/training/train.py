@@ -17,7 +17,7 @@ from chestct.config import Config
 from chestct.data.module import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, DataError, Interrupted
-from chestct.models.classifier import Classifier, check_fits, load_classifier, read_checkpoint
+from chestct.models.classifier import Classifier, check_fits, read_checkpoint
 from chestct.models.features import attach
 from chestct.models.predictions import prediction_table
 from chestct.tracking import Run
@@ -32,8 +32,8 @@ class Result:
     best: Path
     last: Path
     epochs: int
-    metrics: dict[str, float]  # valid/... and test/...
-    predictions: pd.DataFrame  # valid and test slices, see chestct.models.predictions
+    metrics: dict[str, float]  # valid/... and test/... (without evaluation.report: valid only)
+    predictions: pd.DataFrame  # of the same slices, see chestct.models.predictions
     data: SliceModule
 
 
@@ -74,7 +74,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         raise Interrupted(f"Stopped in epoch {trainer.current_epoch}. {rest}") from None
 
     best = Path(keeper.best_model_path)
-    metrics, predictions = _measure_best(cfg, best, data, trainer)
+    metrics, predictions = _measure_best(cfg, best, model, data, trainer)
     return Result(
         out,
         best,
@@ -135,15 +135,18 @@ def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
 
 
 def _measure_best(
-    cfg: Config, best: Path, data: SliceModule, trainer: L.Trainer
+    cfg: Config, best: Path, model: Classifier, data: SliceModule, trainer: L.Trainer
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Metrics and predictions of the best checkpoint on valid and test."""
-    model = load_classifier(best)
-    metrics: dict[str, float] = {}
-    metrics |= trainer.validate(model, datamodule=data, verbose=False)[0]
-    metrics |= trainer.test(model, datamodule=data, verbose=False)[0]
+    """Metrics and predictions of the best checkpoint on valid and test; a job of a search never looks at test."""
+    model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
+    # Loaders, not the data module: Lightning would look again whether the files changed.
+    metrics = dict(trainer.validate(model, data.val_dataloader(), verbose=False)[0])
+    if cfg.evaluation.report:
+        metrics |= trainer.test(model, data.test_dataloader(), verbose=False)[0]
     tables = [
-        prediction_table(data.manifest, split, model.logits(split).numpy(), cfg.task) for split in ("valid", "test")
+        prediction_table(data.manifest, split, model.logits(split).numpy(), cfg.task)
+        for split in ("valid", "test")
+        if split in model.predictions
     ]
     return {name: float(value) for name, value in metrics.items()}, pd.concat(tables, ignore_index=True)
 

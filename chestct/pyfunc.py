@@ -1,0 +1,74 @@
+"""A bundle as an MLflow model: `mlflow.pyfunc.load_model` and `mlflow models serve` score image arrays with it.
+
+MLflow is given the name of this module and the bundle's folder, never an object, so that nothing is pickled and the
+bundle's own checks hold when it is loaded.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import chestct
+from chestct.models.bundle import Bundle, load_bundle
+
+BATCH = 16
+
+
+class Scorer:
+    """What `mlflow.pyfunc.load_model` wraps."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+
+    def predict(self, images: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Answers for slices of one size, uint8 [N, H, W] with 255 for white, in the bundle's window.
+
+        A row each: `score` (calibrated P(cancer)), `decision`, `novelty`, and `probability_CLASS`. Raises ValueError
+        for another shape.
+        """
+        images = np.asarray(images, np.uint8)
+        if images.ndim != 3:
+            raise ValueError(f"Slices are uint8 [N, H, W]; got an array of shape {list(images.shape)}.")
+        parts = [self._answers(images[at : at + BATCH]) for at in range(0, len(images), BATCH)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"score": [], "decision": []})
+
+    def _answers(self, images: np.ndarray) -> pd.DataFrame:
+        bundle, size = self.bundle, self.bundle.preprocess.size
+        squares = images if images.shape[1:] == (size, size) else np.stack([bundle.preprocess(i) for i in images])
+        found = bundle.predict(squares)
+        names = [f"probability_{name}" for name in bundle.classes]
+        return pd.DataFrame(
+            {"score": found.score, "decision": found.decision, "novelty": found.novelty}
+            | dict(zip(names, found.probabilities.T, strict=True))
+        )
+
+
+def save_model(bundle: Path, folder: Path) -> None:
+    """Writes the bundle in a folder as an MLflow model with its signature and an example of its input."""
+    from mlflow import pyfunc
+    from mlflow.models import infer_signature
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    scorer = Scorer(load_bundle(bundle))
+    size = scorer.bundle.preprocess.size
+    example = np.zeros((1, size, size), np.uint8)
+    answer = infer_signature(example, scorer.predict(example))
+    images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])  # any number of slices, of any one size
+    logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)
+    pyfunc.save_model(
+        folder,
+        loader_module=__name__,
+        data_path=str(bundle),
+        signature=ModelSignature(images, answer.outputs),
+        input_example=example,
+        pip_requirements=[f"chestct=={chestct.__version__}"],  # MLflow would look for them in a process of its own
+    )
+
+
+def _load_pyfunc(path: str) -> Scorer:
+    """Called by MLflow with the bundle's folder."""
+    return Scorer(load_bundle(path))
