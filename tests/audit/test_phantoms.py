@@ -30,7 +30,10 @@ def audited(folder: Path, slices: int, *defects: str, split: str = "grouped") ->
 def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path) -> None:
     found = audited(tmp_path, 1000)
     assert not [row["name"] for row in found.shortcuts if row["flagged"]]
-    assert found.verdict[0] == "clean"
+    # Of half a million pairs of clean phantoms, a few come as near as near-copies do; more is never said of them.
+    assert not [finding for finding in found.findings if finding.severity == "error"]
+    assert found.duplicates["contents"] == 1000
+    assert len(found.duplicates["clusters"]) <= 12
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def made_up(
     cfg = Config(task=task)
     cfg.data.name = "made_up"
     cfg.evaluation.resamples = 200
+    cfg.evaluation.threshold = "sensitivity>=0.95"
     valid = predictions(*draw(60, task, 1), task, "valid")
     tested = predictions(*(test or draw(n, task, 0)), task, "test")
     logits = [column for column in valid if column.startswith("logit_")]
