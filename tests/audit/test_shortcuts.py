@@ -54,6 +54,7 @@ def test_a_planted_shortcut_is_flagged_in_its_family_whatever_its_direction(
         assert flagged(rows) == {family}
 
 
+@pytest.mark.slow
 def test_a_significant_but_small_difference_is_no_shortcut(make_data: Callable[..., Any]) -> None:
     data = make_data(1500)
     data.manifest["std"] += 0.025 * (data.manifest["label"] == "cancer")

@@ -46,6 +46,7 @@ def only_run(tmp_path) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
     status, printed, err = call("train.py", "trainer.max_epochs=2", "tracking=mlflow")
     assert status == 0, err
@@ -64,6 +65,7 @@ def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
     assert again.splitlines()[:10] == printed.splitlines()[:10]
 
 
+@pytest.mark.slow
 def test_the_mlflow_run_holds_what_the_readme_promises(call, tmp_path):
     assert call("train.py", "trainer.max_epochs=2", "tracking=mlflow")[0] == 0
     from mlflow import MlflowClient
@@ -87,6 +89,7 @@ def test_a_sweep_runs_every_combination(call, tmp_path):
     assert len(list(sweep.glob("*/evaluation/metrics.json"))) == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_with_one_bad_job_runs_the_others_and_fails(call, tmp_path):
     status, _, err = call("train.py", "-m", "optim.lr=-1,1e-3", "trainer.max_epochs=1")
     assert status == 2
@@ -113,6 +116,7 @@ def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, override):
     assert not list(tmp_path.glob("runs/*/checkpoints"))
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_with_its_reason(call, tmp_path, phantoms):
     import shutil
 
@@ -144,6 +148,7 @@ def test_evaluation_without_a_checkpoint_is_refused(call, arguments):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_task_is_refused(call, tmp_path):
     assert call("train.py", "trainer.max_epochs=1")[0] == 0
     status, _, err = call("train.py", "ckpt=last", "task=subtype")
@@ -151,6 +156,7 @@ def test_a_checkpoint_of_another_task_is_refused(call, tmp_path):
     assert "task=binary" in err
 
 
+@pytest.mark.slow
 def test_a_leaky_split_has_to_be_asked_for_and_is_stamped_on_the_results(call, tmp_path, phantoms):
     import shutil
 
@@ -168,6 +174,7 @@ def test_a_leaky_split_has_to_be_asked_for_and_is_stamped_on_the_results(call, t
     assert metrics[0]["about"]["leaked"] >= 1
 
 
+@pytest.mark.slow
 def test_data_commands_ingest_audit_and_show(call, tmp_path, phantoms, cache):
     settings = ("data.size=64", f"data.root={phantoms}", f"cache_dir={cache}", "trainer.progress=false")
     status, out, _ = call("chestct.data", "ingest", *settings, small=False)
@@ -204,6 +211,7 @@ def test_help_explains_every_setting_without_importing_anything_heavy(program):
     assert "experiment=" in done.stdout
 
 
+@pytest.mark.slow
 def test_history_has_a_row_an_epoch(call, tmp_path):
     assert call("train.py", "trainer.max_epochs=2")[0] == 0
     assert pd.read_csv(only_run(tmp_path) / "history.csv")["epoch"].tolist() == [0, 1]

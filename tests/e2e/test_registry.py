@@ -26,6 +26,8 @@ from tests.e2e.test_doors import only_run
 
 ROOT = CONF.parent
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -52,6 +54,7 @@ def images():
     return np.random.default_rng(0).integers(0, 256, (3, 50, 70), np.uint8)
 
 
+@pytest.mark.slow
 def test_an_mlflow_model_answers_as_the_bundle_does_and_holds_no_pickle(made, images):
     bundle = load_bundle("packaged")
     answers = pyfunc.load_model(str(made / "model")).predict(images)

@@ -138,6 +138,7 @@ def test_a_misspelt_key_in_a_sweep_is_named_before_anything_runs(call, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_value_that_fails_in_a_search_is_told_and_the_others_run(call, tmp_path):
     settings = ("hydra.sweeper.trials=3", "optim.lr=choice(-1,0.01)", "trainer.max_epochs=1")
     status, _, err = call("train.py", "-m", "sweep=head", *settings)

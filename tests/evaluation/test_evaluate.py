@@ -30,6 +30,7 @@ def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Re
     assert flagged.all()
 
 
+@pytest.mark.slow
 def test_images_and_cached_features_are_measured_alike(run: tuple[Config, Result], found: Evaluation) -> None:
     cfg = replace(run[0], features=replace(run[0].features, cache=False))
     direct = evaluate(cfg)

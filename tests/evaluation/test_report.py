@@ -80,6 +80,7 @@ def told(html: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_nothing_is_left_over(full: Evaluation, tmp_path: Path) -> None:
     report.write(full, tmp_path)
     plots = {
@@ -187,6 +188,7 @@ def test_the_table_with_uncertain_counts_every_slice_once(full: Evaluation) -> N
 NORMAL = ["normal"] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "labels", "equal"),
     [
@@ -229,6 +231,7 @@ def test_an_evaluation_of_other_data_says_why_it_has_no_pictures() -> None:
     assert "3 slices that the model was trained on are left out" in text
 
 
+@pytest.mark.slow
 def test_the_same_evaluation_gives_the_same_page(full: Evaluation, page: str) -> None:
     assert report.html(full) == page
 

@@ -52,6 +52,7 @@ def test_a_model_of_permuted_labels_is_near_chance(run: tuple[Config, Result], t
     assert (run[1].data.manifest["target"] == before).all()
 
 
+@pytest.mark.slow
 def test_a_policy_that_the_folders_do_not_admit_is_a_row_with_the_reason(
     run: tuple[Config, Result], tmp_path: Path
 ) -> None:

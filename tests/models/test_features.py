@@ -74,6 +74,7 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
     assert not list((tmp_path / "f").glob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_every_setting_that_changes_features_has_its_own_folder(small):
     cfg = small()
     folders = {

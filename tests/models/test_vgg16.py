@@ -17,6 +17,7 @@ def make(weights, size=64, outputs=1, **model):
     return VGG16(ModelConfig(**model), outputs, size, weights).eval()
 
 
+@pytest.mark.slow
 def test_convolutions_are_torchvisions(oxford):
     from safetensors.torch import load_file
 

@@ -65,6 +65,7 @@ def test_a_slice_can_be_drawn_again_from_its_truth(tmp_path):
         assert np.array_equal(np.asarray(image), dataset.thorax.display(drawn.hu, entry["window"]))
 
 
+@pytest.mark.slow
 def test_the_same_settings_write_the_same_bytes(tmp_path):
     cfg = PhantomConfig(**SMALL, defects=["near", "odd_files"])
     dataset.write(tmp_path / "a", cfg)

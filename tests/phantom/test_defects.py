@@ -138,6 +138,7 @@ SHORTCUTS = {
 }
 
 
+@pytest.mark.slow
 def test_a_shortcut_gives_the_class_away(tmp_path):
     """All three in one set, which is quicker; each shows in a number of its own, which a clean set does not have."""
 

@@ -79,6 +79,7 @@ def test_difficulty_shrinks_lesions():
     assert area(0.0) > 1.8 * area(1.0)
 
 
+@pytest.mark.slow
 def test_subtypes_differ_in_size_and_place():
     def features(subtype):
         drawn = [phantom(seed, subtype) for seed in range(14)]

@@ -17,6 +17,8 @@ from chestct.serving.predictor import NOT_MEDICAL
 from tests.serving.conftest import Served, make_bundle, serving
 from tests.serving.visitor import Visitor
 
+pytestmark = pytest.mark.slow  # a service is started
+
 
 @pytest.fixture
 def visitor(served: Served) -> Visitor:

@@ -409,6 +409,7 @@ def test_a_few_files_are_read_ahead_and_no_more(bundle, tmp_path, monkeypatch):
     assert max(ahead) <= batch.AHEAD
 
 
+@pytest.mark.slow
 def test_help_is_quick_and_the_program_is_light(bundle, scans):
     light = (
         "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas') if m in sys.modules])"

@@ -251,6 +251,7 @@ def test_records_are_exported_for_other_tools(bundle, tmp_path):
     assert str(table["time"].dt.tz) == "UTC"
 
 
+@pytest.mark.slow
 def test_the_report_imports_nothing_that_trains_or_serves(bundle, folder, tmp_path):
     db = write(tmp_path / "m.db", records(bundle, np.random.default_rng(5), 70))
     arguments = ["report", "--db", str(db), "--bundle", str(folder), "--out", str(tmp_path / "d.html")]

@@ -25,6 +25,8 @@ from chestct.serving.service import Service, listen
 from chestct.serving.web import sweep
 from tests.serving.conftest import Served, serving
 
+pytestmark = pytest.mark.slow  # a service is started
+
 
 async def echo(scope, receive, send) -> None:
     """An app that reads its whole body and tells its length."""

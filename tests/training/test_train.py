@@ -36,12 +36,14 @@ def test_training_learns_and_leaves_what_it_says(small, tmp_path):
     assert set(result.predictions["split"]) == {"valid", "test"}
 
 
+@pytest.mark.slow
 def test_same_settings_give_the_same_numbers(small, tmp_path):
     first = train(small("model.dropout=0.5"), tmp_path / "a").metrics
     assert train(small("model.dropout=0.5"), tmp_path / "b").metrics == pytest.approx(first, abs=1e-6)
     assert train(small("model.dropout=0.5", "seed=1"), tmp_path / "c").metrics != pytest.approx(first, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_cached_features_train_like_running_the_convolutions_every_step(small, tmp_path):
     cached = train(small("data.views=0"), tmp_path / "a")
     direct = train(small("data.views=0", "features.cache=false"), tmp_path / "b")
@@ -60,6 +62,7 @@ def test_cached_views_are_the_views_that_direct_training_sees(small, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_validation_and_test_are_never_augmented(small, tmp_path):
     result = train(small("features.cache=false", "data.augment.noise=0.5", "data.augment.rotate=90"), tmp_path)
     plain = evaluate(small(f"ckpt={result.best}")).table
@@ -148,6 +151,7 @@ def test_a_checkpoint_of_another_task_is_refused_before_anything_is_written(smal
     assert not (tmp_path / "other" / "history.csv").exists()
 
 
+@pytest.mark.slow
 def test_resuming_on_changed_data_is_refused(small, tmp_path):
     result = train(small(), tmp_path / "run")
     with pytest.raises(DataError, match="data changed"):
