@@ -53,7 +53,8 @@ def main(cfg: Config, out: Path) -> None:
     print(summary(found))
     print(f"\nreport  {out / 'report.html'}")
     if cfg.ckpt and _as_trained(found):
-        record_evaluation(cfg, Path(cfg.ckpt), {split: flat(found)[split] for split in found.metrics}, out)
+        values = flat(found)
+        record_evaluation(cfg, Path(cfg.ckpt), {split: values[split] for split in found.metrics}, out)
 
 
 def _as_trained(found: "Evaluation") -> bool:

@@ -63,7 +63,8 @@ def report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     write(found, out / "evaluation")
     export(found, out / "bundle")
     draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
-    run.evaluation("best", {split: flat(found)[split] for split in found.metrics}, out / "evaluation")
+    values = flat(found)
+    run.evaluation("best", {split: values[split] for split in found.metrics}, out / "evaluation")
     if cfg.tracking.log_model and run.run_id:
         with tempfile.TemporaryDirectory(dir=out) as folder:
             save_model(out / "bundle", Path(folder) / "model")

@@ -22,14 +22,6 @@ from chestct.tracking.storage import dagshub_remotes
 ROOT = CONF.parent
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make a store, and none to open a copy of one."""
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def uri(tmp_path, monkeypatch, empty_store):
     monkeypatch.chdir(tmp_path)  # MLflow puts artifacts beside it

@@ -195,7 +195,10 @@ def overlay(gray: np.ndarray, heat: torch.Tensor, place: Placement, opacity: flo
     gray: uint8 [H, W]; heat: float [h, w] in [0, 1] over the network's square; place: from `placement`; opacity: of the
     hottest place. Opacity falls with the heat, so that where nothing speaks the slice is shown as it is.
     """
-    full = heat_to_slice(heat, (gray.shape[0], gray.shape[1]), place)
-    share = (opacity * full)[..., None]
-    mixed = gray[..., None] * (1 - share) + colors(full) * share
-    return (mixed + 0.5).astype(np.uint8)
+    return blend(gray, heat_to_slice(heat, (gray.shape[0], gray.shape[1]), place), opacity)
+
+
+def blend(gray: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
+    """As `overlay`, for heat float32 [H, W] in [0, 1] that lies over the slice already."""
+    share = (opacity * heat)[..., None]
+    return (gray[..., None] * (1 - share) + colors(heat) * share + 0.5).astype(np.uint8)

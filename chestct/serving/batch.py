@@ -15,12 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from chestct.data.decode import read
 from chestct.errors import DataError, DecodeError
-from chestct.models.saliency import colors
+from chestct.models.saliency import blend
 from chestct.serving.predictor import Prediction, Predictor
 from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns
 
@@ -219,11 +218,9 @@ def overlay_name(path: Path, what: str) -> str:
 def _save_overlay(found: Prediction, path: Path) -> None:
     """The slice with its heat; where nothing speaks for cancer, the slice alone."""
     assert found.heat is not None
-    share = (OPACITY * found.heat)[..., None]
-    mixed = found.gray[..., None] * (1 - share) + colors(found.heat) * share
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray((mixed + 0.5).astype(np.uint8)).save(part, "PNG")
+        Image.fromarray(blend(found.gray, found.heat, OPACITY)).save(part, "PNG")
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from PIL import Image
 from chestct.config import WindowConfig
 from chestct.data.decode import Limits, decode_frames
 from chestct.errors import DecodeError
-from chestct.models.saliency import colors
+from chestct.models.saliency import blend, colors
 from chestct.serving.predictor import Prediction
 
 HU_WINDOW = WindowConfig(center=1024, width=4096)
@@ -42,10 +42,7 @@ def heat_picture(found: Prediction, side: int = HEAT_SIDE) -> str:
 
 def overlay_picture(found: Prediction, opacity: float = 0.6) -> str:
     """Slice and heat in one PNG at full resolution, as data URI; the slice alone where there is no heat."""
-    rgb = np.repeat(found.gray[..., None], 3, -1)
-    if found.heat is not None:
-        share = (opacity * found.heat)[..., None]
-        rgb = (rgb * (1 - share) + colors(found.heat) * share + 0.5).astype(np.uint8)
+    rgb = np.repeat(found.gray[..., None], 3, -1) if found.heat is None else blend(found.gray, found.heat, opacity)
     return _uri(Image.fromarray(rgb), "PNG", compress_level=1)
 
 

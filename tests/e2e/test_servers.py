@@ -117,16 +117,6 @@ def test_wrong_password_and_missing_permission_are_told_apart(server, monkeypatc
     assert "does not let this user write" in probe(server.uri)
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory):
-    """MLflow takes seconds to make a store, and none to open a copy of one."""
-    from mlflow import MlflowClient
-
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
 def recorded(server, empty_store, tmp_path, monkeypatch):
     """Settings of a run of `writer` that is recorded on the server, with its local store in an empty folder."""
