@@ -110,6 +110,12 @@ class DataConfig:
         "how a slice becomes square: pad (aspect ratio kept), stretch, or body (cropped to the body, then padded)",
         choices=("pad", "stretch", "body"),
     )
+    contrast: str = setting(
+        "keep",
+        "grey levels: keep (as decoded), or body (stretched linearly so that the 2nd and 98th percentile around the "
+        "body become black and white: brightness and contrast then tell nothing)",
+        choices=("keep", "body"),
+    )
     window: WindowConfig = field(default_factory=WindowConfig)
     split: str = setting(
         "grouped",

@@ -24,7 +24,7 @@ class Scorer:
         self.bundle = bundle
 
     def predict(self, images: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Answers for slices of one size, uint8 [N, H, W] with 255 for white, in the bundle's window.
+        """Answers for slices as they were decoded, all of one size, uint8 [N, H, W] with 255 for white.
 
         A row each: `score` (calibrated P(cancer)), `decision`, `novelty`, and `probability_CLASS`. Raises ValueError
         for another shape.
@@ -36,9 +36,8 @@ class Scorer:
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"score": [], "decision": []})
 
     def _answers(self, images: np.ndarray) -> pd.DataFrame:
-        bundle, size = self.bundle, self.bundle.preprocess.size
-        squares = images if images.shape[1:] == (size, size) else np.stack([bundle.preprocess(i) for i in images])
-        found = bundle.predict(squares)
+        bundle = self.bundle
+        found = bundle.predict(np.stack([bundle.preprocess(image) for image in images]))
         names = [f"probability_{name}" for name in bundle.classes]
         return pd.DataFrame(
             {"score": found.score, "decision": found.decision, "novelty": found.novelty}

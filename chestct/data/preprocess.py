@@ -14,18 +14,27 @@ BODY_LEVEL = 0.12
 """Grey level above which a pixel may be body: air outside the patient is black in every window in use."""
 
 
+PERCENTILES = (2.0, 98.0)
+"""Percentiles of the body's box that become black and white with contrast=body."""
+
+
 @dataclass(frozen=True)
 class Preprocess:
-    """How a slice becomes a square (see data.fit in chestct.config) of `size` pixels a side."""
+    """How a slice becomes a square of `size` pixels a side (see data.fit and data.contrast in chestct.config)."""
 
     size: int = 224
     fit: str = "pad"
+    contrast: str = "keep"
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
-        image = Image.fromarray(gray if gray.dtype == np.uint8 else (gray * 255 + 0.5).astype(np.uint8))
+        levels = gray if gray.dtype == np.uint8 else (gray * 255 + 0.5).astype(np.uint8)
+        image = Image.fromarray(levels)
+        box = body_box(levels) if "body" in (self.fit, self.contrast) else (0, 0, *image.size)
+        if self.contrast == "body":
+            image = image.point(stretched(np.array(image.crop(box).histogram())))
         if self.fit == "body":
-            image = image.crop(body_box(np.asarray(image)))
+            image = image.crop(box)
         if self.fit == "stretch":
             return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
         scale = self.size / max(image.size)
@@ -35,6 +44,17 @@ class Preprocess:
         square = Image.new("L", (self.size, self.size))
         square.paste(small, ((self.size - width) // 2, (self.size - height) // 2))
         return np.asarray(square)
+
+
+def stretched(histogram: np.ndarray) -> list[int]:
+    """For each of 256 grey levels the new one, so that the PERCENTILES of a histogram [256] become 0 and 255.
+
+    All levels as they are where the percentiles fall together: nothing of one grey has a contrast.
+    """
+    share = histogram.cumsum() / max(1, histogram.sum())
+    low, high = np.searchsorted(share, np.array(PERCENTILES) / 100)
+    level = np.arange(256)
+    return list(np.rint(np.clip((level - low) / (high - low), 0, 1) * 255).astype(int) if high > low else level)
 
 
 def body_box(image: np.ndarray) -> tuple[int, int, int, int]:

@@ -55,7 +55,7 @@ class Store:
 
 def preprocess_of(cfg: DataConfig) -> Preprocess:
     """The preprocessing that the data settings name."""
-    return Preprocess(cfg.size, cfg.fit)
+    return Preprocess(cfg.size, cfg.fit, cfg.contrast)
 
 
 def store_folder(cfg: DataConfig, cache_dir: str | Path) -> Path:
@@ -309,7 +309,7 @@ def _described(file: SliceFile) -> dict[str, str]:
 def _pixel_settings(cfg: DataConfig) -> dict[str, Any]:
     """The settings that decide a stored pixel."""
     limits = {"max_bytes": cfg.max_bytes, "max_pixels": cfg.max_pixels}  # they decide what is readable
-    return {"size": cfg.size, "fit": cfg.fit, "window": asdict(cfg.window), **limits}
+    return {**asdict(preprocess_of(cfg)), "window": asdict(cfg.window), **limits}
 
 
 def _digest(text: str) -> str:

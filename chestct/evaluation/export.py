@@ -9,6 +9,7 @@ import pandas as pd
 
 from chestct.data.splits import classes_of
 from chestct.data.statistics import STATISTICS
+from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.metrics import to_plain
 from chestct.evaluation.model_card import model_card
@@ -50,7 +51,7 @@ def facts(found: Evaluation) -> dict[str, Any]:
             "dropout": cfg.model.dropout,
             "trained_convolutions": not cfg.always_frozen,
         },
-        "preprocess": {"size": cfg.data.size, "fit": cfg.data.fit},
+        "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
         "limits": {"max_bytes": cfg.data.max_bytes, "max_pixels": cfg.data.max_pixels},
         "data": {

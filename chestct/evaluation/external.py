@@ -61,9 +61,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
 
 def _seen_as_trained(cfg: Config, bundle: Bundle) -> Config:
     """The settings with the bundle's task and preprocessing."""
-    data = dataclasses.replace(
-        cfg.data, size=bundle.preprocess.size, fit=bundle.preprocess.fit, window=bundle.window, views=0
-    )
+    data = dataclasses.replace(cfg.data, **dataclasses.asdict(bundle.preprocess), window=bundle.window, views=0)
     return dataclasses.replace(cfg, task=bundle.task, data=data)
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from chestct.config import Config
 from chestct.data.module import SliceModule
+from chestct.data.store import preprocess_of
 from chestct.models.vgg16 import VGG16
 
 SHARD = 256
@@ -52,7 +53,7 @@ def attach(data: SliceModule, net: VGG16, weights_digest: str, cfg: Config, spli
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     """The cache folder of a feature space: named by everything, besides a slice's content, that decides features."""
-    settings = {"weights": weights_digest, "pool": cfg.model.pool, "size": cfg.data.size, "fit": cfg.data.fit}
+    settings = {"weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
     if view:
         settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
