@@ -31,8 +31,10 @@ SHORTCUT_ACTIONS = {
     "body and hides the frame.",
     "file": "Export both classes with the same program and settings; find out where each comes from.",
     "metadata": "Find out which source each class comes from, and take both classes from the same ones.",
-    "grey": "Export both classes with the same window, and believe a score only on slices from another source.",
+    "grey": "Export both classes with the same window, take brightness and contrast out of what the network sees "
+    "(data.contrast=body), and believe a score only on slices from another source.",
     "border": "Crop to the body (data.fit=body) and remove frames and text; padding also gives the aspect ratio away.",
+    "seen": "Preprocessing lets it through: data.fit=body data.contrast=body takes most of it away.",
 }
 FAMILIES = {
     "size": "Image size tells",
@@ -40,6 +42,7 @@ FAMILIES = {
     "metadata": "Metadata taken together tell",
     "grey": "Overall brightness or contrast tells",
     "border": "The border of the image tells",
+    "seen": "What is left of brightness or contrast after preprocessing tells",
 }
 
 VERDICTS = {

@@ -35,7 +35,7 @@ class Baseline:
 
     name: str
     title: str
-    family: str  # what is to be done about it: size | file | grey | border | metadata | picture
+    family: str  # what is to be done about it: size | file | grey | border | metadata | seen | picture
     features: tuple[str, ...]
     model: str = ""  # forest | logistic
 
@@ -56,6 +56,8 @@ BASELINES = (
     _number("std", "Standard deviation of grey levels", "grey"),
     _number("border_mean", "Mean grey level of the border", "border"),
     _number("border_std", "Standard deviation of the border", "border"),
+    _number("seen_mean", "Mean grey level after preprocessing", "seen"),
+    _number("seen_std", "Standard deviation of grey levels after preprocessing", "seen"),
     Baseline("size_forest", "Width and height (random forest)", "size", ("width", "height"), model="forest"),
     Baseline("format_mode", "File format and colour mode (logistic regression)", "file", ("format",),
              model="logistic"),
@@ -67,7 +69,8 @@ BASELINES = (
 )  # fmt: skip
 SIGNIFICANT = 0.05 / len(BASELINES)
 """Bonferroni: at this level, two-sided, a shortcut's interval must leave out 0.5."""
-STATISTICS = tuple(baseline.name for baseline in BASELINES if not baseline.model)
+STATISTICS = tuple(baseline.name for baseline in BASELINES if not baseline.model and baseline.family != "seen")
+"""Single numbers of a slice that stand in the manifest or follow from it."""
 
 
 def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:
@@ -182,6 +185,8 @@ def _features(manifest: pd.DataFrame, images: np.ndarray) -> dict[str, np.ndarra
     thumbnail = small.reshape(-1, 10, 2, 10, 2).mean(axis=(2, 4)).reshape(-1, 100)
     features = {name: numbers[[name]].to_numpy() for name in STATISTICS}
     features["format"] = pd.get_dummies(manifest[["format", "mode"]]).to_numpy(float)
+    seen = np.array([(images[row].mean(), images[row].std()) for row in rows])[which]
+    features |= {"seen_mean": seen[:, :1], "seen_std": seen[:, 1:]}
     return features | {"ring": small[:, ring][which], "thumbnail": thumbnail[which]}
 
 

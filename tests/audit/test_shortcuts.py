@@ -90,10 +90,21 @@ def test_pixels_of_the_border_tied_to_the_label_are_flagged(make_data: Callable[
     assert rows["std"]["flagged"] is False
 
 
+def test_grey_levels_that_preprocessing_lets_through_are_flagged(make_data: Callable[..., Any]) -> None:
+    data = make_data()
+    data.images[(data.manifest["label"] == "cancer").to_numpy()] //= 2
+    rows = measure(data)
+    assert rows["seen_mean"]["flagged"]
+    assert not rows["std"]["flagged"]  # the files' own levels differ as little as before
+
+
 def test_the_thumbnail_is_a_weak_baseline_and_never_flagged(make_data: Callable[..., Any]) -> None:
     data = make_data()
-    data.images[(data.manifest["label"] == "cancer").to_numpy(), 10:30, 10:30] = 255
-    rows = measure(data)
+    cancer = (data.manifest["label"] == "cancer").to_numpy()
+    top, bottom = data.images[:, 4:18, 10:30].copy(), data.images[:, 22:36, 10:30].copy()
+    data.images[:, 4:18, 10:30] = np.where(cancer[:, None, None], np.maximum(top, bottom), np.minimum(top, bottom))
+    data.images[:, 22:36, 10:30] = np.where(cancer[:, None, None], np.minimum(top, bottom), np.maximum(top, bottom))
+    rows = measure(data)  # the same grey levels, in other places
     assert rows["thumbnail"]["auroc"] > 0.95
     assert flagged(rows) == set()
 
