@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
+from PIL import Image
 from rich.progress import track
 
 from chestct.config import DataConfig
@@ -29,8 +30,16 @@ from chestct.data.sources import SliceFile, list_slices
 from chestct.data.statistics import image_statistics
 from chestct.errors import DataError, DecodeError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files below; another version is made anew."""
+
+COMPARED = Preprocess(224, "pad")
+SHRINK = 4
+"""How slices are seen when copies are looked for, and by how much smaller: the same whatever the network is to see, so
+that settings of the preprocessing can be compared on one split."""
+
+Pixels = dict[str, np.ndarray]
+"""One slice's row of each of the store's arrays."""
 
 UNREADABLE = ["source", "path", "file_hash", "reason"]
 
@@ -45,6 +54,11 @@ class Store:
     pairs: pd.DataFrame  # a, b: positions in the manifest; similarity; kind: exact, near or series
     unreadable: pd.DataFrame  # source, path, file_hash, reason
     settings: dict[str, Any]  # what decides a stored pixel
+    thumbs: np.ndarray  # uint8 memmap [rows, 56, 56]: what groups are found by
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The mapped arrays, by the names of their files."""
+        return {"images": self.images, "thumbs": self.thumbs}
 
     @property
     def data_hash(self) -> str:
@@ -107,6 +121,7 @@ def open_store(folder: Path) -> Store:
         _read_table(folder / meta["pairs"]).to_pandas(),
         pd.DataFrame(meta["unreadable"], columns=UNREADABLE),
         meta["settings"],
+        np.load(folder / meta["thumbs"], mmap_mode="r"),
     )
 
 
@@ -137,7 +152,7 @@ def _update(cfg: DataConfig, files: list[SliceFile], folder: Path, progress: boo
                 unreadable.append({"source": file.source, "path": file.path, **fact})
                 continue
             if pixels is None and fact["content"] not in new.row_of:
-                pixels = cast(Store, old).images[fact["row"]]
+                pixels = {name: array[fact["row"]] for name, array in cast(Store, old).arrays().items()}
             rows.append({**_described(file), **fact, "row": new.add(fact["content"], pixels)})
     if not rows:
         new.discard()
@@ -194,39 +209,47 @@ class _Generation:
 
     def __init__(self, cfg: DataConfig, folder: Path, rows: int) -> None:
         self.cfg, self.folder = cfg, folder
-        self.temporary = folder / f"images.{os.getpid()}.tmp"
-        shape = (rows, cfg.size, cfg.size)
-        self.images = np.lib.format.open_memmap(self.temporary, mode="w+", dtype=np.uint8, shape=shape)
+        self.row_of: dict[str, int] = {}
+        self.temporary: dict[str, Path] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+        thumb = COMPARED.size // SHRINK
         try:
-            # A mapped page that finds no room on the disk kills the process; room that is asked for first is an error.
-            with self.temporary.open("r+b") as opened:
-                os.posix_fallocate(opened.fileno(), 0, self.temporary.stat().st_size)
+            for name, side in {"images": cfg.size, "thumbs": thumb}.items():
+                self.temporary[name] = folder / f"{name}.{os.getpid()}.tmp"
+                shape = (rows, side, side)
+                self.arrays[name] = np.lib.format.open_memmap(self.temporary[name], "w+", np.uint8, shape)
+                # A mapped page that finds no room on the disk kills the process; room asked for first is an error.
+                with self.temporary[name].open("r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, self.temporary[name].stat().st_size)
         except OSError:
             self.discard()
             raise
-        self.row_of: dict[str, int] = {}
 
-    def add(self, content: str, pixels: np.ndarray | None) -> int:
+    def add(self, content: str, pixels: Pixels | None) -> int:
         """Row of the content, which is written once; only the first time its pixels are needed."""
         if content not in self.row_of:
             self.row_of[content] = len(self.row_of)
-            self.images[self.row_of[content]] = pixels
+            for name, square in cast(Pixels, pixels).items():
+                self.arrays[name][self.row_of[content]] = square
         return self.row_of[content]
 
     def discard(self) -> None:
-        del self.images
-        self.temporary.unlink()
+        self.arrays.clear()
+        for path in self.temporary.values():
+            path.unlink(missing_ok=True)
 
     def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> Store:
         # SciPy takes longer to import than a run that finds nothing new needs in all.
         from chestct.data.groups import group
 
-        self.images.flush()
-        pairs = _find_pairs(manifest, self.images)
+        for array in self.arrays.values():
+            cast(np.memmap, array).flush()
+        pairs = _find_pairs(manifest, self.arrays["thumbs"])
         manifest["group"] = group(len(manifest), pairs)
         name = _digest(manifest.to_csv(index=False) + json.dumps(_pixel_settings(self.cfg)))[:16]
-        names = {"images": f"images-{name}.npy", "pairs": f"pairs-{name}.parquet"}
-        self.temporary.replace(self.folder / names["images"])
+        names = {"images": f"images-{name}.npy", "thumbs": f"thumbs-{name}.npy", "pairs": f"pairs-{name}.parquet"}
+        for kind, path in self.temporary.items():
+            path.replace(self.folder / names[kind])
         pairs.to_parquet(self.folder / names["pairs"])
         meta = names | {
             "format": FORMAT,
@@ -238,21 +261,20 @@ class _Generation:
         path = self.folder / f"manifest.{os.getpid()}.tmp"
         pq.write_table(table, path)
         path.replace(self.folder / "manifest.parquet")
-        for stale in {*self.folder.glob("images*"), *self.folder.glob("pairs*")} - {
-            self.folder / n for n in names.values()
-        }:
+        current = [self.folder / file for file in names.values()]
+        for stale in {path for kind in names for path in self.folder.glob(f"{kind}*")}.difference(current):
             stale.unlink()
         return open_store(self.folder)
 
 
-def _find_pairs(manifest: pd.DataFrame, images: np.ndarray) -> pd.DataFrame:
+def _find_pairs(manifest: pd.DataFrame, thumbs: np.ndarray) -> pd.DataFrame:
     """Copies, near-copies and series mates; only one slice of each content is compared with others."""
     from chestct.data.groups import find_pairs
 
     first = manifest.drop_duplicates("content").sort_values("row")
     ids = first[["patient", "study", "series"]].to_numpy()
     series = [next(filter(None, row), "") for row in ids]
-    near = find_pairs(images[: len(first)], list(first["content"]), series=series)
+    near = find_pairs(thumbs[: len(first)], list(first["content"]), series=series)
     near[["a", "b"]] = first.index.to_numpy()[near[["a", "b"]].to_numpy(int)]
     origin = manifest["content"].map(dict(zip(first["content"], first.index, strict=True)))
     copy = manifest.index != origin
@@ -269,10 +291,8 @@ def _known(cfg: DataConfig, folder: Path) -> Store | None:
     return None
 
 
-def _measure(
-    file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits
-) -> tuple[dict[str, Any], np.ndarray | None]:
-    """What one file is: its facts and its pixels (uint8 [size, size]), or the reason why it cannot be read."""
+def _measure(file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits) -> tuple[dict[str, Any], Pixels | None]:
+    """What one file is: its facts and its rows of the store's arrays, or the reason why it cannot be read."""
     path = file.root / file.path
     try:
         data = read(path, limits)
@@ -292,7 +312,9 @@ def _measure(
         "study": slice_.study,
         "series": slice_.series,
     }
-    return facts, preprocess_of(cfg)(gray)
+    seen = preprocess_of(cfg)(gray)
+    compared = seen if preprocess_of(cfg) == COMPARED else COMPARED(gray)
+    return facts, {"images": seen, "thumbs": np.asarray(Image.fromarray(compared).reduce(SHRINK))}
 
 
 def _described(file: SliceFile) -> dict[str, str]:

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import multiprocessing
 import os
@@ -258,3 +259,18 @@ def test_colour_depth_and_kind_of_number_do_not_change_what_is_measured(tmp_path
     for column, value in (("mean", levels.mean() / 255), ("std", levels.std() / 255)):
         assert table[column].to_numpy() == pytest.approx(value, abs=1e-6)
     assert np.ptp(table["border_std"]) < 1e-6
+
+
+def test_what_the_network_is_to_see_does_not_change_the_groups(cfg, tmp_path):
+    image = Image.open(tmp_path / "data" / "cancer" / "0.png")
+    image.resize((image.width * 2, image.height * 2), Image.Resampling.BICUBIC).save(
+        tmp_path / "data" / "normal" / "larger.png"
+    )
+    stores = []
+    for i, seen in enumerate(({}, {"size": 48, "fit": "body", "contrast": "body"})):
+        stores.append(ingest(dataclasses.replace(cfg, **seen), tmp_path / f"store{i}"))
+    first, other = stores
+    assert first.images.shape != other.images.shape
+    assert np.array_equal(first.thumbs, other.thumbs)
+    assert first.pairs["kind"].tolist() == ["near"]
+    assert first.manifest["group"].equals(other.manifest["group"])
