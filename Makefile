@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params repro audit bench bench-data bundle demo dagshub-remote ui clean
+.PHONY: help setup train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo dagshub-remote ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ bench: $(READY) ## time the forward pass, features and head training, as ratios
 
 bench-data: $(READY) ## time grouping on 10k to 100k slices
 	$(BIN)/python -m benchmarks.groups $(ARGS)
+
+bench-serve: $(READY) ## time the service: start, latency, fifty clients (ARGS="--keras PYTHON", ARGS=soak)
+	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## remove caches (not runs, data or tracking)
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

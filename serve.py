@@ -1,6 +1,5 @@
 """Serves the model as a web page with an API. `python serve.py --help` explains every setting."""
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,7 +16,8 @@ Opens a web page that reads chest CT slices, at http://127.0.0.1:7860, with an A
   python serve.py --hash-password                   makes the hash of a password or token (see docs/api.md)
 
 CHESTCT_USERS='name:HASH' or CHESTCT_TOKENS='HASH' in the environment ask visitors for a password or token. SIGHUP
-takes the bundle anew; SIGTERM ends the service when requests under way are answered.
+takes the bundle anew, and asks MLflow where its name points by now; SIGTERM ends the service when requests under way
+are answered.
 """
 
 
@@ -26,13 +26,17 @@ def main(cfg: Config, out: Path) -> None:
     from chestct.serving.monitor import Monitor
     from chestct.serving.service import serve
 
-    if cfg.bundle and cfg.bundle.startswith(("models:/", "runs:/")):  # MLflow takes seconds to import
-        from chestct.tracking.bundle import fetch_bundle
+    def locate() -> str:
+        source = cfg.bundle or "packaged"
+        if not source.startswith(("models:/", "runs:/")):
+            return source
+        from chestct.tracking.bundle import fetch_bundle  # MLflow takes seconds to import
 
-        cfg = dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg))
+        return fetch_bundle(source, cfg)
+
     monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
     try:
-        serve(cfg, monitor.record if monitor else None)
+        serve(cfg, locate, monitor.record if monitor else None)
     finally:
         if monitor:
             monitor.close()

@@ -14,6 +14,7 @@ from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.metrics import to_plain
 from chestct.evaluation.model_card import model_card
 from chestct.models.bundle import Bundle, save_bundle
+from chestct.models.calibration import reliability_table
 from chestct.models.weights import load_weights
 from chestct.tracking import code_version
 
@@ -45,6 +46,7 @@ def facts(found: Evaluation) -> dict[str, Any]:
     return {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
+        "reliability": reliability(found),
         "model": {
             "pool": cfg.model.pool,
             "hidden": list(cfg.model.hidden),
@@ -62,6 +64,15 @@ def facts(found: Evaluation) -> dict[str, Any]:
         "metrics": {split: to_plain(estimates) for split, estimates in found.metrics.items()},
         "statistics": statistics(found),
         "code": code_version(),
+    }
+
+
+def reliability(found: Evaluation) -> dict[str, list[dict[str, float]]]:
+    """Points of the reliability diagram, cancer against normal, of each split that was measured."""
+    table = found.table
+    return {
+        str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
+        for split, rows in table.groupby("split")
     }
 
 

@@ -81,10 +81,45 @@ class VGG16(nn.Module):
         for i, layer in enumerate(self.features):
             layer.requires_grad_(i >= first_trainable)
 
+    def pack(self) -> None:
+        """Brings the convolutions into the order that the processor computes in; no training or saving afterwards.
+
+        Same bits, and for a single slice half the time. Does nothing where torch comes without oneDNN.
+        """
+        if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+            side, layers = self.size, []
+            for layer in self.features:
+                side //= 2 if isinstance(layer, nn.MaxPool2d) else 1
+                layers.append(PackedConvolution(layer, side) if isinstance(layer, nn.Conv2d) else layer)
+            self.features = nn.Sequential(*(nn.Identity() if isinstance(layer, nn.ReLU) else layer for layer in layers))
+
     @property
     def frozen(self) -> bool:
         """Whether no convolution can change, so that features may be computed once."""
         return not any(p.requires_grad for p in self.features.parameters())
+
+
+ONE = (1, 1)
+"""Padding, stride and dilation of every convolution."""
+
+
+class PackedConvolution(nn.Module):
+    """A convolution of VGG16 with its ReLU, for float32 on a CPU: `layer`, whose input is `side` pixels wide.
+
+    Eager torch reorders the weights in every call, which for one slice takes as long as the convolution itself. These
+    are the operators that torch.compile emits, without its minute of compiling.
+    """
+
+    def __init__(self, layer: nn.Conv2d, side: int) -> None:
+        super().__init__()
+        dense, shape = layer.weight.detach().contiguous().to_mkldnn(), [1, layer.in_channels, side, side]
+        self.weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(dense, ONE, ONE, ONE, 1, shape)
+        self.bias = layer.bias.detach() if layer.bias is not None else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fused = torch.ops.mkldnn._convolution_pointwise
+        convolved: torch.Tensor = fused(x, self.weight, self.bias, ONE, ONE, ONE, 1, "relu", [], "")
+        return convolved
 
 
 def _filled(weights: Weights) -> nn.Sequential:

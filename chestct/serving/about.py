@@ -3,6 +3,7 @@
 Everything comes from the bundle, so that the page cannot praise a model that is not in use.
 """
 
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -34,9 +35,14 @@ SPLITS = {
 
 def render(bundle: Bundle) -> str:
     """The whole page as HTML."""
+    known = text.findings(bundle.card)
+    first = f"<section><h3>What to know first</h3>{MARKDOWN.render(known)}</section>" if known else ""
+    plots = reliability_plot(bundle) + score_plot(bundle)
+    card = MARKDOWN.render(re.sub(r"^#", "###", text.body(bundle.card), flags=re.MULTILINE))  # below a heading of ours
     return (
-        f'<article class="about prose"><h2>About the model</h2>{_summary(bundle)}{metrics_table(bundle.facts)}'
-        f"{score_plot(bundle)}<section><h3>Model card</h3>{MARKDOWN.render(_lowered(bundle.card))}</section></article>"
+        f'<article class="about prose"><h2>About the model</h2>{first}{_summary(bundle)}{metrics_table(bundle.facts)}'
+        f'<div class="plots">{plots}</div>'
+        f"<details><summary>The whole model card</summary>{card}</details></article>"
     )
 
 
@@ -91,6 +97,30 @@ def _estimate(found: Any) -> str:
     return f"<b>{found['value']:.3f}</b>{interval}{count}"
 
 
+def reliability_plot(bundle: Bundle) -> str:
+    """How often test slices of a probability really were cancer, as inline SVG; "" where the bundle does not say."""
+    points = bundle.facts.get("reliability", {}).get("test")
+    if not points:
+        return ""
+    count = sum(point["n"] for point in points)
+    marks = "".join(
+        f'<line class="spread" x1="{_x(point["score"]):.1f}" x2="{_x(point["score"]):.1f}" '
+        f'y1="{_y(point["low"]):.1f}" y2="{_y(point["high"]):.1f}"/><circle class="point" '
+        f'cx="{_x(point["score"]):.1f}" cy="{_y(point["observed"]):.1f}" r="{3 + 9 * (point["n"] / count) ** 0.5:.1f}">'
+        f"<title>{point['n']:.0f} slices with a mean of {text.percent(point['score'])}: {point['observed']:.0%} cancer"
+        "</title></circle>"
+        for point in points
+    )
+    said = f"""On the dashed line, of the slices with 80 % eight in ten are cancer. The {count:,.0f} test slices in ten
+bins of equal width; larger dots stand for more slices, bars are 95 % intervals."""
+    label = "Reliability: probability of cancer against the share of test slices that are cancer"
+    shares = "".join(f'<text x="{LEFT - 8}" y="{_y(y) + 4:.0f}" text-anchor="end">{y:.0%}</text>' for y in (0, 0.5, 1))
+    ideal = f'<line class="threshold" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>'
+    return _plot(
+        "Does the probability hold?", label, shares + ideal + marks, "probability of cancer, test slices", said
+    )
+
+
 def score_plot(bundle: Bundle, bins: int = 20) -> str:
     """How probabilities of validation slices are spread, with the threshold, as inline SVG; "" without the figures.
 
@@ -103,33 +133,41 @@ def score_plot(bundle: Bundle, bins: int = 20) -> str:
     below = np.searchsorted(np.asarray(quantiles), edges, side="left") / len(quantiles)
     below[-1] = 1.0
     shares = np.diff(below)
-    left, top, wide, high = 44, 16, 520, 180
-    bar = wide / bins
     peak = max(float(shares.max()), 1e-9)
-    threshold = bundle.point.threshold
-    at = left + wide * min(1.0, threshold)
+    threshold, name = bundle.point.threshold, text.percent(bundle.point.threshold)
+    at = _x(min(1.0, threshold))
     anchor, nudge = ("end", -6) if threshold > 0.6 else ("start", 6)
     bars = "".join(
-        f'<rect class="{"above" if edges[i] + 1e-9 >= threshold else "below"}" x="{left + i * bar + 1:.1f}" '
-        f'y="{top + high * (1 - share / peak):.1f}" width="{bar - 2:.1f}" height="{high * share / peak:.1f}"/>'
+        f'<rect class="{"above" if edges[i] + 1e-9 >= threshold else "below"}" x="{_x(edges[i]) + 1:.1f}" '
+        f'y="{_y(share / peak):.1f}" width="{WIDE / bins - 2:.1f}" height="{HIGH * share / peak:.1f}"/>'
         for i, share in enumerate(shares)
     )
-    ticks = "".join(
-        f'<text x="{left + wide * x:.0f}" y="{top + high + 18}" text-anchor="middle">{100 * x:.0f} %</text>'
-        for x in (0, 0.25, 0.5, 0.75, 1)
+    mark = (
+        f'<line class="threshold" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{_y(0)}"/>'
+        f'<text class="mark" x="{at + nudge:.1f}" y="14" text-anchor="{anchor}">threshold {name}</text>'
     )
-    return f"""<section><h3>How its probabilities are spread</h3>
-<svg class="plot" viewBox="0 0 600 240" role="img" aria-label="Shares of validation slices by probability of cancer;
-the threshold lies at {text.percent(threshold)}">
-{bars}<line class="axis" x1="{left}" x2="{left + wide}" y1="{top + high}" y2="{top + high}"/>{ticks}
-<line class="threshold" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{top + high}"/>
-<text class="mark" x="{at + nudge:.1f}" y="14" text-anchor="{anchor}">threshold {text.percent(threshold)}</text>
-<text x="{left + wide / 2}" y="{top + high + 38}" text-anchor="middle">probability of cancer, validation slices</text>
-</svg></section>"""
+    label = f"Shares of validation slices by probability of cancer; the threshold lies at {name}"
+    said = "Most slices lie near 0 or 100 % where the model is sure; what lies about the threshold is hard for it."
+    return _plot("How sure is it?", label, bars + mark, "probability of cancer, validation slices", said)
 
 
-def _lowered(card: str) -> str:
-    """The card without its title and with its headings two levels down: it stands below a heading of the page."""
-    lines = card.lstrip().splitlines()
-    lines = lines[1:] if lines and lines[0].startswith("# ") else lines
-    return "\n".join(f"##{line}" if line.startswith("#") else line for line in lines)
+LEFT, TOP, WIDE, HIGH = 44, 20, 400, 220
+"""The field of a plot within its 460 x 290."""
+
+
+def _x(share: float) -> float:
+    return LEFT + WIDE * share
+
+
+def _y(share: float) -> float:
+    return TOP + HIGH * (1 - share)
+
+
+def _plot(title: str, label: str, drawn: str, below: str, said: str) -> str:
+    """A figure with percents from left to right."""
+    ticks = "".join(
+        f'<text x="{_x(x):.0f}" y="{_y(0) + 18}" text-anchor="middle">{x:.0%}</text>' for x in (0, 0.25, 0.5, 0.75, 1)
+    )
+    return f"""<section><h3>{title}</h3><svg class="plot" viewBox="0 0 460 290" role="img" aria-label="{escape(label)}">
+<line class="axis" x1="{LEFT}" x2="{_x(1)}" y1="{_y(0)}" y2="{_y(0)}"/>{ticks}{drawn}
+<text x="{_x(0.5)}" y="{_y(0) + 40}" text-anchor="middle">{below}</text></svg><p class="small">{said}</p></section>"""

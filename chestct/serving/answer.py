@@ -151,7 +151,7 @@ def _body(reading: Reading, found: Prediction, bundle: Bundle) -> str:
 <dt>Distance to the training slices</dt><dd>{escape(text.distance_meaning(found))}</dd>
 <dt>Answered by</dt><dd>bundle <code>{escape(found.bundle)}</code> in {_milliseconds(found)} ms</dd></dl>
 </div></details>
-<details><summary>When not to trust it</summary><div class="prose">{MARKDOWN.render(text.doubts(bundle))}
+<details open><summary>When not to trust it</summary><div class="prose">{MARKDOWN.render(text.doubts(bundle))}
 <p>{NOT_MEDICAL}</p></div></details>"""
 
 

@@ -68,7 +68,7 @@ def make_page(
         """Scores one slice. file: PNG, JPEG, TIFF or DICOM; overlay: add the slice with its heat as a PNG data URI."""
         try:
             ((_, data),) = taken(file, most=1)
-            (found,) = predictor.predict(data, name="file", explain=overlay)
+            found = predictor.predict(data, name="file", explain=overlay)
         except ChestCTError as error:
             raise gr.Error(getattr(error, "reason", None) or str(error), print_exception=False) from None
         tell(found, on_answer)

@@ -170,22 +170,24 @@ def _answer(asked: _Asked, path: Path, old: list[dict[str, str]]) -> list[Row] |
         file_hash = hashlib.sha256(data).hexdigest()
         if asked.holds(old, file_hash):
             return None
-        found = asked.predictor.predict(data, name=str(path), every=asked.every, explain=asked.overlays is not None)
+        explain = asked.overlays is not None
+        if not asked.every:
+            return [_row(asked, path, asked.predictor.predict(data, name=str(path), explain=explain), file_hash)]
+        answers = asked.predictor.predict_frames(data, name=str(path), explain=explain)
+        rows = [_row(asked, path, found, file_hash) for found in answers]
+        return [row | {"frames": len(rows)} for row in rows]
     except DecodeError as error:
         bundle = asked.predictor.bundle.id
         unreadable = {"decision": UNREADABLE, "reason": error.reason, "bundle": bundle, "file_hash": file_hash}
         return [{"path": str(path), **unreadable}]
-    rows = []
-    for one in found:
-        name = ""
-        if asked.overlays is not None:
-            name = overlay_name(path, f"{file_hash} {one.slice.frame} {one.bundle}")
-            _save_overlay(one, asked.overlays / name)
-        rows.append(_row(path, one, file_hash, len(found) if asked.every else None, name))
-    return rows
 
 
-def _row(path: Path, found: Prediction, file_hash: str, frames: int | None, overlay: str) -> Row:
+def _row(asked: _Asked, path: Path, found: Prediction, file_hash: str) -> Row:
+    """The row of a slice, whose overlay is on the disk by then."""
+    overlay = ""
+    if asked.overlays is not None:
+        overlay = overlay_name(path, f"{file_hash} {found.slice.frame} {found.bundle}")
+        _save_overlay(found, asked.overlays / overlay)
     row: Row = {
         "path": str(path),
         "frame": found.slice.frame,
@@ -197,7 +199,7 @@ def _row(path: Path, found: Prediction, file_hash: str, frames: int | None, over
         "known": found.known,
         "bundle": found.bundle,
         "file_hash": file_hash,
-        "frames": "" if frames is None else frames,
+        "frames": "",
         "overlay": overlay,
     }
     return row | {f"probability_{name}": _short(value) for name, value in found.probabilities.items()}

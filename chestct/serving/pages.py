@@ -33,7 +33,7 @@ print(told["decision"], told["score"])</code></pre>
 <dl><dt>score</dt><dd>calibrated probability of cancer, 0 to 1</dd>
 <dt>decision</dt><dd>cancer, normal, uncertain or refused; <code>reason</code> says why, for the last two</dd>
 <dt>possible</dt><dd>the answers that cannot be excluded</dd>
-<dt>novelty</dt><dd>distance to the training slices; refused beyond 1</dd>
+<dt>novelty</dt><dd>distance to the training slices; uncertain beyond 1, refused beyond 1.5</dd>
 <dt>known</dt><dd>whether this very slice was used for training</dd>
 <dt>bundle</dt><dd>which model answered</dd></dl>
 <p>What is wrong with a request comes back as <code>{"error": "…"}</code> with a status of 4xx or 5xx.

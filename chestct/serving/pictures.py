@@ -6,18 +6,22 @@ of anybody's upload.
 
 import base64
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
 
 from chestct.config import WindowConfig
-from chestct.data.decode import Limits, decode_frames
+from chestct.data.decode import Limits, decode, decode_frames
+from chestct.data.headers import sniff
 from chestct.errors import DecodeError
 from chestct.models.saliency import blend, colors
 from chestct.serving.predictor import Prediction
 
 HU_WINDOW = WindowConfig(center=1024, width=4096)
 """Maps -1024 to 3071 HU onto 0 to 4095 of 4095: all that CT distinguishes, one step a unit."""
+
+SOFT_TISSUE = WindowConfig(center=40, width=400)
 
 HEAT_SIDE = 192
 """Longer side of the heat's picture; it comes from a map of 7 x 7 places and is smooth."""
@@ -46,19 +50,21 @@ def overlay_picture(found: Prediction, opacity: float = 0.6) -> str:
     return _uri(Image.fromarray(rgb), "PNG", compress_level=1)
 
 
-def hounsfield_pictures(data: bytes, limits: Limits, side: int) -> list[str]:
+def hounsfield_pictures(data: bytes, limits: Limits, side: int) -> Iterator[str]:
     """For each frame of a CT file, HU + 1024 as data URI (PNG; red holds the high byte, green the low one).
 
-    Empty where the file's values are no Hounsfield units: then another window shows the same picture.
+    Nothing where the file's values are no Hounsfield units: then another window shows the same picture.
     """
+    if sniff(data) != "DICOM":
+        return
     try:
-        wide = list(decode_frames(data, HU_WINDOW, limits, name="file"))
-        other = next(iter(decode_frames(data, WindowConfig(center=40, width=400), limits, name="file")))
-    except DecodeError:
-        return []
-    if np.array_equal(wide[0].gray, other.gray) or wide[0].modality not in ("", "CT"):
-        return []
-    return [_uri(_packed((found.gray * 4095 + 0.5).astype(np.uint16), side), "PNG", compress_level=3) for found in wide]
+        wide, other = (decode(data, window, limits, name="file") for window in (HU_WINDOW, SOFT_TISSUE))
+        if np.array_equal(wide.gray, other.gray) or wide.modality not in ("", "CT"):
+            return
+        for found in decode_frames(data, HU_WINDOW, limits, name="file"):
+            yield _uri(_packed((found.gray * 4095 + 0.5).astype(np.uint16), side), "PNG", compress_level=3)
+    except DecodeError:  # whoever reads the file for its answer will say it
+        return
 
 
 def _packed(levels: np.ndarray, side: int) -> Image.Image:

@@ -7,6 +7,8 @@ never fight for the same cores. Everything else happens in the caller's thread.
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, TimeoutError
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 
 from chestct.data.decode import Limits, Slice, decode, decode_frames, pixel_hash
 from chestct.data.statistics import image_statistics
-from chestct.errors import ChestCTError
+from chestct.errors import ChestCTError, DecodeError
 from chestct.models.bundle import Bundle, Outputs, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN
@@ -28,8 +30,11 @@ COLOR = 0.05
 SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""
 
-NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagnosis or treatment."
+FRAMES_AHEAD = 4
+"""Frames of one file that are decoded before the first of them is answered: they share forward passes, and a file of a
+thousand frames takes no more memory than one of four."""
 
+NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagnosis or treatment."
 
 CLOSING = "The service is shutting down. Try again in a minute."
 
@@ -82,42 +87,54 @@ class Predictor:
         seconds: float = 60.0,
     ) -> None:
         self.source, self.limits, self.batch, self.seconds = source, limits, batch, seconds
-        self.bundle = load_bundle(source)
+        self.bundle = _load(source)
         self._closed = False
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._work, name="predictor", daemon=True)
         self._thread.start()
 
-    def predict(
-        self,
-        source: Path | bytes,
-        *,
-        name: str | None = None,
-        every: bool = False,
-        explain: bool = True,
-    ) -> list[Prediction]:
-        """One prediction, or with `every` one for each frame or page of the file.
+    def predict(self, source: Path | bytes, *, name: str | None = None, explain: bool = True) -> Prediction:
+        """The answer for a file; of one with several frames or pages, for the one that `decode` chooses.
 
         name: what the file is called in errors. DICOM is seen through the bundle's window, whatever a viewer shows.
         Raises DecodeError for whatever is wrong with the file, and BusyError.
         """
-        bundle = self.bundle  # one for the whole file, though `reload` may come in between
-        begun = time.perf_counter()
-        if every:
-            slices = list(decode_frames(source, bundle.window, self.limits, name=name))
-        else:
-            slices = [decode(source, bundle.window, self.limits, name=name)]
-        squares = [bundle.preprocess(found.gray) for found in slices]
-        decoded = (time.perf_counter() - begun) / len(slices)
-        jobs = [self._ask(bundle, square, explain) for square in squares]
-        return [self._told(bundle, found, job, decoded) for found, job in zip(slices, jobs, strict=True)]
+        window = self.bundle.window
+        return next(self._answers(lambda: iter([decode(source, window, self.limits, name=name)]), explain))
 
-    def reload(self) -> str:
-        """Loads the bundle again from where it lies; requests under way end with the old one.
+    def predict_frames(
+        self, source: Path | bytes, *, name: str | None = None, explain: bool = True
+    ) -> Iterator[Prediction]:
+        """The answer for each frame or page of a file in turn, as `predict` gives it; FRAMES_AHEAD are held at most."""
+        window = self.bundle.window
+        return self._answers(lambda: decode_frames(source, window, self.limits, name=name), explain)
+
+    def _answers(self, slices: Callable[[], Iterator[Slice]], explain: bool) -> Iterator[Prediction]:
+        bundle = self.bundle  # one for the whole file, though `reload` may come in between
+        asked: deque[tuple[Slice, _Job, float]] = deque()
+        broken: DecodeError | None = None
+        begun = time.perf_counter()
+        try:
+            for found in slices():
+                job = self._ask(bundle, bundle.preprocess(found.gray), explain)
+                asked.append((found, job, time.perf_counter() - begun))
+                if len(asked) == FRAMES_AHEAD:
+                    yield self._told(bundle, *asked.popleft())
+                begun = time.perf_counter()
+        except DecodeError as error:
+            broken = error  # the frames before it are good
+        while asked:
+            yield self._told(bundle, *asked.popleft())
+        if broken:
+            raise broken
+
+    def reload(self, source: str | Path | None = None) -> str:
+        """Loads the bundle again, from where it lies or from `source`; requests under way end with the old one.
 
         Returns the id of the bundle now in use. Raises BundleError, and the old one stays.
         """
-        self.bundle = load_bundle(self.source)
+        source = source or self.source
+        self.bundle, self.source = _load(source), source
         return self.bundle.id
 
     def close(self) -> None:
@@ -189,6 +206,12 @@ class Predictor:
                 _answer([job for job in jobs if job.bundle is bundle and job.answer.set_running_or_notify_cancel()])
             if last:
                 return
+
+
+def _load(source: str | Path) -> Bundle:
+    bundle = load_bundle(source)
+    bundle.net.pack()
+    return bundle
 
 
 def _answer(jobs: list[_Job]) -> None:

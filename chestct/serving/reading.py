@@ -15,7 +15,7 @@ import numpy as np
 
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.pictures import MANY, heat_picture, hounsfield_pictures, slice_picture
-from chestct.serving.predictor import Prediction, Predictor
+from chestct.serving.predictor import BusyError, Prediction, Predictor
 from chestct.serving.text import heat_meaning
 from chestct.serving.uploads import Upload, frame_count, too_many
 
@@ -61,27 +61,34 @@ def read_all(
 
 
 def _read(predictor: Predictor, upload: Upload, side: int, ends: float, on_answer: OnAnswer | None) -> list[Reading]:
-    if time.monotonic() > ends:
-        return [Reading(upload.name, error="No time was left for this slice. Send fewer at once.")]
+    """The readings of one file. A frame that cannot be read ends it, and those before it stay."""
+    read: list[Reading] = []
     try:
-        found = predictor.predict(upload.data, name="file", every=True)
-        hounsfield = (
-            hounsfield_pictures(upload.data, predictor.limits, side) if found[0].slice.format == "DICOM" else []
-        )
+        units = hounsfield_pictures(upload.data, predictor.limits, side)
+        for found in _in_time(predictor.predict_frames(upload.data, name="file"), ends):
+            read.append(_drawn(f"{upload.name}, frame {len(read) + 1}", found, side, next(units, ""), on_answer))
+        if len(read) == 1:
+            read = [dataclasses.replace(read[0], name=upload.name)]
+        return read
     except DecodeError as error:
         logger.info("unreadable file")
-        return [Reading(upload.name, error=f"This file cannot be read: {error.reason}.")]
+        said = f"This file cannot be read: {error.reason}."
     except ChestCTError as error:
         logger.warning("no answer: %s", error)
-        return [Reading(upload.name, error=str(error))]
+        said = str(error)
     except Exception:
         logger.exception("an answer failed")
-        return [Reading(upload.name, error="Something went wrong with this file on our side. It was noted in the log.")]
-    names = [upload.name] if len(found) == 1 else [f"{upload.name}, frame {i}" for i in range(1, len(found) + 1)]
-    return [
-        _drawn(name, prediction, side, hounsfield[i] if i < len(hounsfield) else "", on_answer)
-        for i, (name, prediction) in enumerate(zip(names, found, strict=True))
-    ]
+        said = "Something went wrong with this file on our side. It was noted in the log."
+    return [*read, Reading(upload.name, error=said)]
+
+
+def _in_time(answers: Iterator[Prediction], ends: float) -> Iterator[Prediction]:
+    while True:
+        if time.monotonic() > ends:
+            raise BusyError("No time was left for this slice. Send fewer at once.")
+        if (found := next(answers, None)) is None:
+            return
+        yield found
 
 
 def _drawn(name: str, found: Prediction, side: int, hounsfield: str, on_answer: OnAnswer | None) -> Reading:

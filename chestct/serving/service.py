@@ -34,12 +34,15 @@ SWEEP = 30.0
 """Seconds between two looks for uploads that nobody asked about."""
 
 OnAnswer = Callable[[Any], None]
+Locate = Callable[[], str]
 
 
-def serve(cfg: Config, on_answer: OnAnswer | None = None) -> None:
-    """Serves until SIGTERM or Ctrl-C. on_answer: called with each Prediction, for a record of what the service saw.
+def serve(cfg: Config, locate: Locate, on_answer: OnAnswer | None = None) -> None:
+    """Serves until SIGTERM or Ctrl-C.
 
-    Raises ConfigError, BundleError and what else a user can mend.
+    locate: where the bundle lies, asked at the start and at each SIGHUP, since a name may have moved on; on_answer:
+    called with each Prediction, for a record of what the service saw. Raises ConfigError, BundleError and what else a
+    user can mend.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for name in ("httpx", "uvicorn.error"):
@@ -50,7 +53,7 @@ def serve(cfg: Config, on_answer: OnAnswer | None = None) -> None:
     gate = Gate.from_environment()
     listening = listen(cfg.serve.host, cfg.serve.port)
     with upload_folder() as uploads:
-        service = Service(cfg, gate, uploads, on_answer)
+        service = Service(cfg, gate, uploads, locate, on_answer)
         service.run(listening)
     if service.failure:
         raise service.failure
@@ -89,8 +92,10 @@ def upload_folder() -> Iterator[Path]:
 class Service:
     """ASGI app and its server. `failure`: why it could not start."""
 
-    def __init__(self, cfg: Config, gate: Gate, uploads: Path, on_answer: OnAnswer | None = None) -> None:
-        self.cfg, self.gate, self.uploads, self.on_answer = cfg, gate, uploads, on_answer
+    def __init__(
+        self, cfg: Config, gate: Gate, uploads: Path, locate: Locate, on_answer: OnAnswer | None = None
+    ) -> None:
+        self.cfg, self.gate, self.uploads, self.locate, self.on_answer = cfg, gate, uploads, locate, on_answer
         self.app: App | None = None
         self.predictor: Any = None
         self.failure: Exception | None = None
@@ -162,16 +167,12 @@ class Service:
         serve = self.cfg.serve
         limits = Limits(min(self.cfg.data.max_bytes, serve.max_upload), self.cfg.data.max_pixels)
         self.predictor = Predictor(
-            self.cfg.bundle or "packaged",
-            limits,
-            batch=serve.batch,
-            waiting=4 * serve.max_slices,
-            seconds=serve.seconds,
+            self.locate(), limits, batch=serve.batch, waiting=4 * serve.max_slices, seconds=serve.seconds
         )
         from chestct.serving.examples import make_examples
 
         examples = make_examples()
-        self.predictor.predict(examples[2].data)  # the first pass of a network is slower than the rest
+        self.predictor.predict(examples[3].data)  # the first pass of a network is slower than the rest
         warm.join()
         from chestct.serving.app import make_page, mount
         from chestct.serving.counters import Counters
@@ -195,11 +196,12 @@ class Service:
             self.on_answer(found)
 
     def reload(self) -> None:
-        """Takes the bundle anew from where it lies; where that fails, the old one goes on."""
+        """Takes the bundle anew from where it lies by now; where that fails, the old one goes on."""
         try:
-            logger.info("bundle reloaded: %s", self.predictor.reload())
-        except ChestCTError as error:
-            logger.error("bundle not reloaded, %s stays: %s", self.predictor.bundle.id, error)
+            logger.info("bundle reloaded: %s", self.predictor.reload(self.locate()))
+        except Exception as error:
+            known = isinstance(error, ChestCTError)
+            logger.error("bundle not reloaded, %s stays: %s", self.predictor.bundle.id, error, exc_info=not known)
 
     async def _until_told(self) -> None:
         from chestct.serving.web import sweep

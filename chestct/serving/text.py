@@ -117,7 +117,20 @@ def known_warning() -> str:
 
 def doubts(bundle: Bundle) -> str:
     """Markdown: when not to trust the model, from its card, or else what holds for any such model."""
-    return card_section(bundle.card) or "\n".join(f"- {line}" for line in DOUBTS)
+    said = "\n\n".join(filter(None, (findings(bundle.card), card_section(bundle.card))))
+    return said or "\n".join(f"- {line}" for line in DOUBTS)
+
+
+def body(card: str) -> str:
+    """A model card without the YAML that model hubs read, and without its title."""
+    return re.sub(r"\A\s*(---\n.*?\n---\n)?\s*(# [^\n]*\n)?", "", card, flags=re.DOTALL)
+
+
+def findings(card: str) -> str:
+    """What a card says in list items above its first section: what to know before anything else."""
+    return "\n".join(
+        line for line in re.split(r"^#", body(card), flags=re.MULTILINE)[0].splitlines() if line[:2] == "- "
+    )
 
 
 def card_section(card: str) -> str:

@@ -53,7 +53,7 @@ def make_app(
             data = await _body(request)
             overlay = request.query_params.get("overlay", "").lower() in ("1", "true", "yes")
             work = run_in_threadpool(predictor.predict, data, name="file", explain=overlay)
-            (found,) = await asyncio.wait_for(work, cfg.seconds)
+            found = await asyncio.wait_for(work, cfg.seconds)
             tell(found, on_answer)
             return JSONResponse(await run_in_threadpool(as_json, found, overlay))
         except DecodeError as error:

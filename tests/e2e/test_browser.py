@@ -151,7 +151,7 @@ def test_several_slices_are_walked_through_with_the_most_suspicious_first(visit,
     with zipfile.ZipFile(archive, "w") as made:
         for i in range(6):
             made.writestr(f"{i + 1}.png", files[i])
-    found = [served.predictor.predict(data)[0] for data in files]
+    found = [served.predictor.predict(data) for data in files]
     best = max(range(6), key=lambda i: (found[i].decision != "refused", found[i].score))
     page = visit()
     give(page, ("scan.zip", archive.getvalue()))

@@ -34,11 +34,11 @@ def test_the_predictor_gives_the_same_numbers_for_the_files(
     export(found, tmp_path / "b")
     predictor = Predictor(tmp_path / "b")
     for row in found.test.head(4).itertuples():
-        (answer,) = predictor.predict(Path(run[0].data.root or "") / str(row.path))
+        answer = predictor.predict(Path(run[0].data.root or "") / str(row.path))
         assert answer.score == pytest.approx(row.probability_cancer, abs=1e-5)
         assert not answer.known
     learned = run[1].data.manifest.query("split == 'train'").iloc[0]
-    assert predictor.predict(Path(run[0].data.root or "") / learned["path"])[0].known
+    assert predictor.predict(Path(run[0].data.root or "") / learned["path"]).known
     predictor.close()
 
 
@@ -48,6 +48,8 @@ def test_the_bundle_knows_what_it_was_made_from(bundle: Bundle, found: Evaluatio
     assert facts["data"]["data_hash"] == found.about["data_hash"]
     assert sum(facts["data"]["slices"].values()) == len(found.data.manifest)  # type: ignore[union-attr]
     assert facts["metrics"]["test"]["auroc"]["value"] == found.metrics["test"]["auroc"].value
+    for split, rows in found.table.groupby("split"):
+        assert sum(row["n"] for row in facts["reliability"][split]) == len(rows)
     for name in ("width", "std", "score", "novelty"):
         quantiles = facts["statistics"][name]
         assert len(quantiles) == 101

@@ -82,3 +82,12 @@ def test_parameter_counts(oxford):
     net = make(oxford)
     net.set_frozen(True)
     assert count_parameters(list(net.parameters())) == (513, 513 + 14_714_688)  # table 2 of the paper, convolutions
+
+
+def test_packed_convolutions_give_the_same_bits(oxford):
+    net, x = make(oxford), torch.rand(3, 1, 64, 64)
+    with torch.no_grad():
+        before = net.fine_maps(x), net(x)
+        net.pack()
+        assert not any(isinstance(layer, torch.nn.Conv2d) for layer in net.features)
+        assert all(torch.equal(a, b) for a, b in zip(before, (net.fine_maps(x), net(x)), strict=True))

@@ -111,7 +111,7 @@ def serving(bundle: Path, gate: Gate | None = None, on_answer=None, **settings: 
     cfg = Config(bundle=str(bundle), serve=ServeConfig(**{"rate": 0} | settings))
     listening = listen("127.0.0.1", 0)
     with upload_folder() as uploads:
-        service = Service(cfg, gate or Gate(), uploads, on_answer)
+        service = Service(cfg, gate or Gate(), uploads, lambda: str(bundle), on_answer)
         thread = threading.Thread(target=service.run, args=(listening,))
         thread.start()
         try:

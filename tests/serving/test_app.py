@@ -39,7 +39,7 @@ def test_a_slice_gets_its_decision_its_reasons_and_its_pictures(
     visitor: Visitor, served: Served, files: list[bytes]
 ) -> None:
     html = visitor.look([("mine.png", files[0])])
-    (own,) = served.predictor.predict(files[0])
+    own = served.predictor.predict(files[0])
     assert f'class="verdict {own.decision}"' in html
     assert "cancers in the validation set were found" in html
     assert html.count('class="ct" src="data:image/jpeg') == 2
@@ -91,7 +91,7 @@ def test_a_series_is_in_the_order_of_the_scan_with_the_most_suspicious_slice_sho
         made.writestr("__MACOSX/x", b"no")
     html = visitor.look([("scan.zip", archive.getvalue())])
     assert re.findall(r'<p class="name">([^<]*)', html) == ["scan/1.png", "scan/2.png", "scan/9.png", "scan/10.png"]
-    found = [served.predictor.predict(files[i % 6])[0] for i in (1, 2, 9, 10)]
+    found = [served.predictor.predict(files[i % 6]) for i in (1, 2, 9, 10)]
     best = max(range(4), key=lambda i: (found[i].decision != "refused", found[i].score))
     assert f'data-first="{best}"' in html
 
@@ -124,9 +124,7 @@ def test_the_history_holds_this_visit_and_comes_as_csv(served: Served, files: li
     rows = list(csv.DictReader(io.StringIO(base64.b64decode(link).decode("utf-8-sig"))))
     assert [row["file"] for row in rows] == ["'=cmd()", "second.png", "third.png"]
     assert [row["decision"] == "unreadable" for row in rows] == [False, False, True]
-    assert float(rows[0]["probability of cancer"]) == pytest.approx(
-        served.predictor.predict(files[0])[0].score, abs=1e-3
-    )
+    assert float(rows[0]["probability of cancer"]) == pytest.approx(served.predictor.predict(files[0]).score, abs=1e-3)
 
 
 def test_visitors_see_only_their_own(served: Served, files: list[bytes]) -> None:
@@ -181,7 +179,7 @@ def test_gradio_client_gets_plain_json(served: Served, files: list[bytes], tmp_p
     (tmp_path / "slice.png").write_bytes(files[2])
     client = Client(served.url, verbose=False)
     found = client.predict(file=handle_file(str(tmp_path / "slice.png")), overlay=True, api_name="/predict")
-    (own,) = served.predictor.predict(files[2])
+    own = served.predictor.predict(files[2])
     assert found["score"] == pytest.approx(own.score, abs=1e-5)
     assert found["decision"] == own.decision
     assert found["overlay"].startswith("data:image/png;base64,")
@@ -236,7 +234,7 @@ def test_twenty_clients_with_good_and_bad_files_get_what_is_theirs(
     bundle_folder: Path, files: list[bytes], examples: dict[str, bytes]
 ) -> None:
     with serving(bundle_folder) as found:
-        expected = [found.predictor.predict(data)[0].score for data in files]
+        expected = [found.predictor.predict(data).score for data in files]
 
         def client(i: int) -> list[str]:
             wrong = []

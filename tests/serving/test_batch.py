@@ -60,13 +60,16 @@ def call(*arguments: object) -> int:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that the predictor is asked about."""
     names: list[str] = []
-    real = Predictor.predict
 
-    def spy(self, source, **options):
-        names.append(Path(options["name"]).name)
-        return real(self, source, **options)
+    def spied(real):
+        def spy(self, source, **options):
+            names.append(Path(options["name"]).name)
+            return real(self, source, **options)
 
-    monkeypatch.setattr(Predictor, "predict", spy)
+        return spy
+
+    for method in ("predict", "predict_frames"):
+        monkeypatch.setattr(Predictor, method, spied(getattr(Predictor, method)))
     return names
 
 
@@ -83,7 +86,7 @@ def test_every_file_gets_a_row_in_order_with_the_predictors_numbers(bundle, scan
     for row in found:
         if row["decision"] == "unreadable":
             continue
-        (told,) = predictor.predict(Path(row["path"]))
+        told = predictor.predict(Path(row["path"]))
         assert float(row["score"]) == pytest.approx(told.score, abs=1e-5)
         assert float(row["novelty"]) == pytest.approx(told.novelty, abs=1e-4)
         assert float(row["probability_normal"]) + float(row["probability_cancer"]) == pytest.approx(1, abs=1e-5)

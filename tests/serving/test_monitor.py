@@ -52,7 +52,7 @@ def test_nothing_of_a_file_but_its_numbers_is_written(tmp_path):
     predictor, kept = Predictor(tmp_path / "bundle"), Monitor(tmp_path / "records" / "m.db")
     data = png(3)
     (tmp_path / "Jane-Doe-1970.png").write_bytes(data)
-    (found,) = predictor.predict(tmp_path / "Jane-Doe-1970.png")
+    found = predictor.predict(tmp_path / "Jane-Doe-1970.png")
     kept.record(found)
     kept.record(prediction(patient="Jane-Doe-1970"))
     kept.close()

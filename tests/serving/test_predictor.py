@@ -3,6 +3,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from PIL import Image
 from chestct.data.decode import Limits, Slice, decode, pixel_hash
 from chestct.errors import BundleError, DecodeError
 from chestct.models.bundle import FACTS
-from chestct.serving.predictor import BusyError, Predictor, why_refused
+from chestct.serving.predictor import FRAMES_AHEAD, BusyError, Predictor, why_refused
 from tests.models.test_bundle import make
 
 
@@ -40,7 +42,7 @@ def predictor(folder: Path):
 
 def test_a_file_gets_the_numbers_that_the_bundle_gives_its_square(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
-    (found,) = predictor.predict(tmp_path / "a.png")
+    found = predictor.predict(tmp_path / "a.png")
     square = predictor.bundle.preprocess(decode(png(1), predictor.bundle.window).gray)
     direct = predictor.bundle.predict(square[None], explain=True)
     assert found.score == pytest.approx(direct.score[0], abs=1e-6)
@@ -52,12 +54,12 @@ def test_a_file_gets_the_numbers_that_the_bundle_gives_its_square(predictor: Pre
 
 
 def test_concurrent_callers_get_their_own_answers_in_shared_passes(predictor: Predictor) -> None:
-    expected = [predictor.predict(png(seed), explain=False)[0].score for seed in range(12)]
+    expected = [predictor.predict(png(seed), explain=False).score for seed in range(12)]
     passes: list[int] = []
     real = predictor.bundle.predict
     object.__setattr__(predictor.bundle, "predict", lambda x, explain: passes.append(len(x)) or real(x, explain))
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda i: predictor.predict(png(i % 12))[0], range(60)))
+        found = list(pool.map(lambda i: predictor.predict(png(i % 12)), range(60)))
     assert [one.score for one in found] == pytest.approx([expected[i % 12] for i in range(60)], abs=1e-5)
     assert sum(passes) == 60
     assert max(passes) > 1
@@ -67,18 +69,43 @@ def test_every_page_of_a_file_is_answered(predictor: Predictor) -> None:
     pages = [Image.open(io.BytesIO(png(seed))) for seed in range(3)]
     file = io.BytesIO()
     pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
-    found = predictor.predict(file.getvalue(), every=True)
+    found = list(predictor.predict_frames(file.getvalue()))
     assert [one.slice.frame for one in found] == [0, 1, 2]
     assert [one.score for one in found] == pytest.approx(
-        [predictor.predict(png(seed))[0].score for seed in range(3)], abs=1e-5
+        [predictor.predict(png(seed)).score for seed in range(3)], abs=1e-5
     )
+
+
+def test_of_a_file_with_many_frames_only_a_few_are_held(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: weakref.WeakSet[Slice] = weakref.WeakSet()
+
+    def frames(*_: object, **__: object) -> Iterator[Slice]:
+        for i in range(40):
+            found = decode(png(i), predictor.bundle.window)
+            alive.add(found)
+            yield found
+
+    monkeypatch.setattr("chestct.serving.predictor.decode_frames", frames)
+    held = [len(alive) for _ in predictor.predict_frames(b"")]
+    assert len(held) == 40
+    assert max(held) <= FRAMES_AHEAD + 2
+
+
+def test_a_file_that_ends_in_rubbish_is_answered_up_to_there(predictor: Predictor) -> None:
+    file = io.BytesIO()
+    pages = [Image.open(io.BytesIO(png(seed))) for seed in range(6)]
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    answers = predictor.predict_frames(file.getvalue()[:-20_000], name="scan.tiff")
+    assert next(answers).slice.frame == 0
+    with pytest.raises(DecodeError, match=r"scan\.tiff"):
+        list(answers)
 
 
 @pytest.mark.parametrize("data", [b"", b"rubbish", png(0)[:200]])
 def test_rubbish_is_one_clear_error_and_the_predictor_lives_on(predictor: Predictor, data: bytes) -> None:
     with pytest.raises(DecodeError, match=r"scan\.png"):
         predictor.predict(data, name="scan.png")
-    assert len(predictor.predict(png(0))) == 1
+    assert predictor.predict(png(0))
 
 
 def test_limits_are_those_of_the_predictor(folder: Path) -> None:
@@ -92,8 +119,8 @@ def test_slices_of_the_training_data_are_known_again(folder: Path) -> None:
     predictor = Predictor(folder)
     seen = pixel_hash(decode(png(3), predictor.bundle.window).gray)[:16]
     predictor.bundle.facts["data"]["seen"].append(seen)
-    assert predictor.predict(png(3))[0].known
-    assert not predictor.predict(png(4))[0].known
+    assert predictor.predict(png(3)).known
+    assert not predictor.predict(png(4)).known
     predictor.close()
 
 
@@ -151,11 +178,34 @@ def test_reloading_takes_the_new_bundle_and_keeps_the_old_one_if_it_is_bad(tmp_p
     make(tmp_path / "b", classes=4)
     after = predictor.reload()
     assert after != before
-    assert set(predictor.predict(png(0))[0].probabilities) == {"normal", "adenocarcinoma", "large_cell", "squamous"}
+    assert set(predictor.predict(png(0)).probabilities) == {"normal", "adenocarcinoma", "large_cell", "squamous"}
     (tmp_path / "b" / FACTS).write_text("{")
     with pytest.raises(BundleError):
         predictor.reload()
-    assert predictor.predict(png(0))[0].bundle == after
+    assert predictor.predict(png(0)).bundle == after
+    predictor.close()
+
+
+def test_requests_under_way_end_with_the_bundle_they_began_with(tmp_path: Path) -> None:
+    make(tmp_path / "old")
+    make(tmp_path / "new", classes=4)
+    predictor = Predictor(tmp_path / "old", batch=1)
+    before, gate, real = predictor.bundle.id, threading.Event(), predictor.bundle.predict
+
+    def gated(*arguments: object):
+        assert gate.wait(30)
+        return real(*arguments)
+
+    object.__setattr__(predictor.bundle, "predict", gated)
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(predictor.predict, png(seed)) for seed in range(4)]
+        while predictor._jobs.qsize() < 3:
+            time.sleep(0.01)
+        after = predictor.reload(tmp_path / "new")
+        later = pool.submit(predictor.predict, png(9))
+        gate.set()
+        assert {job.result(30).bundle for job in waiting} == {before}
+    assert later.result().bundle == after != before
     predictor.close()
 
 

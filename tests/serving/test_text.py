@@ -63,3 +63,11 @@ def test_the_doubts_come_from_the_card() -> None:
     card = "## Use\nfor fun\n## Limitations\n- one\n### Caveats\n- two\n## Licence\nnone\n## Out-of-scope use\nthree"
     assert text.card_section(card).split() == ["-", "one", "###", "Caveats", "-", "two", "three"]
     assert text.card_section("# Card\nnothing") == ""
+
+
+def test_what_to_know_first_stands_above_the_cards_first_section() -> None:
+    card = "---\nlicense: other\n---\n# Card\n**good**\n\n- **Few**: of them\n- odd\n## Use\n- not this\n"
+    assert text.findings(card) == "- **Few**: of them\n- odd"
+    assert text.body(card).startswith("**good**")
+    assert "license" not in text.body(card)
+    assert text.findings("# Card\n## Use\n- not this") == ""

@@ -204,7 +204,7 @@ def test_a_plain_password_in_the_environment_is_an_error_that_tells_the_way(entr
 
 def test_the_answer_has_the_numbers_of_the_predictor(served: Served, files: list[bytes]) -> None:
     for data in files[:3]:
-        (own,) = served.predictor.predict(data)
+        own = served.predictor.predict(data)
         found = httpx.post(f"{served.url}/predict", content=data).json()
         assert found["score"] == pytest.approx(own.score, abs=1e-5)
         assert found["decision"] == own.decision
@@ -352,7 +352,7 @@ def test_nothing_of_an_upload_is_in_the_log(
 
 
 def test_health_says_starting_until_the_model_is_there(tmp_path: Path) -> None:
-    service = Service(Config(), Gate(), tmp_path)
+    service = Service(Config(), Gate(), tmp_path, lambda: "packaged")
     go = threading.Event()
 
     def build():
