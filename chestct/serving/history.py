@@ -7,6 +7,7 @@ from html import escape
 
 from chestct.serving.answer import decision
 from chestct.serving.reading import Reading
+from chestct.serving.table import cell
 
 COLUMNS = ("time", "file", "decision", "probability of cancer", "distance", "reason", "bundle")
 
@@ -51,13 +52,9 @@ def _cell(name: str, value: str) -> str:
 
 
 def as_csv(history: list[Row]) -> str:
-    """The rows as CSV; a cell that a spreadsheet would take for a formula begins with an apostrophe."""
+    """The rows as CSV, in which no cell can start a formula."""
     file = io.StringIO()
     writer = csv.DictWriter(file, COLUMNS)
     writer.writeheader()
-    writer.writerows({name: _harmless(value) for name, value in row.items()} for row in history)
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in history)
     return file.getvalue()
-
-
-def _harmless(value: str) -> str:
-    return f"'{value}" if value[:1] in ("=", "+", "-", "@", "\t", "\r") else value

@@ -1,13 +1,11 @@
 """Gradio without what a service has no use for: telemetry, stub files, and file components that fetch and keep files.
 
-While Gradio is imported it rewrites a .pyi file for each component, which takes a third of the import's time and fails
-where site-packages is read-only; it skips classes without a source file, so here component classes have none.
+While Gradio is imported it rewrites a .pyi file for each component, which takes a second and serves nobody here. It
+skips classes without a source file, so component classes have none.
 """
 
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +17,17 @@ os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = os.environ["GRADIO_ANALYTICS_CACHE_F
 File = tuple[str, Path]
 """What the owner calls an upload, and where it lies."""
 
-
-@contextmanager
-def _without_stub_files() -> Iterator[None]:
-    getfile = inspect.getfile
-
-    def but_for_components(thing: Any) -> str:
-        if type(thing).__name__ == "ComponentMeta":
-            raise OSError("not looked for")
-        return getfile(thing)
-
-    inspect.getfile = but_for_components  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        inspect.getfile = getfile
+getfile = inspect.getfile
 
 
-with _without_stub_files():
+def _no_source_of_components(thing: Any) -> str:
+    if type(thing).__name__ == "ComponentMeta":
+        raise OSError("not looked for")
+    return getfile(thing)
+
+
+inspect.getfile = _no_source_of_components  # type: ignore[assignment]
+try:
     import gradio as gr
     from gradio.utils import get_upload_folder
 
@@ -58,6 +49,9 @@ with _without_stub_files():
             parts = getattr(payload, "root", payload) or []
             parts = parts if isinstance(parts, list) else [parts]
             return [(part.orig_name or "unnamed", _uploaded(part.path)) for part in parts]
+
+finally:
+    inspect.getfile = getfile
 
 
 def _uploaded(path: str | Path | None) -> Path:

@@ -60,12 +60,13 @@ def serve(cfg: Config, locate: Locate, on_answer: OnAnswer | None = None) -> Non
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ConfigError where the address is taken or impossible."""
+    """A listening socket: whoever knocks before the server runs waits. Raises ConfigError where the address is taken or impossible."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()
     except OSError as error:
         bound.close()
         raise ConfigError(
@@ -79,14 +80,8 @@ def listen(host: str, port: int) -> socket.socket:
 def upload_folder() -> Iterator[Path]:
     """A private folder for uploads, this process's own, that Gradio is told of; gone at the end."""
     with tempfile.TemporaryDirectory(prefix="chestct-uploads-", ignore_cleanup_errors=True) as folder:
-        before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if before is not None:
-                os.environ["GRADIO_TEMP_DIR"] = before
+        yield Path(folder)
 
 
 class Service:
@@ -138,11 +133,11 @@ class Service:
 
     async def _live(self) -> None:
         """Loads, serves, cleans up; ends when the server is to exit."""
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self.reload))
         try:
             app, gradio_app = await asyncio.to_thread(self._build)
-            loop = asyncio.get_running_loop()
-            if threading.current_thread() is threading.main_thread():
-                loop.add_signal_handler(signal.SIGHUP, lambda: loop.run_in_executor(None, self.reload))
             async with app.router.lifespan_context(app):
                 self.app = self._guarded(app)
                 self.ready.set()
@@ -197,6 +192,8 @@ class Service:
 
     def reload(self) -> None:
         """Takes the bundle anew from where it lies by now; where that fails, the old one goes on."""
+        if not self.predictor:
+            return  # it is being loaded
         try:
             logger.info("bundle reloaded: %s", self.predictor.reload(self.locate()))
         except Exception as error:

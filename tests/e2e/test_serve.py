@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from chestct.door import CONF
+from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.serving.auth import verify
+from chestct.tracking.bundle import register
 from tests.serving.conftest import bundle_folder, examples, files
 from tests.serving.visitor import Visitor
 
@@ -76,6 +78,35 @@ def test_it_serves_reloads_and_ends_well_with_a_page_open(bundle_folder: Path, f
         assert "JD" not in printed
         assert str(bundle_folder) not in printed
     assert not list(tmp_path.iterdir())  # neither runs nor uploads nor anything else
+
+
+@pytest.mark.slow
+def test_an_alias_that_moves_is_followed_on_sighup(bundle_folder: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("chestct", str(tmp_path / "artifacts"))
+
+    def registered(bundle: Path) -> str:
+        run = client.create_run(experiment).info.run_id
+        client.log_artifacts(run, str(bundle), "bundle")
+        register(client, run, "chest")
+        return load_bundle(bundle).id
+
+    def until(url: str, bundle: str) -> bool:
+        deadline = time.monotonic() + 30
+        while httpx.get(f"{url}/healthz").json()["bundle"] != bundle and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(httpx.get(f"{url}/healthz").json()["bundle"] == bundle)
+
+    first = registered(bundle_folder)
+    with process(tmp_path, "bundle=models:/chest@champion", f"tracking.uri={uri}") as (running, url):
+        assert until(url, first)
+        second = registered(PACKAGED_BUNDLE)
+        running.send_signal(signal.SIGHUP)
+        assert first != second
+        assert until(url, second)
 
 
 @pytest.mark.slow

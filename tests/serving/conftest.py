@@ -15,6 +15,7 @@ from chestct.config import Config, EvaluationConfig, ModelConfig, ServeConfig, W
 from chestct.data.decode import decode
 from chestct.data.preprocess import Preprocess
 from chestct.models.bundle import save_bundle
+from chestct.models.calibration import reliability_table
 from chestct.models.novelty import channel_means, fit_reference
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import mean_evidence
@@ -75,6 +76,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         "window": {"center": -600.0, "width": 1500.0, "from_file": False},
         "data": {"seen": [], "slices": {"train": 39, "valid": 9, "test": 12}},
         "metrics": {"test": {"auroc": estimate, "sensitivity": estimate}, "valid": {"auroc": estimate}},
+        "reliability": {"test": reliability_table(scores, targets > 0)},
         "statistics": {"score": np.quantile(scores, np.linspace(0, 1, 101)).tolist()},
     }
     save_bundle(folder, net, point, reference, baseline, weights, facts, CARD)

@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from chestct.serving import about
 from chestct.serving.predictor import NOT_MEDICAL
 from tests.serving.conftest import Served, make_bundle, serving
 from tests.serving.visitor import Visitor
@@ -194,6 +196,16 @@ def test_gradio_client_is_told_what_is_wrong_with_a_file(served: Served, tmp_pat
     (tmp_path / "slice.png").write_bytes(b"rubbish")
     with pytest.raises(Exception, match="neither PNG"):
         Client(served.url, verbose=False).predict(file=handle_file(str(tmp_path / "slice.png")), api_name="/predict")
+
+
+def test_the_page_about_the_model_tells_what_its_bundle_knows(served: Served) -> None:
+    bundle = served.predictor.bundle
+    html = about.render(bundle)
+    for said in ("0.930", "[0.880, 0.970]", "Does the probability hold?", "phantoms"):
+        assert said in html
+    assert html.count('class="point"') == len(bundle.facts["reliability"]["test"])
+    bare = {**bundle.facts, "reliability": {}, "metrics": {}, "statistics": {}}
+    assert "<svg" not in about.render(dataclasses.replace(bundle, facts=bare))  # an older one
 
 
 def test_the_page_names_no_other_host(served: Served) -> None:

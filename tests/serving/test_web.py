@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import io
-import json
 import logging
 import shutil
 import socket
@@ -293,7 +292,18 @@ def test_a_client_that_hangs_up_leaves_the_service_well(served: Served) -> None:
                 b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
                 b"Content-Length: 90000\r\n\r\n--x\r\nContent-Disposition: form-data; name=files; filename=a\r\n\r\nabc"
             )
+    with socket.create_connection((host, int(port)), timeout=10) as connection:  # and one that does not want to wait
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 7\r\n\r\nrubbish")
     time.sleep(0.3)
+    assert httpx.get(f"{served.url}/healthz").status_code == 200
+    assert not served.left()
+
+
+@pytest.mark.parametrize("path", ["/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/call/predict"])
+@pytest.mark.parametrize("headers", [{}, {"content-type": "multipart/form-data"}, {"content-type": "application/json"}])
+def test_rubbish_for_gradio_is_refused_and_no_failure_of_ours(served: Served, path: str, headers) -> None:
+    found = httpx.post(f"{served.url}{path}", content=b"\xff{rubbish", headers=headers)
+    assert 400 <= found.status_code < 500, found.text
     assert httpx.get(f"{served.url}/healthz").status_code == 200
     assert not served.left()
 
@@ -400,14 +410,29 @@ def test_requests_under_way_are_answered_before_the_service_ends(bundle_folder: 
     assert [answer.status_code for answer in answers] == [200]
 
 
-def test_a_bundle_that_disappears_leaves_the_old_one_at_work(
+def test_a_bundle_whose_name_moves_on_is_followed_and_one_that_disappears_stays_at_work(
     bundle_folder: Path, tmp_path: Path, files: list[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(bundle_folder, tmp_path / "bundle"))
     with serving(folder) as found:
-        before = httpx.post(f"{found.url}/predict", content=files[0]).json()
+
+        def ask() -> dict:
+            return httpx.post(f"{found.url}/predict", content=files[0]).json()
+
+        before = ask()
         shutil.rmtree(folder)
         found.service.reload()
         assert "not reloaded" in caplog.text
-        after = httpx.post(f"{found.url}/predict", content=files[0]).json()
-        assert json.dumps(after["score"]) == json.dumps(before["score"])
+        assert "Traceback" not in caplog.text
+        assert ask()["score"] == before["score"]
+
+        def lost() -> str:
+            raise RuntimeError("the store is gone")
+
+        found.service.locate = lost
+        found.service.reload()
+        assert "the store is gone" in caplog.text
+        assert ask()["bundle"] == before["bundle"]
+        found.service.locate = lambda: "packaged"
+        found.service.reload()
+        assert ask()["bundle"] == httpx.get(f"{found.url}/healthz").json()["bundle"] != before["bundle"]
