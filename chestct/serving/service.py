@@ -60,7 +60,10 @@ def serve(cfg: Config, locate: Locate, on_answer: OnAnswer | None = None) -> Non
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket: whoever knocks before the server runs waits. Raises ConfigError where the address is taken or impossible."""
+    """A listening socket: whoever knocks before the server runs waits.
+
+    Raises ConfigError where the address is taken or impossible.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
