@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-import numpy as np
-
 from chestct.models.bundle import Bundle
 from chestct.serving import text
 from chestct.serving.answer import MARKDOWN
@@ -37,12 +35,10 @@ def render(bundle: Bundle) -> str:
     """The whole page as HTML."""
     known = text.findings(bundle.card)
     first = f"<section><h3>What to know first</h3>{MARKDOWN.render(known)}</section>" if known else ""
-    plots = reliability_plot(bundle) + score_plot(bundle)
     card = MARKDOWN.render(re.sub(r"^#", "###", text.body(bundle.card), flags=re.MULTILINE))  # below a heading of ours
     return (
         f'<article class="about prose"><h2>About the model</h2>{first}{_summary(bundle)}{metrics_table(bundle.facts)}'
-        f'<div class="plots">{plots}</div>'
-        f"<details><summary>The whole model card</summary>{card}</details></article>"
+        f"{reliability_plot(bundle)}<details><summary>The whole model card</summary>{card}</details></article>"
     )
 
 
@@ -104,70 +100,33 @@ def reliability_plot(bundle: Bundle) -> str:
         return ""
     count = sum(point["n"] for point in points)
     marks = "".join(
-        f'<line class="spread" x1="{_x(point["score"]):.1f}" x2="{_x(point["score"]):.1f}" '
-        f'y1="{_y(point["low"]):.1f}" y2="{_y(point["high"]):.1f}"/><circle class="point" '
-        f'cx="{_x(point["score"]):.1f}" cy="{_y(point["observed"]):.1f}" r="{3 + 9 * (point["n"] / count) ** 0.5:.1f}">'
-        f"<title>{point['n']:.0f} slices with a mean of {text.percent(point['score'])}: {point['observed']:.0%} cancer"
-        "</title></circle>"
+        f'<line class="spread" x1="{_x(point["score"])}" x2="{_x(point["score"])}" y1="{_y(point["low"])}" '
+        f'y2="{_y(point["high"])}"/><circle class="point" cx="{_x(point["score"])}" cy="{_y(point["observed"])}" '
+        f'r="{3 + 12 * (point["n"] / count) ** 0.5:.1f}"><title>{point["n"]:.0f} slices with a mean probability of '
+        f"{text.percent(point['score'])}: {point['observed']:.0%} cancer</title></circle>"
         for point in points
     )
-    said = f"""On the dashed line, of the slices with 80 % eight in ten are cancer. The {count:,.0f} test slices in ten
-bins of equal width; larger dots stand for more slices, bars are 95 % intervals."""
-    label = "Reliability: probability of cancer against the share of test slices that are cancer"
-    shares = "".join(f'<text x="{LEFT - 8}" y="{_y(y) + 4:.0f}" text-anchor="end">{y:.0%}</text>' for y in (0, 0.5, 1))
-    ideal = f'<line class="threshold" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>'
-    return _plot(
-        "Does the probability hold?", label, shares + ideal + marks, "probability of cancer, test slices", said
+    ticks = "".join(
+        f'<text x="{_x(share)}" y="{_y(0) + 18}" text-anchor="middle">{share:.0%}</text>'
+        f'<text x="{_x(0) - 8}" y="{_y(share) + 4}" text-anchor="end">{share:.0%}</text>'
+        for share in (0, 0.25, 0.5, 0.75, 1)
     )
-
-
-def score_plot(bundle: Bundle, bins: int = 20) -> str:
-    """How probabilities of validation slices are spread, with the threshold, as inline SVG; "" without the figures.
-
-    The bundle holds quantiles; the shares of slices in equal bins follow from them by interpolation.
-    """
-    quantiles = bundle.facts.get("statistics", {}).get("score")
-    if not quantiles:
-        return ""
-    edges = np.linspace(0, 1, bins + 1)
-    below = np.searchsorted(np.asarray(quantiles), edges, side="left") / len(quantiles)
-    below[-1] = 1.0
-    shares = np.diff(below)
-    peak = max(float(shares.max()), 1e-9)
-    threshold, name = bundle.point.threshold, text.percent(bundle.point.threshold)
-    at = _x(min(1.0, threshold))
-    anchor, nudge = ("end", -6) if threshold > 0.6 else ("start", 6)
-    bars = "".join(
-        f'<rect class="{"above" if edges[i] + 1e-9 >= threshold else "below"}" x="{_x(edges[i]) + 1:.1f}" '
-        f'y="{_y(share / peak):.1f}" width="{WIDE / bins - 2:.1f}" height="{HIGH * share / peak:.1f}"/>'
-        for i, share in enumerate(shares)
-    )
-    mark = (
-        f'<line class="threshold" x1="{at:.1f}" x2="{at:.1f}" y1="4" y2="{_y(0)}"/>'
-        f'<text class="mark" x="{at + nudge:.1f}" y="14" text-anchor="{anchor}">threshold {name}</text>'
-    )
-    label = f"Shares of validation slices by probability of cancer; the threshold lies at {name}"
-    said = "Most slices lie near 0 or 100 % where the model is sure; what lies about the threshold is hard for it."
-    return _plot("How sure is it?", label, bars + mark, "probability of cancer, validation slices", said)
-
-
-LEFT, TOP, WIDE, HIGH = 44, 20, 400, 220
-"""The field of a plot within its 460 x 290."""
+    threshold = bundle.point.threshold
+    return f"""<section><h3>Does the probability hold?</h3><svg class="plot" viewBox="0 0 470 300" role="img"
+aria-label="Reliability: probability of cancer against the share of test slices that are cancer">
+<line class="axis" x1="{_x(0)}" x2="{_x(1)}" y1="{_y(0)}" y2="{_y(0)}"/>{ticks}
+<line class="ideal" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>
+<line class="threshold" x1="{_x(threshold)}" x2="{_x(threshold)}" y1="{_y(0)}" y2="{_y(1)}"/>
+<text class="mark" x="{_x(threshold) + 6}" y="{_y(1) + 8}">threshold</text>{marks}
+<text x="{_x(0.5)}" y="{_y(0) + 40}" text-anchor="middle">probability of cancer</text></svg>
+<p class="small">Height: share of the test slices with that probability that are cancer. On the dashed line, of those
+with 75 % three in four are. {count:,.0f} slices in ten bins; larger dots stand for more of them, bars are 95 %
+intervals.</p></section>"""
 
 
 def _x(share: float) -> float:
-    return LEFT + WIDE * share
+    return round(52 + 400 * share, 1)
 
 
 def _y(share: float) -> float:
-    return TOP + HIGH * (1 - share)
-
-
-def _plot(title: str, label: str, drawn: str, below: str, said: str) -> str:
-    """A figure with percents from left to right."""
-    ticks = "".join(
-        f'<text x="{_x(x):.0f}" y="{_y(0) + 18}" text-anchor="middle">{x:.0%}</text>' for x in (0, 0.25, 0.5, 0.75, 1)
-    )
-    return f"""<section><h3>{title}</h3><svg class="plot" viewBox="0 0 460 290" role="img" aria-label="{escape(label)}">
-<line class="axis" x1="{LEFT}" x2="{_x(1)}" y1="{_y(0)}" y2="{_y(0)}"/>{ticks}{drawn}
-<text x="{_x(0.5)}" y="{_y(0) + 40}" text-anchor="middle">{below}</text></svg><p class="small">{said}</p></section>"""
+    return round(16 + 230 * (1 - share), 1)

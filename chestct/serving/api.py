@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from chestct.serving.pictures import overlay_picture
+from chestct.serving.pictures import data_uri, overlay
 from chestct.serving.predictor import NOT_MEDICAL, Prediction
 
 
-def as_json(found: Prediction, overlay: bool = False) -> dict[str, Any]:
-    """score and decision first; seconds: where the time went; overlay: PNG data URI, where asked for."""
+def as_json(found: Prediction, picture: bool = False) -> dict[str, Any]:
+    """score and decision first; seconds: where the time went; picture: with `overlay`, a PNG as data URI."""
     told: dict[str, Any] = {
         "score": round(found.score, 6),
         "decision": found.decision,
@@ -20,4 +20,4 @@ def as_json(found: Prediction, overlay: bool = False) -> dict[str, Any]:
         "seconds": {name: round(seconds, 4) for name, seconds in found.seconds.items()},
         "notice": NOT_MEDICAL,
     }
-    return told | {"overlay": overlay_picture(found)} if overlay else told
+    return told | {"overlay": data_uri(overlay(found), "png")} if picture else told

@@ -15,11 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from chestct.data.decode import read
 from chestct.errors import DataError, DecodeError
-from chestct.models.saliency import blend
+from chestct.serving.pictures import overlay
 from chestct.serving.predictor import Prediction, Predictor
 from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns
 
@@ -28,8 +26,6 @@ AHEAD = 6
 
 PATIENCE = 24 * 3600.0
 """Seconds that a slice may wait for the network: here nobody waits but the program itself."""
-
-OPACITY = 0.6
 
 
 @dataclass
@@ -218,11 +214,9 @@ def overlay_name(path: Path, what: str) -> str:
 
 
 def _save_overlay(found: Prediction, path: Path) -> None:
-    """The slice with its heat; where nothing speaks for cancer, the slice alone."""
-    assert found.heat is not None
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray(blend(found.gray, found.heat, OPACITY)).save(part, "PNG")
+        part.write_bytes(overlay(found))
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

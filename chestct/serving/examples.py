@@ -3,7 +3,6 @@
 Three phantoms and something that is no CT slice at all; the first is DICOM, so that the window can be tried.
 """
 
-import base64
 import io
 import tempfile
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw
 
 from chestct.config import PhantomConfig
 from chestct.phantom.thorax import display, draw
+from chestct.serving.pictures import data_uri
 
 THUMB = 112
 LUNG = (-600.0, 1500.0)
@@ -75,7 +75,7 @@ def _thumb(image: Image.Image) -> str:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     small = image.crop((left, top, left + side, top + side)).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
-    return f"data:image/jpeg;base64,{base64.b64encode(_jpeg(small, 85)).decode()}"
+    return data_uri(_jpeg(small, 85), "jpeg")
 
 
 def _jpeg(image: Image.Image, quality: int) -> bytes:

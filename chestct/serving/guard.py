@@ -137,7 +137,11 @@ class Guard:
             if not announced.isdecimal() or int(announced) > most:
                 await sender.refuse(413, _too_large(most), {"connection": "close"})
                 return
-            await self.app(scope, _counted(receive, sender, most), sender)
+            receive = _counted(receive, sender, most)
+            if scope["method"] == "POST" and route not in WITH_FILES:
+                receive = await _checked(receive, sender)
+            if not sender.refused:
+                await self.app(scope, receive, sender)
 
     async def _admitted(self, headers: dict[str, str], client: str, sender: "Sender") -> bool:
         header = headers.get("authorization", "")
@@ -203,6 +207,26 @@ def _counted(receive: Receive, sender: Sender, most: int) -> Receive:
         return message
 
     return counted
+
+
+async def _checked(receive: Receive, sender: Sender) -> Receive:
+    """`receive` with its body read already; one that is no text is refused here, since Gradio would fail over it."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return receive
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        await sender.refuse(400, "The request cannot be read: it is to be JSON.")
+    first = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return first.pop() if first else await receive()
+
+    return again
 
 
 def _too_large(most: int) -> str:

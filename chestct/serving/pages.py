@@ -30,7 +30,7 @@ curl -F file=@slice.dcm "ADDRESS/predict?overlay=true"</code></pre>
 client = Client("ADDRESS")
 told = client.predict(file=handle_file("slice.png"), overlay=False, api_name="/predict")
 print(told["decision"], told["score"])</code></pre>
-<dl><dt>score</dt><dd>calibrated probability of cancer, 0 to 1</dd>
+<h3>What comes back</h3><dl><dt>score</dt><dd>calibrated probability of cancer, 0 to 1</dd>
 <dt>decision</dt><dd>cancer, normal, uncertain or refused; <code>reason</code> says why, for the last two</dd>
 <dt>possible</dt><dd>the answers that cannot be excluded</dd>
 <dt>novelty</dt><dd>distance to the training slices; uncertain beyond 1, refused beyond 1.5</dd>

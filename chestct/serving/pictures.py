@@ -44,10 +44,10 @@ def heat_picture(found: Prediction, side: int = HEAT_SIDE) -> str:
     return _uri(Image.fromarray(rgba), "WEBP", quality=80, method=2)
 
 
-def overlay_picture(found: Prediction, opacity: float = 0.6) -> str:
-    """Slice and heat in one PNG at full resolution, as data URI; the slice alone where there is no heat."""
+def overlay(found: Prediction, opacity: float = 0.6) -> bytes:
+    """Slice and heat in one PNG at full resolution; the slice alone where there is no heat."""
     rgb = np.repeat(found.gray[..., None], 3, -1) if found.heat is None else blend(found.gray, found.heat, opacity)
-    return _uri(Image.fromarray(rgb), "PNG", compress_level=1)
+    return _encoded(Image.fromarray(rgb), "PNG", compress_level=1)
 
 
 def hounsfield_pictures(data: bytes, limits: Limits, side: int) -> Iterator[str]:
@@ -82,7 +82,16 @@ def _shrunk(image: Image.Image, side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
-def _uri(image: Image.Image, format: str, **options: int) -> str:
+def _encoded(image: Image.Image, format: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue()
+
+
+def _uri(image: Image.Image, format: str, **options: int) -> str:
+    return data_uri(_encoded(image, format, **options), format.lower())
+
+
+def data_uri(data: bytes, format: str) -> str:
+    """An image as the address of itself. format: png, jpeg or webp."""
+    return f"data:image/{format};base64,{base64.b64encode(data).decode()}"

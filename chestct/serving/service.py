@@ -83,8 +83,14 @@ def listen(host: str, port: int) -> socket.socket:
 def upload_folder() -> Iterator[Path]:
     """A private folder for uploads, this process's own, that Gradio is told of; gone at the end."""
     with tempfile.TemporaryDirectory(prefix="chestct-uploads-", ignore_cleanup_errors=True) as folder:
+        before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
-        yield Path(folder)
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop("GRADIO_TEMP_DIR")
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 class Service:

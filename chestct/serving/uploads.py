@@ -118,8 +118,7 @@ def scan_position(data: bytes) -> float | None:
         return None
     try:
         tags = ["ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber"]
-        file = headers.BudgetedFile(data, MAX_READS)
-        dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
+        dataset = _header(data, tags)
         position, orientation = (dataset.get(tag) for tag in tags[:2])
         if position and orientation:
             rows, columns = np.reshape(np.asarray(orientation, float), (2, 3))
@@ -153,9 +152,12 @@ def frame_count(data: bytes, most: int) -> int:
         if format == "TIFF":
             return max(1, sum(1 for _ in islice(headers.tiff_pages(data), most + 1)))
         if format == "DICOM":
-            file = headers.BudgetedFile(data, MAX_READS)
-            dataset = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=["NumberOfFrames"])
-            return max(1, int(dataset.get("NumberOfFrames") or 1))
+            return max(1, int(_header(data, ["NumberOfFrames"]).get("NumberOfFrames") or 1))
     except Exception:  # as above
         return 1
     return 1
+
+
+def _header(data: bytes, tags: list[str]) -> pydicom.Dataset:
+    file = headers.BudgetedFile(data, MAX_READS)
+    return pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)

@@ -204,7 +204,7 @@ def test_the_page_about_the_model_tells_what_its_bundle_knows(served: Served) ->
     for said in ("0.930", "[0.880, 0.970]", "Does the probability hold?", "phantoms"):
         assert said in html
     assert html.count('class="point"') == len(bundle.facts["reliability"]["test"])
-    bare = {**bundle.facts, "reliability": {}, "metrics": {}, "statistics": {}}
+    bare = {**bundle.facts, "reliability": {}, "metrics": {}}
     assert "<svg" not in about.render(dataclasses.replace(bundle, facts=bare))  # an older one
 
 
