@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.linalg import eigh
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from threadpoolctl import threadpool_limits
 
 from chestct.data.registration import (
     IDENTITY,
@@ -27,13 +27,13 @@ from chestct.data.registration import (
     blur_matrix,
     correlation,
     details,
-    find_image,
     in_threads,
     levels,
     mean_slice,
     normalise,
     parts,
     register,
+    reuse_memory,
     take,
     thumbnails,
     warp,
@@ -63,18 +63,21 @@ CELL = 4096
 """Slices that are compared all with all by descriptor; larger collections are searched cell by cell."""
 
 SAMPLE = 512
-"""Slices from which the mean slice and the descriptor are learned."""
+"""Slices from which the descriptor is learned; half of them make the mean slice."""
 
 CHANGES = 1024
 """Changed copies of the sample from which the descriptor learns what does not tell slices apart."""
+
+DESCRIBED = 14
+"""Side of the registered image that a descriptor is made of."""
 
 COARSE = (14, 28)
 """Sides at which a registration begins; pairs that still look alike there go on to SIDE."""
 
 FINE = 16_384
-"""Pairs that go on to SIDE at once; the levels of their slices are held meanwhile, 12 kB each."""
+"""Pairs that go on to SIDE at once; the levels of their slices are held meanwhile, 6 kB each."""
 
-GATE = 0.8
+GATE = 0.83
 """Correlation at the last coarse side below which a pair is given up."""
 
 DISTORTION = 0.12
@@ -106,7 +109,9 @@ def find_pairs(
     mates = _chain([""] * n if series is None else series, "series")
     position = pd.Series(np.arange(n), index=list(content), dtype=np.int64)  # of the first slice with that content
     position = position[~position.index.duplicated()].sort_index()
-    near = _near(images, position.to_numpy(), threshold)
+    reuse_memory()
+    with threadpool_limits(1, "blas"):  # matrices are small and all cores busy: threads of its own would only wait
+        near = _near(images, position.to_numpy(), threshold)
     return pd.concat([exact, mates, near]).sort_values(["a", "b", "kind"], ignore_index=True)
 
 
@@ -140,15 +145,16 @@ def _table(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, kind: str) -> p
 def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.DataFrame:
     """Near-copies among the slices at these positions, which no two share a content."""
     thumbs = thumbnails(images, position, SIDE)
+    pyramid = levels(thumbs, COARSE, 0.2)
     # Constant slices all look alike: only exact copies of them belong together.
-    (usable,) = in_threads(lambda part: (find_image(part).mean((1, 2)) >= 0.1,), thumbs)
+    usable = pyramid[0][1].mean((1, 2)) >= 0.1 * 255
     thumbs, position = thumbs[usable], position[usable]
+    pyramid = [(image[usable], weight[usable]) for image, weight in pyramid]
     n = len(thumbs)
     if n < 2:
         return _table(position[:0], position[:0], np.zeros(0), "near")
-    pyramid = [levels(thumbs, side, 0.2) for side in COARSE]
     detail = details(pyramid[-1], 1 / 20)
-    mean = mean_slice([(image[:SAMPLE], weight[:SAMPLE]) for image, weight in pyramid])
+    mean = mean_slice([(image[: SAMPLE // 2], weight[: SAMPLE // 2]) for image, weight in pyramid])
     pose = align_all(pyramid, mean)
     code = _encode(thumbs, pyramid[-1], pose, mean)
     component = np.arange(n)
@@ -185,25 +191,26 @@ def _encode(thumbs: np.ndarray, level: Level, pose: np.ndarray, mean: list[Level
         return (np.rint(255 * np.clip(warp(original / np.float32(255), way), 0, 1) ** gamma).astype(np.uint8),)
 
     (copies,) = in_threads(copy, thumbs[origin], way, gamma)
-    pyramid = [levels(copies, side, 0.2) for side in COARSE]
+    pyramid = levels(copies, COARSE, 0.2)
     change = _describe(pyramid[-1], align_all(pyramid, mean)) - base[origin]
     within = change.T @ change / len(change)
     within += np.eye(len(within)) * (0.05 * np.trace(within) / len(within) + 1e-9)
     middle = base[:SAMPLE].mean(0)
     between = np.cov(base[:SAMPLE].T)
-    size = len(within)
-    _, axes = eigh(between, within, subset_by_index=[size - min(48, len(base)), size - 1])
-    code = (base - middle) @ axes.astype(np.float32)
+    whiten = np.linalg.inv(np.linalg.cholesky(within))
+    _, axes = np.linalg.eigh(whiten @ between @ whiten.T)
+    code = (base - middle) @ (whiten.T @ axes[:, -48:]).astype(np.float32)
     return (code / (np.linalg.norm(code, axis=1, keepdims=True) + 1e-9)).astype(np.float32)
 
 
 def _describe(level: Level, pose: np.ndarray) -> np.ndarray:
-    """Registered, blurred and flattened images, mean 0 and length 1: float32 [n, side * side]."""
-    blur = blur_matrix(level[0].shape[-1], 0.043)
+    """Registered, blurred and flattened images, mean 0 and length 1: float32 [n, DESCRIBED ** 2]."""
+    side = level[0].shape[-1]
+    shrink = blur_matrix(side, 0.043).reshape(DESCRIBED, side // DESCRIBED, side).mean(1)
 
     def describe(index: np.ndarray) -> tuple[np.ndarray]:
         image, weight = take(level, index)
-        flat = (blur @ warp(normalise(image, weight, 1 / 11), pose[index]) @ blur).reshape(len(index), -1)
+        flat = (shrink @ warp(normalise(image, weight, 1 / 11), pose[index]) @ shrink.T).reshape(len(index), -1)
         flat = flat - flat.mean(1, keepdims=True)
         return (flat / (np.linalg.norm(flat, axis=1, keepdims=True) + 1e-9),)
 
@@ -273,7 +280,7 @@ def _compare(thumbs: np.ndarray, pyramid: list[Level], detail: Level, a: np.ndar
     for part in parts(np.flatnonzero((likeness >= GATE) & (distortion <= DISTORTION)), FINE):
         # A slice is in several pairs and is normalised once for all of them.
         members, place = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
-        level = levels(thumbs[members], SIDE, 1 / 28)
+        (level,) = levels(thumbs[members], [SIDE], 1 / 28)
 
         def fine(a: np.ndarray, b: np.ndarray, way: np.ndarray, level: Level = level) -> tuple[np.ndarray]:
             fixed, moving = take(level, a), take(level, b)

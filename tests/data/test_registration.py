@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
 
-from chestct.data.registration import IDENTITY, correlation, find_image, make_level, normalise, register, warp
+from chestct.data.registration import (
+    IDENTITY,
+    Level,
+    correlation,
+    find_image,
+    make_levels,
+    normalise,
+    pack,
+    register,
+    take,
+    warp,
+)
 
 SIDE = 56
 
@@ -14,6 +25,27 @@ def texture(seed: int, n: int = 1) -> np.ndarray:
     image = 120 + 50 * waves @ rng.normal(size=(n, 15, 15)) @ waves.T
     image[:, :4] = image[:, -4:] = 0
     return np.clip(image, 0, 255).astype(np.float32)
+
+
+def make_level(image: np.ndarray, side: int, sigma: float) -> Level:
+    (level,) = make_levels(image, [side], sigma)
+    return level
+
+
+def test_several_sides_at_once_are_what_each_is_alone_smallest_first() -> None:
+    image = texture(6, n=2).astype(np.uint8)
+    for level, side in zip(make_levels(image, (14, 28), 0.2), (14, 28), strict=True):
+        for together, alone in zip(level, make_level(image, side, 0.2), strict=True):
+            assert together.shape == (2, side, side)
+            assert together == pytest.approx(alone, abs=1e-3)
+
+
+def test_eight_bits_are_enough_for_a_level() -> None:
+    level = make_level(texture(7, n=3).astype(np.uint8), 28, 0.2)
+    image, weight = take(pack(level), np.array([2, 0]))
+    assert image == pytest.approx(level[0][[2, 0]], abs=0.013)
+    assert weight == pytest.approx(level[1][[2, 0]], abs=0.003)
+    assert image.dtype == weight.dtype == np.float32
 
 
 def test_shading_and_contrast_drop_out() -> None:
