@@ -20,7 +20,7 @@ from rich.table import Table
 from chestct.config import PhantomConfig, WindowConfig
 from chestct.data.decode import decode, pixel_hash
 from chestct.data.groups import find_pairs, group
-from chestct.data.preprocess import Preprocess
+from chestct.data.preprocess import thumbnail
 from chestct.phantom.thorax import display, draw
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
@@ -128,7 +128,7 @@ def originals(root: str | None, slices: int) -> list[np.ndarray]:
 
 
 def planted(root: str | None, slices: int) -> tuple[np.ndarray, list[str], np.ndarray, np.ndarray]:
-    """Originals followed by their copies: images uint8 [N, 224, 224], content, original and change of each (-1: none).
+    """Originals followed by their copies: thumbs uint8 [N, 56, 56], content, original and change of each (-1: none).
 
     Three in four originals get one copy, of each kind equally many.
     """
@@ -141,10 +141,10 @@ def planted(root: str | None, slices: int) -> tuple[np.ndarray, list[str], np.nd
         for i, kind in zip(order, change, strict=True)
     ]
     everything = [*drawn, *copies]
-    images = np.stack([Preprocess()(gray) for gray in everything])
+    thumbs = np.stack([thumbnail(gray) for gray in everything])
     nothing = np.full(len(drawn), -1)
     original = np.concatenate([np.arange(len(drawn)), order])
-    return images, [pixel_hash(gray) for gray in everything], original, np.concatenate([nothing, change])
+    return thumbs, [pixel_hash(gray) for gray in everything], original, np.concatenate([nothing, change])
 
 
 def main() -> None:
@@ -152,9 +152,9 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=2000, help="different phantoms")
     parser.add_argument("--root", help="folder with real slices, instead of phantoms")
     arguments = parser.parse_args()
-    images, content, original, change = planted(arguments.root, arguments.slices)
-    pairs = find_pairs(images, content)
-    groups = group(len(images), pairs)
+    thumbs, content, original, change = planted(arguments.root, arguments.slices)
+    pairs = find_pairs(thumbs, content)
+    groups = group(len(thumbs), pairs)
     together = groups == groups[original]
     own = (original[pairs["a"]] == original[pairs["b"]]).to_numpy()
     near = (pairs["kind"] == "near").to_numpy()

@@ -18,9 +18,10 @@ from rich.table import Table
 from scipy.ndimage import map_coordinates
 
 from chestct.data.groups import find_pairs, group
+from chestct.data.preprocess import THUMBNAIL
 
 DRAWN = 112
-"""Side at which slices are drawn; they are written at twice that, the store's usual 224."""
+"""Side at which slices are drawn; they are compared at half of that."""
 
 DIGITS = {"seconds": 0, "cpu": 0, "gigabytes": 2, "recall": 4, "precision": 4}
 
@@ -51,8 +52,8 @@ def near_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def write(path: Path, n: int, same: bool) -> np.ndarray:
-    """Writes n slices as uint8 [n, 224, 224] and returns them memory-mapped."""
-    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, 2 * DRAWN, 2 * DRAWN))
+    """Writes the thumbnails of n slices, uint8 [n, 56, 56], and returns them memory-mapped."""
+    thumbs = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, THUMBNAIL, THUMBNAIL))
     image = draw(np.random.default_rng(0))
     for i in range(n):
         rng = np.random.default_rng([1, i])
@@ -60,19 +61,19 @@ def write(path: Path, n: int, same: bool) -> np.ndarray:
             drawn = np.clip(image + rng.normal(0, 0.02, image.shape), 0, 1)
         else:
             drawn = image = near_copy(image, rng) if i % 10 == 9 else draw(rng)
-        images[i] = np.rint(drawn * 255).astype(np.uint8).repeat(2, 0).repeat(2, 1)
-    images.flush()
+        thumbs[i] = np.rint(255 * drawn.reshape(THUMBNAIL, 2, THUMBNAIL, 2).mean((1, 3)))
+    thumbs.flush()
     return np.load(path, mmap_mode="r")
 
 
 def measure(n: int, same: bool) -> dict[str, float]:
     """Seconds, peak memory and what was found among n slices."""
     with tempfile.TemporaryDirectory() as folder:
-        images = write(Path(folder) / "images.npy", n, same)
+        thumbs = write(Path(folder) / "thumbs.npy", n, same)
         content = [np.random.default_rng([2, i]).bytes(8).hex() for i in range(n)]
-        tracemalloc.start()  # the arrays; pages of the memory-mapped images belong to the system
+        tracemalloc.start()  # the arrays; pages of the memory-mapped thumbnails belong to the system
         start, start_cpu = time.perf_counter(), time.process_time()
-        pairs = find_pairs(images, content)
+        pairs = find_pairs(thumbs, content)
         groups = group(n, pairs)
         seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
         gigabytes = tracemalloc.get_traced_memory()[1] / 1e9

@@ -20,6 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from threadpoolctl import threadpool_limits
 
+from chestct.data.preprocess import THUMBNAIL
 from chestct.data.registration import (
     IDENTITY,
     Level,
@@ -35,12 +36,8 @@ from chestct.data.registration import (
     register,
     reuse_memory,
     take,
-    thumbnails,
     warp,
 )
-
-SIDE = 56
-"""Side of the thumbnails that are compared, in pixels."""
 
 THRESHOLD = 0.88
 """Correlation of local detail from which two slices count as near-copies; see above for how it was chosen."""
@@ -72,10 +69,10 @@ DESCRIBED = 14
 """Side of the registered image that a descriptor is made of."""
 
 COARSE = (14, 28)
-"""Sides at which a registration begins; pairs that still look alike there go on to SIDE."""
+"""Sides at which a registration begins; pairs that still look alike there go on to THUMBNAIL."""
 
 FINE = 16_384
-"""Pairs that go on to SIDE at once; the levels of their slices are held meanwhile, 6 kB each."""
+"""Pairs that go on to THUMBNAIL at once; the levels of their slices are held meanwhile, 6 kB each."""
 
 GATE = 0.83
 """Correlation at the last coarse side below which a pair is given up."""
@@ -85,7 +82,7 @@ DISTORTION = 0.12
 
 
 def find_pairs(
-    images: np.ndarray,
+    thumbs: np.ndarray,
     content: Sequence[str],
     *,
     series: Sequence[str] | None = None,
@@ -93,25 +90,25 @@ def find_pairs(
 ) -> pd.DataFrame:
     """Pairs of slices that belong together, enough to connect each group.
 
-    images: uint8 [N, S, S], grey, letterboxed or not; may be memory-mapped, is read once in parts; content: a hash of
-    each slice's pixels at full resolution; series: a key of each slice's patient, study or series, "" where unknown;
+    thumbs: uint8 [N, THUMBNAIL, THUMBNAIL], grey, letterboxed or not; may be memory-mapped; content: a hash of each
+    slice's pixels at full resolution; series: a key of each slice's patient, study or series, "" where unknown;
     threshold: similarity in [0, 1] from which slices are near-copies. Returns columns a < b (positions), similarity in
     [0, 1] and kind: "exact" (same content), "series" (same key), "near". Exact and series mates are chained, each to
     the one before; of each content only the first slice is compared. Constant slices have no near-copies.
-    Raises ValueError if the lengths differ or images are not uint8 squares.
+    Raises ValueError if the lengths differ or thumbs have another shape or type.
     """
     n = len(content)
-    if images.dtype != np.uint8 or images.ndim != 3 or images.shape[1] != images.shape[2]:
-        raise ValueError(f"images must be uint8 [N, S, S], got {images.dtype} {list(images.shape)}")
-    if len(images) != n or (series is not None and len(series) != n):
-        raise ValueError(f"{len(images)} images, {n} contents and {n if series is None else len(series)} series")
+    if thumbs.dtype != np.uint8 or thumbs.shape[1:] != (THUMBNAIL, THUMBNAIL):
+        raise ValueError(f"thumbs must be uint8 [N, {THUMBNAIL}, {THUMBNAIL}], got {thumbs.dtype} {list(thumbs.shape)}")
+    if len(thumbs) != n or (series is not None and len(series) != n):
+        raise ValueError(f"{len(thumbs)} thumbs, {n} contents and {n if series is None else len(series)} series")
     exact = _chain(content, "exact")
     mates = _chain([""] * n if series is None else series, "series")
     position = pd.Series(np.arange(n), index=list(content), dtype=np.int64)  # of the first slice with that content
     position = position[~position.index.duplicated()].sort_index()
     reuse_memory()
     with threadpool_limits(1, "blas"):  # matrices are small and all cores busy: threads of its own would only wait
-        near = _near(images, position.to_numpy(), threshold)
+        near = _near(thumbs, position.to_numpy(), threshold)
     return pd.concat([exact, mates, near]).sort_values(["a", "b", "kind"], ignore_index=True)
 
 
@@ -142,9 +139,9 @@ def _table(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, kind: str) -> p
     return frame.astype({"a": np.int64, "b": np.int64, "similarity": float, "kind": str})
 
 
-def _near(images: np.ndarray, position: np.ndarray, threshold: float) -> pd.DataFrame:
+def _near(thumbs: np.ndarray, position: np.ndarray, threshold: float) -> pd.DataFrame:
     """Near-copies among the slices at these positions, which no two share a content."""
-    thumbs = thumbnails(images, position, SIDE)
+    thumbs = thumbs[position]
     pyramid = levels(thumbs, COARSE, 0.2)
     # Constant slices all look alike: only exact copies of them belong together.
     usable = pyramid[0][1].mean((1, 2)) >= 0.1 * 255
@@ -280,7 +277,7 @@ def _compare(thumbs: np.ndarray, pyramid: list[Level], detail: Level, a: np.ndar
     for part in parts(np.flatnonzero((likeness >= GATE) & (distortion <= DISTORTION)), FINE):
         # A slice is in several pairs and is normalised once for all of them.
         members, place = np.unique(np.concatenate([a[part], b[part]]), return_inverse=True)
-        (level,) = levels(thumbs[members], [SIDE], 1 / 28)
+        (level,) = levels(thumbs[members], [THUMBNAIL], 1 / 28)
 
         def fine(a: np.ndarray, b: np.ndarray, way: np.ndarray, level: Level = level) -> tuple[np.ndarray]:
             fixed, moving = take(level, a), take(level, b)

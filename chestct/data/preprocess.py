@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+THUMBNAIL = 56
+"""Side of the thumbnails by which copies are found, in pixels."""
+
 BODY_LEVEL = 0.12
 """Grey level above which a pixel may be body: air outside the patient is black in every window in use."""
 
@@ -28,13 +31,15 @@ class Preprocess:
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
-        levels = gray if gray.dtype == np.uint8 else (gray * 255 + 0.5).astype(np.uint8)
+        levels = as_bytes(gray)
         image = Image.fromarray(levels)
-        box = body_box(levels) if "body" in (self.fit, self.contrast) else (0, 0, *image.size)
-        if self.contrast == "body":
-            image = image.point(stretched(np.array(image.crop(box).histogram())))
-        if self.fit == "body":
-            image = image.crop(box)
+        table = None
+        if "body" in (self.fit, self.contrast):
+            body = image.crop(body_box(levels))
+            table = stretched(np.array(body.histogram())) if self.contrast == "body" else None
+            image = body if self.fit == "body" else image
+        if table:
+            image = image.point(table)
         if self.fit == "stretch":
             return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
         scale = self.size / max(image.size)
@@ -46,6 +51,21 @@ class Preprocess:
         return np.asarray(square)
 
 
+def thumbnail(gray: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
+    """A slice as it is seen when copies are looked for: whole, averaged over areas, uint8 [THUMBNAIL, THUMBNAIL].
+
+    gray as for `Preprocess`; seen: what `Preprocess()` made of it, if that is known. The same whatever the network is
+    to see, so that settings can be compared on one split.
+    """
+    square = Preprocess()(gray) if seen is None else seen
+    return np.asarray(Image.fromarray(square).reduce(len(square) // THUMBNAIL))
+
+
+def as_bytes(gray: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1], or uint8 already, as uint8 with 255 for 1."""
+    return gray if gray.dtype == np.uint8 else (gray * 255 + 0.5).astype(np.uint8)
+
+
 def stretched(histogram: np.ndarray) -> list[int]:
     """For each of 256 grey levels the new one, so that the PERCENTILES of a histogram [256] become 0 and 255.
 
@@ -54,7 +74,8 @@ def stretched(histogram: np.ndarray) -> list[int]:
     share = histogram.cumsum() / max(1, histogram.sum())
     low, high = np.searchsorted(share, np.array(PERCENTILES) / 100)
     level = np.arange(256)
-    return list(np.rint(np.clip((level - low) / (high - low), 0, 1) * 255).astype(int) if high > low else level)
+    new = np.rint(np.clip((level - low) / (high - low), 0, 1) * 255).astype(int) if high > low else level
+    return new.tolist()
 
 
 def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
@@ -62,8 +83,9 @@ def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
 
     The whole image where nothing is bright enough: a black slice has no body to crop to.
     """
-    body = image > BODY_LEVEL * 255
-    rows, columns = (np.flatnonzero(body.mean(axis) > 0.02) for axis in (1, 0))
+    body = image > int(BODY_LEVEL * 255)  # a float would turn all pixels into floats
+    share = (body.sum(axis, dtype=np.uint32) / body.shape[axis] for axis in (1, 0))
+    rows, columns = (np.flatnonzero(part > 0.02) for part in share)
     if not len(rows) or not len(columns):
         return 0, 0, image.shape[1], image.shape[0]
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 
 import numpy as np
-from PIL import Image
 
 IDENTITY = np.array([1.0, 0.0, 1.0, 0.0])
 """The pose that changes nothing."""
@@ -24,25 +23,6 @@ CLIP = 3
 """Largest normalised level, in local standard deviations."""
 
 Level = tuple[np.ndarray, np.ndarray]
-
-
-def thumbnails(images: np.ndarray, position: np.ndarray, side: int) -> np.ndarray:
-    """The slices at these positions shrunk by averaging over areas: uint8 [N, S, S] -> uint8 [n, side, side]."""
-    if not len(position):
-        return np.empty((0, side, side), np.uint8)
-    edge = np.linspace(0, images.shape[1], side + 1)
-    pixel = np.arange(images.shape[1])
-    area = np.clip(np.minimum(edge[1:, None], pixel + 1) - np.maximum(edge[:-1, None], pixel), 0, None)
-    area = (area * side / len(pixel)).astype(np.float32)
-
-    def shrink(part: np.ndarray) -> tuple[np.ndarray]:
-        if len(pixel) % side == 0:  # as for slices of 224: ten times as fast, and the same but for the sign of halves
-            factor = len(pixel) // side
-            return (np.stack([np.asarray(Image.fromarray(images[i]).reduce(factor)) for i in position[part]]),)
-        return (np.rint(area @ images[position[part]].astype(np.float32) @ area.T).astype(np.uint8),)
-
-    order = np.argsort(position)  # as they lie on disk
-    return in_threads(shrink, order)[0][np.argsort(order)]
 
 
 def find_image(thumbs: np.ndarray) -> np.ndarray:

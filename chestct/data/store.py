@@ -20,23 +20,17 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
-from PIL import Image
 from rich.progress import track
 
 from chestct.config import DataConfig
 from chestct.data.decode import Limits, decode, pixel_hash, read
-from chestct.data.preprocess import Preprocess
+from chestct.data.preprocess import THUMBNAIL, Preprocess, thumbnail
 from chestct.data.sources import SliceFile, list_slices
 from chestct.data.statistics import image_statistics
 from chestct.errors import DataError, DecodeError
 
 FORMAT = 3
 """Version of the files below; another version is made anew."""
-
-COMPARED = Preprocess(224, "pad")
-SHRINK = 4
-"""How slices are seen when copies are looked for, and by how much smaller: the same whatever the network is to see, so
-that settings of the preprocessing can be compared on one split."""
 
 Pixels = dict[str, np.ndarray]
 """One slice's row of each of the store's arrays."""
@@ -212,9 +206,8 @@ class _Generation:
         self.row_of: dict[str, int] = {}
         self.temporary: dict[str, Path] = {}
         self.arrays: dict[str, np.ndarray] = {}
-        thumb = COMPARED.size // SHRINK
         try:
-            for name, side in {"images": cfg.size, "thumbs": thumb}.items():
+            for name, side in {"images": cfg.size, "thumbs": THUMBNAIL}.items():
                 self.temporary[name] = folder / f"{name}.{os.getpid()}.tmp"
                 shape = (rows, side, side)
                 self.arrays[name] = np.lib.format.open_memmap(self.temporary[name], "w+", np.uint8, shape)
@@ -312,9 +305,9 @@ def _measure(file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits) -
         "study": slice_.study,
         "series": slice_.series,
     }
-    seen = preprocess_of(cfg)(gray)
-    compared = seen if preprocess_of(cfg) == COMPARED else COMPARED(gray)
-    return facts, {"images": seen, "thumbs": np.asarray(Image.fromarray(compared).reduce(SHRINK))}
+    preprocess = preprocess_of(cfg)
+    seen = preprocess(gray)
+    return facts, {"images": seen, "thumbs": thumbnail(gray, seen if preprocess == Preprocess() else None)}
 
 
 def _described(file: SliceFile) -> dict[str, str]:

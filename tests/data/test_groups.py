@@ -10,13 +10,19 @@ from PIL import Image, ImageOps
 
 from chestct.config import PhantomConfig
 from chestct.data import groups
-from chestct.data.groups import find_pairs, group
+from chestct.data.groups import group
+from chestct.data.preprocess import thumbnail
 
 SIDE = 112
 
 
 def letterbox(image: Image.Image) -> np.ndarray:
     return np.asarray(ImageOps.pad(image.convert("L"), (SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def find_pairs(images: np.ndarray, content: list[str], **options: list[str]) -> pd.DataFrame:
+    thumbs = [thumbnail(image) for image in images]
+    return groups.find_pairs(np.stack(thumbs) if thumbs else np.empty((0, 56, 56), np.uint8), content, **options)
 
 
 def digest(image: np.ndarray) -> str:
@@ -196,10 +202,10 @@ def test_cells_find_the_copies_that_one_search_finds(monkeypatch: pytest.MonkeyP
     assert len(pair_set(pairs, "near") & {(i, 300 + i) for i in range(50)}) >= 49
 
 
-def test_images_are_read_from_a_file_that_is_mapped(tmp_path: Path) -> None:
-    images = np.stack([blob(0), blob(1), np.roll(blob(0), 2, axis=1)])
-    np.save(tmp_path / "images.npy", images)
-    pairs = find_pairs(np.load(tmp_path / "images.npy", mmap_mode="r"), list("abc"))
+def test_thumbnails_are_read_from_a_file_that_is_mapped(tmp_path: Path) -> None:
+    thumbs = np.stack([thumbnail(image) for image in (blob(0), blob(1), np.roll(blob(0), 2, axis=1))])
+    np.save(tmp_path / "thumbs.npy", thumbs)
+    pairs = groups.find_pairs(np.load(tmp_path / "thumbs.npy", mmap_mode="r"), list("abc"))
     assert pair_set(pairs, "near") == {(0, 2)}
 
 
@@ -211,13 +217,14 @@ def test_groups_are_numbered_by_their_first_member() -> None:
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
-    images = np.zeros((2, 8, 8), np.uint8)
-    with pytest.raises(ValueError, match="2 images, 1 contents"):
-        find_pairs(images, ["a"])
+    thumbs = np.zeros((2, 56, 56), np.uint8)
+    with pytest.raises(ValueError, match="2 thumbs, 1 contents"):
+        groups.find_pairs(thumbs, ["a"])
     with pytest.raises(ValueError, match="1 series"):
-        find_pairs(images, ["a", "b"], series=["s"])
-    with pytest.raises(ValueError, match="uint8"):
-        find_pairs(images.astype(float), ["a", "b"])
+        groups.find_pairs(thumbs, ["a", "b"], series=["s"])
+    for other in (thumbs.astype(float), thumbs[:, :28]):
+        with pytest.raises(ValueError, match="uint8"):
+            groups.find_pairs(other, ["a", "b"])
 
 
 @pytest.mark.slow
