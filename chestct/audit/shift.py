@@ -11,6 +11,7 @@ from scipy.stats import ks_2samp
 
 from chestct.audit.inventory import Table
 from chestct.audit.shortcuts import BASELINES, MIN_GROUPS, STATISTICS, columns
+from chestct.data.statistics import holm
 
 MATERIAL_DISTANCE = 0.2
 
@@ -41,10 +42,3 @@ def shift(manifest: pd.DataFrame, split: pd.Series) -> Table:
         flagged = bool(p < 0.05 and distance >= MATERIAL_DISTANCE)
         row |= {"distance": distance, "p": float(p), **means, "flagged": flagged, "reason": ""}
     return rows
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """p-values [K] after Holm's step-down correction for K tests (Holm 1979)."""
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1.0)[np.argsort(order)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from chestct.data.statistics import STATISTICS
+from chestct.data.statistics import STATISTICS, holm
 from chestct.errors import ChestCTError
 from chestct.models.bundle import Bundle
 from chestct.models.drift import PSI_LARGE, PSI_MODERATE, kolmogorov_smirnov, psi
@@ -160,12 +160,8 @@ def _share(name: str, before: int, slices: int, now: int, seen: int) -> Shift:
 
 def _corrected(shifts: list[Shift]) -> list[Shift]:
     """With Holm's step-down correction (Holm 1979) over what was compared, verdicts and sentences."""
-    tested = sorted((shift for shift in shifts if shift.p is not None), key=lambda shift: shift.p or 0.0)
-    corrected: dict[str, float] = {}
-    highest = 0.0
-    for i, shift in enumerate(tested):
-        highest = max(highest, min(1.0, (shift.p or 0.0) * (len(tested) - i)))
-        corrected[shift.name] = highest
+    raw = {shift.name: shift.p for shift in shifts if shift.p is not None}
+    corrected = dict(zip(raw, holm(np.array(list(raw.values()))).tolist(), strict=True))
     return [_judged(shift, corrected[shift.name]) if shift.name in corrected else shift for shift in shifts]
 
 

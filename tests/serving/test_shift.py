@@ -13,8 +13,7 @@ import pytest
 from scipy.stats import fisher_exact
 
 from chestct import drift as program
-from chestct.audit.shift import holm
-from chestct.data.statistics import STATISTICS
+from chestct.data.statistics import STATISTICS, holm
 from chestct.models.bundle import FACTS, Bundle, _digest, load_bundle
 from chestct.models.drift import kolmogorov_smirnov
 from chestct.serving import drift_report
