@@ -21,6 +21,7 @@ Trains VGG16 on chest CT slices and tests the best checkpoint.
   python train.py -m sweep=head                         a search; the same command goes on with it
   python train.py tracking.register=NAME                bundle=models:/NAME@champion then finds the bundle
   python train.py ckpt=last                             goes on with the newest run
+  python train.py trainer=ddp trainer.devices=2         two processes, one training; see docs/clusters.md
 """
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from chestct.config import LABEL_NAMES, Config, leaves
+from chestct.config import LABEL_NAMES, Config, TrainerConfig, leaves
 from chestct.errors import ConfigError
 
 THRESHOLD_POLICY = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
@@ -61,6 +61,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "trainer.unfreeze_epoch starts from frozen convolutions: set model.freeze=true."
     if trainer.unfreeze_epoch >= trainer.max_epochs and trainer.unfreeze_epoch:
         yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
+    yield from _misplaced(trainer)
     if not re.fullmatch(THRESHOLD_POLICY, cfg.evaluation.threshold):
         yield (
             f"evaluation.threshold={cfg.evaluation.threshold}: give youden, sensitivity>=0.95, specificity>=0.95 (any "
@@ -85,6 +86,17 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         for folder, label in labels.items():
             if label not in LABEL_NAMES:
                 yield f"{key}: {folder!r} maps to {label!r}, which is not one of {', '.join(LABEL_NAMES)}."
+
+
+def _misplaced(trainer: TrainerConfig) -> Iterator[str]:
+    """Devices that cannot be meant."""
+    given = trainer.devices
+    if not re.fullmatch(r"auto|[1-9]\d*|\d+,|\d+(,\d+)+", given):
+        yield f"trainer.devices={given}: give how many (2), which ('0,1', or '1,' for one), or auto."
+    elif trainer.strategy == "single" and (trainer.num_nodes > 1 or not re.fullmatch(r"auto|1|\d+,", given)):
+        yield f"trainer.devices={given} trainer.num_nodes={trainer.num_nodes}: for several processes say trainer=ddp."
+    elif trainer.strategy == "ddp" and trainer.accelerator == "mps":
+        yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
 
 
 def explain(error: Exception) -> str:

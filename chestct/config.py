@@ -133,7 +133,7 @@ class DataConfig:
     max_pixels: int = setting(64_000_000, "largest image that is decoded, in pixels", low=1)
     max_bytes: int = setting(256_000_000, "largest file that is read, in bytes", low=1)
     workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
-    batch_size: int = setting(32, "slices a training step", low=1)
+    batch_size: int = setting(32, "slices a training step, over all processes together", low=1)
     views: int = setting(
         2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
     )
@@ -194,7 +194,11 @@ class TrainerConfig:
     unfreeze_epoch: int = setting(0, "epoch at which the last convolution blocks join in (two-stage); 0: never", low=0)
     unfreeze_blocks: int = setting(2, "how many of the five blocks then join in, counted from the head", low=1, high=5)
     accelerator: str = setting("auto", "device", choices=("auto", "cpu", "gpu", "cuda", "mps"))
-    devices: str = setting("auto", "how many devices, or which: 1, 2, 0,1 or auto")
+    strategy: str = setting("single", "one process (single), or one a device (ddp)", choices=("single", "ddp"))
+    devices: str = setting(
+        "auto", "how many devices of a machine, or which: 1, 2, 0,1; auto: one (single), all of them (ddp)"
+    )
+    num_nodes: int = setting(1, "machines (ddp); torchrun or srun starts the processes of several", low=1)
     precision: str = setting("32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
     deterministic: bool = setting(True, "only algorithms that repeat exactly")
     progress: bool = setting(True, "show progress bars")

@@ -21,11 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 from chestct.checks import explain, resolve
 from chestct.config import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.ranks import launched
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 PIPELINE = "params"
 """Name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes."""
+
+MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "deterministic")
+"""What the files of conf/trainer set."""
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 """What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
@@ -44,10 +48,14 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
             if {"-h", "--help"} & set(sys.argv[1:]):
                 print(help_text(usage))
                 return
+            if launched().rank:
+                _take_part(config_name)
+                return
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
             failures: list[str] = []
             try:
                 signal.signal(signal.SIGTERM, _terminate)
+                _refuse_several(config_name, sys.argv[1:])
                 _refuse_passwords(sys.argv[1:])
                 sys.argv[1:] = _ordered(sys.argv[1:])
                 if config_name == "train":
@@ -100,6 +108,28 @@ def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[s
             return None
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+
+
+def _take_part(config_name: str) -> None:
+    """What a process that torchrun or srun started beside the first does: it has its settings from the first."""
+    if config_name == "train":
+        from chestct.training.train import join
+
+        join(launched())
+
+
+def _refuse_several(config_name: str, argv: list[str]) -> None:
+    """Raises ConfigError where torchrun or srun started several processes for what one does."""
+    here = launched()
+    if here.size == 1:
+        return
+    if config_name != "train":
+        raise ConfigError(f"{here.launcher} started {here.size} processes; only train.py takes several.")
+    if {"-m", "--multirun"} & set(argv):
+        raise ConfigError(
+            f"{here.launcher} started {here.size} processes of a sweep. Start it once, without {here.launcher}: with "
+            "trainer=ddp each job starts its own processes, and launcher=... spreads jobs over machines."
+        )
 
 
 def _refuse_passwords(argv: list[str]) -> None:
@@ -259,7 +289,9 @@ def overlay(cfg: Config, overrides: list[str], base: dict[str, Any]) -> Config:
             raise ConfigError(
                 "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."
             )
-        OmegaConf.update(merged, key, OmegaConf.select(source, key), merge=False, force_add=True)
+        # trainer=NAME says on what to train; how long is the checkpoint's.
+        for said in [f"trainer.{name}" for name in MACHINE] if key == "trainer" else [key]:
+            OmegaConf.update(merged, said, OmegaConf.select(source, said), merge=False, force_add=True)
     return resolve(merged)
 
 

@@ -1,31 +1,35 @@
 """The one LightningDataModule: every source, every task, images or frozen features, the same order and views.
 
 What a training step sees depends on the seed, the epoch and the slice alone, so a resumed run, a cached run and a run
-with other workers see the same batches. Batches are fetched as a whole: augmentation works on the batch at once.
+with other workers see the same batches. Several processes (DDP) share out each batch, and nothing is padded: they train
+and measure on what one process would. Batches are fetched as a whole: augmentation works on the batch at once.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from chestct.config import Config
 from chestct.data.augment import make_views
 from chestct.data.prepare import prepare_store, prepared_folder
 from chestct.data.splits import classes_of, load_splits
 from chestct.data.store import Store, open_store
+from chestct.ranks import place
 
 Batch = dict[str, torch.Tensor]
+BatchKey = tuple[int, list[int]]
 
 
 class SliceDataset(Dataset):
-    """The slices of one split. Keys are (epoch, position): the epoch decides the view.
+    """The slices of one split. A key is a batch, as `Batches` makes it; the epoch decides the view.
 
-    A batch holds `x`, float32 [B, 1, S, S] in [0, 1] or, with features, [B, D]; `y`, int64 [B]; `i`, positions.
+    What it gives is this process's share of the batch, maybe empty: `x`, float32 [B, 1, S, S] in [0, 1] or, with
+    features, [B, D]; `y`, int64 [B]; `i`, positions; and `batch_y`, the y of the whole batch.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class SliceDataset(Dataset):
         features: Sequence[torch.Tensor] = (),
     ) -> None:
         self.images, self.cfg, self.view_of, self.features = images, cfg, view_of, features
+        self.share = slice(place().rank, None, place().size)
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
         self.y = torch.tensor(y)
@@ -51,21 +56,40 @@ class SliceDataset(Dataset):
         contents = [self.contents[i] for i in positions]
         return make_views(plain, contents, [view] * len(contents), self.cfg.seed, self.cfg.data.augment)
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> Batch:
-        view = self.view_of(keys[0][0])
-        positions = [i for _, i in keys]
+    def __getitem__(self, key: BatchKey) -> Batch:
+        epoch, batch = key
+        view, positions = self.view_of(epoch), batch[self.share]
         x = self.features[view][positions] if self.features else self.slices(positions, view)
-        return {"x": x, "y": self.y[positions], "i": torch.tensor(positions)}
+        return {
+            "x": x,
+            "y": self.y[positions],
+            "i": torch.tensor(positions, dtype=torch.long),
+            "batch_y": self.y[batch],
+        }
 
 
-class EpochSampler(DistributedSampler):
-    """Yields (epoch, position): the order is a function of seed and epoch, and workers learn the epoch with it.
+class Batches(Sampler[BatchKey]):
+    """The batches of an epoch, as (epoch, positions); the order is a function of seed and epoch.
 
-    Lightning calls `set_epoch` before each epoch; with one process this is a plain seeded shuffle.
+    Lightning calls `set_epoch` before each epoch, and workers learn the epoch with the batch.
     """
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, i) for i in super().__iter__())
+    def __init__(self, slices: int, batch_size: int, seed: int | None = None) -> None:
+        """seed: of the order; None: as they come."""
+        self.slices, self.batch_size, self.seed, self.epoch = slices, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.slices / self.batch_size)
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        order = torch.arange(self.slices)
+        if self.seed is not None:
+            order = torch.randperm(self.slices, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+        for start in range(0, self.slices, self.batch_size):
+            yield self.epoch, order[start : start + self.batch_size].tolist()
 
 
 class SliceModule(L.LightningDataModule):
@@ -82,10 +106,12 @@ class SliceModule(L.LightningDataModule):
         self.class_names = classes_of(cfg.task)
         self.store: Store | None = None
         self.features: dict[str, list[torch.Tensor]] = {}
+        self.prepare_data_per_node = False  # machines see one cache_dir
 
     def prepare_data(self) -> None:
         """Draws phantoms and decodes slices where that has not been done; safe to call from several processes."""
-        prepare_store(self.cfg, progress=self.cfg.trainer.progress)
+        if self.store is None:  # Lightning asks again
+            prepare_store(self.cfg, progress=self.cfg.trainer.progress)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens the store and deals the splits; raises DataError where they do not fit the task."""
@@ -126,18 +152,10 @@ class SliceModule(L.LightningDataModule):
         dataset = self.dataset(split, self.view_of if shuffle else lambda epoch: 0)
         if self.trainer is not None and not self.cfg.frozen_at(self.trainer.current_epoch):
             dataset.features = ()
-        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = EpochSampler(dataset, ranks, rank, shuffle=shuffle, seed=self.cfg.seed)
         return DataLoader(
             dataset,
-            self.cfg.data.batch_size,
-            sampler=sampler,
+            batch_size=None,  # a key is a batch
+            sampler=Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if shuffle else None),
             num_workers=0 if dataset.features else self.cfg.data.workers,
-            collate_fn=_whole,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def _whole(batch: Any) -> Batch:
-    """Batches come whole from the dataset; there is nothing to collate."""
-    return batch

@@ -6,6 +6,7 @@ knows the data it was made for. Convolutions that never train are not saved: the
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +21,15 @@ from torchmetrics import classification as tm
 from chestct.checks import resolve
 from chestct.config import Config
 from chestct.errors import WeightsError
-from chestct.models.vgg16 import BLOCK_STARTS, VGG16, count_parameters
+from chestct.models.vgg16 import BLOCK_STARTS, VGG16, Dropout, count_parameters
 from chestct.models.weights import load_weights
+from chestct.ranks import gather, place
 
 Batch = dict[str, torch.Tensor]
 
 
 class Classifier(L.LightningModule):
-    """Trains a VGG16 on batches of `x` (slices, or pooled features), `y` and `i` as SliceDataset makes them.
+    """Trains a VGG16 on batches of `x` (slices, or pooled features), `y`, `i` and `batch_y` as SliceDataset makes them.
 
     settings: the run's Config as plain containers; class_names: in the order of the targets; class_counts: slices of
     each class in train, for the class weights; data: what identifies the data (hash, split, leaks), kept for the
@@ -59,15 +61,21 @@ class Classifier(L.LightningModule):
         """x: slices float [B, 1, S, S] in [0, 1], or features [B, D]. Returns logits [B, outputs]."""
         return self.net.head(x) if x.ndim == 2 else self.net(x)
 
-    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Class-weighted mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B]."""
+    def loss(self, logits: torch.Tensor, y: torch.Tensor, batch_y: torch.Tensor) -> torch.Tensor:
+        """Class-weighted mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B].
+
+        batch_y: y of the whole batch, of which this process may hold a share. The mean over processes of what they
+        return is the loss of the whole batch, however unequal the shares: an empty one gives 0.
+        """
         weight = cast(torch.Tensor, self.class_weight)
         smoothing = self.cfg.optim.label_smoothing
         if logits.shape[1] > 1:
-            return functional.cross_entropy(logits, y, weight, label_smoothing=smoothing)
-        target = y * (1 - smoothing) + smoothing / 2
-        losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
-        return (losses * weight[y]).sum() / weight[y].sum()
+            total = functional.cross_entropy(logits, y, weight, label_smoothing=smoothing, reduction="sum")
+        else:
+            target = y * (1 - smoothing) + smoothing / 2
+            losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+            total = (losses * weight[y]).sum()
+        return total * place().size / weight[batch_y].sum()
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         return self._step(batch, "train")
@@ -79,15 +87,22 @@ class Classifier(L.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
+        size = len(batch["batch_y"])
+        for layer in self.net.head:
+            if isinstance(layer, Dropout):
+                layer.batch = size
         logits = self(batch["x"])
-        loss = self.loss(logits, batch["y"])
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), prog_bar=stage == "valid")
+        loss = self.loss(logits, batch["y"], batch["batch_y"])
+        # Weighed with the whole batch: each process's part of it is in its loss already.
+        shown = stage == "valid"
+        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=size, prog_bar=shown, sync_dist=True)
         scores = logits.detach().float()
         # Scores, not logits: torchmetrics takes logits that happen to lie in [0, 1] for scores.
         scores = scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
         metrics = cast(MetricCollection, self.metrics[f"{stage}_"])
-        metrics.update(scores, batch["y"])
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=len(logits))
+        if len(scores):
+            metrics.update(scores, batch["y"])
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=size)
         if stage != "train":
             self.predictions.setdefault(stage, []).append((batch["i"].cpu(), logits.detach().float().cpu()))
         return loss
@@ -103,8 +118,9 @@ class Classifier(L.LightningModule):
         self.predictions.pop("test", None)
 
     def logits(self, stage: str) -> torch.Tensor:
-        """Logits [N, outputs] of the last validation or test, in the order of the split's slices."""
-        positions, logits = (torch.cat(parts) for parts in zip(*self.predictions[stage], strict=True))
+        """Logits [N, outputs] of the last validation or test, in the order of the split's slices; all processes ask."""
+        batches = chain.from_iterable(gather(self.predictions[stage]))
+        positions, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return logits[positions.argsort()]
 
     def configure_optimizers(self) -> Any:

@@ -2,7 +2,8 @@
 
 A cache folder belongs to one feature space (weights, preprocessing, view settings) and holds shards: safetensors files
 of some hundred slices, written to a temporary name and then renamed. A killed run loses one shard at most, several
-processes can write at once, and whatever is found there is complete.
+processes can write at once, and whatever is found there is complete. The processes of one training (DDP) compute a
+share each and read the rest.
 """
 
 import hashlib
@@ -23,6 +24,9 @@ from chestct.config import Config
 from chestct.data.module import SliceModule
 from chestct.data.store import preprocess_of
 from chestct.models.vgg16 import VGG16
+from chestct.ranks import place, together
+
+ALL = slice(None)
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
@@ -31,24 +35,29 @@ SHARD = 256
 def attach(data: SliceModule, net: VGG16, weights_digest: str, cfg: Config, splits: Sequence[str]) -> None:
     """Gives the data module the frozen features of these splits: every view that training will see, else the plain one.
 
-    Images are then not touched any more while the convolutions are frozen.
+    Images are then not touched any more while the convolutions are frozen. All processes of a training call it.
     """
     with Progress(disable=not cfg.trainer.progress, transient=True) as progress:
-        for split in splits:
+
+        def of(split: str, view: int, share: slice = ALL) -> torch.Tensor:
             dataset = data.dataset(split)
-            views = range(min(cfg.data.views + 1, cfg.trainer.max_epochs)) if split == "train" else range(1)
-            data.features[split] = [
-                extract(
-                    net,
-                    partial(dataset.slices, view=view),
-                    dataset.contents,
-                    space_folder(cfg, weights_digest, view),
-                    batch_size=cfg.features.batch_size,
-                    progress=progress,
-                    label=f"Features, {split}, view {view}",
-                )
-                for view in views
-            ]
+            return extract(
+                net,
+                partial(dataset.slices, view=view),
+                dataset.contents,
+                space_folder(cfg, weights_digest, view),
+                batch_size=cfg.features.batch_size,
+                share=share,
+                progress=progress,
+                label=f"Features, {split}, view {view}",
+            )
+
+        trained = min(cfg.data.views + 1, cfg.trainer.max_epochs)
+        views = {split: range(trained if split == "train" else 1) for split in splits}
+        if place().size > 1:
+            ours = slice(place().rank, None, place().size)
+            together(lambda: [of(split, view, ours) for split in splits for view in views[split]])
+        data.features |= {split: [of(split, view) for view in views[split]] for split in splits}
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
@@ -67,21 +76,25 @@ def extract(
     folder: Path,
     *,
     batch_size: int,
+    share: slice = ALL,
     progress: Progress | None = None,
     label: str = "Features",
 ) -> torch.Tensor:
     """Pooled features float32 [N, D] of N slices, from the cache where they are there, else computed and cached.
 
-    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features.
-    The result lies on the CPU.
+    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features;
+    share: of the different contents, those that this call computes. The result lies on the CPU; what is not known of
+    it is left out.
     """
     known = _load(folder)
     first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
-    todo = sorted(i for content, i in first.items() if content not in known)
+    # A share of all, not of what is missing: that changes while other processes write.
+    todo = [i for i in sorted(first.values())[share] if contents[i] not in known]
     if todo:
         folder.mkdir(parents=True, exist_ok=True)
         known |= _compute(net, slices, contents, todo, folder, batch_size, progress, label)
-    return torch.stack([known[content] for content in contents])
+    found = [known[content] for content in contents if content in known]
+    return torch.stack(found) if found else torch.empty(0)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import nn
 
 from chestct.config import ModelConfig
 from chestct.models.weights import Weights
+from chestct.ranks import place
 
 CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 """Output channels of the convolutions in each block: configuration D of Simonyan and Zisserman 2014, table 1."""
@@ -142,10 +143,23 @@ def _head(cfg: ModelConfig, outputs: int, size: int) -> nn.Sequential:
     width = feature_width(cfg.pool, size)
     layers: list[nn.Module] = [Pool(cfg.pool)]
     for out in cfg.hidden:
-        layers += [nn.Dropout(cfg.dropout), nn.Linear(width, out), nn.ReLU()]
+        layers += [Dropout(cfg.dropout), nn.Linear(width, out), nn.ReLU()]
         width = out
-    layers += [nn.Dropout(cfg.dropout), nn.Linear(width, outputs)]
+    layers += [Dropout(cfg.dropout), nn.Linear(width, outputs)]
     return nn.Sequential(*layers)
+
+
+class Dropout(nn.Dropout):
+    """Draws for the batch of all processes and takes this one's share, so that several drop what one would drop."""
+
+    batch: int | None = None
+    """Slices of the batch of all processes; None: those that come are all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or not self.p:
+            return x
+        kept = torch.empty(self.batch or len(x), *x.shape[1:], device=x.device).bernoulli_(1 - self.p)
+        return x * kept[place().rank :: place().size] / (1 - self.p)
 
 
 class Pool(nn.Module):

@@ -1,5 +1,6 @@
 """What happens around the steps: history, checkpoints, early stopping, and an orderly end when told to stop."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 import lightning as L
 import pandas as pd
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config import TrainerConfig
 from chestct.errors import Interrupted
 from chestct.models.classifier import Classifier
+from chestct.ranks import any_of, is_first, on_first
 from chestct.sweep.search import mark_pruned, trial_of
 
 if TYPE_CHECKING:
@@ -58,7 +61,8 @@ class History(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         rates = {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
         self.rows.append({"epoch": trainer.current_epoch} | metrics | rates)
-        pd.DataFrame(self.rows).to_csv(self.path, index=False)
+        if is_first():
+            pd.DataFrame(self.rows).to_csv(self.path, index=False)
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -74,8 +78,16 @@ class Unfreeze(Callback):
         self.epoch, self.blocks = epoch, blocks
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch >= self.epoch:
-            cast(Classifier, pl_module).net.set_frozen(5 - self.blocks)
+        net = cast(Classifier, pl_module).net
+        if trainer.current_epoch < self.epoch or not net.frozen:
+            return
+        net.set_frozen(5 - self.blocks)
+        if isinstance(trainer.strategy, DDPStrategy):
+            # The wrapper averages gradients of what was trainable when it was made. The old one lets go of the
+            # parameters only when it is gone.
+            trainer.strategy.model = pl_module
+            gc.collect()
+            trainer.strategy.configure_ddp()
 
 
 class Prune(Callback):
@@ -85,10 +97,14 @@ class Prune(Callback):
         self.trial, self.monitor = trial, monitor
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.trial.report(float(trainer.callback_metrics[self.monitor]), trainer.current_epoch)
-        if self.trial.should_prune():
-            mark_pruned(self.trial)
+        if on_first(lambda: self._hopeless(float(trainer.callback_metrics[self.monitor]), trainer.current_epoch)):
             trainer.should_stop = True
+
+    def _hopeless(self, value: float, epoch: int) -> bool:
+        self.trial.report(value, epoch)
+        if pruned := self.trial.should_prune():
+            mark_pruned(self.trial)
+        return pruned
 
 
 class StopWhenTold(Callback):
@@ -107,15 +123,21 @@ class StopWhenTold(Callback):
         self._stop(trainer)
 
     def _stop(self, trainer: L.Trainer) -> None:
-        if self.told:
+        if any_of(self.told):
             raise Interrupted
 
 
 @contextmanager
 def stop_on_signals(callback: StopWhenTold) -> Iterator[None]:
-    """While this is open, SIGINT and SIGTERM make training stop at the next batch; a second signal stops at once."""
+    """While this is open, SIGINT and SIGTERM make training stop at the next batch; a second signal stops at once.
+
+    Of several processes it is enough that one is told; they stop after the same batch.
+    """
 
     def handle(signum: int, _: FrameType | None) -> None:
+        if not is_first():
+            callback.told = True
+            return
         if callback.told:
             raise Interrupted("Stopped at once.")
         callback.told = True

@@ -2,26 +2,31 @@
 
 import dataclasses
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import pandas as pd
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from chestct.audit.stage import kept_audit
 from chestct.config import Config
 from chestct.data.module import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.errors import ChestCTError, DataError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 from chestct.models.classifier import Classifier, check_fits, read_checkpoint
 from chestct.models.features import attach
 from chestct.models.predictions import prediction_table
+from chestct.ranks import Place, is_first, on_first, place, share, together
 from chestct.tracking import Run
 from chestct.training.callbacks import StopWhenTold, all_callbacks, checkpoints, stop_on_signals
+from chestct.training.processes import connected, devices, environment, processes
 
 
 @dataclass(frozen=True)
@@ -40,35 +45,61 @@ class Result:
 def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | None = None) -> Result:
     """Trains as `cfg` says, keeps checkpoints and history in `out`, and tests the best checkpoint.
 
-    data: made from `cfg` unless it is given, set up or not. With cfg.ckpt, goes on from that checkpoint.
+    data: made from `cfg` unless it is given, set up or not; this process alone then trains. With cfg.ckpt, goes on from
+    that checkpoint. With trainer.strategy=ddp, other processes take part while it lasts.
     Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C or SIGTERM; the checkpoint of the last
     whole epoch is then in place.
     """
-    run = run or Run()
+    if data is not None:  # which other processes do not have
+        cfg = dataclasses.replace(
+            cfg, trainer=dataclasses.replace(cfg.trainer, strategy="single", devices="auto", num_nodes=1)
+        )
+    with processes(cfg.trainer, join):
+        return _train(cfg, out, run or Run(), data)
+
+
+def join(here: Place, port: int | None = None) -> None:
+    """What every process but the first does: takes part in the training that the first one shares, and ends.
+
+    port: of the first process's store, where this project started the processes.
+    """
+    store = None if port is None else dist.TCPStore("127.0.0.1", port, is_master=False)
+    try:
+        with connected(here, store):
+            _train(None, None, Run(), None)
+    except (ChestCTError, KeyboardInterrupt):
+        sys.exit(2)  # the first process tells of it
+    except Interrupted:
+        sys.exit(130)
+
+
+def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | None) -> Result:
+    """The same in every process; only the first has settings and a run to record."""
+    cfg, out = share((cfg, out))
+    assert cfg is not None
+    assert out is not None
+    if not is_first():
+        cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, progress=False))
     _quiet()
-    _make_writable(out)
-    (out / "settings.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    on_first(lambda: _make_writable(out, cfg))
     L.seed_everything(cfg.seed, verbose=False)
     data = data or SliceModule(cfg)
-    data.prepare_data()
-    data.setup()
-    model = _classifier(cfg, data)
-    resume = _resumable(cfg, model)
+    on_first(data.prepare_data)
     keeper = checkpoints(cfg.trainer, out / "checkpoints")
     callbacks = all_callbacks(cfg.trainer, out, keeper)
-    trainer = _trainer(cfg, out, callbacks, run)
+    model, resume, trainer = together(lambda: _set_up(cfg, out, data, callbacks, run))
     if cfg.features.cache and cfg.starts_frozen:
         model.to(trainer.strategy.root_device)
         splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
         attach(data, model.net, model.weights_digest, cfg, splits)
-    _record_data(cfg, data, run)
+    on_first(lambda: _record_data(cfg, data, run))
     run.tags(model.parameter_counts())
 
     stop = next(callback for callback in callbacks if isinstance(callback, StopWhenTold))
     try:
         with stop_on_signals(stop):
             trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-    except (Interrupted, SIGTERMException):  # Lightning sometimes sees a SIGTERM before our callback does
+    except Interrupted:
         kept = out / "checkpoints" / "last.ckpt"
         rest = f"Go on with: python train.py ckpt={kept}" if kept.is_file() else "No epoch was finished."
         raise Interrupted(f"Stopped in epoch {trainer.current_epoch}. {rest}") from None
@@ -84,6 +115,20 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         predictions,
         data=data,
     )
+
+
+def _set_up(
+    cfg: Config, out: Path, data: SliceModule, callbacks: list[Callback], run: Run
+) -> tuple[Classifier, Path | None, L.Trainer]:
+    """What can go wrong before anything is computed: data, model, the checkpoint to go on from, the trainer."""
+    data.setup()
+    smallest = min(data.manifest["split"].value_counts().min(), cfg.data.batch_size)
+    if smallest < place().size:
+        raise ConfigError(
+            f"{place().size} processes share batches and splits, the smallest of which has {smallest} slices."
+        )
+    model = _classifier(cfg, data)
+    return model, _resumable(cfg, model), _trainer(cfg, out, callbacks, run)
 
 
 def _classifier(cfg: Config, data: SliceModule) -> Classifier:
@@ -113,11 +158,16 @@ def _resumable(cfg: Config, model: Classifier) -> Path | None:
 
 def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
     logger = run.logger()
+    # Buffers here are constants.
+    strategy = DDPStrategy(forward_sync_buffers=False) if cfg.trainer.strategy == "ddp" else "auto"
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             max_epochs=cfg.trainer.max_epochs,
             accelerator=cfg.trainer.accelerator,
-            devices=cfg.trainer.devices,
+            devices=devices(cfg.trainer),
+            num_nodes=cfg.trainer.num_nodes,
+            strategy=strategy,
+            plugins=[environment()],
             precision=cfg.trainer.precision,  # type: ignore[arg-type]
             deterministic=cfg.trainer.deterministic,
             logger=[logger] if logger else False,
@@ -126,12 +176,16 @@ def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
             num_sanity_val_steps=0,
             enable_progress_bar=cfg.trainer.progress,
             enable_model_summary=False,
-            use_distributed_sampler=False,  # EpochSampler is one already
+            use_distributed_sampler=False,  # SliceDataset gives each process its share
             # The loaders change from features to images when convolutions join in.
             reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
+    # Lightning's handler of SIGTERM talks to the other processes from wherever it interrupts this one, and may hang
+    # them all; StopWhenTold does it between batches.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def _measure_best(
@@ -169,12 +223,13 @@ def _record_data(cfg: Config, data: SliceModule, run: Run) -> None:
     )
 
 
-def _make_writable(out: Path) -> None:
+def _make_writable(out: Path, cfg: Config) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".writable"
         probe.touch()
         probe.unlink()
+        (out / "settings.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     except OSError as error:
         raise ChestCTError(
             f"Cannot write to the run folder {out}: {error.strerror}. Choose another with runs_dir=FOLDER."
