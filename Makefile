@@ -64,8 +64,9 @@ bundle: $(READY) ## make the packaged bundle again (DATA=../shared/data/chest-ct
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
-bench: $(READY) ## time the forward pass, features and head training, as ratios
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+bench: $(READY) ## time the forward pass, features, head training and two processes, as ratios
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.ddp
 
 bench-data: $(READY) ## time grouping on 10k to 100k slices
 	$(BIN)/python -m benchmarks.groups $(ARGS)
