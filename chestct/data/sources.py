@@ -38,14 +38,21 @@ class SliceFile:
 def list_slices(cfg: DataConfig) -> list[SliceFile]:
     """All slice files of all sources, in a fixed order.
 
-    Raises DataError for a missing or empty root, for class folders that map to nothing, and for a source that holds
-    no file.
+    Raises DataError for a missing or empty root, for class folders that map to nothing, for a source that holds no
+    file, for a folder that cannot be listed, and for names that are no text.
     """
     if cfg.sources:
         wanted = {name: (Path(s.root), s.labels or cfg.labels) for name, s in cfg.sources.items()}
     else:
         wanted = {cfg.name: (Path(cfg.root or ""), cfg.labels)}
-    return [file for name, (root, labels) in wanted.items() for file in _list_source(name, root, labels)]
+    try:
+        files = [file for name, (root, labels) in wanted.items() for file in _list_source(name, root, labels)]
+    except OSError as error:
+        raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
+    for file in files:
+        if (shown := file.path.encode("utf-8", "backslashreplace").decode()) != file.path:
+            raise DataError(f"The name of {file.root / shown} is not UTF-8, which no table can hold. Rename the file.")
+    return files
 
 
 def _list_source(name: str, root: Path, labels: Mapping[str, str]) -> list[SliceFile]:
@@ -108,6 +115,10 @@ def _files(folder: Path) -> Iterator[Path]:
 
     Whether a file is a slice is for its content to say, so no extension is filtered here.
     """
-    for here, folders, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:  # else folders that may not be read would be left out in silence
+        raise error
+
+    for here, folders, names in os.walk(folder, onerror=fail):
         folders.sort()
         yield from (Path(here) / name for name in sorted(names) if not name.startswith("."))

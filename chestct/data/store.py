@@ -10,10 +10,10 @@ import json
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 from rich.progress import track
+from rich.status import Status
 
 from chestct.config import DataConfig
 from chestct.data.decode import Limits, decode, pixel_hash, read
@@ -134,26 +135,28 @@ def _update(cfg: DataConfig, files: list[SliceFile], folder: Path, progress: boo
         hashes = list(pool.map(lambda file: _hash(file, limits), files))
         if old is not None and _unchanged(old, files, hashes, facts):
             return old
-        new = _Generation(cfg, folder, len(files))
+        measured = pool.map(lambda file, key: _measure(file, key, cfg, limits), *_unknown(files, hashes, facts))
         rows: list[dict[str, Any]] = []
         unreadable: list[dict[str, str]] = []
-        measured = pool.map(lambda file, key: _measure(file, key, cfg, limits), *_unknown(files, hashes, facts))
-        for file, key in track(list(zip(files, hashes, strict=True)), "Reading slices", disable=not progress):
-            fact, pixels = (facts[key], None) if key in facts else next(measured)
-            if key:
-                facts[key] = fact
-            if "reason" in fact:
-                unreadable.append({"source": file.source, "path": file.path, **fact})
-                continue
-            if pixels is None and fact["content"] not in new.row_of:
-                pixels = {name: array[fact["row"]] for name, array in cast(Store, old).arrays().items()}
-            rows.append({**_described(file), **fact, "row": new.add(fact["content"], pixels)})
-    if not rows:
-        new.discard()
-        raise DataError(
-            f"None of the {len(files)} files can be read; the first, {unreadable[0]['path']}: {unreadable[0]['reason']}"
-        )
-    return new.commit(pd.DataFrame(rows), pd.DataFrame(unreadable, columns=UNREADABLE))
+        with _Generation(cfg, folder, len(files)) as new:
+            for file, key in track(list(zip(files, hashes, strict=True)), "Reading slices", disable=not progress):
+                fact, pixels = (facts[key], None) if key in facts else next(measured)
+                if key:
+                    facts[key] = fact
+                if "reason" in fact:
+                    unreadable.append({"source": file.source, "path": file.path, **fact})
+                    continue
+                if pixels is None and fact["content"] not in new.row_of:
+                    pixels = {name: array[fact["row"]] for name, array in cast(Store, old).arrays().items()}
+                rows.append({**_described(file), **fact, "row": new.add(fact["content"], pixels)})
+            if not rows:
+                first = unreadable[0]
+                raise DataError(
+                    f"None of the {len(files)} files can be read; the first, {first['path']}: {first['reason']}"
+                )
+            with Status("Looking for copies") if progress else nullcontext():
+                new.commit(pd.DataFrame(rows), pd.DataFrame(unreadable, columns=UNREADABLE))
+    return open_store(folder)
 
 
 def _unknown(
@@ -204,19 +207,29 @@ class _Generation:
     def __init__(self, cfg: DataConfig, folder: Path, rows: int) -> None:
         self.cfg, self.folder = cfg, folder
         self.row_of: dict[str, int] = {}
-        self.temporary: dict[str, Path] = {}
+        self.temporary = {
+            name: folder / f"{name}.{os.getpid()}.tmp" for name in ("images", "thumbs", "pairs", "manifest")
+        }
         self.arrays: dict[str, np.ndarray] = {}
         try:
             for name, side in {"images": cfg.size, "thumbs": THUMBNAIL}.items():
-                self.temporary[name] = folder / f"{name}.{os.getpid()}.tmp"
                 shape = (rows, side, side)
                 self.arrays[name] = np.lib.format.open_memmap(self.temporary[name], "w+", np.uint8, shape)
                 # A mapped page that finds no room on the disk kills the process; room asked for first is an error.
                 with self.temporary[name].open("r+b") as opened:
                     os.posix_fallocate(opened.fileno(), 0, self.temporary[name].stat().st_size)
         except OSError:
-            self.discard()
+            self.__exit__()
             raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves nothing half-written, whatever went wrong: the disk may be full of it."""
+        self.arrays.clear()
+        for path in self.temporary.values():
+            path.unlink(missing_ok=True)
 
     def add(self, content: str, pixels: Pixels | None) -> int:
         """Row of the content, which is written once; only the first time its pixels are needed."""
@@ -226,12 +239,7 @@ class _Generation:
                 self.arrays[name][self.row_of[content]] = square
         return self.row_of[content]
 
-    def discard(self) -> None:
-        self.arrays.clear()
-        for path in self.temporary.values():
-            path.unlink(missing_ok=True)
-
-    def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> Store:
+    def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> None:
         # SciPy takes longer to import than a run that finds nothing new needs in all.
         from chestct.data.groups import group
 
@@ -241,9 +249,6 @@ class _Generation:
         manifest["group"] = group(len(manifest), pairs)
         name = _digest(manifest.to_csv(index=False) + json.dumps(_pixel_settings(self.cfg)))[:16]
         names = {"images": f"images-{name}.npy", "thumbs": f"thumbs-{name}.npy", "pairs": f"pairs-{name}.parquet"}
-        for kind, path in self.temporary.items():
-            path.replace(self.folder / names[kind])
-        pairs.to_parquet(self.folder / names["pairs"])
         meta = names | {
             "format": FORMAT,
             "settings": _pixel_settings(self.cfg),
@@ -251,13 +256,14 @@ class _Generation:
         }
         table = pa.Table.from_pandas(manifest)
         table = table.replace_schema_metadata((table.schema.metadata or {}) | {b"chestct": json.dumps(meta).encode()})
-        path = self.folder / f"manifest.{os.getpid()}.tmp"
-        pq.write_table(table, path)
-        path.replace(self.folder / "manifest.parquet")
-        current = [self.folder / file for file in names.values()]
-        for stale in {path for kind in names for path in self.folder.glob(f"{kind}*")}.difference(current):
+        pairs.to_parquet(self.temporary["pairs"])
+        pq.write_table(table, self.temporary["manifest"])
+        # All is written, and renaming takes no room; the table comes last.
+        current = {kind: self.folder / file for kind, file in (names | {"manifest": "manifest.parquet"}).items()}
+        for kind, path in current.items():
+            self.temporary[kind].replace(path)
+        for stale in {path for kind in current for path in self.folder.glob(f"{kind}*")} - set(current.values()):
             stale.unlink()
-        return open_store(self.folder)
 
 
 def _find_pairs(manifest: pd.DataFrame, thumbs: np.ndarray) -> pd.DataFrame:

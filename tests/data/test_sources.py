@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from chestct.config import DataConfig, SourceConfig
@@ -88,3 +92,38 @@ def test_order_does_not_depend_on_the_file_system(tmp_path):
     cfg = fill(tmp_path, "normal/b.png", "normal/a/z.png", "normal/a.png", "cancer/q.png")
     paths = [f.path for f in list_slices(cfg)]
     assert paths == ["cancer/q.png", "normal/a.png", "normal/b.png", "normal/a/z.png"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    cfg = fill(tmp_path, "normal/a.png", "normal/locked/b.png")
+    listed = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match=r"Cannot list .*locked: Permission denied"):
+        list_slices(cfg)
+
+
+def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path):
+    cfg = fill(tmp_path, "normal/a.png")
+    (tmp_path / "normal" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    with pytest.raises(DataError, match=r"normal/\\udcff\.png is not UTF-8"):
+        list_slices(cfg)
+
+
+def test_names_in_any_script_and_as_long_as_can_be_are_read(tmp_path):
+    names = ["胸部 CT – ü.png", "x" * 251 + ".png", "a b'\"\n.png"]
+    cfg = fill(tmp_path, *(f"normal/{name}" for name in names))
+    assert sorted(f.path for f in list_slices(cfg)) == sorted(f"normal/{name}" for name in names)
+
+
+def test_links_to_nowhere_and_to_themselves_are_listed_for_ingest_to_refuse(tmp_path):
+    cfg = fill(tmp_path, "normal/a.png")
+    (tmp_path / "normal" / "nowhere.png").symlink_to("missing")
+    (tmp_path / "normal" / "self.png").symlink_to("self.png")
+    (tmp_path / "loop").symlink_to("loop")
+    assert [f.path for f in list_slices(cfg)] == ["normal/a.png", "normal/nowhere.png", "normal/self.png"]

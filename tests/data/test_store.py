@@ -6,12 +6,15 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from chestct.config import DataConfig
+from chestct.data import groups
 from chestct.data import store as store_module
 from chestct.data.store import ingest, open_store, store_folder
 from chestct.errors import DataError
@@ -170,16 +173,19 @@ def test_a_full_disk_is_one_clear_error_and_the_old_state_stays(cfg, tmp_path, m
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_really_fills_up_is_one_clear_error(cfg, tmp_path):
+@pytest.mark.parametrize("room", ["64k", "640k"])  # not enough for the pixels; for them, but not for the tables
+def test_a_disk_that_really_fills_up_is_one_clear_error(cfg, tmp_path, room):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("this machine does not let a test mount a small disk")
     try:
         cfg.size = 224
         with pytest.raises(DataError, match=r"cache_dir=FOLDER"):
             ingest(cfg, disk / "store")
-        assert not list(disk.glob("store/*.tmp"))
+        assert not list(disk.glob("store/*"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -212,6 +218,29 @@ def test_a_killed_run_leaves_the_old_state(cfg, tmp_path):
     assert open_store(tmp_path / "store").manifest.equals(before)
     assert len(ingest(cfg, tmp_path / "store").manifest) == 18
     assert not list((tmp_path / "store").glob("*.tmp"))
+
+
+def _dying_ingest(cfg, folder, owner, name):
+    setattr(owner, name, lambda *_, **__: os._exit(9))
+    ingest(cfg, folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(groups, "find_pairs"), (pd.DataFrame, "to_parquet"), (store_module.pq, "write_table"), (Path, "replace")],
+)
+def test_a_run_that_dies_while_it_writes_leaves_the_old_state(cfg, tmp_path, owner, name):
+    before = ingest(cfg, tmp_path / "store").manifest
+    draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(2))
+    process = multiprocessing.get_context("fork").Process(
+        target=_dying_ingest, args=(cfg, tmp_path / "store", owner, name)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert open_store(tmp_path / "store").manifest.equals(before)
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 13
+    assert len(list((tmp_path / "store").iterdir())) == 4
 
 
 def test_files_with_the_same_bytes_are_decoded_once(cfg, tmp_path, monkeypatch):
