@@ -29,14 +29,17 @@ Settings that are not given come from the checkpoint.
 def main(cfg: Config, out: Path) -> None:
     import dataclasses
 
+    import pandas as pd
+
     from chestct.evaluation.asked import asked_for
     from chestct.evaluation.comparison import compare_runs
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.external import evaluate_bundle
+    from chestct.evaluation.plots import draw_history
     from chestct.evaluation.report import flat, write
     from chestct.evaluation.side_by_side import beside
     from chestct.evaluation.summary import summary
-    from chestct.tracking import fetch_bundle, record_evaluation
+    from chestct.tracking import fetch_bundle, run_of
     from chestct.training import train
 
     if cfg.compare:
@@ -53,8 +56,11 @@ def main(cfg: Config, out: Path) -> None:
     print(summary(found))
     print(f"\nreport  {out / 'report.html'}")
     if cfg.ckpt and _as_trained(found):
+        if (history := Path(cfg.ckpt).parent.parent / "history.csv").is_file():
+            draw_history(pd.read_csv(history), out / "curves.png")
         values = flat(found)
-        record_evaluation(cfg, Path(cfg.ckpt), {split: values[split] for split in found.metrics}, out)
+        with run_of(cfg, Path(cfg.ckpt)) as run:
+            run.evaluation(Path(cfg.ckpt).stem, {split: values[split] for split in found.metrics}, out)
 
 
 def _as_trained(found: "Evaluation") -> bool:

@@ -49,7 +49,6 @@ def main(cfg: Config, out: Path) -> float:
 def report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns what to tell."""
     import dataclasses
-    import tempfile
 
     import pandas as pd
 
@@ -58,7 +57,7 @@ def report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.evaluation.plots import draw_history
     from chestct.evaluation.report import flat, write
     from chestct.evaluation.summary import summary
-    from chestct.pyfunc import save_model
+    from chestct.pyfunc import log_bundle
 
     found = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
     write(found, out / "evaluation")
@@ -66,10 +65,8 @@ def report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
     values = flat(found)
     run.evaluation("best", {split: values[split] for split in found.metrics}, out / "evaluation")
-    if cfg.tracking.log_model and run.run_id:
-        with tempfile.TemporaryDirectory(dir=out) as folder:
-            save_model(out / "bundle", Path(folder) / "model")
-            run.artifacts(Path(folder) / "model", "bundle")
+    if cfg.tracking.log_model:
+        log_bundle(run, out / "bundle")
     return (
         f"{summary(found)}\n\nreport           {out / 'evaluation' / 'report.html'}\n"
         f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})\n"

@@ -7,8 +7,10 @@ OmegaConf. Nothing heavy is imported here: `python train.py --help` must stay qu
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
@@ -300,6 +302,11 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     @property
+    def cache(self) -> Path:
+        """The folder `cache_dir`, which all experiments of a repository share."""
+        return at_home(self.cache_dir)
+
+    @property
     def starts_frozen(self) -> bool:
         """Whether all convolutions are fixed when training begins. (1 would equal True, hence `is`.)"""
         return self.model.freeze is True or self.model.freeze == 5
@@ -312,6 +319,14 @@ class Config:
     def frozen_at(self, epoch: int) -> bool:
         """Whether no convolution trains in this epoch."""
         return self.starts_frozen and not 0 < self.trainer.unfreeze_epoch <= epoch
+
+
+def at_home(path: str) -> Path:
+    """A path of the settings, seen from the repository.
+
+    DVC runs queued experiments in copies of the repository that it removes afterwards; DVC_ROOT names the original.
+    """
+    return Path(os.environ.get("DVC_ROOT", ""), path)
 
 
 def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

@@ -22,6 +22,7 @@ def main(cfg: Config, out: Path) -> None:
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
     from chestct.evaluation.side_by_side import beside
+    from chestct.tracking import run_of
     from chestct.training import train
 
     if not cfg.ckpt:
@@ -32,6 +33,11 @@ def main(cfg: Config, out: Path) -> None:
     found.sections |= asked_for(found)
     found.rows += beside(cfg, lambda name, cfg, data: train(cfg, out / "refits" / name, data=data).predictions)
     bundle = export(found, folder)
+    if cfg.tracking.log_model:
+        from chestct.pyfunc import log_bundle
+
+        with run_of(cfg, Path(cfg.ckpt or "")) as run:
+            log_bundle(run, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
 

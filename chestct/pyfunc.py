@@ -5,14 +5,19 @@ bundle's own checks hold when it is loaded.
 """
 
 import logging
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 import chestct
 from chestct.models.bundle import Bundle, load_bundle
+from chestct.tracking.bundle import BUNDLE
+
+if TYPE_CHECKING:
+    from chestct.tracking import Run
 
 BATCH = 16
 
@@ -66,6 +71,14 @@ def save_model(bundle: Path, folder: Path) -> None:
         input_example=example,
         pip_requirements=[f"chestct=={chestct.__version__}"],  # MLflow would look for them in a process of its own
     )
+
+
+def log_bundle(run: "Run", bundle: Path) -> None:
+    """Keeps the bundle in a folder with the run, as an MLflow model."""
+    if run.client:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(bundle, Path(folder) / "model")
+            run.artifacts(Path(folder) / "model", BUNDLE)
 
 
 def _load_pyfunc(path: str) -> Scorer:

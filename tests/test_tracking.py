@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -64,23 +65,53 @@ def test_a_run_that_does_not_finish_says_so(small, uri, tmp_path, error, status)
 
 
 def test_a_resumed_run_is_the_same_run(small, uri, tmp_path):
-    for lr in ("0.1", "0.2"):
-        with open_run(small("tracking=mlflow", f"tracking.uri={uri}", f"optim.lr={lr}"), tmp_path / "out") as run:
+    for lr, more in (("0.1", ()), ("0.2", ("ckpt=last.ckpt",))):
+        cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"optim.lr={lr}", *more)
+        with open_run(cfg, tmp_path / "out") as run:
             run.metrics({"m": float(lr)})
     (found,) = runs(uri)
     assert found.data.params["optim.lr"] == "0.1"
     assert found.data.metrics["m"] == 0.2
 
 
-def test_a_run_that_was_deleted_is_replaced_and_said(small, uri, tmp_path, capsys):
-    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+def test_a_training_that_begins_anew_in_the_same_folder_is_another_run(small, uri, tmp_path):
+    for lr in ("0.1", "0.2"):
+        with open_run(small("tracking=mlflow", f"tracking.uri={uri}", f"optim.lr={lr}"), tmp_path / "out"):
+            pass
+    assert [found.data.params["optim.lr"] for found in runs(uri)] == ["0.2", "0.1"]
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_run_that_is_gone_is_replaced_and_said(small, uri, tmp_path, capsys, deleted):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "ckpt=last.ckpt")
+    note = tmp_path / "out" / "checkpoints" / tracking.RUN_ID_FILE
     with open_run(cfg, tmp_path / "out"):
         pass
-    (tmp_path / "out" / tracking.RUN_ID_FILE).write_text("0123456789abcdef0123456789abcdef")
-    with open_run(cfg, tmp_path / "out"):
-        pass
-    assert "a new run" in capsys.readouterr().out
-    assert len(runs(uri)) == 2
+    gone = note.read_text().strip()
+    if deleted:
+        MlflowClient(uri).delete_run(gone)
+    else:
+        note.write_text("0123456789abcdef0123456789abcdef")
+    with open_run(cfg, tmp_path / "out") as run:
+        assert run.run_id != gone
+    assert "or was deleted; a new run" in capsys.readouterr().out
+    assert note.read_text().strip() == run.run_id
+
+
+def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_store, tmp_path, monkeypatch):
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    for folder in (home, copy):
+        folder.mkdir()
+    shutil.copy(empty_store, home / "mlflow.db")
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(home))  # what DVC tells the stages of a queued experiment
+    cfg = small("tracking=mlflow", "cache_dir=.cache")
+    with open_run(cfg, copy / "out") as run:
+        run.artifacts(Path(__file__))
+    assert cfg.cache == home / ".cache"
+    (found,) = runs(f"sqlite:///{home}/mlflow.db")
+    assert found.info.artifact_uri.startswith(f"{home}/mlruns/chestct/")
+    assert list(copy.iterdir()) == [copy / "out"]
 
 
 def test_off_records_nothing(small, tmp_path):
@@ -280,14 +311,13 @@ def test_the_checkpoint_of_a_run_is_found_by_its_id(small, uri, tmp_path):
     out = tmp_path / "runs" / "first"
     best = out / "checkpoints" / "best.ckpt"
     with open_run(cfg, out) as run:
-        best.parent.mkdir()
         best.write_bytes(b"weights")
         run.artifacts(best, "checkpoints")
     asked = f"runs:/{run.run_id}"
     assert find_checkpoint(asked, str(tmp_path / "runs"), cfg.tracking) == best
     elsewhere = find_checkpoint(asked, str(tmp_path / "new"), cfg.tracking)
     assert elsewhere.read_bytes() == b"weights"
-    assert (elsewhere.parent.parent / tracking.RUN_ID_FILE).read_text().strip() == run.run_id
+    assert elsewhere.with_name(tracking.RUN_ID_FILE).read_text().strip() == run.run_id
     with pytest.raises(ConfigError, match="not found"):
         find_checkpoint("runs:/0123456789abcdef0123456789abcdef", str(tmp_path / "runs"), cfg.tracking)
     assert run.client is not None

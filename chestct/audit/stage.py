@@ -47,7 +47,7 @@ def kept_audit(cfg: Config, store: Store) -> Path:
     data = cfg.data
     what = [store.data_hash, cfg.task, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
-    out = Path(cfg.cache_dir) / "audit" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    out = cfg.cache / "audit" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     if not (out / "report.html").is_file():  # written last
         audit_store(cfg, store, out)
     return out

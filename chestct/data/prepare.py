@@ -16,12 +16,12 @@ def prepare_store(cfg: Config, progress: bool = False) -> Store:
         from chestct.phantom.dataset import write
 
         write(Path(data.root or ""), cfg.data.phantom, progress)
-    return ingest(data, store_folder(data, cfg.cache_dir), progress)
+    return ingest(data, store_folder(data, cfg.cache), progress)
 
 
 def prepared_folder(cfg: Config) -> Path:
     """Where `prepare_store` put the store."""
-    return store_folder(located(cfg), cfg.cache_dir)
+    return store_folder(located(cfg), cfg.cache)
 
 
 def draws_phantoms(data: DataConfig) -> bool:
@@ -40,4 +40,4 @@ def located(cfg: Config) -> DataConfig:
         return cfg.data
     settings = json.dumps(dataclasses.asdict(cfg.data.phantom), sort_keys=True)
     digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    return dataclasses.replace(cfg.data, root=str(Path(cfg.cache_dir) / "phantom" / digest))
+    return dataclasses.replace(cfg.data, root=str(cfg.cache / "phantom" / digest))

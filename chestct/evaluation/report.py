@@ -40,6 +40,12 @@ from chestct.evaluation.summary import (
 )
 from chestct.models.calibration import expected_calibration_error, wilson
 
+COLUMNS = {
+    "test": ("auroc", "auroc_low", "auroc_high", "accuracy", "sensitivity", "specificity", "ece", "margin"),
+    "valid": ("auroc", "log_loss"),
+}
+"""Split -> metrics of metrics.json."""
+
 STEPS = 120
 """Positions of the report's threshold slider."""
 
@@ -47,11 +53,11 @@ STEPS = 120
 def write(found: Evaluation, out: Path) -> None:
     """Writes everything that an evaluation leaves behind into the folder `out`, each file whole or not at all.
 
-    metrics.json (flat, for `dvc metrics`), evaluation.json (all, with reasons), predictions.parquet, the points of
-    `dvc plots` with a picture each, report.html and MODEL_CARD.md.
+    metrics.json (the columns of `dvc exp show`), evaluation.json (all, with reasons), predictions.parquet, the points
+    of `dvc plots` with a picture each, report.html and MODEL_CARD.md.
     """
     out.mkdir(parents=True, exist_ok=True)
-    save(out / "metrics.json", _json(flat(found), indent=1))
+    save(out / "metrics.json", _json(columns(flat(found)), indent=1))
     save(out / "evaluation.json", _json(to_json(found), indent=1))
     table = io.BytesIO()
     found.table.to_parquet(table, index=False)
@@ -79,6 +85,13 @@ def flat(found: Evaluation) -> dict[str, dict[str, Any]]:
     if found.headline.margin is not None:
         result["test"] |= {"shortcut_auroc": found.headline.shortcut_auroc, **_ends("margin", found.headline.margin)}
     return plain(result | {"about": found.about})
+
+
+def columns(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of `flat`, what one compares experiments by: few enough to read beside the settings that differ."""
+    return {
+        split: {name: values[split].get(name) for name in names} for split, names in COLUMNS.items() if split in values
+    }
 
 
 def _ends(name: str, estimate: Estimate) -> dict[str, float | None]:

@@ -66,7 +66,7 @@ def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     if view:
         settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return Path(cfg.cache_dir) / "features" / digest[:24]
+    return cfg.cache / "features" / digest[:24]
 
 
 def extract(

@@ -39,7 +39,7 @@ def sweep(sweeper: "ChestCTSweeper", arguments: list[str]) -> None:
     if sweeper.config.hydra.job.name != "train":  # other programs have no objective, and no MLflow run
         _grid(sweeper, overrides, outcomes)
     else:
-        with sole_writer(folder), _orderly(folder), open_run(cfg, folder) as run:
+        with sole_writer(folder), _orderly(folder), open_run(cfg, folder, sweep=True) as run:
             try:
                 if sweeper.trials:
                     search(sweeper, cfg, overrides, outcomes)

@@ -19,7 +19,7 @@ from chestct.tracking.run import RUN_ID_FILE as RUN_ID_FILE
 from chestct.tracking.run import Run as Run
 from chestct.tracking.run import code_version as code_version
 from chestct.tracking.run import open_run as open_run
-from chestct.tracking.run import record_evaluation as record_evaluation
+from chestct.tracking.run import run_of as run_of
 from chestct.tracking.run import sole_writer as sole_writer
 from chestct.tracking.server import TrackingError as TrackingError
 from chestct.tracking.server import probe as probe

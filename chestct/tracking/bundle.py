@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from chestct.config import Config
 from chestct.errors import ConfigError
 from chestct.tracking.mirror import ORIGIN, first_line
-from chestct.tracking.server import local_uri, probe, server_uri
+from chestct.tracking.server import local_uri, probe, server_uri, store_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ALIAS = "champion"
 """The alias that `tracking.register=NAME` moves to the newest version."""
 
-FOLDER = "bundle"  # artifacts of a run: the bundle as an MLflow model
+BUNDLE = "bundle"  # artifacts of a run: the bundle as an MLflow model
 FACTS = "bundle.json"  # what makes a folder a bundle
 
 
@@ -37,7 +37,7 @@ def fetch_bundle(source: str, cfg: Config) -> str:
     uris = [uri for uri in (server_uri(cfg.tracking), local_uri(cfg.tracking)) if uri]
     troubles = []
     for uri in uris if scheme == "models" else reversed(uris):
-        found = _fetch(uri, scheme, name.strip("/"), Path(cfg.cache_dir) / "bundles")
+        found = _fetch(uri, scheme, name.strip("/"), cfg.cache / "bundles")
         if isinstance(found, Path):
             return str(found)
         troubles.append(f"{uri}: {found}")
@@ -57,7 +57,7 @@ def register(client: "MlflowClient", run_id: str, name: str) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     known = [v for v in client.search_model_versions(f"name = '{name}'") if v.run_id == run_id]
-    source = f"{client.get_run(run_id).info.artifact_uri}/{FOLDER}"
+    source = f"{client.get_run(run_id).info.artifact_uri}/{BUNDLE}"
     version = known[0] if known else client.create_model_version(name, source, run_id)
     client.set_registered_model_alias(name, ALIAS, version.version)
     return str(version.version)
@@ -70,7 +70,7 @@ def _fetch(uri: str, scheme: str, name: str, cache: Path) -> Path | str:
 
     if uri.startswith("http") and (problem := probe(uri, write=False)):
         return problem.rstrip(".")
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if (file := store_file(uri)) and not file.is_file():
         return "there is no such store"  # asking would make one
     client = MlflowClient(uri)
     try:
@@ -110,11 +110,11 @@ def _of_run(client: "MlflowClient", run_id: str, folder: Path) -> Path | str:
     """The run's bundle: where it lies in a local store, else fetched into `folder`, whole or not at all."""
     if (folder / FACTS).is_file():
         return folder
-    if not client.list_artifacts(run_id, FOLDER):
+    if not client.list_artifacts(run_id, BUNDLE):
         return f"the run {run_id} kept no bundle (tracking.log_model=false, or it did not finish)"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as fetched:
-        there = Path(client.download_artifacts(run_id, FOLDER, fetched))
+        there = Path(client.download_artifacts(run_id, BUNDLE, fetched))
         facts = next(there.rglob(FACTS), None)
         if facts is None:
             return f"the artifacts of the run {run_id} hold no bundle"

@@ -25,7 +25,7 @@ def checkpoint_of_run(ckpt: str, cfg: TrackingConfig, runs_dir: str) -> Path:
     """
     run_id = ckpt.removeprefix(SCHEME).strip("/")
     for note in sorted(Path(runs_dir).glob(f"**/{RUN_ID_FILE}")):
-        best = note.parent / "checkpoints" / "best.ckpt"
+        best = note.with_name("best.ckpt")
         if note.read_text().strip() == run_id and best.is_file():
             return best
     server = server_uri(cfg)
@@ -62,7 +62,7 @@ def _fetch(uri: str, run_id: str, folder: Path) -> Path | str:
             client.download_artifacts(run_id, kept[0], fetched)
             shutil.move(next(Path(fetched).rglob("*.ckpt")), target.with_suffix(".part"))
         target.with_suffix(".part").replace(target)
-        (folder / RUN_ID_FILE).write_text(run.data.tags.get(ORIGIN, run_id) + "\n")
+        target.with_name(RUN_ID_FILE).write_text(run.data.tags.get(ORIGIN, run_id) + "\n")
     except MlflowException as error:
         return first_line(error).rstrip(".")
     return target

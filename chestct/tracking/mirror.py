@@ -150,14 +150,17 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
-def experiment_id(client: "MlflowClient", name: str) -> str:
-    """The experiment of that name, made where there is none; safe when several processes ask at once."""
+def experiment_id(client: "MlflowClient", name: str, artifacts: str | None = None) -> str:
+    """The experiment of that name, made where there is none; safe when several processes ask at once.
+
+    artifacts: where a new one keeps its artifacts, if the client shall not choose.
+    """
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name)
+            return client.create_experiment(name, artifacts)
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:

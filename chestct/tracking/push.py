@@ -7,7 +7,7 @@ from chestct.config import Config
 from chestct.errors import ConfigError
 from chestct.tracking.mirror import Copy, DeletedThereError, first_line
 from chestct.tracking.run import FOLDER, LOCK_FILE
-from chestct.tracking.server import TrackingError, probe, server_uri
+from chestct.tracking.server import TrackingError, local_uri, probe, server_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -28,10 +28,10 @@ def push(cfg: Config) -> int:
         raise ConfigError("push needs a server: tracking.uri=https://..., or tracking=dagshub with owner and repo.")
     if problem := probe(server, cfg.tracking.experiment):
         raise TrackingError(problem)
-    Path(cfg.cache_dir).mkdir(parents=True, exist_ok=True)
+    cfg.cache.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(Path(cfg.cache_dir) / "push.lock", timeout=0):
-            return _push(MlflowClient(cfg.tracking.local), MlflowClient(server), server)
+        with FileLock(cfg.cache / "push.lock", timeout=0):
+            return _push(MlflowClient(local_uri(cfg.tracking)), MlflowClient(server), server)
     except Timeout:
         raise TrackingError("Another push is under way. Wait for it: it sends the same runs.") from None
 

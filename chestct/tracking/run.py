@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from chestct.config import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
-from chestct.tracking.bundle import ALIAS, register
+from chestct.tracking.bundle import ALIAS, BUNDLE, register
 from chestct.tracking.mirror import ORIGIN, PARENT, Copy, DeletedThereError, Mirror, experiment_id, first_line
-from chestct.tracking.server import TrackingError, local_uri, probe, server_uri
+from chestct.tracking.server import TrackingError, local_uri, probe, server_uri, store_file
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import MLFlowLogger
@@ -91,8 +92,10 @@ class Run:
 
 
 @contextmanager
-def open_run(cfg: Config, out: Path) -> Iterator[Run]:
+def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
     """The run that belongs to the folder `out`: the one noted there if it is resumed, else a new one.
+
+    A training is resumed with cfg.ckpt or by its sweep; a sweep (whose jobs have folders in `out`) always.
 
     Ends as FINISHED, as KILLED when it was interrupted, as FAILED on any error. Raises TrackingError where a server
     cannot be used and tracking.required=true.
@@ -106,7 +109,7 @@ def open_run(cfg: Config, out: Path) -> Iterator[Run]:
     server = _usable_server(cfg.tracking)
     uri = local_uri(cfg.tracking)
     try:
-        run = _start(cfg.tracking, uri, out)
+        run = _start(cfg, uri, out, sweep)
     except MlflowException as error:
         raise TrackingError(f"MLflow cannot use {uri}: {first_line(error)} Set tracking.uri or tracking=off.") from None
     assert run.client is not None
@@ -118,82 +121,96 @@ def open_run(cfg: Config, out: Path) -> Iterator[Run]:
         with _system_metrics(cfg.tracking, run):
             yield run
         status = "FINISHED"
-        if cfg.tracking.register:
-            _register(run.client, run.run_id, cfg.tracking.register, uri)
+        _register(run, cfg.tracking.register)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
         run.client.set_terminated(run.run_id, status)
-        if mirror and _say_how_it_ended(mirror, cfg.tracking) and status == "FINISHED" and cfg.tracking.register:
-            _register(mirror.copy.remote, mirror.copy.copy_id, cfg.tracking.register, str(server))
+        if mirror and _say_how_it_ended(mirror, cfg.tracking) and status == "FINISHED":
+            _register(Run(mirror.copy.remote, mirror.copy.copy_id, str(server)), cfg.tracking.register)
 
 
-def record_evaluation(cfg: Config, ckpt: Path, values: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Adds an evaluation of a checkpoint to the MLflow run that it belongs to, which may long have ended.
+@contextmanager
+def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
+    """The run that a checkpoint belongs to, which may long have ended, to add something to it.
 
-    Says so; where the run or its store is not there, it says that, and the evaluation stands all the same.
+    Says so; where the run or its store is not there, it says that, and gives a run that records nothing.
     """
-    note = ckpt.resolve().parent.parent / RUN_ID_FILE
+    note = ckpt.resolve().with_name(RUN_ID_FILE)
     if cfg.tracking.name == "off" or not note.is_file():
+        yield Run()
         return
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    run_id = note.read_text().strip()
+    run_id, uri, run = note.read_text().strip(), cfg.tracking.local, Run()
     try:
         uri = local_uri(cfg.tracking)
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        if (file := store_file(uri)) and not file.is_file():
             raise TrackingError("there is no such store")  # asking would make one
-        run = Run(MlflowClient(uri), run_id, uri)
-        if run.client and run.client.get_run(run_id).info.lifecycle_stage == "deleted":
+        client = MlflowClient(uri)
+        if client.get_run(run_id).info.lifecycle_stage == "deleted":
             raise TrackingError("it was deleted")
-        run.evaluation(ckpt.stem, values, folder)
-        if run.client and (server := _usable_server(cfg.tracking)):
-            Copy(run.client, MlflowClient(server), run_id).send(artifacts=True)
+        run = Run(client, run_id, uri)
+        yield run
+        _register(run, cfg.tracking.register)
+        if server := _usable_server(cfg.tracking):
+            copy = Copy(client, MlflowClient(server), run_id)
+            copy.send(artifacts=True)
+            _register(Run(copy.remote, copy.copy_id, server), cfg.tracking.register)
         print(f"MLflow run {run_id} in {uri} (make ui)")
     except (MlflowException, ChestCTError, DeletedThereError, OSError) as error:
-        print(f"Not added to the MLflow run {run_id} in {cfg.tracking.local}: {first_line(error)}")
+        print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}")
+        if run.client is None:
+            yield run
 
 
-def _register(client: "MlflowClient", run_id: str, name: str, uri: str) -> None:
-    """A name that cannot be given is said; the run stands all the same."""
+def _register(run: Run, name: str | None) -> None:
+    """Gives the run's bundle its name, where it has both; a name that cannot be given is said, and the run stands."""
     from mlflow.exceptions import MlflowException
 
     try:
-        version = register(client, run_id, name)
+        if run.client is None or not name or not run.client.list_artifacts(run.run_id, BUNDLE):
+            return
+        version = register(run.client, run.run_id, name)
     except MlflowException as error:
-        print(f"Not registered as {name} in {uri}: {first_line(error)}")
+        print(f"Not registered as {name} in {run.uri}: {first_line(error)}")
     else:
-        print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {uri}")
+        print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {run.uri}")
 
 
-def _start(cfg: TrackingConfig, uri: str, out: Path) -> Run:
+def _start(cfg: Config, uri: str, out: Path, sweep: bool) -> Run:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     client = MlflowClient(uri)
-    note = out / RUN_ID_FILE
+    # Beside the checkpoints, so that it goes where they go: DVC removes, restores and shares them as one.
+    note = (out if sweep else out / "checkpoints") / RUN_ID_FILE
+    parent = out.parent / RUN_ID_FILE
     tags = {}
-    if note.is_file():
+    if note.is_file() and (sweep or cfg.ckpt or parent.is_file()):
         run_id = note.read_text().strip()
         try:
             client.update_run(run_id, status="RUNNING")
             return Run(client, run_id, uri)
         except MlflowException:
-            print(f"The MLflow run {run_id} of this folder is not in {uri}; a new run is recorded.")
+            print(f"The MLflow run {run_id} of this folder is not in {uri}, or was deleted; a new run is recorded.")
             tags[ORIGIN] = run_id
-    found = client.get_experiment_by_name(cfg.experiment)
+    name = cfg.tracking.experiment
+    found = client.get_experiment_by_name(name)
     if found is not None and found.lifecycle_stage == "deleted":
         raise TrackingError(
-            f"The MLflow experiment '{cfg.experiment}' was deleted in {uri}. Restore it, or choose another with "
+            f"The MLflow experiment '{name}' was deleted in {uri}. Restore it, or choose another with "
             "tracking.experiment=NAME."
         )
-    experiment = experiment_id(client, cfg.experiment)
-    if (sweep := out.parent / RUN_ID_FILE).is_file():  # a job of a sweep, whose folder is the one above
-        tags[PARENT] = sweep.read_text().strip()
-    run_id = client.create_run(experiment, tags=tags, run_name=cfg.run_name).info.run_id
-    out.mkdir(parents=True, exist_ok=True)
+    file = store_file(uri)  # MLflow would keep artifacts in the working directory, which DVC may remove
+    artifacts = str(file.resolve().parent / "mlruns" / quote(name, safe="")) if file else None
+    experiment = experiment_id(client, name, artifacts)
+    if not sweep and parent.is_file():
+        tags[PARENT] = parent.read_text().strip()
+    run_id = client.create_run(experiment, tags=tags, run_name=cfg.tracking.run_name).info.run_id
+    note.parent.mkdir(parents=True, exist_ok=True)
     fresh = note.with_suffix(".new")
     fresh.write_text(run_id + "\n")
     fresh.replace(note)

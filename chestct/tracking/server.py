@@ -12,12 +12,14 @@ import threading
 import urllib.error
 import urllib.request
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from chestct.config import TrackingConfig
+from chestct.config import TrackingConfig, at_home
 from chestct.errors import ChestCTError, ConfigError
 
+SQLITE = "sqlite:///"
 PROBE_SECONDS = 8.0
 DAGSHUB = "https://dagshub.com"
 
@@ -39,7 +41,14 @@ def server_uri(cfg: TrackingConfig) -> str | None:
 
 def local_uri(cfg: TrackingConfig) -> str:
     """URI of the store on this machine."""
-    return cfg.uri if server_uri(cfg) is None else cfg.local
+    uri = cfg.uri if server_uri(cfg) is None else cfg.local
+    file = store_file(uri)
+    return f"{SQLITE}{at_home(str(file))}" if file else uri
+
+
+def store_file(uri: str) -> Path | None:
+    """The SQLite file behind a URI; None for any other store."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
 def refuse_password(uri: str) -> None:

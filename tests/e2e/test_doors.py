@@ -61,6 +61,7 @@ def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
     evaluated = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
     for split in ("valid", "test"):
         assert evaluated[split] == pytest.approx(trained[split], abs=1e-6)
+    assert list(trained["valid"]) == ["auroc", "log_loss"]
     assert (run / "bundle" / "bundle.json").is_file()
     assert again.splitlines()[:10] == printed.splitlines()[:10]
 
@@ -170,8 +171,8 @@ def test_a_leaky_split_has_to_be_asked_for_and_is_stamped_on_the_results(call, t
     status, out, _ = call("train.py", *arguments, "data.allow_leakage=true")
     assert status == 0
     assert "LEAKY SPLIT (official)" in out
-    metrics = [json.loads(p.read_text()) for p in tmp_path.glob("runs/*/evaluation/metrics.json")]
-    assert metrics[0]["about"]["leaked"] >= 1
+    (found,) = (json.loads(p.read_text()) for p in tmp_path.glob("runs/*/evaluation/evaluation.json"))
+    assert found["about"]["leaked"] >= 1
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ def test_train_register_and_evaluate_by_alias(call, tmp_path):
     assert "bundle=models:/chest@champion is now version 1" in printed
     run = only_run(tmp_path)
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    run_id = (run / "mlflow_run_id.txt").read_text().strip()
+    run_id = (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip()
     assert client.get_model_version_by_alias("chest", "champion").run_id == run_id
     status, _, err = call(
         "evaluate.py", "bundle=models:/chest@champion", "tracking=mlflow", f"hydra.run.dir={tmp_path}/evaluated"
@@ -162,7 +162,7 @@ def test_train_register_and_evaluate_by_alias(call, tmp_path):
 def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(call, tmp_path):
     assert call("train.py", "trainer.max_epochs=2", "tracking=mlflow")[0] == 0
     run = only_run(tmp_path)
-    run_id = (run / "mlflow_run_id.txt").read_text().strip()
+    run_id = (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     before = client.get_run(run_id)
     out = f"hydra.run.dir={tmp_path}/evaluated"

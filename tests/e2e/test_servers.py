@@ -205,7 +205,7 @@ def test_a_run_is_on_the_server_while_it_lasts_and_whole_at_its_end(server, reco
 
     # Another machine, with the run folder but without the local store, goes on in the same copy.
     shutil.copy(empty_store, tmp_path / "other.db")
-    elsewhere = small("tracking=mlflow", *recorded, f"tracking.local=sqlite:///{tmp_path}/other.db")
+    elsewhere = small("tracking=mlflow", *recorded, f"tracking.local=sqlite:///{tmp_path}/other.db", "ckpt=last.ckpt")
     with open_run(elsewhere, tmp_path / "out") as run:
         run.metrics({"valid/loss": 0.01}, 20)
     _, more = copies(server, cfg)

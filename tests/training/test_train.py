@@ -208,4 +208,4 @@ def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms
     (recorded,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
     assert recorded.info.status == "FINISHED"
     assert os.environ.get("MLFLOW_RUN_ID") is None
-    assert Path(run / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
+    assert Path(run / "checkpoints" / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
