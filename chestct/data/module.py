@@ -110,7 +110,7 @@ class SliceModule(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Draws phantoms and decodes slices where that has not been done; safe to call from several processes."""
-        if self.store is None:  # Lightning asks again
+        if self.store is None:  # Lightning asks again in every stage of a run
             prepare_store(self.cfg, progress=self.cfg.trainer.progress)
 
     def setup(self, stage: str | None = None) -> None:

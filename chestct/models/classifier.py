@@ -99,17 +99,31 @@ class Classifier(L.LightningModule):
         scores = logits.detach().float()
         # Scores, not logits: torchmetrics takes logits that happen to lie in [0, 1] for scores.
         scores = scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
-        metrics = cast(MetricCollection, self.metrics[f"{stage}_"])
         if len(scores):
-            metrics.update(scores, batch["y"])
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=size)
+            cast(MetricCollection, self.metrics[f"{stage}_"]).update(scores, batch["y"])
         if stage != "train":
             self.predictions.setdefault(stage, []).append((batch["i"].cpu(), logits.detach().float().cpu()))
         return loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
-        torch.manual_seed(self.cfg.seed * 1_000_003 + self.global_step)
+        seed = self.cfg.seed * 1_000_003 + self.global_step
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds where there is no GPU
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    def _log_metrics(self, stage: str) -> None:
+        # Once an epoch: logged in every step, metrics would cost more than all else that a step on features does.
+        self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]))
+
+    def on_train_epoch_end(self) -> None:
+        self._log_metrics("train")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("valid")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
 
     def on_validation_epoch_start(self) -> None:
         self.predictions.pop("valid", None)

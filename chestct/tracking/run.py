@@ -22,8 +22,9 @@ from chestct.tracking.mirror import ORIGIN, PARENT, Copy, DeletedThereError, Mir
 from chestct.tracking.server import TrackingError, local_uri, probe, server_uri, store_file
 
 if TYPE_CHECKING:
-    from lightning.pytorch.loggers import MLFlowLogger
     from mlflow import MlflowClient
+
+    from chestct.tracking.logger import RunLogger
 
 RUN_ID_FILE = "mlflow_run_id.txt"
 LOCK_FILE = ".lock"
@@ -36,13 +37,13 @@ class Run:
     def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", uri: str = "") -> None:
         self.client, self.run_id, self.uri = client, run_id, uri
 
-    def logger(self) -> "MLFlowLogger | None":
+    def logger(self) -> "RunLogger | None":
         """For Lightning's Trainer: writes what modules log into this run."""
         if self.client is None:
             return None
-        from lightning.pytorch.loggers import MLFlowLogger
+        from chestct.tracking.logger import RunLogger
 
-        return MLFlowLogger(tracking_uri=self.uri, run_id=self.run_id)
+        return RunLogger(self.client, self.run_id)
 
     def tags(self, tags: Mapping[str, object]) -> None:
         from mlflow.entities import RunTag
