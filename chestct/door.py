@@ -297,9 +297,8 @@ def overlay(cfg: Config, overrides: list[str], base: dict[str, Any]) -> Config:
 
 def made_files() -> dict[Path, str]:
     """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml."""
-    composed = OmegaConf.to_yaml(OmegaConf.structured(compose()))
-    note = "# What `python train.py` composes by default. Made by `make params`; dvc exp run -S writes its own.\n"
-    return {CONF / "defaults.yaml": as_yaml(), CONF.parent / "params.yaml": note + composed}
+    composed = OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it, so that git sees no change
+    return {CONF / "defaults.yaml": as_yaml(), CONF.parent / "params.yaml": composed}
 
 
 if __name__ == "__main__":  # `make params`; the defaults first, since params.yaml is composed on top of them
