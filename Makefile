@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo dagshub-remote ui clean
+.PHONY: help setup train test test-fast lint format params repro audit bench bench-runs bench-data bench-serve bundle demo dagshub-remote ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 bench: $(READY) ## time the forward pass, features, head training and two processes, as ratios
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.ddp
+
+bench-runs: $(READY) ## time what tracking costs, and a sweep of twelve trials
+	$(BIN)/python -m benchmarks.experiments $(ARGS)
 
 bench-data: $(READY) ## time grouping on 10k to 100k slices
 	$(BIN)/python -m benchmarks.groups $(ARGS)

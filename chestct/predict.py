@@ -54,11 +54,22 @@ def _predict(arguments: argparse.Namespace) -> "Summary":
         return predict_files(
             paths,
             arguments.out,
-            bundle=arguments.bundle,
+            bundle=_bundle(arguments),
             overlays=arguments.overlays,
             every=arguments.every,
             advance=lambda: progress.advance(task),
         )
+
+
+def _bundle(arguments: argparse.Namespace) -> str:
+    """The bundle's folder; MLflow, which takes seconds to import, only for a name in it."""
+    name = str(arguments.bundle)
+    if not name.startswith(("models:/", "runs:/")):
+        return name
+    from chestct.door import compose
+    from chestct.tracking import fetch_bundle
+
+    return fetch_bundle(name, compose(*([f"tracking.uri={arguments.tracking_uri}"] if arguments.tracking_uri else [])))
 
 
 def _told(done: "Summary", out: Path, seconds: float) -> str:
@@ -96,8 +107,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, and folders to look through")
     parser.add_argument(
-        "--bundle", default="packaged", help="bundle folder; `packaged` (default): the one in the package"
+        "--bundle",
+        default="packaged",
+        help="folder, models:/NAME@champion or runs:/ID; `packaged` (default): the one in the package",
     )
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store or server that knows such a name")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
     parser.add_argument("--overlays", type=Path, metavar="DIR", help="also draw each slice with its heat, as PNG")
     parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")

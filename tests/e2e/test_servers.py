@@ -2,14 +2,11 @@
 
 import json
 import os
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,94 +15,11 @@ from chestct.door import CONF
 from chestct.tracking import TrackingError, open_run, probe
 from chestct.tracking.push import push
 from tests.conftest import SMALL
+from tests.e2e.loopback import PASSWORDS, log_in
 
 pytestmark = pytest.mark.slow
 
 ROOT = CONF.parent
-PASSWORDS = {"admin": secrets.token_hex(16), "writer": secrets.token_hex(16), "reader": secrets.token_hex(16)}
-
-
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        return made.getsockname()[1]
-
-
-class Server:
-    """`mlflow server` with its basic-auth app, in a process group of its own so that it can be killed whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        (folder / "auth.ini").write_text(
-            "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
-            f"database_uri = sqlite:///{folder}/auth.db\n"
-            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
-            "auth_cache_ttl_seconds = 60\n"  # else every request hashes a password for a tenth of a second
-        )
-
-    def start(self) -> None:
-        quiet = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        self.process = subprocess.Popen(
-            f"{sys.executable} -m mlflow server --app-name basic-auth --host 127.0.0.1 --port {self.port} --workers 1 "
-            f"--artifacts-destination artifacts --backend-store-uri sqlite:///server.db".split(),
-            cwd=self.folder,
-            env=quiet
-            | {
-                "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
-                "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
-                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
-                "MLFLOW_DISABLE_TELEMETRY": "true",
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            },
-            stdout=(self.folder / "server.log").open("a"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 150
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
-
-    def signal(self, signum: int) -> None:
-        os.killpg(self.process.pid, signum)
-
-    def kill(self) -> None:
-        if self.process.poll() is None:
-            self.signal(signal.SIGKILL)
-            self.process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A running server with the users admin, writer (may do everything) and reader (may only read)."""
-    made = Server(tmp_path_factory.mktemp("server"))
-    made.start()
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            log_in(patch, "admin")
-            from mlflow.server.auth.client import AuthServiceClient
-
-            users = AuthServiceClient(made.uri)
-            for name in ("writer", "reader"):
-                users.create_user(name, PASSWORDS[name])
-            assert probe(made.uri) is None  # admin makes the experiment, on which others may only read
-            from mlflow import MlflowClient
-
-            experiment = MlflowClient(made.uri).get_experiment_by_name("chestct").experiment_id
-            users.grant_user_permission("writer", "experiment", experiment, "MANAGE")
-        yield made
-    finally:
-        made.kill()
-
-
-def log_in(monkeypatch, user, password=None):
-    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password or PASSWORDS[user])
 
 
 def test_wrong_password_and_missing_permission_are_told_apart(server, monkeypatch):

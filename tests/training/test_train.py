@@ -175,6 +175,26 @@ def test_a_device_that_is_not_there_is_said(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cache, tmp_path):
+    settings = ("data.size=64", "data.batch_size=8", "tracking=off", "trainer.progress=false", "trainer.patience=0")
+    settings += ("trainer.max_epochs=60", "model.dropout=0.3", f"data.root={phantoms}", f"cache_dir={cache}")
+    whole = train(small(*settings), tmp_path / "whole")
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={run}", "evaluation.report=false"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait(10)
+    assert len(losses(run)) < 60
+    subprocess.run([*command, f"ckpt={run}"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    assert losses(run).to_numpy() == pytest.approx(losses(whole.folder).to_numpy(), abs=1e-6)
+    first, second = (torch.load(f / "checkpoints" / "best.ckpt", weights_only=True) for f in (run, whole.folder))
+    assert first["epoch"] == second["epoch"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms, tmp_path, signum):
     settings = [

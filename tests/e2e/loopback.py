@@ -1,0 +1,168 @@
+"""Servers on loopback that stand for DagsHub's: MLflow with users, S3, and plain HTTP with a password."""
+
+import base64
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from chestct.tracking import probe
+
+TOKEN = "loopback-token-of-no-use"
+PASSWORDS = {"admin": secrets.token_hex(16), "writer": secrets.token_hex(16), "reader": secrets.token_hex(16)}
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return made.getsockname()[1]
+
+
+class Server:
+    """`mlflow server` with its basic-auth app, in a process group of its own so that it can be killed whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        (folder / "auth.ini").write_text(
+            "[mlflow]\ndefault_permission = READ\nadmin_username = admin\n"
+            f"database_uri = sqlite:///{folder}/auth.db\n"
+            "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n"
+            "auth_cache_ttl_seconds = 60\n"  # else every request hashes a password for a tenth of a second
+        )
+
+    def start(self) -> None:
+        quiet = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        self.process = subprocess.Popen(
+            f"{sys.executable} -m mlflow server --app-name basic-auth --host 127.0.0.1 --port {self.port} --workers 1 "
+            f"--artifacts-destination artifacts --backend-store-uri sqlite:///server.db".split(),
+            cwd=self.folder,
+            env=quiet
+            | {
+                "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
+                "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
+                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            },
+            stdout=(self.folder / "server.log").open("a"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 150
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def signal(self, signum: int) -> None:
+        os.killpg(self.process.pid, signum)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait(10)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A running server with the users admin, writer (may do everything) and reader (may only read)."""
+    made = Server(tmp_path_factory.mktemp("server"))
+    made.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            log_in(patch, "admin")
+            from mlflow.server.auth.client import AuthServiceClient
+
+            users = AuthServiceClient(made.uri)
+            for name in ("writer", "reader"):
+                users.create_user(name, PASSWORDS[name])
+            assert probe(made.uri) is None  # admin makes the experiment, on which others may only read
+            from mlflow import MlflowClient
+
+            experiment = MlflowClient(made.uri).get_experiment_by_name("chestct").experiment_id
+            users.grant_user_permission("writer", "experiment", experiment, "MANAGE")
+        yield made
+    finally:
+        made.kill()
+
+
+def log_in(monkeypatch, user, password=None):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password or PASSWORDS[user])
+
+
+@pytest.fixture
+def s3():
+    """moto's S3 with the bucket `dvc`; its address."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/dvc", method="PUT")).close()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def plain_http():
+    """A server that keeps what is posted to it and asks for the token, as DagsHub's plain one does; its address."""
+    kept: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                body = b""
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+            else:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.allowed():
+                kept[self.path] = body
+                self.answer(200)
+
+        def do_GET(self):
+            if self.allowed():
+                self.answer(200 if self.path in kept else 404, kept.get(self.path, b""))
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def allowed(self):
+            asked = "Basic " + base64.b64encode(f"{TOKEN}:{TOKEN}".encode()).decode()
+            if self.headers.get("Authorization") != asked:
+                self.answer(401)
+                return False
+            return True
+
+        def answer(self, status, body=b""):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -1,0 +1,237 @@
+"""The whole story, from a fresh clone: run the pipeline, train, sweep, experiment, compare, push; then elsewhere clone,
+pull, evaluate and load by name. DagsHub's part is played by servers on loopback.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from chestct.config import TrackingConfig
+from chestct.door import CONF
+from chestct.models.bundle import load_bundle
+from chestct.tracking.storage import dagshub_remotes
+from tests.e2e.loopback import PASSWORDS, TOKEN, log_in
+
+pytestmark = pytest.mark.slow
+
+ROOT = CONF.parent
+QUICK = {
+    "data/phantom.yaml": "phantom: {slices: 60, size: 64, difficulty: 0.0}\nsize: 32\n",
+    "trainer/default.yaml": "max_epochs: 3\nprogress: false\n",
+    "tracking/mlflow.yaml": "system_metrics: false\n",
+}
+OUTPUTS = ("store", "audit", "train/checkpoints", "bundle")
+
+
+def run(folder: Path, *command: str, fails: bool = False) -> str:
+    with tempfile.TemporaryFile("w+") as output:  # no pipe: workers that a command leaves behind would hold it open
+        done = subprocess.run(command, cwd=folder, stdout=output, stderr=output, check=False)
+        output.seek(0)
+        told = output.read()
+    assert (done.returncode != 0) == fails, told[-4000:]
+    assert "Traceback" not in told
+    return told
+
+
+@pytest.fixture
+def origin(tmp_path, monkeypatch):
+    """A bare repository with this working tree's code, and defaults that make everything quick."""
+    draft = tmp_path / "draft"
+    for name in ("chestct", "conf", "hydra_plugins"):
+        shutil.copytree(ROOT / name, draft / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (draft / ".dvc").mkdir()
+    for name in ("train.py", "evaluate.py", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config"):
+        shutil.copy(ROOT / name, draft / name)
+    (draft / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
+    for name, lines in QUICK.items():
+        with (draft / "conf" / name).open("a") as file:
+            file.write(lines)
+    bin = str(Path(sys.executable).parent)
+    environment = {
+        "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",  # the stages call `python`
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(tmp_path / "site"),
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "OMP_NUM_THREADS": "1",
+        **{f"GIT_{who}_{what}": "ada@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PYTHONPATH", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    run(draft, "python", "-m", "chestct.door")  # params.yaml
+    for command in (("init", "-q", "-b", "main"), ("add", "."), ("commit", "-q", "-m", "code")):
+        run(draft, "git", *command)
+    run(tmp_path, "git", "clone", "-q", "--bare", "draft", "origin.git")
+    return tmp_path / "origin.git"
+
+
+def clone(origin: Path, name: str) -> Path:
+    run(origin.parent, "git", "clone", "-q", str(origin), name)
+    return origin.parent / name
+
+
+def remotes(folder: Path, s3: str, http: str, monkeypatch) -> None:
+    """`make dagshub-remote`, then moved to loopback."""
+    monkeypatch.setenv("DAGSHUB_USER_TOKEN", TOKEN)
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        dagshub_remotes(TrackingConfig("dagshub", owner="ada", repo="ct"))
+    monkeypatch.delenv("DAGSHUB_USER_TOKEN")
+    run(folder, "dvc", "remote", "modify", "dagshub", "endpointurl", s3)
+    run(folder, "dvc", "remote", "modify", "dagshub-http", "url", http)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for name in OUTPUTS for path in (folder / "artifacts" / name).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def experiments(folder: Path) -> dict[str, dict]:
+    """What `dvc exp show` tells of every experiment on the last commit, by name."""
+    _, last = json.loads(run(folder, "dvc", "exp", "show", "--json"))
+    return {found["name"]: found["revs"][0]["data"] for found in last["experiments"] or []}
+
+
+def changed(folder: Path) -> set[str]:
+    return set(json.loads(run(folder, "dvc", "status", "--json")))
+
+
+def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatch, tmp_path):
+    log_in(monkeypatch, "writer")
+    ada = clone(origin, "ada")
+    shutil.copy(empty_store, ada / "mlflow.db")
+
+    # The pipeline, and the commit that others start from.
+    run(ada, "dvc", "repro")
+    assert run(ada, "git", "status", "--short").split() == ["??", "artifacts/", "??", "dvc.lock"]
+    run(ada, "git", "add", ".")
+    assert run(ada, "git", "diff", "--cached", "--name-only").split() == [
+        "artifacts/evaluation/metrics.json",
+        "dvc.lock",
+    ]
+    run(ada, "git", "commit", "-q", "-m", "results")
+    baseline = metrics(ada / "artifacts/evaluation")
+
+    # The same settings by hand, shared on the server, and registered there.
+    shared = f"tracking.uri={server.uri}"
+    told = run(ada, "python", "train.py", shared, "tracking.register=chest", "hydra.run.dir=runs/a")
+    assert f"version 1 in {server.uri}" in told
+    by_hand = metrics(ada / "runs/a/evaluation")
+    for split in baseline:
+        assert by_hand[split] == pytest.approx(baseline[split], abs=1e-6, nan_ok=True)
+
+    # Only what depends on a module runs again when it changes.
+    for module, stages in (
+        ("chestct/evaluation/plots.py", {"evaluate", "export"}),
+        ("chestct/models/bundle.py", {"export"}),
+        ("chestct/training/callbacks.py", {"train"}),
+        ("chestct/tracking/run.py", set()),
+    ):
+        before = (ada / module).read_text()
+        (ada / module).write_text(before + "# changed\n")
+        assert changed(ada) == stages, module
+        (ada / module).write_text(before)
+
+    # A sweep, and experiments: one here, two at once in temporary copies.
+    told = run(ada, "python", "train.py", "-m", "optim.lr=0.05,0.005", "evaluation.report=false")
+    assert "best of 2" in told
+    run(ada, "dvc", "exp", "run", "-n", "faster", "-S", "optim.lr=0.05")
+    assert run(ada, "git", "status", "--short").split() == [
+        *("M", "artifacts/evaluation/metrics.json", "M", "dvc.lock", "M", "params.yaml")
+    ]
+    queue = ("-S", "model.freeze=false", "-S", "optim=sgd", "-S", "optim.lr=1e-3,1e-4", "-S", "trainer.max_epochs=1")
+    run(ada, "dvc", "exp", "run", "--queue", *queue)
+    try:
+        run(ada, "dvc", "queue", "start", "-j", "2")
+        deadline = time.monotonic() + 300
+        while any(state in run(ada, "dvc", "queue", "status") for state in ("Running", "Queued")):
+            assert time.monotonic() < deadline
+            time.sleep(2)
+    finally:
+        run(ada, "dvc", "queue", "stop", "--kill")
+
+    # Compare: the settings reached the training, and the table has the numbers.
+    found = experiments(ada)
+    assert len(found) == 3
+    columns = found["faster"]["metrics"]["artifacts/evaluation/metrics.json"]["data"]
+    assert list(columns) == ["test", "valid"]
+    assert columns == metrics(ada / "artifacts/evaluation") != baseline
+    queued = {name: data["params"]["params.yaml"]["data"] for name, data in found.items() if name != "faster"}
+    assert {params["optim"]["lr"] for params in queued.values()} == {1e-3, 1e-4}
+    from mlflow import MlflowClient
+
+    local = MlflowClient(f"sqlite:///{ada}/mlflow.db")
+    runs = local.search_runs([local.get_experiment_by_name("chestct").experiment_id])
+    by_experiment = {r.data.tags["dvc.experiment"]: r for r in runs if "dvc.experiment" in r.data.tags}
+    assert by_experiment.keys() == found.keys()
+    for name, params in queued.items():
+        mlflow_run = by_experiment[name]
+        assert mlflow_run.info.status == "FINISHED"
+        folder = Path(mlflow_run.info.artifact_uri)
+        assert {path.name for path in folder.iterdir()} == {"audit", "bundle", "checkpoints", "config", "evaluation"}
+        checkpoint = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+        settings = checkpoint["hyper_parameters"]["settings"]
+        assert settings["optim"] == params["optim"]
+        assert (settings["model"]["freeze"], settings["optim"]["name"]) == (False, "sgd")
+    assert "optim.lr" in run(ada, "dvc", "exp", "diff", *queued)
+    run(ada, "dvc", "plots", "diff", "HEAD", *found)
+    assert all(name in (ada / "dvc_plots/index.html").read_text() for name in found)
+    told = run(ada, "python", "evaluate.py", "compare=[runs/a,artifacts/evaluation]", "hydra.run.dir=compared")
+    assert "B - A with its 95 % interval" in told
+
+    # Share: runs, data, code.
+    run(ada, "git", "checkout", "-q", ".")
+    run(ada, "dvc", "checkout")
+    told = run(ada, "python", "-m", "chestct.tracking", "push", shared)
+    assert f"{len(runs)} runs are on {server.uri}" in told
+    remotes(ada, s3, plain_http, monkeypatch)
+    for remote in ("dagshub", "dagshub-http"):
+        assert "pushed" in run(ada, "dvc", "push", "--remote", remote)
+    run(ada, "git", "commit", "-q", "-a", "-m", "remotes")
+    run(ada, "git", "push", "-q", "origin", "HEAD")
+    assert TOKEN not in (ada / ".dvc/config").read_text()
+
+    # Elsewhere: what was pulled is what was pushed, and gives the same numbers.
+    log_in(monkeypatch, "reader")
+    bob = clone(origin, "bob")
+    assert metrics(bob / "artifacts/evaluation") == baseline
+    told = run(bob, "dvc", "pull", fails=True)  # .dvc/config.local is missing
+    assert "credentials" in told.lower()
+    remotes(bob, s3, plain_http, monkeypatch)
+    for remote in ("dagshub", "dagshub-http"):
+        run(bob, "dvc", "pull", "--remote", remote)
+        assert contents(bob) == contents(ada)
+        assert "Running stage" not in run(bob, "dvc", "repro")
+        shutil.rmtree(bob / ".dvc/cache")
+        for name in OUTPUTS:
+            shutil.rmtree(bob / "artifacts" / name)
+    run(bob, "dvc", "pull")
+    told = run(bob, "python", "evaluate.py", "ckpt=artifacts/train/checkpoints/best.ckpt", "hydra.run.dir=again")
+    again = metrics(bob / "again")
+    for split in baseline:
+        assert again[split] == pytest.approx(baseline[split], abs=1e-6, nan_ok=True)
+    name = "models:/chest@champion"
+    run(bob, "python", "evaluate.py", f"bundle={name}", shared, "hydra.run.dir=named")
+    assert metrics(bob / "named")["test"]["auroc"] == pytest.approx(baseline["test"]["auroc"], abs=1e-6)
+    slices = next((ada / ".cache/phantom").glob("*")) / "test"
+    told = run(bob, "python", "-m", "chestct.predict", str(slices), "--bundle", name, "--tracking-uri", server.uri)
+    assert f"scored by bundle {load_bundle(ada / 'runs/a/bundle').id}" in told
+    assert not [path for root in (ada, bob) for path in root.rglob("*") if _holds(path, PASSWORDS["writer"])]
+
+
+def _holds(path: Path, secret: str) -> bool:
+    return path.is_file() and secret.encode() in path.read_bytes()
