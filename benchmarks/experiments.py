@@ -1,6 +1,6 @@
 """What keeping records costs, and how long a sweep takes.
 
-    python -m benchmarks.experiments [--slices 64] [--rounds 3]
+    python -m benchmarks.experiments [tracking] [sweep] [--slices 64] [--rounds 3]
 
 Trains the uncached network (`features.cache=false`) without tracking, with the local store, and with a server that
 hangs or is gone once training has begun, in turns; tells the seconds of an epoch as ratios, and the share of the time
@@ -129,11 +129,14 @@ def sweep() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=["tracking", "sweep", []], help="both, if nothing is said")
     parser.add_argument("--slices", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    tracking(args.slices, args.rounds)
-    sweep()
+    if "sweep" not in args.what or "tracking" in args.what:
+        tracking(args.slices, args.rounds)
+    if "tracking" not in args.what or "sweep" in args.what:
+        sweep()
 
 
 if __name__ == "__main__":

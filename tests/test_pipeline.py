@@ -19,7 +19,17 @@ ENTRIES = {
     "evaluate": [f"evaluation/{name}.py" for name in ("evaluate", "asked", "side_by_side", "report")],
     "export": ["export.py"],
 }
-NO_RESULT = ("config.py", "checks.py", "door.py", "errors.py", "pyfunc.py", "tracking", "sweep", "__init__.py")
+NO_RESULT = (
+    "config.py",
+    "checks.py",
+    "door.py",
+    "errors.py",
+    "pyfunc.py",
+    "ranks.py",
+    "tracking",
+    "sweep",
+    "__init__.py",
+)
 """What passes settings on or keeps records: it decides no output."""
 
 NOT_THE_PIPELINES = ("ckpt", "cache_dir", "bundle", "compare", "runs_dir", "tracking", "serve", "monitor")
