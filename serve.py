@@ -5,6 +5,7 @@ from pathlib import Path
 
 from chestct.config import Config
 from chestct.door import door
+from chestct.errors import ConfigError
 
 USAGE = """
 Opens a web page that reads chest CT slices, at http://127.0.0.1:7860, with an API beside it.
@@ -30,9 +31,12 @@ def main(cfg: Config, out: Path) -> None:
         source = cfg.bundle or "packaged"
         if not source.startswith(("models:/", "runs:/")):
             return source
-        from chestct.tracking.bundle import fetch_bundle  # MLflow takes seconds to import
+        try:
+            from chestct.tracking.bundle import fetch_bundle  # MLflow takes seconds to import
 
-        return fetch_bundle(source, cfg)
+            return fetch_bundle(source, cfg)
+        except ModuleNotFoundError as error:  # as in the image
+            raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None
 
     monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
     try:

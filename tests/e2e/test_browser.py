@@ -210,8 +210,9 @@ def test_everything_works_with_the_keyboard_alone(visit) -> None:
     page.keyboard.press("End")
     assert page.input_value("input.opacity") == "100"
     tab_to("e.tagName === 'SUMMARY' && e.textContent.includes('When not')")
-    page.keyboard.press("Enter")
-    assert page.is_visible("text=It has only seen")
+    for visible in (False, True):  # it is open at first
+        page.keyboard.press("Enter")
+        assert page.is_visible(".slice:not([hidden]) >> text=It has only seen") == visible
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -223,6 +224,16 @@ def test_on_a_phone_nothing_is_cut_off(visit, examples, scheme: str) -> None:
     assert page.is_visible(".research")
     image = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
     assert (np.median(image) < 80) == (scheme == "dark")
+
+
+def test_the_page_about_the_model_draws_how_well_its_probability_holds(visit) -> None:
+    page = visit()
+    page.click("role=tab[name='Model']")
+    assert page.locator("svg.plot circle.point").count() >= 2
+    assert page.is_visible("text=What it scored")
+    assert not page.is_visible("text=Trying things out")  # the card, folded
+    page.click("text=The whole model card")
+    assert page.is_visible("text=Trying things out")
 
 
 def test_results_are_announced_to_screen_readers(visit, examples) -> None:
@@ -255,4 +266,5 @@ def test_axe_finds_no_serious_barrier(visit, examples, scheme: str, viewport: di
     for name in ("History", "Model", "API"):
         page.click(f"role=tab[name='{name}']")
         page.wait_for_timeout(300)
+        page.evaluate("document.querySelectorAll('details').forEach((one) => (one.open = true))")
         assert serious() == []
