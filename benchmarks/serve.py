@@ -23,7 +23,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,9 @@ from chestct.phantom.thorax import display, draw
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("start", "latency", "load", "soak")
+
+IDLE = 17
+"""Seconds after which the service has handed free memory back to the system."""
 
 Answer = tuple[int, dict[str, object]]
 
@@ -62,10 +65,10 @@ class Service:
         answer = client.getresponse()
         return answer.status, answer.read().decode()
 
-    def megabytes(self) -> float:
-        """Resident memory of the process."""
+    def megabytes(self, which: str = "VmRSS") -> float:
+        """Resident memory of the process: now, or with VmHWM the most that it ever was."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
 
 @contextlib.contextmanager
@@ -217,28 +220,24 @@ class Mix:
         if not good:
             self.wrong.append(f"{kind}: {status} {str(told)[:200]}")
 
-    def run(self, clients: int, requests: int, watch: Callable[[], None]) -> float:
-        """Seconds that `clients` at once take for `requests` each; watch: called ten times a second."""
-        done = threading.Event()
-
-        def watching() -> None:
-            while not done.wait(0.1):
-                watch()
+    def run(self, clients: int, requests: int) -> float:
+        """Seconds that `clients` at once take for `requests` each."""
 
         def client(_: int) -> None:
             connection = http.client.HTTPConnection("127.0.0.1", self.running.port, timeout=300)
             for _ in range(requests):
                 self.one(connection)
 
-        watcher = threading.Thread(target=watching)
-        watcher.start()
         began = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(client, range(clients)))
-        seconds = time.perf_counter() - began
-        done.set()
-        watcher.join()
-        return seconds
+        return time.perf_counter() - began
+
+    def tell(self, seconds: float) -> None:
+        sent = ", ".join(f"{count} {kind}" for kind, count in self.seen.most_common())
+        print(f"  {self.seen.total():,} requests in {seconds:.0f} s: {sent}; {len(self.wrong)} answered wrong")
+        for line in self.wrong[:5]:
+            print(f"    {line}")
 
 
 SHARES = {"slice": 0.8, "photo": 0.05, "rubbish": 0.05, "cut": 0.05, "empty": 0.05}
@@ -250,15 +249,19 @@ def load(clients: int, requests: int) -> bool:
     before = bare()
     with service("serve.queue=256") as running:
         mix = Mix(running, slices(40), SHARES, seed=0)
-        mix.run(clients, 2, lambda: None)  # warm
+        mix.run(clients, 2)  # warm
         mix.seen.clear()
-        memory = [running.megabytes()]
-        seconds = mix.run(clients, requests, lambda: memory.append(running.megabytes()))
-        time.sleep(1)
-        memory.append(running.megabytes())
+        time.sleep(IDLE)
+        idle, most = running.megabytes(), running.megabytes("VmHWM")
+        seconds = mix.run(clients, requests)
+        time.sleep(IDLE)
+        grown, higher = running.megabytes() - idle, running.megabytes("VmHWM") - most
     rate = (mix.seen["slice"] + mix.seen["photo"]) / seconds
     loop = (before + bare()) / 2
-    _tell(mix, seconds, memory)
+    mix.tell(seconds)
+    print(
+        f"  memory after warming up: idle {idle:.0f} MB, at most {most:.0f} MB; then {grown:+.0f} and {higher:+.0f} MB"
+    )
     print(f"  slices a second {rate:.2f}, in a bare loop of forward passes {loop:.2f}: ratio {rate / loop:.2f}")
     return not mix.wrong
 
@@ -267,22 +270,15 @@ def soak(requests: int) -> bool:
     """Requests of four clients, mostly bad ones, which cost no forward pass; files left behind are an error."""
     with service() as running:
         mix = Mix(running, slices(40), SOAK, seed=1)
-        mix.run(4, 50, lambda: None)
+        mix.run(4, 50)
         mix.seen.clear()
-        memory = [running.megabytes()]
-        seconds = mix.run(4, requests // 4, lambda: memory.append(running.megabytes()))
-        print(f"  memory at each tenth  {', '.join(f'{m:.0f}' for m in memory[:: max(1, len(memory) // 10)])} MB")
-    _tell(mix, seconds, memory)
+        memory, seconds = [running.megabytes()], 0.0
+        for _ in range(10):
+            seconds += mix.run(4, requests // 40)
+            memory.append(running.megabytes())
+    mix.tell(seconds)
+    print(f"  memory after each tenth: {', '.join(f'{megabytes:.0f}' for megabytes in memory)} MB")
     return not mix.wrong
-
-
-def _tell(mix: Mix, seconds: float, memory: list[float]) -> None:
-    sent = ", ".join(f"{count} {kind}" for kind, count in mix.seen.most_common())
-    print(f"  {mix.seen.total():,} requests in {seconds:.0f} s: {sent}; {len(mix.wrong)} answered wrong")
-    for line in mix.wrong[:5]:
-        print(f"    {line}")
-    most, end = max(memory) - memory[0], memory[-1] - memory[0]
-    print(f"  memory {memory[0]:.0f} MB after warming up; since then at most {most:+.0f}, at the end {end:+.0f}")
 
 
 def main() -> int:

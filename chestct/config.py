@@ -264,7 +264,7 @@ class ServeConfig:
     queue: int = setting(64, "requests that may wait or run at once; more are told to come back", low=1)
     seconds: float = setting(60.0, "longest time that one request may take", low=1, high=3600)
     rate: int = setting(240, "requests for answers a minute from one address; 0: any number", low=0)
-    batch: int = setting(16, "slices that share a forward pass at most", low=1)
+    batch: int = setting(8, "slices that share a forward pass at most; each takes some 30 MB", low=1)
 
 
 @dataclass

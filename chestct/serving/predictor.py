@@ -82,7 +82,7 @@ class Predictor:
         source: str | Path = "packaged",
         limits: Limits = Limits(),  # noqa: B008 - frozen
         *,
-        batch: int = 16,
+        batch: int = 8,
         waiting: int = 256,
         seconds: float = 60.0,
     ) -> None:
