@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from chestct.audit.findings import Audit
+from chestct.audit.findings import Audit, called
 from chestct.audit.inventory import CLASSES, Table
 from chestct.data.splits import LEFT_OUT, SPLITS
 
@@ -55,7 +55,7 @@ def examples(audit: Audit, manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table
     policy in force, or of the first policy that leaks.
     """
     rows: list[tuple[str, int, int, str]] = [
-        ("conflict", row["slices"][0], row["slices"][1], " / ".join(row["classes"][:2]))
+        ("conflict", row["slices"][0], row["slices"][1], " and ".join(map(called, row["classes"][:2])))
         for row in audit.conflicts[:EXAMPLES]
     ]
     policy = next((name for name in (audit.split, *audit.leakage) if audit.leakage[name]["list"]), None)

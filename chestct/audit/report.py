@@ -6,6 +6,7 @@ that a report can be written again without the data.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from chestct.audit import findings as rules
 from chestct.audit import inventory, leakage, pictures, shortcuts
@@ -98,6 +100,7 @@ def html(audit: Audit) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "breakable": lambda path: Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(path)))),
         "called": rules.called,
         "estimate": rules.estimate,
         "known": rules.known,
