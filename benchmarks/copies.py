@@ -156,7 +156,7 @@ def main() -> None:
     pairs = find_pairs(thumbs, content)
     groups = group(len(thumbs), pairs)
     together = groups == groups[original]
-    own = (original[pairs["a"]] == original[pairs["b"]]).to_numpy()
+    own = original[pairs["a"]] == original[pairs["b"]]
     near = (pairs["kind"] == "near").to_numpy()
     table = Table("change", "copies", "found", "recall", "least alike")
     for kind, name in enumerate(CHANGES):

@@ -116,6 +116,7 @@ def test_the_html_stands_alone_and_escapes_names(official: Audit, tmp_path: Path
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert" in html
+    assert "&lt;wbr" not in html  # names break after folders, and are still escaped
     assert "&lt;b&gt;broken" in html
     assert "truncated &amp; short" in html
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|https?://", html)
