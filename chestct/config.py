@@ -231,6 +231,9 @@ class EvaluationConfig:
     folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
     permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
     phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
+    novelty: int = setting(
+        0, "pictures of each kind that is no chest CT on which novelty is measured; 0: not measured", low=0
+    )
     robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)
     gallery: int = setting(6, "slices a row of the report's galleries", low=0, high=50)
     report: bool = setting(True, "after training, write report and bundle; false: metrics only (jobs of a search)")

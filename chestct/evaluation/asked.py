@@ -4,15 +4,14 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-import torch
 
 from chestct.config import Config
 from chestct.data.prepare import located
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.explanation import check_explanation, lesion_slices
+from chestct.evaluation.novelty import novelty_figures
 from chestct.evaluation.robustness import robustness
 from chestct.models.saliency import explained_output
 from chestct.phantom.dataset import write
@@ -20,28 +19,25 @@ from chestct.phantom.dataset import write
 OTHER_SEED = 1_000_003
 """Added to the phantoms' seed: heat maps are checked on lesions that no training has seen."""
 
-BATCH = 16
-
 
 def asked_for(found: Evaluation) -> dict[str, Any]:
-    """The sections `explanation` and `robustness`, as far as they are asked for, of an evaluated checkpoint."""
+    """The sections `explanation`, `novelty` and `robustness` of an evaluated checkpoint, as far as asked for."""
     asked = found.cfg.evaluation
-    sections: dict[str, Any] = {}
-    if asked.phantoms:
-        sections["explanation"] = explanation(found)
-    if asked.robustness:
-        sections["robustness"] = under_changes(found)
-    return sections
+    parts = {
+        "explanation": (asked.phantoms, explanation),
+        "novelty": (asked.novelty, novelty),
+        "robustness": (asked.robustness, under_changes),
+    }
+    return {name: make(found) for name, (number, make) in parts.items() if number}
 
 
 def explanation(found: Evaluation) -> dict[str, Any]:
     """Heat maps of new phantoms held against their lesions (chestct.evaluation.explanation)."""
-    assert found.model is not None
-    cfg = found.cfg
+    cfg, bundle = found.cfg, found.bundle
     images, masks = lesion_slices(_new_phantoms(cfg), preprocess_of(cfg.data), cfg.data.window)
     images, masks = images[: cfg.evaluation.phantoms], masks[: cfg.evaluation.phantoms]
-    outputs = explained_output(_logits(found, images))
-    return check_explanation(found.model.net, images, masks, outputs, found.baseline, curves=2)
+    outputs = explained_output(bundle.predict(images).logits)
+    return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, curves=2)
 
 
 def _new_phantoms(cfg: Config) -> Path:
@@ -59,25 +55,37 @@ def _new_phantoms(cfg: Config) -> Path:
     return root
 
 
-def under_changes(found: Evaluation) -> pd.DataFrame:
-    """Scores of test slices after graded changes; as many of each class as there are, up to half of those asked for."""
+def novelty(found: Evaluation) -> list[dict[str, Any]]:
+    """Pictures that are no chest CT, and how far from the training slices they lie (chestct.evaluation.novelty)."""
     assert found.data is not None
     assert found.data.store is not None
-    manifest = found.data.manifest
-    test = manifest[manifest["split"] == "test"].sample(frac=1, random_state=found.cfg.data.split_seed)
-    most = max(1, found.cfg.evaluation.robustness // 2)
-    normal, cancer = (test[test["label"] == label] for label in ("normal", "cancer"))
-    chosen = pd.concat([normal.head(most), cancer.head(max(most, 2 * most - len(normal)))])
+    cfg, store = found.cfg, found.data.store
+    some = _some(found, cfg.evaluation.novelty)
+    squares = store.images[some["row"].to_numpy()]
+    known = found.test["novelty"].to_numpy()
+    return novelty_figures(
+        found.bundle, preprocess_of(cfg.data), known, squares, cfg.evaluation.novelty, found.about["synthetic"]
+    )
+
+
+def under_changes(found: Evaluation) -> pd.DataFrame:
+    """Scores of test slices after graded changes (chestct.evaluation.robustness)."""
+    assert found.data is not None
+    assert found.data.store is not None
+    chosen = _some(found, found.cfg.evaluation.robustness)
     return robustness(
-        lambda images: 1 - found.point.probabilities(_logits(found, images))[:, 0],
+        lambda images: found.bundle.predict(images).score,
         found.data.store.images[chosen["row"].to_numpy()],
         (chosen["label"] == "cancer").to_numpy(int),
         found.point.threshold,
     )
 
 
-@torch.no_grad()
-def _logits(found: Evaluation, images: np.ndarray) -> np.ndarray:
-    assert found.model is not None
-    parts = [images[at : at + BATCH] for at in range(0, len(images), BATCH)]
-    return torch.cat([found.model.net(torch.tensor(part).unsqueeze(1).float() / 255) for part in parts]).numpy()
+def _some(found: Evaluation, number: int) -> pd.DataFrame:
+    """Test slices drawn at random: as many of each class as there are, up to half of `number`; cancer for the rest."""
+    assert found.data is not None
+    manifest = found.data.manifest
+    test = manifest[manifest["split"] == "test"].sample(frac=1, random_state=found.cfg.data.split_seed)
+    half = max(1, number // 2)
+    normal, cancer = (test[test["label"] == label] for label in ("normal", "cancer"))
+    return pd.concat([normal.head(half), cancer.head(max(half, number - len(normal)))])

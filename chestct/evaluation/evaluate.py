@@ -29,7 +29,9 @@ from chestct.data.splits import classes_of
 from chestct.errors import ChestCTError, DataError
 from chestct.evaluation.comparison import compare
 from chestct.evaluation.metrics import Estimate, measure
+from chestct.evaluation.shift import shift, training_facts
 from chestct.evaluation.subgroups import subgroups
+from chestct.models.bundle import Bundle
 from chestct.models.classifier import Classifier, load_classifier
 from chestct.models.features import attach
 from chestct.models.novelty import Reference, channel_means, fit_reference
@@ -91,6 +93,12 @@ class Evaluation:
             maps = [self.model.net.fine_maps(dataset.slices([i], view=0)) for i in chosen.tolist()]
         return mean_evidence(self.model.net, torch.cat(maps))
 
+    @cached_property
+    def bundle(self) -> Bundle:
+        """What answers for squares; it has no facts as yet, which come with the export."""
+        assert self.model is not None
+        return Bundle(self.model.net, self.point, self.reference, self.baseline, {})
+
     @property
     def headline(self) -> Row:
         """The row of the split policy in force."""
@@ -134,7 +142,7 @@ def outputs(model: Classifier, data: SliceModule, cfg: Config) -> tuple[dict[str
     """
     if cfg.features.cache and model.cfg.always_frozen:
         plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, views=0))
-        attach(data, model.net, model.weights_digest, plain, SPLITS)
+        attach(data, model.net, plain, SPLITS)
     found = [_outputs(model, data, split) for split in SPLITS]
     return tuple(dict(zip(SPLITS, parts, strict=True)) for parts in zip(*found, strict=True))  # type: ignore[return-value]
 
@@ -147,11 +155,8 @@ def _outputs(model: Classifier, data: SliceModule, split: str) -> tuple[np.ndarr
         return model(features).numpy(), channel_means(features)
     device = torch.device("cuda" if torch.cuda.is_available() and data.cfg.trainer.accelerator != "cpu" else "cpu")
     net = model.net.to(device)
-    size = data.cfg.data.batch_size
-    parts = []
-    for at in range(0, len(dataset), size):
-        maps = net.maps(dataset.slices(range(at, min(at + size, len(dataset))), view=0).to(device))
-        parts.append((net.head(maps).float().cpu(), channel_means(maps).float().cpu()))
+    every = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], data.cfg.data.batch_size))
+    parts = [(net.head(maps).float().cpu(), channel_means(maps).float().cpu()) for maps in every]
     net.cpu()
     logits, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return logits.numpy(), pooled
@@ -232,18 +237,19 @@ def _margin(test: pd.DataFrame, shortcut: np.ndarray, cfg: Config) -> Estimate:
 
 def _sections(found: Evaluation) -> dict[str, Any]:
     """What stands in the report beside the metrics; the costly parts only where cfg.evaluation asks for them."""
-    cfg, data, model = found.cfg, found.data, found.model
+    cfg, data = found.cfg, found.data
     assert data is not None
     assert data.store is not None
-    assert model is not None
+    training = training_facts(data.manifest, found.table)
+    manifest = data.manifest[data.manifest["split"] == "test"]
     cancer = 1 - found.test["probability_normal"].to_numpy()
     asked, seed = cfg.evaluation, cfg.data.split_seed
-    sections: dict[str, Any] = {
+    return {
         "subgroups": subgroups(found.test, cancer, found.point.threshold, resamples=asked.resamples, seed=seed),
+        "shift": shift(training, manifest, found.test),
         "audit": json.loads((kept_audit(cfg, data.store) / "report.json").read_text()),
         "made": made(),
     }
-    return sections
 
 
 def made() -> dict[str, Any]:

@@ -55,7 +55,6 @@ def check_explanation(
     baseline: torch.Tensor | None = None,
     curves: int = 4,
     seed: int = 0,
-    batch_size: int = 8,
 ) -> dict[str, Any]:
     """Checks the heat maps of slices with lesions; plain values for JSON.
 
@@ -66,7 +65,7 @@ def check_explanation(
     """
     if len(images) < 2 or not masks.any((1, 2)).all():
         raise ValueError("at least two slices, each with a lesion, are needed")
-    score, found = _explain(net, images, outputs, baseline, batch_size)
+    score, found = _explain(net, images, outputs, baseline)
     shown = heat_to_square(heat(found), images.shape[1]).numpy()
     body = np.stack([ndimage.binary_fill_holes(image > BODY_LEVEL * 255) for image in images])
     few = np.argsort(-score, kind="stable")[:curves]
@@ -75,7 +74,7 @@ def check_explanation(
         "tolerance_px": round(TOLERANCE * images.shape[1]),
         **_localisation(shown, masks, body),
         "randomisation": _randomisation(net, images[few], outputs[few], body[few], seed),
-        **_curves(net, images[few], outputs[few], found[few], body[few], seed, batch_size),
+        **_curves(net, images[few], outputs[few], found[few], body[few], seed),
     }
     checks, failures = _judge(result)
     return {"passes": all(checks.values()), "checks": checks, "failures": failures, **result}
@@ -83,15 +82,16 @@ def check_explanation(
 
 @torch.no_grad()
 def _explain(
-    net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None, batch_size: int
+    net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None
 ) -> tuple[np.ndarray, torch.Tensor]:
     """Scores float [N] of the outputs in question and their evidence [N, h, w], less the baseline."""
-    scores, found = [], []
-    for at in range(0, len(images), batch_size):
-        wanted = outputs[at : at + batch_size]
-        logits, part = _evidence_of(net, net.fine_maps(_batch(net, images[at : at + batch_size])), wanted)
+    scores, found, at = [], [], 0
+    for x in net.batches(images):
+        wanted = outputs[at : at + len(x)]
+        logits, part = _evidence_of(net, net.fine_maps(x), wanted)
         scores.append(_scores(logits, wanted))
         found.append(part if baseline is None else part - baseline.cpu()[wanted])
+        at += len(x)
     return np.concatenate(scores), torch.cat(found)
 
 
@@ -106,10 +106,6 @@ def _scores(logits: torch.Tensor, outputs: np.ndarray) -> np.ndarray:
     if logits.shape[1] == 1:
         return logits[:, 0].sigmoid().numpy()
     return logits.softmax(1).numpy()[np.arange(len(outputs)), outputs]
-
-
-def _batch(net: VGG16, images: np.ndarray) -> torch.Tensor:
-    return torch.tensor(images, device=net.mean.device).unsqueeze(1).float() / 255
 
 
 def _localisation(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[str, Any]:
@@ -165,7 +161,7 @@ def _randomisation(
     net: VGG16, images: np.ndarray, outputs: np.ndarray, body: np.ndarray, seed: int
 ) -> dict[str, float]:
     """Mean absolute rank correlation, within the body, of a map with that of a network whose weights are drawn anew."""
-    x = (_batch(net, images) - net.mean) * net.scale
+    x = (torch.cat(list(net.batches(images))) - net.mean) * net.scale
     last = BLOCK_STARTS[4]
     trunk = net.features[:last](x)
 
@@ -211,7 +207,6 @@ def _curves(
     found: torch.Tensor,
     body: np.ndarray,
     seed: int,
-    batch_size: int,
 ) -> dict[str, Any]:
     """Area under the score as the body's pixels are blurred away (deletion) or appear (insertion), hottest first.
 
@@ -223,7 +218,7 @@ def _curves(
     for image, output, one, inside in zip(images, outputs, found, body, strict=True):
         blurred = ndimage.gaussian_filter(image, side / 16)
         random = [torch.tensor(rng.random(one.shape)) for _ in range(DRAWS)]
-        score = _scorer(net, int(output), batch_size)
+        score = _scorer(net, int(output))
         for kind, order in [("heat", one), *(("random", draw) for draw in random)]:
             ranking = heat_to_square(order[None].float(), side)[0].numpy()
             areas["deletion"][kind].append(_area(score, image, blurred, ranking, inside))
@@ -232,11 +227,11 @@ def _curves(
     return {**means, "curve_slices": len(images)}
 
 
-def _scorer(net: VGG16, output: int, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+def _scorer(net: VGG16, output: int) -> Callable[[np.ndarray], np.ndarray]:
     @torch.no_grad()
     def score(images: np.ndarray) -> np.ndarray:
-        parts = [net(_batch(net, images[at : at + batch_size])).cpu() for at in range(0, len(images), batch_size)]
-        return _scores(torch.cat(parts), np.full(len(images), output))
+        logits = torch.cat([net(x).cpu() for x in net.batches(images)])
+        return _scores(logits, np.full(len(images), output))
 
     return score
 

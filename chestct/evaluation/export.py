@@ -4,22 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
 from chestct.data.splits import classes_of
-from chestct.data.statistics import STATISTICS
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.metrics import to_plain
 from chestct.evaluation.model_card import model_card
+from chestct.evaluation.shift import training_facts
 from chestct.models.bundle import Bundle, save_bundle
 from chestct.models.calibration import reliability_table
-from chestct.models.weights import load_weights
 from chestct.tracking import code_version
-
-QUANTILES = np.linspace(0, 1, 101)
-"""What is kept of a distribution for the drift report: enough to draw it, too little to know a slice by."""
 
 
 def export(found: Evaluation, folder: Path) -> Bundle:
@@ -31,7 +24,6 @@ def export(found: Evaluation, folder: Path) -> Bundle:
         found.point,
         found.reference,
         found.baseline,
-        load_weights(found.cfg.model.weights),
         facts(found),
         model_card(found),
     )
@@ -43,6 +35,7 @@ def facts(found: Evaluation) -> dict[str, Any]:
     assert data is not None
     assert data.store is not None
     learned = data.manifest[data.manifest["split"] != "test"]
+    training = training_facts(data.manifest, found.table)
     return {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
@@ -58,13 +51,14 @@ def facts(found: Evaluation) -> dict[str, Any]:
         "limits": {"max_bytes": cfg.data.max_bytes, "max_pixels": cfg.data.max_pixels},
         "data": {
             **found.about,
-            "slices": {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()},
+            **training["data"],
             "seen": sorted({content[:16] for content in learned["content"]}),
         },
         "metrics": {split: to_plain(estimates) for split, estimates in found.metrics.items()},
-        "statistics": statistics(found),
+        "statistics": training["statistics"],
         "code": code_version(),
     }
+<<<<<<< HEAD
 
 
 def reliability(found: Evaluation) -> dict[str, list[dict[str, float]]]:
@@ -88,3 +82,5 @@ def statistics(found: Evaluation) -> dict[str, list[float]]:
     columns: dict[str, pd.Series] = {name: train[name] for name in STATISTICS}
     columns |= {"score": 1 - valid["probability_normal"], "novelty": valid["novelty"]}
     return {name: np.quantile(column.to_numpy(float), QUANTILES).tolist() for name, column in columns.items()}
+=======
+>>>>>>> 12a38da (Evaluation: novelty against pictures that are no chest CT, shift of test against training, CLAIM and TRIPOD+AI item by item)

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from rich.progress import Progress
+from rich.progress import track
 
 from chestct.config import Config
 from chestct.data.prepare import is_synthetic, prepare_store
 from chestct.data.splits import classes_of, load_splits
-from chestct.data.statistics import STATISTICS
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, Row, decided, made, measured
+from chestct.evaluation.shift import shift
 from chestct.models.bundle import Bundle, load_bundle
-from chestct.models.drift import kolmogorov_smirnov, psi
 from chestct.models.predictions import prediction_table
 
-BATCH = 16
+CHUNK = 64
+"""Slices between two steps of the progress bar."""
 
 
 def evaluate_bundle(cfg: Config) -> Evaluation:
@@ -55,7 +55,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
             "bundle": bundle.id,
             "left_out": left_out,
         },
-        sections={"shift": shift(bundle, manifest, table), "made": made()},
+        sections={"shift": shift(bundle.facts, manifest, table), "made": made()},
     )
 
 
@@ -84,11 +84,11 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, in
 
 def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:
     """Predictions of every slice; where subtypes are not known, those of a subtype bundle are reduced to cancer."""
-    rows = manifest["row"].to_numpy()
-    parts = []
-    with Progress(disable=not cfg.trainer.progress, transient=True) as progress:
-        for at in progress.track(range(0, len(rows), BATCH), description="Scoring"):
-            parts.append(bundle.predict(store.images[rows[at : at + BATCH]]))
+    chunks = np.array_split(manifest["row"].to_numpy(), np.arange(CHUNK, len(manifest), CHUNK))
+    parts = [
+        bundle.predict(store.images[rows])
+        for rows in track(chunks, "Scoring", disable=not cfg.trainer.progress, transient=True)
+    ]
     logits, novelty = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "novelty"))
     names = {name: i for i, name in enumerate(classes_of(cfg.task))}
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
@@ -100,26 +100,3 @@ def _row(table: pd.DataFrame, estimates: dict[str, Any], cfg: Config) -> Row:
     counts = table["label"].value_counts()
     slices = {name: int(counts.get(name, 0)) for name in ("normal", "cancer")}
     return Row(cfg.data.split, estimates, slices, int(table["group"].nunique()), int(table["leaked"].sum()))
-
-
-def shift(bundle: Bundle, manifest: pd.DataFrame, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """How each image statistic, the score and the novelty differ from the bundle's: PSI and KS distance."""
-    reference, counts = bundle.facts["statistics"], bundle.facts["data"]["slices"]
-    columns = {name: manifest[name] for name in STATISTICS}
-    columns |= {"score": 1 - table["probability_normal"], "novelty": table["novelty"]}
-    rows = []
-    for name, column in columns.items():
-        values = column.to_numpy(float)
-        size = counts["valid" if name in ("score", "novelty") else "train"]
-        distance, p = kolmogorov_smirnov(np.array(reference[name]), values, size)
-        rows.append(
-            {
-                "name": name,
-                "psi": psi(np.array(reference[name]), values),
-                "distance": distance,
-                "p": p,
-                "training": float(np.median(reference[name])),
-                "here": float(np.median(values)),
-            }
-        )
-    return rows

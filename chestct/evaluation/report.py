@@ -39,6 +39,7 @@ from chestct.evaluation.summary import (
     sections,
 )
 from chestct.models.calibration import expected_calibration_error, wilson
+from chestct.models.novelty import FOREIGN
 
 COLUMNS = {
     "test": ("auroc", "auroc_low", "auroc_high", "accuracy", "sensitivity", "specificity", "ece", "margin"),
@@ -153,7 +154,7 @@ def html(found: Evaluation, figures: Mapping[str, Any] | None = None) -> str:
         cfg=found.cfg,
         about=found.about,
         point=found.point,
-        sections=sections(found) | {"robustness": plain(found.sections.get("robustness"))},
+        sections=sections(found) | plain({name: found.sections.get(name) for name in ("robustness", "shift")}),
         headline=headline(found),
         doubts=doubts(found),
         figures={n: f if isinstance(f, str) else svg(f, n) for n, f in figures.items()},
@@ -209,7 +210,8 @@ def refused(found: Evaluation) -> list[dict[str, Any]]:
             "inside": (int(wrong[novel].sum()), int(novel.sum())),
             "outside": (int(wrong[~novel].sum()), int((~novel).sum())),
         }
-        rows.append({"split": split, "label": label, "share": share, **errors})
+        beyond = int((part["novelty"] > FOREIGN).sum())
+        rows.append({"split": split, "label": label, "share": share, "refused": beyond, **errors})
     return rows
 
 

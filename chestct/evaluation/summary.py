@@ -39,6 +39,9 @@ HEADLINE = (
 MANY_NOVEL = 0.1
 """Share of a class's test slices that may be novel; the threshold is meant to leave one in a hundred beyond."""
 
+MANY_ANSWERED, MANY_FLIPPED = 0.1, 0.1
+"""Share of foreign pictures that may be answered, and of decisions that may flip under a graded change."""
+
 PERMUTED = "permuted labels"
 """Policy of the row of the control."""
 
@@ -191,6 +194,20 @@ def _sections(found: Evaluation) -> list[Doubt]:
     explanation = found.sections.get("explanation")
     if explanation and not explanation["passes"]:
         listed.append(Doubt("warning", "Heat maps", " ".join(explanation["failures"])))
+    foreign = next(iter(found.sections.get("novelty", [])), None)
+    if foreign and foreign["beyond"]["value"] < 1 - MANY_ANSWERED:
+        text = (
+            f"{1 - foreign['beyond']['value']:.0%} of {counted(foreign['pictures'], 'picture')} that are no chest CT "
+            "would be answered."
+        )
+        listed.append(Doubt("warning", "Foreign pictures", text))
+    robustness = found.sections.get("robustness")
+    if robustness is not None and len(shaky := robustness[robustness["flipped"] > MANY_FLIPPED]):
+        mildest = shaky.drop_duplicates("perturbation").sort_values("level", kind="stable")
+        named = [f"{row.perturbation} {row.strength:g} ({row.unit}) {row.flipped:.0%}" for row in mildest.itertuples()]
+        more = f", and {len(named) - 3} more kinds of change" if len(named) > 3 else ""
+        text = f"Decisions flip under changes that a person reads through: {', '.join(named[:3])}{more}."
+        listed.append(Doubt("warning", "Robustness", text))
     for permuted in (row for row in beside(found) if row.policy == PERMUTED):
         chance = cancer(permuted.estimates, "auroc")
         if chance.low is not None and chance.low > 0.5:

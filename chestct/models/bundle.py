@@ -99,18 +99,19 @@ class Bundle:
     @torch.no_grad()
     def predict(self, images: np.ndarray, explain: bool = False) -> Outputs:
         """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
-        x = torch.tensor(images).unsqueeze(1)  # a copy: the store is mapped read-only
-        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        parts = [self._seen(x, explain) for x in self.net.batches(images)]
+        logits, novelty, heat = (np.concatenate(part) for part in zip(*parts, strict=True))
+        probabilities = self.point.probabilities(logits)
+        decision = self.point.decide(probabilities, novelty)
+        return Outputs(logits, probabilities, decision, novelty, heat if explain else None)
+
+    def _seen(self, x: torch.Tensor, explain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Logits, novelty and heat (without `explain`: nothing) of slices float [B, 1, S, S]."""
         fine = self.net.fine_maps(x)
         maps = self.net.features[-1](fine)
         logits = self.net.head(maps).numpy()
-        novelty = self.reference.distance(channel_means(maps)).numpy()
-        probabilities = self.point.probabilities(logits)
-        decision = self.point.decide(probabilities, novelty)
-        return Outputs(logits, probabilities, decision, novelty, self._heat(fine, logits) if explain else None)
-
-    def _heat(self, fine: torch.Tensor, logits: np.ndarray) -> np.ndarray:
-        return heat_maps(self.net, fine, explained_output(logits), self.baseline)
+        heat = heat_maps(self.net, fine, explained_output(logits), self.baseline) if explain else np.empty(0)
+        return logits, self.reference.distance(channel_means(maps)).numpy(), heat
 
 
 def save_bundle(
@@ -119,16 +120,15 @@ def save_bundle(
     point: OperatingPoint,
     reference: Reference,
     baseline: torch.Tensor,
-    weights: Weights,
     facts: dict[str, Any],
     card: str,
 ) -> Bundle:
     """Writes a bundle whole or not at all, and returns it as loaded from there.
 
-    weights: the convolutions that the network was given; they are written too unless they are the packaged ones and
-    still the same. facts: task, classes, model, preprocess, window, data and whatever else is worth knowing.
+    The convolutions are written too unless they are the packaged ones and were not trained further. facts: task,
+    classes, model, preprocess, window, data and whatever else is worth knowing.
     """
-    own = weights.digest != PACKAGED_SHA256 or facts["model"]["trained_convolutions"]
+    own = net.digest != PACKAGED_SHA256 or facts["model"]["trained_convolutions"]
     tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
     if own:
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
@@ -143,7 +143,12 @@ def save_bundle(
             "schema": SCHEMA,
             "chestct": chestct.__version__,
             **facts,
-            "weights": {"packaged": not own, "mean": weights.mean, "scale": weights.scale, "digest": weights.digest},
+            "weights": {
+                "packaged": not own,
+                "mean": net.mean.flatten().tolist(),
+                "scale": net.scale.flatten().tolist(),
+                "digest": net.digest,
+            },
             "operating_point": point.to_dict(),
             "files": {name: _sha256((temporary / name).read_bytes()) for name in (TENSORS, CARD)},
         }

@@ -47,7 +47,6 @@ class Classifier(L.LightningModule):
         self.cfg = cfg = resolve(settings)
         self.class_names = tuple(class_names)
         weights = load_weights(cfg.model.weights)
-        self.weights_digest = weights.digest
         outputs = 1 if cfg.task == "binary" else len(class_names)
         self.net = VGG16(cfg.model, outputs, cfg.data.size, weights)
         self.net.set_frozen(cfg.model.freeze)
@@ -187,7 +186,7 @@ class Classifier(L.LightningModule):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["chestct"] = {"weights": self.weights_digest}
+        checkpoint["chestct"] = {"weights": self.net.digest}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_fits(checkpoint, self)
@@ -285,7 +284,7 @@ def check_fits(checkpoint: dict[str, Any], model: Classifier) -> None:
             f"The checkpoint belongs to another model: {settings or 'the tensor ' + differing[0] + ' differs'}. "
             "Give the settings it was made with, or start anew without ckpt."
         )
-    if model.cfg.always_frozen and checkpoint["chestct"]["weights"] != model.weights_digest:
+    if model.cfg.always_frozen and checkpoint["chestct"]["weights"] != model.net.digest:
         raise WeightsError(
             "The checkpoint's head was trained on other convolution weights than "
             f"model.weights={model.cfg.model.weights} now gives."

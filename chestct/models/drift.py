@@ -4,7 +4,20 @@ Quantiles are enough for both measures, are no use for finding out anything abou
 larger.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
+
+from chestct.data.statistics import STATISTICS
+
+MEASURED = (*STATISTICS, "score", "novelty")
+"""What is compared: image statistics with those of train; score and novelty, to which train has been fitted, with those
+of validation."""
+
+QUANTILES = np.linspace(0, 1, 101)
+"""What is kept of a distribution: enough to draw it, too little to know a slice by."""
 
 BINS = 10
 PSI_MODERATE, PSI_LARGE = 0.1, 0.25
@@ -47,3 +60,26 @@ def kolmogorov_smirnov(quantiles: np.ndarray, values: np.ndarray, reference_size
     distance = float(np.abs(known - empirical).max())
     size = np.sqrt(len(values) * reference_size / (len(values) + reference_size))
     return distance, float(kstwobign.sf(size * distance))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One number then and now: medians, population stability index, Kolmogorov-Smirnov distance and its p-value."""
+
+    name: str
+    before: float
+    now: float
+    psi: float
+    distance: float
+    p: float
+
+
+def difference(name: str, facts: Mapping[str, Any], values: np.ndarray) -> Difference:
+    """One of MEASURED against the training data of a bundle.
+
+    facts: `statistics`, the QUANTILES of each name, and `data`, whose `slices` are counts by split; values: float [N].
+    """
+    quantiles = np.array(facts["statistics"][name])
+    size = facts["data"]["slices"]["train" if name in STATISTICS else "valid"]
+    distance, p = kolmogorov_smirnov(quantiles, values, size)
+    return Difference(name, float(np.median(quantiles)), float(np.median(values)), psi(quantiles, values), distance, p)

@@ -32,7 +32,7 @@ SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
 
 
-def attach(data: SliceModule, net: VGG16, weights_digest: str, cfg: Config, splits: Sequence[str]) -> None:
+def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str]) -> None:
     """Gives the data module the frozen features of these splits: every view that training will see, else the plain one.
 
     Images are then not touched any more while the convolutions are frozen. All processes of a training call it.
@@ -45,7 +45,7 @@ def attach(data: SliceModule, net: VGG16, weights_digest: str, cfg: Config, spli
                 net,
                 partial(dataset.slices, view=view),
                 dataset.contents,
-                space_folder(cfg, weights_digest, view),
+                space_folder(cfg, net.digest, view),
                 batch_size=cfg.features.batch_size,
                 share=share,
                 progress=progress,

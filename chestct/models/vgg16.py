@@ -5,8 +5,9 @@ so that no caller can get them wrong. The last map of the convolutions is all th
 features and class activation maps exact and cheap.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -51,6 +52,7 @@ class VGG16(nn.Module):
     def __init__(self, cfg: ModelConfig, outputs: int, size: int, weights: Weights) -> None:
         super().__init__()
         self.size = size
+        self.digest = weights.digest  # of the convolutions as they were given; training changes the network, not this
         self.features = _filled(weights)
         self.head = _head(cfg, outputs, size)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
@@ -74,6 +76,13 @@ class VGG16(nn.Module):
             raise ValueError(f"expected slices [B, 1, {self.size}, {self.size}], got {list(x.shape)}")
         x = (x - self.mean) * self.scale  # (B, 3, S, S)
         return self.features[:-1](x.contiguous(memory_format=torch.channels_last))
+
+    def batches(self, images: np.ndarray, size: int = 16) -> Iterator[torch.Tensor]:
+        """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device."""
+        for at in range(0, len(images), size):
+            # A copy: the store is mapped read-only.
+            part = torch.tensor(images[at : at + size], device=self.mean.device).unsqueeze(1)
+            yield part.float() / 255 if part.dtype == torch.uint8 else part.float()
 
     def set_frozen(self, freeze: bool | int) -> None:
         """Fixes all convolutions (true), none (false), or the given number of blocks from the input."""

@@ -5,13 +5,14 @@ Refused slices count in the share of refusals alone; what the model declined to 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from chestct.data.statistics import STATISTICS, holm
 from chestct.errors import ChestCTError
 from chestct.models.bundle import Bundle
-from chestct.models.drift import PSI_LARGE, PSI_MODERATE, kolmogorov_smirnov, psi
+from chestct.models.drift import MEASURED, PSI_LARGE, PSI_MODERATE, difference
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import CANCER, NORMAL, REFUSED, UNCERTAIN
 
@@ -100,21 +101,13 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     Raises ChestCTError for a bundle that keeps no statistics.
     """
     facts = bundle.facts
-    if missing := next(
-        (name for name in (*STATISTICS, "score", "novelty") if name not in facts.get("statistics", {})), ""
-    ):
+    if missing := next((name for name in MEASURED if name not in facts.get("statistics", {})), ""):
         raise ChestCTError(f"The bundle {bundle.id} has no statistics of {missing} to compare with. Export it again.")
     own = records["bundle"] == bundle.id
     fresh = own & ~records["known"]
     mine = {name: column[fresh] for name, column in records.items()}
     answered = {name: column[mine["decision"] != REFUSED] for name, column in mine.items()}
-    sizes = facts["data"]["slices"]
-    shifts = [
-        _number(
-            name, np.array(facts["statistics"][name]), answered[name], sizes["train" if name in STATISTICS else "valid"]
-        )
-        for name in (*STATISTICS, "score", "novelty")
-    ]
+    shifts = [_number(name, facts, answered[name]) for name in MEASURED]
     counts = facts["operating_point"]["validation"]
     slices = counts["cancers"] + counts["normals"]
     flagged = answered["score"] >= bundle.point.threshold
@@ -136,14 +129,13 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     )
 
 
-def _number(name: str, quantiles: np.ndarray, values: np.ndarray, reference_size: int) -> Shift:
-    before = float(np.median(quantiles))
+def _number(name: str, facts: dict[str, Any], values: np.ndarray) -> Shift:
+    quantiles = np.array(facts["statistics"][name])
     if len(values) < FEWEST:
         sentence = f"Not judged: {len(values)} answered slices, {FEWEST} are needed."
-        return Shift(name, "unknown", sentence, before, float("nan"), float("nan"), None)
-    distance, p = kolmogorov_smirnov(quantiles, values, reference_size)
-    now, effect = float(np.median(values)), psi(quantiles, values)
-    return Shift(name, "", "", before, now, effect, p, distance, quantiles, values)
+        return Shift(name, "unknown", sentence, float(np.median(quantiles)), float("nan"), float("nan"), None)
+    found = difference(name, facts, values)
+    return Shift(name, "", "", found.before, found.now, found.psi, found.p, found.distance, quantiles, values)
 
 
 def _share(name: str, before: int, slices: int, now: int, seen: int) -> Shift:

@@ -91,7 +91,7 @@ def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | N
     if cfg.features.cache and cfg.starts_frozen:
         model.to(trainer.strategy.root_device)
         splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
-        attach(data, model.net, model.weights_digest, cfg, splits)
+        attach(data, model.net, cfg, splits)
     on_first(lambda: _record_data(cfg, data, run))
     run.tags(model.parameter_counts())
 

@@ -48,7 +48,7 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     assert result.point.threshold == found.point.threshold
     assert result.metrics["test"]["auroc"].value is not None
     assert len(result.table) == len(list(others.glob("*/*")))
-    assert {row["name"] for row in result.sections["shift"]} >= {"width", "std", "score", "novelty"}
+    assert {row.name for row in result.sections["shift"]} >= {"width", "std", "score", "novelty"}
 
 
 def test_the_data_it_was_made_with_give_its_test_slices(

@@ -12,6 +12,7 @@ from chestct.evaluation.metrics import Estimate
 from chestct.evaluation.model_card import model_card
 from chestct.evaluation.summary import doubts, summary
 from chestct.models.calibration import Calibration
+from chestct.models.drift import Difference
 from chestct.models.operating_point import OperatingPoint
 from tests.evaluation.evaluations import draw, made_up
 
@@ -40,6 +41,11 @@ ROBUSTNESS = pd.DataFrame(
          "score_change": 0.1, "flipped": 0.2, "slices": 20},
     ]
 )  # fmt: skip
+SHARE = {"value": 0.75, "low": 0.5, "high": 0.9}
+NOVELTY = [
+    {"kind": kind, "pictures": 20, "median": 1.7, "auroc": 0.98, "beyond": SHARE, "refused": SHARE}
+    for kind in ("no chest CT, all together", "noise")
+]
 FLAG = "sensitivity below the 0.9 of all slices"
 
 
@@ -52,6 +58,8 @@ def full() -> Evaluation:
         explanation=EXPLANATION,
         audit=AUDIT,
         robustness=ROBUSTNESS,
+        novelty=NOVELTY,
+        shift=[Difference("border_mean", 0.1, 0.2, 0.4, 0.3, 0.0004)],
         subgroups=[{**row, "sensitivity": part, "specificity": part, "auroc": Estimate(None, None, None, 0, 0, "why")}],
         made={"command": "evaluate.py ckpt='<x>'", "date": "today"},
     )
@@ -141,6 +149,7 @@ def test_the_first_screen_says_result_doubts_and_rows(page: str) -> None:
     ("section", "setting"),
     [
         ("explanation", "evaluation.phantoms="),
+        ("novelty", "evaluation.novelty="),
         ("robustness", "evaluation.robustness="),
         ("audit", "chestct.data validate"),
     ],
@@ -221,7 +230,7 @@ def test_validation_scores_that_are_all_equal_are_no_crash() -> None:
 
 
 def test_an_evaluation_of_other_data_says_why_it_has_no_pictures() -> None:
-    found = made_up(shift=[{"name": "mean", "psi": 0.4, "distance": 0.3, "p": 0.0, "training": 0.2, "here": 0.3}])
+    found = made_up(shift=[{"name": "mean", "psi": 0.4, "distance": 0.3, "p": 0.0, "before": 0.2, "now": 0.3}])
     found.table = found.test
     del found.metrics["valid"]
     found.about |= {"split": "external", "left_out": 3}

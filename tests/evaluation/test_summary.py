@@ -1,5 +1,6 @@
 import dataclasses
 
+import pandas as pd
 import pytest
 
 from chestct.evaluation.evaluate import Row
@@ -111,3 +112,20 @@ def test_a_class_that_would_be_refused_is_doubted_even_if_it_is_small():
     assert "Novelty" not in kinds(found)
     found.table.loc[found.table.index[-3:], "novelty"] = 2.0
     assert any("3 of 3 normal test slices" in doubt.text for doubt in doubts(found))
+
+
+def test_foreign_pictures_that_are_answered_and_decisions_that_flip_are_doubted():
+    def novelty(beyond):
+        return [{"pictures": 40, "beyond": {"value": beyond, "low": 0.0, "high": 1.0}}]
+
+    def changes(flipped):
+        row = {"perturbation": "noise", "level": 1, "strength": 0.02, "unit": "sd"}
+        return pd.DataFrame([row | {"flipped": flipped}, row | {"level": 2, "strength": 0.05, "flipped": 0.9}])
+
+    found = made_up(novelty=novelty(0.95), robustness=changes(0.05).head(1))
+    assert not {"Foreign pictures", "Robustness"} & set(kinds(found))
+    found = made_up(novelty=novelty(0.8), robustness=changes(0.3))
+    texts = {doubt.kind: doubt.text for doubt in doubts(found)}
+    assert "20% of 40 pictures" in texts["Foreign pictures"]
+    assert "noise 0.02 (sd) 30%" in texts["Robustness"]  # the mildest strength at which they do
+    assert "90%" not in texts["Robustness"]

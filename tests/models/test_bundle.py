@@ -46,7 +46,7 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
     }
     with torch.no_grad():
         baseline = mean_evidence(net, net.fine_maps(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
-    return save_bundle(folder, net, point, fit_reference(pooled, pooled), baseline, loaded, facts, "# Card\n")
+    return save_bundle(folder, net, point, fit_reference(pooled, pooled), baseline, facts, "# Card\n")
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         "reliability": {"test": reliability_table(scores, targets > 0)},
         "statistics": {"score": np.quantile(scores, np.linspace(0, 1, 101)).tolist()},
     }
-    save_bundle(folder, net, point, reference, baseline, weights, facts, CARD)
+    save_bundle(folder, net, point, reference, baseline, facts, CARD)
 
 
 @pytest.fixture(scope="session")
