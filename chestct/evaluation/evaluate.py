@@ -37,13 +37,13 @@ from chestct.models.features import attach
 from chestct.models.novelty import Reference, channel_means, fit_reference
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
-from chestct.models.saliency import mean_evidence
+from chestct.models.saliency import normal_evidence
 from chestct.tracking import code_version
 
 SPLITS = ("train", "valid", "test")
 
-NORMALS = 32
-"""Normal training slices whose mean evidence heat maps are held against."""
+NORMALS = 128
+"""Normal training slices that heat maps are held against, at most."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Evaluation:
 
     @cached_property
     def baseline(self) -> torch.Tensor:
-        """Evidence of normal training slices, which heat maps are held against, float32 [K, S // 16, S // 16]."""
+        """Evidence of normal training slices, which heat maps are held against (chestct.models.saliency)."""
         assert self.model is not None
         assert self.data is not None
         train = self.data.manifest[self.data.manifest["split"] == "train"].reset_index(drop=True)
@@ -91,7 +91,7 @@ class Evaluation:
         dataset = self.data.dataset("train")
         with torch.no_grad():
             maps = [self.model.net.fine_maps(dataset.slices([i], view=0)) for i in chosen.tolist()]
-        return mean_evidence(self.model.net, torch.cat(maps))
+        return normal_evidence(self.model.net, torch.cat(maps))
 
     @cached_property
     def bundle(self) -> Bundle:

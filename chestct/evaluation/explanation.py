@@ -19,7 +19,7 @@ from torch import nn
 from chestct.config import WindowConfig
 from chestct.data.decode import decode
 from chestct.data.preprocess import BODY_LEVEL, Preprocess
-from chestct.models.saliency import evidence, heat, heat_to_square, mask_to_square, placement
+from chestct.models.saliency import excess, heat, heat_to_square, mask_to_square, placement
 from chestct.models.vgg16 import BLOCK_STARTS, VGG16
 from chestct.phantom.dataset import read_truth
 
@@ -59,7 +59,7 @@ def check_explanation(
     """Checks the heat maps of slices with lesions; plain values for JSON.
 
     images: uint8 [N, S, S]; masks: bool [N, S, S], at least two and none empty; outputs: int [N], the output to be
-    explained; baseline: as for `grad_cam`; curves: slices (those of the highest scores) for the checks that need
+    explained; baseline: as for `excess`; curves: slices (those of the highest scores) for the checks that need
     further forward passes. Returns `passes`, `checks` {name: bool}, `failures` (a sentence each), `slices`,
     `tolerance_px`, `pointing`, `share`, `randomisation`, `deletion` and `insertion`.
     """
@@ -84,22 +84,15 @@ def check_explanation(
 def _explain(
     net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Scores float [N] of the outputs in question and their evidence [N, h, w], less the baseline."""
+    """Scores float [N] of the outputs in question and the excess of their evidence [N, h, w]."""
     scores, found, at = [], [], 0
     for x in net.batches(images):
         wanted = outputs[at : at + len(x)]
-        logits, part = _evidence_of(net, net.fine_maps(x), wanted)
-        scores.append(_scores(logits, wanted))
-        found.append(part if baseline is None else part - baseline.cpu()[wanted])
+        logits, part = excess(net, net.fine_maps(x), wanted, baseline)
+        scores.append(_scores(logits.cpu(), wanted))
+        found.append(part.cpu())
         at += len(x)
     return np.concatenate(scores), torch.cat(found)
-
-
-def _evidence_of(net: VGG16, maps: torch.Tensor, outputs: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, K], and evidence [B, h, w] for each slice's own output; on the CPU."""
-    by_output = {int(k): evidence(net, maps, int(k)) for k in np.unique(outputs)}
-    logits = next(iter(by_output.values()))[0]
-    return logits.cpu(), torch.stack([by_output[int(k)][1][i] for i, k in enumerate(outputs)]).cpu()
 
 
 def _scores(logits: torch.Tensor, outputs: np.ndarray) -> np.ndarray:
@@ -168,7 +161,7 @@ def _randomisation(
     def map_of(block: nn.Sequential, head: nn.Sequential) -> np.ndarray:
         altered = copy.copy(net)  # shares all weights; modules are replaced, never changed
         altered._modules = dict(net._modules) | {"head": head}
-        return _evidence_of(altered, block[:-1](trunk.clone()), outputs)[1].numpy()
+        return excess(altered, block[:-1](trunk.clone()), outputs, None)[1].cpu().numpy()
 
     own = map_of(net.features[last:], net.head)
     places = nn.functional.adaptive_avg_pool2d(torch.tensor(body).float(), own.shape[1:]).numpy() > 0.5

@@ -16,7 +16,7 @@ from PIL import Image
 from chestct.data.splits import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.evaluation.metrics import sample_of
-from chestct.models.saliency import Placement, grad_cam, overlay
+from chestct.models.saliency import Placement, excess, heat, overlay
 
 SIDE = 192
 """Side of a picture in pixels."""
@@ -100,10 +100,10 @@ def _pictures(part: pd.DataFrame, found: Evaluation) -> list[Picture]:
         # The evidence for what the slice was called: an error is understood by what led to it.
         output = 0 if len(names) == 2 else names.index(row["called"])
         against = len(names) == 2 and row["called"] == "normal"
-        heat = grad_cam(net, maps, output, against, found.baseline)[1][0]
+        shown = heat(excess(net, maps, np.array([output]), found.baseline, against)[1])[0]
         place = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
         known = {name: row[name] for name in ("path", "truth", "called", "decision", "score", "set", "novelty")}
-        pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, heat, place)), not bool(heat.any()), **known))
+        pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, shown, place)), not bool(shown.any()), **known))
     return pictures
 
 

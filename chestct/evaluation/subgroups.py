@@ -56,15 +56,19 @@ def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series]]:
     }
     for kind, names in kinds.items():
         if names.nunique() > 1:
-            yield from ((kind, str(name).strip(), names == name) for name in sorted(names.unique()))
+            known = names.cat.categories if isinstance(names.dtype, pd.CategoricalDtype) else sorted(names.unique())
+            yield from ((kind, str(name).strip(), names == name) for name in known if (names == name).any())
 
 
 def _thirds(values: pd.Series, unit: str, digits: int) -> pd.Series:
     """The third of the slices that each value falls into, named by its bounds."""
     low, high = values.quantile([1 / 3, 2 / 3])
     low_text, high_text = (f"{value:.{digits}f} {unit}" for value in (low, high))
-    names = [f"1: up to {low_text}", f"2: to {high_text}", f"3: above {high_text}"]
-    return pd.Series(np.select([values <= low, values <= high], names[:2], names[2]), index=values.index)
+    if low_text == high_text:  # too alike to be told apart by name
+        return pd.Series("all", index=values.index)
+    names = [f"up to {low_text}", f"{low_text} to {high_text}", f"above {high_text}"]
+    third = np.select([values <= low, values <= high], [0, 1], 2)
+    return pd.Series(pd.Categorical.from_codes(third, names), index=values.index)
 
 
 def _flag(part: dict[str, Estimate], overall: dict[str, Estimate]) -> str:

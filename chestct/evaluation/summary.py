@@ -7,9 +7,14 @@ disagree. Doubts come before numbers everywhere.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from chestct.audit.findings import FEW_GROUPS
+from chestct.data.splits import classes_of
 from chestct.evaluation.evaluate import Evaluation, Row
+from chestct.evaluation.intervals import effective_size
 from chestct.evaluation.metrics import Estimate
+from chestct.models.calibration import wilson
 
 NAMES = {
     "auroc": "AUROC",
@@ -41,6 +46,9 @@ MANY_NOVEL = 0.1
 
 MANY_ANSWERED, MANY_FLIPPED = 0.1, 0.1
 """Share of foreign pictures that may be answered, and of decisions that may flip under a graded change."""
+
+MUCH_LOST = 0.1
+"""AUROC that the mildest of graded changes may cost."""
 
 PERMUTED = "permuted labels"
 """Policy of the row of the control."""
@@ -109,8 +117,8 @@ def caveats(about: dict[str, Any]) -> list[str]:
         found.append("SYNTHETIC: trained and tested on phantoms; these numbers say nothing about patients.")
     if about["leaked"]:
         found.append(
-            f"LEAKY SPLIT ({about['split']}): {about['leaked']} of the slices below have copies in an earlier split; "
-            "these numbers are too good."
+            f"LEAKY SPLIT ({about['split']}): {about['leaked']} validation and test slices have copies in an earlier "
+            "split; these numbers are too good."
         )
     return found
 
@@ -119,7 +127,7 @@ def doubts(found: Evaluation) -> list[Doubt]:
     """Everything that this evaluation gives as a reason for doubt, the worst first."""
     told = [text.split(": ", 1) for text in caveats(found.about)]
     listed = [Doubt("error", kind.capitalize(), _sentence(text)) for kind, text in told]
-    listed += [*_few(found), *_margin(found.headline), *_operating_point(found), *_sections(found)]
+    listed += [*_few(found), *_margin(found.headline), *_operating_point(found), *_coverage(found), *_sections(found)]
     return sorted(listed, key=lambda doubt: ("error", "warning", "info").index(doubt.severity))
 
 
@@ -176,6 +184,26 @@ def _operating_point(found: Evaluation) -> list[Doubt]:
     return [Doubt("warning", "Operating point", text)]
 
 
+def _coverage(found: Evaluation) -> list[Doubt]:
+    """Where conformal sets hold the truth of a class so rarely that the stated coverage is ruled out."""
+    test, names = found.test, np.array(classes_of(found.cfg.task))
+    held = np.array([name in text.split(" or ") for name, text in zip(names[test["target"]], test["set"], strict=True)])
+    listed = []
+    for name in ("normal", "cancer"):
+        part = (test["label"] == name).to_numpy()
+        if not part.any():
+            continue
+        n = effective_size(held[part], test["group"].to_numpy()[part])
+        if wilson(held[part].mean() * n, n)[1] < found.point.coverage:
+            text = (
+                f"Conformal sets hold the truth in {held[part].sum()} of "
+                f"{counted(int(part.sum()), f'{name} test slice')} where {found.point.coverage:.0%} was stated: test "
+                "is unlike validation."
+            )
+            listed.append(Doubt("warning", "Coverage", text))
+    return listed
+
+
 def _sections(found: Evaluation) -> list[Doubt]:
     listed = []
     for name, part in found.test.groupby("label"):
@@ -208,6 +236,16 @@ def _sections(found: Evaluation) -> list[Doubt]:
         more = f", and {len(named) - 3} more kinds of change" if len(named) > 3 else ""
         text = f"Decisions flip under changes that a person reads through: {', '.join(named[:3])}{more}."
         listed.append(Doubt("warning", "Robustness", text))
+    if robustness is not None and robustness["auroc_change"].notna().any():
+        mild = robustness[robustness["level"] == 1].astype({"auroc_change": float})
+        worst = mild.loc[mild["auroc_change"].idxmin()]
+        if worst["auroc_change"] < -MUCH_LOST:
+            text = (
+                f"AUROC falls to {known(worst['auroc'])} ({known(worst['auroc_change'], signed=True)}) under "
+                f"{worst['perturbation']} {worst['strength']:g} ({worst['unit']}), the mildest that was tried: the "
+                "score rests on what this takes away, which is not the lesion."
+            )
+            listed.append(Doubt("error", "Robustness", text))
     for permuted in (row for row in beside(found) if row.policy == PERMUTED):
         chance = cancer(permuted.estimates, "auroc")
         if chance.low is not None and chance.low > 0.5:

@@ -25,12 +25,12 @@ from chestct.data.preprocess import Preprocess
 from chestct.errors import BundleError, WeightsError
 from chestct.models.novelty import Reference, channel_means
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.saliency import explained_output, heat_maps
+from chestct.models.saliency import excess, explained_output, heat
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
 
-SCHEMA = 1
-"""Version of bundle.json; a newer one is refused."""
+SCHEMA = 2
+"""Version of bundle.json; any other is refused. 2: the baseline of heat maps has a mean and a spread."""
 
 PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
 """The bundle in the package, trained on real slices; its model card tells on which."""
@@ -46,7 +46,7 @@ class Outputs:
     probabilities: np.ndarray  # float64 [N, classes], calibrated
     decision: np.ndarray  # str [N]: cancer, normal or uncertain
     novelty: np.ndarray  # float32 [N]; above 1 a slice is too far from the training data
-    heat: np.ndarray | None  # float32 [N, h, w] in [0, 1], evidence for cancer
+    heat: np.ndarray | None  # float32 [N, h, w] in [0, 1], what speaks for cancer more than in normal slices
 
     @property
     def score(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class Bundle:
     net: VGG16
     point: OperatingPoint
     reference: Reference
-    baseline: torch.Tensor  # what normal training slices have as evidence, see chestct.models.saliency.mean_evidence
+    baseline: torch.Tensor  # what normal training slices show as evidence, see chestct.models.saliency
     facts: dict[str, Any]
     card: str = ""
 
@@ -110,8 +110,10 @@ class Bundle:
         fine = self.net.fine_maps(x)
         maps = self.net.features[-1](fine)
         logits = self.net.head(maps).numpy()
-        heat = heat_maps(self.net, fine, explained_output(logits), self.baseline) if explain else np.empty(0)
-        return logits, self.reference.distance(channel_means(maps)).numpy(), heat
+        shown = np.empty(0)
+        if explain:
+            shown = heat(excess(self.net, fine, explained_output(logits), self.baseline)[1]).numpy()
+        return logits, self.reference.distance(channel_means(maps)).numpy(), shown
 
 
 def save_bundle(
@@ -205,10 +207,12 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         digest = facts.pop("digest")
     except (ValueError, KeyError, TypeError):
         raise BundleError(f"{path} is damaged. Export the bundle again.") from None
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise BundleError(
-            f"The bundle {folder} has schema {schema}; this version of chestct reads up to {SCHEMA}. Update chestct."
+    if schema != SCHEMA:
+        newer = not isinstance(schema, int) or schema > SCHEMA
+        way_out = (
+            "Update chestct." if newer else "Export it again from its checkpoint: python -m chestct.export ckpt=..."
         )
+        raise BundleError(f"The bundle {folder} has schema {schema}; this version of chestct reads {SCHEMA}. {way_out}")
     if digest != _digest(facts):
         raise BundleError(f"{path} was altered after it was written. Export the bundle again.")
     unexpected = sorted(

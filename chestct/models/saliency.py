@@ -2,7 +2,8 @@
 
 These maps are all that the head sees, so the gradient runs through the head alone: it works on frozen convolutions,
 under `no_grad`, and costs next to nothing beside the forward pass. What comes out first is *evidence*, signed and in
-the unit of the logit; heat is its positive part, scaled for the eye, and no longer tells how much evidence there was.
+the unit of the logit; *excess* is how far it lies above what normal slices show there; heat is the positive part of
+that, scaled for the eye, and no longer tells how much there was.
 """
 
 from dataclasses import dataclass
@@ -16,27 +17,11 @@ from torch.nn import functional
 from chestct.data.preprocess import Preprocess, body_box
 from chestct.models.vgg16 import VGG16
 
+SMOOTHING = 1 / 9
+"""Standard deviation of the smoothing as a share of the side; a lesion and its surroundings take about a fifth."""
+
 Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels; right and bottom lie outside."""
-
-
-def grad_cam(
-    net: VGG16,
-    maps: torch.Tensor,
-    output: int = 0,
-    against: bool = False,
-    baseline: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, K] and the heat float32 [B, h, w] in [0, 1] for one output, both detached (see `evidence`, `heat`).
-
-    maps: float [B, 512, h, w] from `net.fine_maps`, or from `net.maps` at half the resolution; against: what speaks
-    against the output instead (with one output, 0 is cancer and `against` is normal, whose logit is the negative);
-    baseline: from `mean_evidence` of normal training slices, then heat is what exceeds a normal slice at that place.
-    """
-    logits, found = evidence(net, maps, output)
-    if baseline is not None:
-        found = found - baseline[output]
-    return logits, heat(-found if against else found)
 
 
 def evidence(net: VGG16, maps: torch.Tensor, output: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +29,7 @@ def evidence(net: VGG16, maps: torch.Tensor, output: int = 0) -> tuple[torch.Ten
 
     Selvaraju et al. 2017, eq. 1 and 2 without the ReLU. For a linear head on mean-pooled maps this is the class
     activation map of Zhou et al. 2016, and on `net.maps` the evidence of all places sums to the logit less the head's
-    bias. Nothing positive in it: nothing here speaks for the output. maps as in `grad_cam`; net in eval mode.
+    bias. maps: float [B, 512, h, w] from `net.fine_maps`, or from `net.maps` at half the resolution; net in eval mode.
     """
     linear = _single_linear(net)
     if linear is None:
@@ -68,16 +53,53 @@ def evidence_by_gradient(net: VGG16, maps: torch.Tensor, output: int = 0) -> tup
     return logits.detach(), _weighted(maps, gradient.sum((2, 3)))
 
 
-def mean_evidence(net: VGG16, maps: torch.Tensor) -> torch.Tensor:
-    """Mean evidence of each output over slices, float32 [K, h, w]; of normal training slices, it is `baseline`.
+def normal_evidence(net: VGG16, maps: torch.Tensor) -> torch.Tensor:
+    """What normal training slices show as evidence, the `baseline` of `excess`: float32 [2, K, h, w], mean and spread.
 
-    Which share of the logit belongs to which place is open by a constant: a spine may count as evidence in every slice
-    and the bias take it back. On the default phantoms, 32 normal slices as baseline raise the pointing game from 0.67
-    to 0.86 (36 validation slices) and from 0.56 to 0.77 (48 test slices). For a linear head, the difference is the
-    Shapley value of each place (Lundberg and Lee 2017, linear SHAP).
+    maps: from `net.fine_maps` of those slices. Spreads are averaged over neighbouring places, since some dozen slices
+    tell them badly, and raised by their mean over all: where hardly anything ever varies, a trifle would be many.
     """
     outputs = evidence(net, maps[:1])[0].shape[1]
-    return torch.stack([evidence(net, maps, output)[1].mean(0) for output in range(outputs)])
+    found = torch.stack([_standing_out(evidence(net, maps, output)[1]) for output in range(outputs)])
+    spread = functional.avg_pool2d(found.std(1, correction=0), 3, 1, padding=1, count_include_pad=False)
+    scale = spread + spread.mean((1, 2), keepdim=True)
+    return torch.stack([found.mean(1), torch.where(scale > 0, scale, 1.0)])
+
+
+def excess(
+    net: VGG16, maps: torch.Tensor, outputs: np.ndarray, baseline: torch.Tensor | None, against: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, K], and how far the evidence for each slice's own output exceeds that of normal slices, [B, h, w].
+
+    In spreads of normal slices at that place, signed; detached. Which share of the logit belongs to which place is open
+    by a constant: a spine may count as evidence in every slice and the bias take it back; and along the body's edge,
+    evidence differs much between slices that all are normal. Evidence is smoothed to the size of a lesion, and a
+    slice's own mean is taken off, since what is everywhere is no place.
+
+    On 760 default phantoms of other seeds than those of training, the hottest point lies within 15 pixels of the lesion
+    in 0.86; in 0.75 without smoothing and spread, in 0.56 for Grad-CAM as it is.
+
+    maps: from `net.fine_maps`; outputs: int [B]; baseline: from `normal_evidence`, None for the plain evidence;
+    against: what speaks against the output instead (with one output, 0 is cancer and `against` is normal).
+    """
+    by_output = {int(k): evidence(net, maps, int(k)) for k in np.unique(outputs)}
+    logits = next(iter(by_output.values()))[0]
+    found = torch.stack([by_output[int(k)][1][i] for i, k in enumerate(outputs)])
+    if baseline is not None:
+        mean, spread = baseline.to(found.device)[:, torch.from_numpy(outputs)]
+        found = (_standing_out(found) - mean) / spread
+    return logits, -found if against else found
+
+
+def _standing_out(found: torch.Tensor) -> torch.Tensor:
+    """Evidence [B, h, w], smoothed by a Gaussian (zero outside the square), less each map's mean."""
+    places = torch.arange(found.shape[-1], device=found.device)
+    sigma = SMOOTHING * len(places)
+    weights = torch.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
+    steps = torch.arange(-len(places), len(places) + 1)
+    weights = weights / torch.exp(-0.5 * (steps / sigma) ** 2).sum().to(found.device)
+    smooth = weights @ found @ weights
+    return smooth - smooth.mean((1, 2), keepdim=True)
 
 
 def explained_output(logits: np.ndarray) -> np.ndarray:
@@ -85,18 +107,9 @@ def explained_output(logits: np.ndarray) -> np.ndarray:
     return np.zeros(len(logits), int) if logits.shape[1] == 1 else 1 + logits[:, 1:].argmax(1)
 
 
-def heat_maps(net: VGG16, maps: torch.Tensor, outputs: np.ndarray, baseline: torch.Tensor) -> np.ndarray:
-    """Heat float32 [B, h, w] in [0, 1] of each slice's own output: where it exceeds what normal slices have there.
-
-    maps: from `net.fine_maps`; outputs: int [B]; baseline: `mean_evidence` of normal training slices.
-    """
-    found = torch.stack([evidence(net, maps, k)[1] - baseline[k] for k in range(len(baseline))])
-    return heat(found[torch.from_numpy(outputs), torch.arange(len(outputs))]).numpy()
-
-
-def heat(evidence: torch.Tensor) -> torch.Tensor:
-    """Positive evidence [B, h, w], each map divided by its own maximum: in [0, 1], all zeros where nothing speaks."""
-    positive = evidence.clamp(min=0)
+def heat(found: torch.Tensor) -> torch.Tensor:
+    """The positive part of maps [B, h, w], each divided by its own maximum: in [0, 1], all zeros where nothing is."""
+    positive = found.clamp(min=0)
     peak = positive.amax((1, 2), keepdim=True)
     return positive / torch.where(peak > 0, peak, 1.0)
 
@@ -152,8 +165,9 @@ def mask_to_square(mask: np.ndarray, place: Placement) -> np.ndarray:
 
 
 def heat_to_square(heat: torch.Tensor, size: int) -> torch.Tensor:
-    """Heat [B, h, w] at the network's resolution, [B, size, size], bilinear."""
-    return functional.interpolate(heat[:, None], (size, size), mode="bilinear", align_corners=False)[:, 0]
+    """Heat [B, h, w] at the network's resolution, [B, size, size], bicubic: peaks may lie between places."""
+    full = functional.interpolate(heat[:, None], (size, size), mode="bicubic", align_corners=False)[:, 0]
+    return full.clamp(0, 1)
 
 
 def heat_to_slice(heat: torch.Tensor, shape: tuple[int, int], place: Placement) -> np.ndarray:
@@ -169,9 +183,9 @@ def heat_to_slice(heat: torch.Tensor, shape: tuple[int, int], place: Placement) 
     y = positions(height, top, bottom, target[1], target[3])
     x = positions(width, left, right, target[0], target[2])
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (H, W, 2)
-    full = functional.grid_sample(heat[None, None].float(), grid[None], padding_mode="border", align_corners=False)
+    full = functional.grid_sample(heat[None, None].float(), grid[None], "bicubic", "border", align_corners=False)
     seen = np.zeros(shape, np.float32)
-    seen[top:bottom, left:right] = full[0, 0, top:bottom, left:right].numpy()
+    seen[top:bottom, left:right] = full[0, 0, top:bottom, left:right].clamp(0, 1).numpy()
     return seen
 
 

@@ -9,7 +9,7 @@ from chestct.config import ModelConfig, PhantomConfig, WindowConfig
 from chestct.data.preprocess import Preprocess
 from chestct.evaluation import explanation
 from chestct.evaluation.explanation import check_explanation, lesion_slices
-from chestct.models.saliency import mean_evidence
+from chestct.models.saliency import normal_evidence
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -50,7 +50,7 @@ def learned():
     with torch.no_grad():
         net.head[-1].weight.copy_(torch.tensor(fitted.coef_ / scale))
         net.head[-1].bias.copy_(torch.tensor(fitted.intercept_))
-    return net, mean_evidence(net, normal), *draw(12, True, 7)
+    return net, normal_evidence(net, normal), *draw(12, True, 7)
 
 
 @pytest.fixture(scope="module")
@@ -111,23 +111,13 @@ def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatc
     net, _, images, masks = learned
     blobs = torch.rand(SIZE // 16, SIZE // 16, generator=torch.Generator().manual_seed(0))
 
-    def edges(net, maps, output=0):  # the same for every network
+    def edges(net, maps, outputs, baseline):  # the same for every network
         return net.head(net.features[-1](maps)), blobs.expand(len(maps), -1, -1)
 
-    monkeypatch.setattr(explanation, "evidence", edges)
+    monkeypatch.setattr(explanation, "excess", edges)
     found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, curves=1)
     assert found["randomisation"] == pytest.approx({"head": 1.0, "last_block": 1.0})
     assert not found["checks"]["randomisation"]
-
-
-@pytest.mark.slow
-def test_each_slice_is_explained_by_its_own_output():
-    torch.manual_seed(0)
-    net = VGG16(ModelConfig(), 3, SIZE, load_weights("oxford")).eval()
-    maps = maps_of(net, draw(3, True, 1)[0])
-    mixed = explanation._evidence_of(net, maps, np.array([2, 0, 2]))[1]
-    for i, output in enumerate((2, 0, 2)):
-        assert torch.equal(mixed[i], explanation._evidence_of(net, maps, np.full(3, output))[1][i])
 
 
 def spot(row, column, side=224):

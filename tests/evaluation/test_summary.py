@@ -118,14 +118,27 @@ def test_foreign_pictures_that_are_answered_and_decisions_that_flip_are_doubted(
     def novelty(beyond):
         return [{"pictures": 40, "beyond": {"value": beyond, "low": 0.0, "high": 1.0}}]
 
-    def changes(flipped):
-        row = {"perturbation": "noise", "level": 1, "strength": 0.02, "unit": "sd"}
-        return pd.DataFrame([row | {"flipped": flipped}, row | {"level": 2, "strength": 0.05, "flipped": 0.9}])
+    def changes(flipped, auroc):
+        row = {"perturbation": "noise", "level": 1, "strength": 0.02, "unit": "sd", "flipped": flipped, "auroc": auroc}
+        row |= {"auroc_change": auroc - 0.9}
+        return pd.DataFrame([row, row | {"level": 2, "strength": 0.05, "flipped": 0.9, "auroc_change": -0.5}])
 
-    found = made_up(novelty=novelty(0.95), robustness=changes(0.05).head(1))
+    found = made_up(novelty=novelty(0.95), robustness=changes(0.05, 0.85).head(1))
     assert not {"Foreign pictures", "Robustness"} & set(kinds(found))
-    found = made_up(novelty=novelty(0.8), robustness=changes(0.3))
+    falls = [doubt for doubt in doubts(made_up(robustness=changes(0.05, 0.5))) if doubt.kind == "Robustness"]
+    assert [doubt.severity for doubt in falls] == ["error", "warning"]
+    assert "falls to 0.500 (\N{MINUS SIGN}0.400) under noise 0.02" in falls[0].text
+    found = made_up(novelty=novelty(0.8), robustness=changes(0.3, 0.85))
     texts = {doubt.kind: doubt.text for doubt in doubts(found)}
     assert "20% of 40 pictures" in texts["Foreign pictures"]
     assert "noise 0.02 (sd) 30%" in texts["Robustness"]  # the mildest strength at which they do
     assert "90%" not in texts["Robustness"]
+
+
+def test_a_stated_coverage_that_test_rules_out_is_doubted():
+    found = made_up(n=200)
+    assert "Coverage" not in kinds(found)
+    cancer = found.table.index[(found.table["split"] == "test") & (found.table["label"] == "cancer")]
+    found.table.loc[cancer[:40], "set"] = "normal"
+    (doubt,) = (doubt for doubt in doubts(found) if doubt.kind == "Coverage")
+    assert "of 100 cancer test slices where 90% was stated" in doubt.text

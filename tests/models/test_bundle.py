@@ -15,7 +15,7 @@ from chestct.models.bundle import CARD, FACTS, TENSORS, Bundle, load_bundle, sav
 from chestct.models.novelty import channel_means, fit_reference
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores
-from chestct.models.saliency import mean_evidence
+from chestct.models.saliency import normal_evidence
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -45,7 +45,7 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
         "data": {"data_hash": "0" * 64, "seen": []},
     }
     with torch.no_grad():
-        baseline = mean_evidence(net, net.fine_maps(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
+        baseline = normal_evidence(net, net.fine_maps(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
     return save_bundle(folder, net, point, fit_reference(pooled, pooled), baseline, facts, "# Card\n")
 
 
