@@ -58,7 +58,6 @@ def facts(found: Evaluation) -> dict[str, Any]:
         "statistics": training["statistics"],
         "code": code_version(),
     }
-<<<<<<< HEAD
 
 
 def reliability(found: Evaluation) -> dict[str, list[dict[str, float]]]:
@@ -68,19 +67,3 @@ def reliability(found: Evaluation) -> dict[str, list[dict[str, float]]]:
         str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
         for split, rows in table.groupby("split")
     }
-
-
-def statistics(found: Evaluation) -> dict[str, list[float]]:
-    """Quantiles of what the service sees: image statistics of train; scores and novelty of validation.
-
-    Scores of train would not do: the network has been fitted to them.
-    """
-    assert found.data is not None
-    manifest = found.data.manifest
-    train = manifest[manifest["split"] == "train"]
-    valid = found.table[found.table["split"] == "valid"]
-    columns: dict[str, pd.Series] = {name: train[name] for name in STATISTICS}
-    columns |= {"score": 1 - valid["probability_normal"], "novelty": valid["novelty"]}
-    return {name: np.quantile(column.to_numpy(float), QUANTILES).tolist() for name, column in columns.items()}
-=======
->>>>>>> 12a38da (Evaluation: novelty against pictures that are no chest CT, shift of test against training, CLAIM and TRIPOD+AI item by item)

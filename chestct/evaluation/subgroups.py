@@ -68,7 +68,7 @@ def _thirds(values: pd.Series, unit: str, digits: int) -> pd.Series:
         return pd.Series("all", index=values.index)
     names = [f"up to {low_text}", f"{low_text} to {high_text}", f"above {high_text}"]
     third = np.select([values <= low, values <= high], [0, 1], 2)
-    return pd.Series(pd.Categorical.from_codes(third, names), index=values.index)
+    return pd.Series(pd.Categorical.from_codes(third, pd.Index(names)), index=values.index)
 
 
 def _flag(part: dict[str, Estimate], overall: dict[str, Estimate]) -> str:
