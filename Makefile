@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params repro audit bench bench-runs bench-data bench-serve bundle demo dagshub-remote ui clean
+.PHONY: help setup train test test-fast lint format params repro audit bench bench-runs bench-data bench-evaluation bench-serve bundle demo dagshub-remote ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,7 +59,7 @@ bundle: $(READY) ## make the packaged bundle again (DATA=../shared/data/chest-ct
 	$(BIN)/python train.py data=chest_ct data.root=$(DATA) tracking=off hydra.run.dir=runs/bundle
 	$(BIN)/python -m chestct.export ckpt=runs/bundle/checkpoints/best.ckpt bundle=chestct/models/bundle \
 		hydra.run.dir=runs/bundle/export evaluation.policies=true evaluation.folds=5 evaluation.permuted=true \
-		evaluation.phantoms=100
+		evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
 
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
@@ -73,6 +73,9 @@ bench-runs: $(READY) ## time what tracking costs, and a sweep of twelve trials
 
 bench-data: $(READY) ## time grouping on 10k to 100k slices
 	$(BIN)/python -m benchmarks.groups $(ARGS)
+
+bench-evaluation: $(READY) ## time intervals, heat maps, and with ARGS="--ckpt FILE" a whole evaluation
+	$(BIN)/python -m benchmarks.evaluation $(ARGS)
 
 bench-serve: $(READY) ## time the service: start, latency, fifty clients (ARGS="--keras PYTHON", ARGS=soak)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
