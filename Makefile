@@ -10,7 +10,7 @@ DATA ?= ../shared/data/chest-ct
 .PHONY: help setup train test test-fast lint format params repro audit bench bench-runs bench-data bench-evaluation bench-serve bundle demo dagshub-remote ui clean
 
 help: ## list these
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## make the virtual environment and install everything into it
 

@@ -236,8 +236,9 @@ def _sections(found: Evaluation) -> list[Doubt]:
         more = f", and {len(named) - 3} more kinds of change" if len(named) > 3 else ""
         text = f"Decisions flip under changes that a person reads through: {', '.join(named[:3])}{more}."
         listed.append(Doubt("warning", "Robustness", text))
-    if robustness is not None and robustness["auroc_change"].notna().any():
-        mild = robustness[robustness["level"] == 1].astype({"auroc_change": float})
+    mild = None if robustness is None else robustness[robustness["level"] == 1].dropna(subset="auroc_change")
+    if mild is not None and len(mild):
+        mild = mild.astype({"auroc_change": float})
         worst = mild.loc[mild["auroc_change"].idxmin()]
         if worst["auroc_change"] < -MUCH_LOST:
             text = (

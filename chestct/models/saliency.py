@@ -77,7 +77,7 @@ def excess(
     slice's own mean is taken off, since what is everywhere is no place.
 
     On 760 default phantoms of other seeds than those of training, the hottest point lies within 15 pixels of the lesion
-    in 0.86; in 0.75 without smoothing and spread, in 0.56 for Grad-CAM as it is.
+    in 0.86 (0.83 of the 48 test slices); in 0.75 without smoothing and spread, in 0.56 for Grad-CAM as it is.
 
     maps: from `net.fine_maps`; outputs: int [B]; baseline: from `normal_evidence`, None for the plain evidence;
     against: what speaks against the output instead (with one output, 0 is cancer and `against` is normal).

@@ -97,5 +97,5 @@ def with_images(found: Evaluation, net: Any, size: int) -> Evaluation:
     images = np.random.default_rng(0).integers(0, 256, (len(manifest), size, size), dtype=np.uint8)
     found.model = SimpleNamespace(net=net)  # type: ignore[assignment]
     found.data = SimpleNamespace(manifest=manifest, store=SimpleNamespace(images=images))  # type: ignore[assignment]
-    found.baseline = torch.zeros(4, size // 16, size // 16)
+    found.baseline = torch.stack([torch.zeros(4, size // 16, size // 16), torch.ones(4, size // 16, size // 16)])
     return found

@@ -56,7 +56,7 @@ def learned():
 @pytest.fixture(scope="module")
 def result(learned):
     net, baseline, images, masks = learned
-    return check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=1)
+    return check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
 
 
 @pytest.mark.slow
