@@ -34,6 +34,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a head that has learned nothing, for slices of 32 pixels. Read only."""
+    from tests.models.test_bundle import make
+
+    folder = tmp_path_factory.mktemp("bundles") / "small"
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow takes seconds to make a store, and none to open a copy of one."""
     from mlflow import MlflowClient

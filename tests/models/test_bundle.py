@@ -49,21 +49,14 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
     return save_bundle(folder, net, point, fit_reference(pooled, pooled), baseline, facts, "# Card\n")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bundles") / "one"
-    make(folder)
-    return folder
-
-
 @pytest.fixture
-def folder(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "bundle"))
+def folder(small_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
 
 
-def test_a_head_on_packaged_convolutions_makes_a_small_bundle(made: Path) -> None:
-    assert sum(path.stat().st_size for path in made.iterdir()) < 150_000
-    assert {path.name for path in made.iterdir()} == {TENSORS, FACTS, CARD}
+def test_a_head_on_packaged_convolutions_makes_a_small_bundle(small_bundle: Path) -> None:
+    assert sum(path.stat().st_size for path in small_bundle.iterdir()) < 150_000
+    assert {path.name for path in small_bundle.iterdir()} == {TENSORS, FACTS, CARD}
 
 
 @pytest.mark.parametrize(("classes", "pool"), [(2, "gap"), (4, "gap"), (2, "flatten")])
@@ -92,8 +85,8 @@ def test_convolutions_that_were_trained_travel_with_the_bundle(tmp_path: Path) -
     assert bundle.predict(squares(2)).score == pytest.approx(make(tmp_path / "c").predict(squares(2)).score, abs=1e-6)
 
 
-def test_single_slices_and_batches_get_the_same_answers(made: Path) -> None:
-    bundle, images = load_bundle(made), squares(6, seed=2)
+def test_single_slices_and_batches_get_the_same_answers(small_bundle: Path) -> None:
+    bundle, images = load_bundle(small_bundle), squares(6, seed=2)
     together = bundle.predict(images).score
     assert together == pytest.approx([bundle.predict(image[None]).score[0] for image in images], abs=1e-5)
 
@@ -105,9 +98,9 @@ def test_a_bundle_is_replaced_whole(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_loading_imports_nothing_that_trains_or_serves(made: Path) -> None:
+def test_loading_imports_nothing_that_trains_or_serves(small_bundle: Path) -> None:
     code = (
-        f"from chestct.models.bundle import load_bundle; load_bundle({str(made)!r}); import sys; "
+        f"from chestct.models.bundle import load_bundle; load_bundle({str(small_bundle)!r}); import sys; "
         "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas', 'torchvision', "
         "'scipy', 'matplotlib') if m in sys.modules])"
     )
@@ -143,10 +136,11 @@ def test_a_folder_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
         load_bundle(tmp_path / "nothing")
 
 
-def test_a_newer_schema_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize(("schema", "way_out"), [(99, "Update chestct"), (1, "Export it again")])
+def test_another_schema_is_refused_with_the_way_out(folder: Path, schema: int, way_out: str) -> None:
     facts = json.loads((folder / FACTS).read_text())
-    (folder / FACTS).write_text(json.dumps(facts | {"schema": 99}))
-    with pytest.raises(BundleError, match="schema 99"):
+    (folder / FACTS).write_text(json.dumps(facts | {"schema": schema}))
+    with pytest.raises(BundleError, match=f"schema {schema};.*{way_out}"):
         load_bundle(folder)
 
 

@@ -29,10 +29,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("bundles") / "one"
-    make(made)
-    return made
+def bundle(small_bundle: Path) -> Path:
+    return small_bundle
 
 
 @pytest.fixture

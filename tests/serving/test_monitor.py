@@ -14,7 +14,6 @@ from chestct.data.decode import Slice
 from chestct.serving import monitor
 from chestct.serving.monitor import Monitor, MonitorError, read_records
 from chestct.serving.predictor import Prediction, Predictor
-from tests.models.test_bundle import make
 from tests.serving.test_predictor import png
 
 ROOT = Path(__file__).parents[2]
@@ -47,9 +46,8 @@ def test_a_record_holds_what_the_drift_report_needs(tmp_path):
     assert all(before <= moment <= time.time() for moment in found["time"])
 
 
-def test_nothing_of_a_file_but_its_numbers_is_written(tmp_path):
-    make(tmp_path / "bundle")
-    predictor, kept = Predictor(tmp_path / "bundle"), Monitor(tmp_path / "records" / "m.db")
+def test_nothing_of_a_file_but_its_numbers_is_written(small_bundle, tmp_path):
+    predictor, kept = Predictor(small_bundle), Monitor(tmp_path / "records" / "m.db")
     data = png(3)
     (tmp_path / "Jane-Doe-1970.png").write_bytes(data)
     found = predictor.predict(tmp_path / "Jane-Doe-1970.png")

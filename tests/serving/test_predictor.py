@@ -27,10 +27,8 @@ def png(seed: int, size: int = 96, mode: str = "L") -> bytes:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("bundles") / "one"
-    make(made)
-    return made
+def folder(small_bundle: Path) -> Path:
+    return small_bundle
 
 
 @pytest.fixture
