@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from chestct.config import SUBTYPES
 from chestct.door import CONF
 from tests.conftest import SMALL
 
@@ -75,6 +76,11 @@ def test_the_mlflow_run_holds_what_the_readme_promises(call, tmp_path):
     (run,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
     folders = {a.path for a in client.list_artifacts(run.info.run_id)}
     assert folders == {"audit", "bundle", "checkpoints", "config", "evaluation"}
+    pictures = {Path(a.path).name for a in client.list_artifacts(run.info.run_id, "audit/pictures")}
+    sheets = {f"contact_{split}_{name}.png" for split in ("train", "test") for name in SUBTYPES}
+    assert pictures >= {"duplicates.png", "shortcuts.png"} | sheets
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.digest
     assert run.data.params["model.freeze"] == "True"
     assert run.data.tags["data.synthetic"] == "True"
     assert run.data.tags["data.leakage"] == "none"
