@@ -71,8 +71,10 @@ bench: $(READY) ## time the forward pass, features, head training and two proces
 bench-runs: $(READY) ## time what tracking costs, and a sweep of twelve trials
 	$(BIN)/python -m benchmarks.experiments $(ARGS)
 
-bench-data: $(READY) ## time grouping on 10k to 100k slices
+bench-data: $(READY) ## time grouping on 10k to 100k slices, count what it finds; time ingest where DATA is there
 	$(BIN)/python -m benchmarks.groups $(ARGS)
+	$(BIN)/python -m benchmarks.copies
+	@test ! -d $(DATA) || $(BIN)/python -m benchmarks.ingest $(DATA)
 
 bench-evaluation: $(READY) ## time intervals, heat maps, and with ARGS="--ckpt FILE" a whole evaluation
 	$(BIN)/python -m benchmarks.evaluation $(ARGS)
