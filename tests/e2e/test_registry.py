@@ -136,29 +136,6 @@ def test_asking_for_a_name_makes_no_store(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_register_and_evaluate_by_alias(call, tmp_path):
-    named = ("tracking=mlflow", "tracking.register=chest")
-    status, printed, err = call("train.py", "trainer.max_epochs=2", *named)
-    assert status == 0, err
-    assert "bundle=models:/chest@champion is now version 1" in printed
-    run = only_run(tmp_path)
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    run_id = (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip()
-    assert client.get_model_version_by_alias("chest", "champion").run_id == run_id
-    status, _, err = call(
-        "evaluate.py", "bundle=models:/chest@champion", "tracking=mlflow", f"hydra.run.dir={tmp_path}/evaluated"
-    )
-    assert status == 0, err
-    found = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
-    trained = json.loads((run / "evaluation" / "metrics.json").read_text())
-    assert found["test"]["auroc"] == pytest.approx(trained["test"]["auroc"], abs=1e-6)
-    status, out, err = call("evaluate.py", "bundle=models:/chest@nobody", "tracking=mlflow")
-    assert status == 2
-    assert "no alias nobody" in err
-    assert "Traceback" not in out + err
-
-
-@pytest.mark.slow
 def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(call, tmp_path):
     assert call("train.py", "trainer.max_epochs=2", "tracking=mlflow")[0] == 0
     run = only_run(tmp_path)
