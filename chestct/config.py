@@ -249,7 +249,9 @@ class TrackingConfig:
     owner: str | None = setting(None, "owner of the repository on DagsHub (tracking=dagshub)")
     repo: str | None = setting(None, "name of the repository on DagsHub (tracking=dagshub)")
     experiment: str = setting("chestct", "MLflow experiment")
-    run_name: str | None = setting(None, "name of the run; empty: MLflow invents one")
+    run_name: str | None = setting(
+        None, "name of the run; empty: its DVC experiment's, its sweep's, or an invented one"
+    )
     required: bool = setting(False, "stop when the server cannot be used, instead of going on with the local store")
     log_model: bool = setting(True, "keep the best checkpoint and the bundle, as an MLflow model, with the run")
     register: str | None = setting(None, "register the bundle under this name, and call it the champion of that name")

@@ -292,7 +292,7 @@ def test_the_dvc_experiment_and_the_folder_are_on_the_run(small, uri, tmp_path, 
     with open_run(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out"):
         pass
     (found,) = runs(uri)
-    assert found.data.tags["dvc.experiment"] == "brave-fox"
+    assert found.data.tags["dvc.experiment"] == found.info.run_name == "brave-fox"
     assert found.data.tags["folder"] == str(tmp_path / "out")
 
 

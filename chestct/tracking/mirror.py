@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ORIGIN = "chestct.origin"  # tag: id of the local run that this is a copy of, or goes on with
 ARTIFACTS = "chestct.artifacts"  # tag: hash of all artifacts, and `sending` until all are there
 PARENT = "mlflow.parentRunId"
+KIND = {"mlflow.experimentKind": "custom_model_development"}  # else MLflow's page shows it as one of language models
 
 SYNC_SECONDS = 5.0
 SHARE = 0.02  # of a processor, at most: long histories are read less often
@@ -160,7 +161,7 @@ def experiment_id(client: "MlflowClient", name: str, artifacts: str | None = Non
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name, artifacts)
+            return client.create_experiment(name, artifacts, KIND)
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:

@@ -208,9 +208,11 @@ def _start(cfg: Config, uri: str, out: Path, sweep: bool) -> Run:
     file = store_file(uri)  # MLflow would keep artifacts in the working directory, which DVC may remove
     artifacts = str(file.resolve().parent / "mlruns" / quote(name, safe="")) if file else None
     experiment = experiment_id(client, name, artifacts)
+    given = out.name if sweep else os.environ.get("DVC_EXP_NAME")
     if not sweep and parent.is_file():
         tags[PARENT] = parent.read_text().strip()
-    run_id = client.create_run(experiment, tags=tags, run_name=cfg.tracking.run_name).info.run_id
+        given = f"{out.parent.name} {out.name}"
+    run_id = client.create_run(experiment, tags=tags, run_name=cfg.tracking.run_name or given).info.run_id
     note.parent.mkdir(parents=True, exist_ok=True)
     fresh = note.with_suffix(".new")
     fresh.write_text(run_id + "\n")
