@@ -15,7 +15,8 @@ Scores the valid and test slices of a checkpoint's data, or other data, and writ
   python evaluate.py ckpt=last                                 the newest run
   python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
   python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    beside other splits and folds
-  python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.robustness=40    heat maps and robustness checked
+  python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
+                                                               heat maps, refusals and robustness checked
   python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
                                                                a bundle on slices that it never saw
   python evaluate.py bundle=models:/NAME@champion              a bundle by its name in MLflow
@@ -50,8 +51,8 @@ def main(cfg: Config, out: Path) -> None:
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
         found = evaluate(cfg)
-        found.sections |= asked_for(found)
         found.rows += beside(cfg, lambda name, cfg, data: train(cfg, out / "refits" / name, data=data).predictions)
+    found.sections |= asked_for(found)
     write(found, out)
     print(summary(found))
     print(f"\nreport  {out / 'report.html'}")

@@ -21,7 +21,7 @@ OTHER_SEED = 1_000_003
 
 
 def asked_for(found: Evaluation) -> dict[str, Any]:
-    """The sections `explanation`, `novelty` and `robustness` of an evaluated checkpoint, as far as asked for."""
+    """The sections `explanation`, `novelty` and `robustness` of an evaluation, as far as asked for."""
     asked = found.cfg.evaluation
     parts = {
         "explanation": (asked.phantoms, explanation),
@@ -57,25 +57,21 @@ def _new_phantoms(cfg: Config) -> Path:
 
 def novelty(found: Evaluation) -> list[dict[str, Any]]:
     """Pictures that are no chest CT, and how far from the training slices they lie (chestct.evaluation.novelty)."""
-    assert found.data is not None
-    assert found.data.store is not None
-    cfg, store = found.cfg, found.data.store
-    some = _some(found, cfg.evaluation.novelty)
-    squares = store.images[some["row"].to_numpy()]
+    assert found.images is not None
+    cfg = found.cfg
+    squares = found.images[_some(found, cfg.evaluation.novelty)["row"].to_numpy()]
     known = found.test["novelty"].to_numpy()
-    return novelty_figures(
-        found.bundle, preprocess_of(cfg.data), known, squares, cfg.evaluation.novelty, found.about["synthetic"]
-    )
+    synthetic = found.bundle.facts.get("data", found.about)["synthetic"]  # the training data, not what is measured here
+    return novelty_figures(found.bundle, preprocess_of(cfg.data), known, squares, cfg.evaluation.novelty, synthetic)
 
 
 def under_changes(found: Evaluation) -> pd.DataFrame:
     """Scores of test slices after graded changes (chestct.evaluation.robustness)."""
-    assert found.data is not None
-    assert found.data.store is not None
+    assert found.images is not None
     chosen = _some(found, found.cfg.evaluation.robustness)
     return robustness(
         lambda images: found.bundle.predict(images).score,
-        found.data.store.images[chosen["row"].to_numpy()],
+        found.images[chosen["row"].to_numpy()],
         (chosen["label"] == "cancer").to_numpy(int),
         found.point.threshold,
     )
@@ -83,9 +79,8 @@ def under_changes(found: Evaluation) -> pd.DataFrame:
 
 def _some(found: Evaluation, number: int) -> pd.DataFrame:
     """Test slices drawn at random: as many of each class as there are, up to half of `number`; cancer for the rest."""
-    assert found.data is not None
-    manifest = found.data.manifest
-    test = manifest[manifest["split"] == "test"].sample(frac=1, random_state=found.cfg.data.split_seed)
+    assert found.manifest is not None
+    test = found.manifest[found.manifest["split"] == "test"].sample(frac=1, random_state=found.cfg.data.split_seed)
     half = max(1, number // 2)
     normal, cancer = (test[test["label"] == label] for label in ("normal", "cancer"))
     return pd.concat([normal.head(half), cancer.head(max(half, number - len(normal)))])

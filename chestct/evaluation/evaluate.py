@@ -74,6 +74,8 @@ class Evaluation:
     about: dict[str, Any]
     model: Classifier | None = None
     data: SliceModule | None = None
+    manifest: pd.DataFrame | None = None  # the slices that take part, with `row`, their place among
+    images: np.ndarray | None = None  # uint8 [N, S, S], squares
     sections: dict[str, Any] = field(default_factory=dict)  # what was asked for beyond: explanation, robustness, ...
 
     @property
@@ -130,7 +132,14 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
     headline = row(cfg, cfg.data.split, test, metrics["test"], data)
-    found = Evaluation(cfg, table, point, reference, metrics, [headline], _about(cfg, data), model, data)
+    assert data.store is not None
+    found = Evaluation(
+        *(cfg, table, point, reference, metrics, [headline], _about(cfg, data)),
+        model=model,
+        data=data,
+        manifest=data.manifest,
+        images=data.store.images,
+    )
     found.sections = _sections(found)
     return found
 

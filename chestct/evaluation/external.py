@@ -38,7 +38,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     if not manifest["subtype"].isin(bundle.classes).all():
         cfg = dataclasses.replace(cfg, task="binary")
     table = _predicted(manifest, store, bundle, cfg)
-    return Evaluation(
+    found = Evaluation(
         cfg,
         table,
         bundle.point,
@@ -56,7 +56,11 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
             "left_out": left_out,
         },
         sections={"shift": shift(bundle.facts, manifest, table), "made": made()},
+        manifest=manifest,
+        images=store.images,
     )
+    found.bundle = bundle
+    return found
 
 
 def _seen_as_trained(cfg: Config, bundle: Bundle) -> Config:

@@ -16,7 +16,8 @@ from PIL import Image
 from chestct.data.splits import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.evaluation.metrics import sample_of
-from chestct.models.saliency import Placement, excess, heat, overlay
+from chestct.models.bundle import Bundle
+from chestct.models.saliency import Placement, excess, explained_output, heat, overlay
 
 SIDE = 192
 """Side of a picture in pixels."""
@@ -46,7 +47,7 @@ def gallery(found: Evaluation) -> dict[str, list[Picture]]:
     errors: the surest first. uncertain: nearest to the threshold first. novel: the most unlike first. right: drawn at
     random, so that nobody picked them.
     """
-    if found.model is None or found.data is None or not found.cfg.evaluation.gallery:
+    if found.images is None or not found.cfg.evaluation.gallery:
         return {}
     test = described(found)
     picked = {kind: _one_a_group(part, found.cfg.evaluation.gallery) for kind, part in _kinds(test, found).items()}
@@ -87,24 +88,35 @@ def _one_a_group(part: pd.DataFrame, most: int) -> pd.DataFrame:
 def _pictures(part: pd.DataFrame, found: Evaluation) -> list[Picture]:
     if part.empty:
         return []
-    assert found.model is not None
-    assert found.data is not None
-    assert found.data.store is not None
-    manifest = found.data.manifest
+    assert found.images is not None
+    assert found.manifest is not None
+    manifest = found.manifest
     rows = dict(zip(zip(manifest["source"], manifest["path"], strict=True), manifest["row"], strict=True))
-    net, names = found.model.net, classes_of(found.cfg.task)
+    bundle = found.bundle
     pictures = []
     for row in part.to_dict("records"):
-        gray = np.array(found.data.store.images[rows[row["source"], row["path"]]])
-        maps = net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
+        gray = np.array(found.images[rows[row["source"], row["path"]]])
+        maps = bundle.net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
         # The evidence for what the slice was called: an error is understood by what led to it.
-        output = 0 if len(names) == 2 else names.index(row["called"])
-        against = len(names) == 2 and row["called"] == "normal"
-        shown = heat(excess(net, maps, np.array([output]), found.baseline, against)[1])[0]
+        output, against = _explained(row["called"], bundle, maps)
+        shown = heat(excess(bundle.net, maps, output, bundle.baseline, against)[1])[0]
         place = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
         known = {name: row[name] for name in ("path", "truth", "called", "decision", "score", "set", "novelty")}
         pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, shown, place)), not bool(shown.any()), **known))
     return pictures
+
+
+def _explained(called: str, bundle: Bundle, maps: torch.Tensor) -> tuple[np.ndarray, bool]:
+    """The output to explain, int [1], and whether what speaks against it is what the slice was called for.
+
+    A bundle of subtypes may have been reduced to cancer and normal; then it is the likeliest kind of cancer.
+    """
+    if bundle.baseline.shape[1] == 1:
+        return np.zeros(1, int), called == "normal"
+    names = classes_of("subtype")
+    if called in names:
+        return np.array([names.index(called)]), False
+    return explained_output(bundle.net.head(bundle.net.features[-1](maps)).numpy()), False
 
 
 def _jpeg(pixels: np.ndarray) -> str:

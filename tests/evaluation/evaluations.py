@@ -1,6 +1,5 @@
 """Made-up evaluations: predictions whose quality is known, measured like those of a checkpoint."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from chestct.config import Config
 from chestct.data.splits import classes_of
 from chestct.evaluation.evaluate import Evaluation, Row, decided, measured
 from chestct.evaluation.metrics import Estimate
+from chestct.models.bundle import Bundle
 from chestct.models.calibration import to_scores
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import output_names
@@ -95,7 +95,8 @@ def with_images(found: Evaluation, net: Any, size: int) -> Evaluation:
     """The same with a network and a noise image for every test slice, as far as galleries need them."""
     manifest = found.table.assign(row=np.arange(len(found.table)))
     images = np.random.default_rng(0).integers(0, 256, (len(manifest), size, size), dtype=np.uint8)
-    found.model = SimpleNamespace(net=net)  # type: ignore[assignment]
-    found.data = SimpleNamespace(manifest=manifest, store=SimpleNamespace(images=images))  # type: ignore[assignment]
-    found.baseline = torch.stack([torch.zeros(4, size // 16, size // 16), torch.ones(4, size // 16, size // 16)])
+    found.manifest, found.images = manifest, images
+    zeros = torch.zeros(net.head[-1].out_features, size // 16, size // 16)
+    baseline = torch.stack([zeros, zeros + 1])
+    found.bundle = Bundle(net, found.point, found.reference, baseline, {})
     return found

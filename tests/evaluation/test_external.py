@@ -11,6 +11,7 @@ from chestct.errors import BundleError, DataError
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
 from chestct.evaluation.external import evaluate_bundle
+from chestct.evaluation.gallery import gallery
 from chestct.training.train import Result
 
 
@@ -49,6 +50,9 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     assert result.metrics["test"]["auroc"].value is not None
     assert len(result.table) == len(list(others.glob("*/*")))
     assert {row.name for row in result.sections["shift"]} >= {"width", "std", "score", "novelty"}
+    shown = [picture for pictures in gallery(result).values() for picture in pictures]
+    assert {picture.path for picture in shown} <= set(result.table["path"])
+    assert len(shown) > 0
 
 
 def test_the_data_it_was_made_with_give_its_test_slices(

@@ -50,8 +50,8 @@ def test_pictures_are_the_slices_and_the_heat_colours_them(found):
     plain, heat = (np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in (picture.plain, picture.heat))
     assert plain.ndim == 2
     assert heat.shape == (*plain.shape, 3)
-    manifest = found.data.manifest.set_index("path")
-    square = found.data.store.images[manifest["row"][picture.path]]
+    manifest = found.manifest.set_index("path")
+    square = found.images[manifest["row"][picture.path]]
     wanted = np.asarray(Image.fromarray(square).resize(plain.shape[::-1], Image.Resampling.BICUBIC)).astype(float)
     assert np.corrcoef(plain.ravel(), wanted.ravel())[0, 1] > 0.9
 

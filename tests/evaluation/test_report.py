@@ -229,13 +229,12 @@ def test_validation_scores_that_are_all_equal_are_no_crash() -> None:
     assert "P(cancer) ≥ <b>0.500" in report.html(made_up(test=(labels, 0 * logits), point=point))
 
 
-def test_an_evaluation_of_other_data_says_why_it_has_no_pictures() -> None:
+def test_an_evaluation_of_other_data_says_how_far_it_lies_from_training() -> None:
     found = made_up(shift=[{"name": "mean", "psi": 0.4, "distance": 0.3, "p": 0.0, "before": 0.2, "now": 0.3}])
     found.table = found.test
     del found.metrics["valid"]
     found.about |= {"split": "external", "left_out": 3}
     text = told(report.html(found))
-    assert "a bundle on other data keeps no slices" in text
     assert "How far is this data from the training data?" in text
     assert "3 slices that the model was trained on are left out" in text
 
