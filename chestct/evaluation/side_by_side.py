@@ -102,7 +102,9 @@ def _anew(cfg: Config, **data: object) -> Config:
     """The settings for another training, with changes to cfg.data."""
     quiet = dataclasses.replace(cfg.trainer, progress=False)
     changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
-    return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed)
+    # A job of a search looks at validation alone, and the settings of its checkpoint say so.
+    asked = dataclasses.replace(cfg.evaluation, report=True)
+    return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=asked)
 
 
 def _decided(predictions: pd.DataFrame, cfg: Config) -> tuple[pd.DataFrame, OperatingPoint]:

@@ -26,7 +26,8 @@ def test_nothing_is_trained_unless_it_is_asked_for(run: tuple[Config, Result], t
 
 @pytest.mark.slow
 def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_path: Path) -> None:
-    rows = rows_of(asked(run[0], policies=True), tmp_path)
+    # As a job of a search leaves them, whose own training never looked at test.
+    rows = rows_of(asked(run[0], policies=True, report=False), tmp_path)
     assert set(rows) == {"official", "official_clean"}
     assert all(row.estimates["auroc"].value is not None for row in rows.values())
     assert rows["official"].groups > 0
