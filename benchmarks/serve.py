@@ -241,7 +241,7 @@ class Mix:
 
 
 SHARES = {"slice": 0.8, "photo": 0.05, "rubbish": 0.05, "cut": 0.05, "empty": 0.05}
-SOAK = {"slice": 0.15, "photo": 0.05, "rubbish": 0.3, "cut": 0.3, "empty": 0.2}
+SOAK = {"slice": 0.08, "photo": 0.02, "rubbish": 0.3, "cut": 0.3, "empty": 0.3}
 
 
 def load(clients: int, requests: int) -> bool:
