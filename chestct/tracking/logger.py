@@ -3,6 +3,7 @@
 Apart from chestct.tracking.run because Lightning takes seconds to import.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class RunLogger(Logger):
         super().__init__()
         self.client, self.run_id = client, run_id
         self.waiting: list[Metric] = []
-        self.written = time.monotonic()
+        self.written = -math.inf  # the first are written at once
 
     @property
     def name(self) -> str:
