@@ -28,7 +28,7 @@ from chestct.tracking import open_run
 from chestct.tracking.logger import RunLogger
 from chestct.training import train
 
-EPOCHS = 3
+EPOCHS = 6
 CASES = ("off", "local store", "server that hangs", "server that is gone")
 
 
