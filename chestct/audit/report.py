@@ -138,5 +138,5 @@ def summary(audit: Audit) -> str:
         lines.append(f"  {policy:<16}{', '.join(parts)}{'  (in force)' if policy == audit.split else ''}")
     lines += ["", "AUROC of rules that see no lesion, with 95 % intervals:"]
     for row in sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))[:5]:
-        lines.append(f"  {row['title']:<52}{rules.estimate(row)}{'  shortcut' if row['flagged'] else ''}")
+        lines.append(f"  {row['title']:<55}{rules.estimate(row)}{'  shortcut' if row['flagged'] else ''}")
     return "\n".join(lines)
