@@ -55,6 +55,12 @@ class AugmentConfig:
     shear: float = setting(5.0, "largest shear in degrees", low=0, high=60)
     window: float = setting(0.1, "largest change of grey level and of contrast, as a fraction", low=0, high=0.9)
     gamma: float = setting(0.2, "largest change of log(gamma)", low=0, high=2)
+    blur: float = setting(
+        0.0,
+        "largest standard deviation of a Gaussian blur, as a fraction of the side: sharpness is the scanner's",
+        low=0,
+        high=0.1,
+    )
     noise: float = setting(0.02, "largest standard deviation of added noise, in units of the grey range", low=0, high=1)
 
 

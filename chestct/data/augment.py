@@ -26,15 +26,17 @@ def make_views(
     if not changed:
         return images
     noise = torch.zeros(len(changed), *images.shape[1:])
-    draws = torch.empty(len(changed), 10)
+    draws = torch.zeros(len(changed), 11)
     for row, i in enumerate(changed):
         generator = torch.Generator().manual_seed(_seed(seed, views[i], contents[i]))
-        draws[row] = torch.rand(10, generator=generator)
+        draws[row, :10] = torch.rand(10, generator=generator)
         if cfg.noise:
             noise[row].normal_(generator=generator)
+        if cfg.blur:
+            draws[row, 10:] = torch.rand(1, generator=generator)
     out = images.clone()
-    moved = _move(images[changed], draws[:, :6], cfg)
-    out[changed] = _regray(moved, draws[:, 6:], noise, cfg)
+    moved = _blur(_move(images[changed], draws[:, :6], cfg), draws[:, 10], cfg)
+    out[changed] = _regray(moved, draws[:, 6:10], noise, cfg)
     return out
 
 
@@ -63,6 +65,18 @@ def _move(x: torch.Tensor, u: torch.Tensor, cfg: AugmentConfig) -> torch.Tensor:
     )  # (B, 2, 3)
     grid = functional.affine_grid(theta, list(x.shape), align_corners=False)
     return functional.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _blur(x: torch.Tensor, u: torch.Tensor, cfg: AugmentConfig) -> torch.Tensor:
+    """Each slice blurred by a Gaussian of its own width. u: uniform draws [B] in [0, 1)."""
+    if not cfg.blur:
+        return x
+    side = x.shape[-1]
+    offset = torch.arange(side)[:, None] - torch.arange(side)
+    sigma = (cfg.blur * side * u).clamp(min=1e-3)[:, None, None]
+    kernel = torch.exp(-0.5 * (offset / sigma) ** 2)  # (B, S, S)
+    kernel = (kernel / kernel.sum(2, keepdim=True))[:, None]
+    return kernel @ x @ kernel.mT
 
 
 def _regray(x: torch.Tensor, u: torch.Tensor, noise: torch.Tensor, cfg: AugmentConfig) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 from chestct.config import AugmentConfig
 from chestct.data.augment import make_views
 
-OFF = {"flip": 0.0, "rotate": 0.0, "shift": 0.0, "zoom": 0.0, "shear": 0.0, "window": 0.0, "gamma": 0.0, "noise": 0.0}
+OFF = dict.fromkeys(("flip", "rotate", "shift", "zoom", "shear", "window", "gamma", "blur", "noise"), 0.0)
 NAMES = ["a", "b", "c"]
 
 
@@ -27,7 +27,7 @@ def test_a_view_depends_on_seed_view_and_content_but_not_on_the_batch(slices):
 
 
 def test_views_stay_in_range(slices):
-    strong = AugmentConfig(1.0, 40, 0.3, 0.5, 30, 0.5, 1.0, 0.5)
+    strong = AugmentConfig(1.0, 40, 0.3, 0.5, 30, 0.5, 1.0, 0.1, 0.5)
     for view in range(1, 10):
         out = make_views(slices, NAMES, [view] * 3, 0, strong)
         assert out.min() >= 0
@@ -47,6 +47,19 @@ def test_flip_mirrors_left_and_right(slices):
 def test_each_change_changes_something(slices, name):
     out = make_views(slices, NAMES, [1] * 3, 0, AugmentConfig(**OFF | {name: 0.3 if name != "rotate" else 20.0}))
     assert not torch.allclose(out, slices, atol=1e-3)
+
+
+def test_blur_is_a_gaussian_of_at_most_the_width_asked_for():
+    point = torch.zeros(1, 1, 65, 65)
+    point[..., 32, 32] = 1
+    axis = torch.arange(65.0) - 32
+    widths = []
+    for view in range(1, 60):
+        out = make_views(point, ["point"], [view], 0, AugmentConfig(**OFF | {"blur": 0.05}))[0, 0]
+        assert out.sum() == pytest.approx(1, abs=1e-4)
+        widths.append(float((out.sum(0) * axis**2).sum().sqrt()))
+    assert 0.9 * 0.05 * 65 < max(widths) < 1.01 * 0.05 * 65
+    assert min(widths) < 0.5
 
 
 def test_rotation_goes_as_far_as_asked_and_not_further():
