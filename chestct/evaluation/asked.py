@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from chestct.config import Config
@@ -69,8 +70,10 @@ def under_changes(found: Evaluation) -> pd.DataFrame:
     """Scores of test slices after graded changes (chestct.evaluation.robustness)."""
     assert found.images is not None
     chosen = _some(found, found.cfg.evaluation.robustness)
+    # The changes stand for what happens to a slice before it is preprocessed; its place in the square is settled.
+    again = dataclasses.replace(preprocess_of(found.cfg.data), fit="pad")
     return robustness(
-        lambda images: found.bundle.predict(images).score,
+        lambda images: found.bundle.predict(np.stack([again(image) for image in images])).score,
         found.images[chosen["row"].to_numpy()],
         (chosen["label"] == "cancer").to_numpy(int),
         found.point.threshold,
