@@ -30,8 +30,8 @@ from chestct.data.sources import SliceFile, list_slices
 from chestct.data.statistics import image_statistics
 from chestct.errors import DataError, DecodeError
 
-FORMAT = 3
-"""Version of the files below; another version is made anew."""
+FORMAT = 4
+"""Version of the files below, and of how groups are found; another version is made anew."""
 
 Pixels = dict[str, np.ndarray]
 """One slice's row of each of the store's arrays."""

@@ -3,11 +3,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from chestct.config import Config, PhantomConfig
+from chestct.data.splits import load_splits
 from chestct.errors import BundleError, DataError
+from chestct.evaluation import external
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
 from chestct.evaluation.external import evaluate_bundle
@@ -61,6 +64,20 @@ def test_the_data_it_was_made_with_give_its_test_slices(
     result = evaluate_bundle(asked(run, folder))
     assert sorted(result.table["path"]) == sorted(found.test["path"])
     assert result.metrics["test"]["auroc"].value == pytest.approx(found.metrics["test"]["auroc"].value, abs=1e-6)
+
+
+def test_of_its_own_data_too_where_the_split_has_become_another(
+    run: tuple[Config, Result], folder: Path, found: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dealt_otherwise(manifest: pd.DataFrame, cfg: Config) -> pd.DataFrame:
+        table = load_splits(manifest, cfg)
+        trained = table.index[table["split"] == "train"][:5]
+        return table.assign(split=table["split"].where(~table.index.isin(trained), "test"))
+
+    monkeypatch.setattr(external, "load_splits", dealt_otherwise)
+    result = evaluate_bundle(asked(run, folder))
+    assert result.about["left_out"] == 5
+    assert sorted(result.table["path"]) == sorted(found.test["path"])
 
 
 def test_slices_it_was_trained_on_are_left_out(
