@@ -79,8 +79,8 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, in
         manifest = manifest[manifest["split"] == "test"]
     else:
         manifest = store.manifest.drop_duplicates("content").assign(split="test", leaked=False)
-    # Of the bundle's own data, too: another version may find other groups and deal them otherwise. A leak that was asked
-    # for is no reason: it is stamped.
+    # Of the bundle's own data, too: another version may find other groups and deal them otherwise. Leaks that were
+    # asked for are stamped instead.
     known = manifest["content"].str[:16].isin(bundle.seen) & ~manifest["leaked"]
     if known.all():
         raise DataError(
