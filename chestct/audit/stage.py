@@ -43,9 +43,10 @@ def audit_store(cfg: Config, store: Store, out: Path) -> Audit:
 
 
 def kept_audit(cfg: Config, store: Store) -> Path:
-    """The folder under cache_dir with the audit of these data under this split; made where it is not there yet."""
+    """The folder under cache_dir with the audit of this store under this split; made where it is not there yet."""
     data = cfg.data
-    what = [store.data_hash, cfg.task, data.split, data.split_seed, data.folds, data.fold]
+    what = [store.data_hash, store.settings, store.manifest["group"].tolist()]
+    what += [cfg.task, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
     out = cfg.cache / "audit" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     if not (out / "report.html").is_file():  # written last

@@ -1,0 +1,36 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from chestct.audit import stage
+from chestct.config import Config
+
+
+def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_data: Callable[..., Any]
+) -> None:
+    made = []
+
+    def audit_store(cfg: Config, store: Any, out: Path) -> None:
+        made.append(out)
+        out.mkdir(parents=True)
+        (out / "report.html").touch()
+
+    monkeypatch.setattr(stage, "audit_store", audit_store)
+    cfg = Config(cache_dir=str(tmp_path))
+    store = SimpleNamespace(data_hash="a", settings={"fit": "pad"}, manifest=make_data(30).manifest)
+    assert stage.kept_audit(cfg, store) == stage.kept_audit(cfg, store)
+    assert len(made) == 1
+    joined = store.manifest.assign(group=store.manifest["group"] // 2)
+    for other in (
+        {"settings": {"fit": "body"}},  # other pixels
+        {"manifest": joined},  # other groups, and so another split
+        {"data_hash": "b"},
+    ):
+        stage.kept_audit(cfg, SimpleNamespace(**(vars(store) | other)))
+    stage.kept_audit(replace(cfg, data=replace(cfg.data, split="official")), store)
+    assert len(set(made)) == len(made) == 5
