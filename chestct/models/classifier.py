@@ -77,7 +77,10 @@ class Classifier(L.LightningModule):
         return total * place().size / weight[batch_y].sum()
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
-        return self._step(batch, "train")
+        loss = self._step(batch, "train")
+        if self.trainer.is_last_batch:  # not at the end of the epoch: callbacks that look then would come too early
+            self._log_metrics("train")
+        return loss
 
     def validation_step(self, batch: Batch, _: int) -> None:
         self._step(batch, "valid")
@@ -113,10 +116,7 @@ class Classifier(L.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         # Once an epoch: logged in every step, metrics would cost more than all else that a step on features does.
-        self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]))
-
-    def on_train_epoch_end(self) -> None:
-        self._log_metrics("train")
+        self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]), on_step=False, on_epoch=True)
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("valid")
