@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -45,7 +46,7 @@ def audit_store(cfg: Config, store: Store, out: Path) -> Audit:
 def kept_audit(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir with the audit of this store under this split; made where it is not there yet."""
     data = cfg.data
-    what = [store.data_hash, store.settings, store.manifest["group"].tolist()]
+    what: list[Any] = [store.data_hash, store.settings, store.manifest["group"].tolist()]
     what += [cfg.task, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
     out = cfg.cache / "audit" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
