@@ -184,17 +184,23 @@ def test_reloading_takes_the_new_bundle_and_keeps_the_old_one_if_it_is_bad(tmp_p
     predictor.close()
 
 
-def test_requests_under_way_end_with_the_bundle_they_began_with(tmp_path: Path) -> None:
-    make(tmp_path / "old")
-    make(tmp_path / "new", classes=4)
-    predictor = Predictor(tmp_path / "old", batch=1)
-    before, gate, real = predictor.bundle.id, threading.Event(), predictor.bundle.predict
+def held(predictor: Predictor) -> threading.Event:
+    """The network of its bundle waits for this event."""
+    gate, real = threading.Event(), predictor.bundle.predict
 
     def gated(*arguments: object):
         assert gate.wait(30)
         return real(*arguments)
 
     object.__setattr__(predictor.bundle, "predict", gated)
+    return gate
+
+
+def test_requests_under_way_end_with_the_bundle_they_began_with(tmp_path: Path) -> None:
+    make(tmp_path / "old")
+    make(tmp_path / "new", classes=4)
+    predictor = Predictor(tmp_path / "old", batch=1)
+    before, gate = predictor.bundle.id, held(predictor)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(predictor.predict, png(seed)) for seed in range(4)]
         while predictor._jobs.qsize() < 3:
@@ -209,13 +215,7 @@ def test_requests_under_way_end_with_the_bundle_they_began_with(tmp_path: Path) 
 
 def test_closing_answers_what_waits_and_nothing_after(folder: Path) -> None:
     predictor = Predictor(folder, batch=1)
-    gate, real = threading.Event(), predictor.bundle.predict
-
-    def gated(*arguments: object):
-        assert gate.wait(30)
-        return real(*arguments)
-
-    object.__setattr__(predictor.bundle, "predict", gated)
+    gate = held(predictor)
     with ThreadPoolExecutor(7) as pool:
         waiting = [pool.submit(predictor.predict, png(seed)) for seed in range(6)]
         while predictor._jobs.qsize() < 5:  # one is in the network
