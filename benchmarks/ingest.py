@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -46,31 +47,31 @@ def plain(paths: list[Path]) -> None:
         pool.join()  # the CPU seconds of children count once they have ended
 
 
-def cold(cfg: DataConfig) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        store.ingest(cfg, Path(folder) / "store")
+def cold(cfg: DataConfig, folder: Path) -> None:
+    store.ingest(cfg, folder / "store")
 
 
-def ungrouped(cfg: DataConfig) -> None:
+def ungrouped(cfg: DataConfig, folder: Path) -> None:
     """The ingest without its search for near-copies."""
     from chestct.data import groups
 
-    found, empty = groups.find_pairs, groups.find_pairs
-    groups.find_pairs = lambda thumbs, content, **_: empty(thumbs[:0], [])
+    found = groups.find_pairs
+    groups.find_pairs = lambda thumbs, content, **_: found(thumbs[:0], [])
     try:
-        cold(cfg)
+        cold(cfg, folder)
     finally:
         groups.find_pairs = found
 
 
-def cost(task: Callable[[], None]) -> Cost:
+def cost(task: Callable[[Path], None]) -> Cost:
     def cpu() -> float:
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(u.ru_utime + u.ru_stime for u in usage)
 
-    start, start_cpu = time.perf_counter(), cpu()
-    task()
-    return Cost(time.perf_counter() - start, cpu() - start_cpu)
+    with tempfile.TemporaryDirectory() as folder:
+        start, start_cpu = time.perf_counter(), cpu()
+        task(Path(folder))
+        return Cost(time.perf_counter() - start, cpu() - start_cpu)
 
 
 def main() -> None:
@@ -81,11 +82,11 @@ def main() -> None:
     cfg = compose("data=chest_ct", f"data.root={arguments.root}", "data.max_unreadable=1000000").data
     padded = replace(cfg, fit="pad", contrast="keep")
     paths = [file.root / file.path for file in list_slices(cfg)]
-    tasks: dict[str, Callable[[], None]] = {
-        "plain": lambda: plain(paths),
-        "padded, without near-copies": lambda: ungrouped(padded),
-        "padded": lambda: cold(padded),
-        f"as data=chest_ct (data.fit={cfg.fit})": lambda: cold(cfg),
+    tasks: dict[str, Callable[[Path], None]] = {
+        "plain": lambda _: plain(paths),
+        "padded, without near-copies": partial(ungrouped, padded),
+        "padded": partial(cold, padded),
+        f"as data=chest_ct (data.fit={cfg.fit})": partial(cold, cfg),
     }
     turns = [{name: cost(task) for name, task in tasks.items()} for _ in range(arguments.turns + 1)][1:]  # first: warm
     table = Table("", "seconds", "CPU seconds", "ratio", "CPU ratio", title=f"{len(paths)} files, medians")

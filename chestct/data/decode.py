@@ -17,18 +17,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from chestct.config import WindowConfig
-from chestct.data import headers
+from chestct.data import headers, png
 from chestct.errors import DecodeError
 
 # The classes instead of Image.open: only the sniffed format is ever tried, and neither Pillow's global limits nor its
 # warnings about them come into it; `Limits` hold instead.
-OPENERS: dict[str, Callable[[io.BytesIO], Image.Image]] = {
+OPENERS: dict[str, Callable[[io.BytesIO], ImageFile]] = {
     "PNG": PngImageFile,
     "JPEG": JpegImageFile,
     "TIFF": TiffImageFile,
@@ -178,11 +179,14 @@ def _raster_slices(data: bytes, format: str, limits: Limits) -> Iterator[Slice]:
     orientation = 1
     if format == "JPEG":
         data, orientation = headers.bare_jpeg(data)
+    elif format == "PNG":
+        data = png.inflated(data)
     elif format == "WEBP":
         check_pixels(*headers.webp_size(data), limits)
     pages = headers.tiff_pages(data) if format == "TIFF" else iter([0])
     next(pages)  # checks the first page before Pillow sees it
     with OPENERS[format](headers.BudgetedFile(data, MAX_READS)) as image:
+        image.decodermaxblock = len(data)  # not piece by piece: threads would wait for each other at each
         if format in ("PNG", "WEBP"):
             orientation = headers.exif_orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
         yield _slice(image, format, limits, orientation, frame=0)
@@ -226,8 +230,11 @@ def _chroma(image: Image.Image) -> float:
     if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
         return 0.0
     # A grid of pixels: looking at all of them would cost a third of decoding a PNG.
-    grid = image.resize((CHROMA_GRID, CHROMA_GRID), Image.Resampling.NEAREST)
-    red, green, blue = np.asarray(grid.convert("RGB")).transpose(2, 0, 1)
+    grid = image.resize((CHROMA_GRID, CHROMA_GRID), Image.Resampling.NEAREST).convert("RGB")
+    levels = grid.tobytes()
+    if levels[::3] == levels[1::3] == levels[2::3]:  # grey in colour, as nearly all slices are
+        return 0.0
+    red, green, blue = np.asarray(grid).transpose(2, 0, 1)
     chroma = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     return float(chroma.mean() / 255)
 

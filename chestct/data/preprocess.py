@@ -40,25 +40,35 @@ class Preprocess:
             image = body if self.fit == "body" else image
         if table:
             image = image.point(table)
-        if self.fit == "stretch":
-            return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
-        scale = self.size / max(image.size)
-        width, height = (max(1, round(side * scale)) for side in image.size)
+        size = (self.size, self.size) if self.fit == "stretch" else _fitting(image, self.size)
         # Bilinear in Pillow averages over the whole footprint when it shrinks, so nothing aliases.
-        small = image.resize((width, height), Image.Resampling.BILINEAR)
-        square = Image.new("L", (self.size, self.size))
-        square.paste(small, ((self.size - width) // 2, (self.size - height) // 2))
-        return np.asarray(square)
+        return _square(image.resize(size, Image.Resampling.BILINEAR), self.size)
 
 
-def thumbnail(gray: np.ndarray, seen: np.ndarray | None = None) -> np.ndarray:
-    """A slice as it is seen when copies are looked for: whole, averaged over areas, uint8 [THUMBNAIL, THUMBNAIL].
+def thumbnail(gray: np.ndarray) -> np.ndarray:
+    """A slice as it is seen when copies are looked for: whole, uint8 [THUMBNAIL, THUMBNAIL]; gray as for `Preprocess`.
 
-    gray as for `Preprocess`; seen: what `Preprocess()` made of it, if that is known. The same whatever the network is
-    to see, so that settings can be compared on one split.
+    The same whatever the network is to see, so that settings can be compared on one split.
     """
-    square = Preprocess()(gray) if seen is None else seen
-    return np.asarray(Image.fromarray(square).reduce(len(square) // THUMBNAIL))
+    image = Image.fromarray(as_bytes(gray))
+    # Whole pixels are averaged first, down to at least twice the size: half the time, and pairs are told apart as well.
+    small = image.resize(_fitting(image, THUMBNAIL), Image.Resampling.HAMMING, reducing_gap=2.0)
+    return _square(small, THUMBNAIL)
+
+
+def _fitting(image: Image.Image, side: int) -> tuple[int, int]:
+    """The size at which the longer side of the image is `side`."""
+    scale = side / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _square(image: Image.Image, side: int) -> np.ndarray:
+    """The image in the middle of a black square, uint8 [side, side]."""
+    if image.size == (side, side):
+        return np.asarray(image)
+    square = Image.new("L", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square)
 
 
 def as_bytes(gray: np.ndarray) -> np.ndarray:
@@ -83,7 +93,7 @@ def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
 
     The whole image where nothing is bright enough: a black slice has no body to crop to.
     """
-    body = image > int(BODY_LEVEL * 255)  # a float would turn all pixels into floats
+    body = (image > int(BODY_LEVEL * 255)).view(np.uint8)  # a float would turn all pixels into floats
     share = (body.sum(axis, dtype=np.uint32) / body.shape[axis] for axis in (1, 0))
     rows, columns = (np.flatnonzero(part > 0.02) for part in share)
     if not len(rows) or not len(columns):

@@ -9,11 +9,13 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -30,11 +32,17 @@ from chestct.data.sources import SliceFile, list_slices
 from chestct.data.statistics import image_statistics
 from chestct.errors import DataError, DecodeError
 
-FORMAT = 4
+FORMAT = 5
 """Version of the files below, and of how groups are found; another version is made anew."""
 
 Pixels = dict[str, np.ndarray]
 """One slice's row of each of the store's arrays."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+BATCH = 8
+"""Files that a thread takes at a time."""
 
 UNREADABLE = ["source", "path", "file_hash", "reason"]
 
@@ -132,10 +140,10 @@ def _update(cfg: DataConfig, files: list[SliceFile], folder: Path, progress: boo
     limits = Limits(cfg.max_bytes, cfg.max_pixels)
     # Threads, not processes: reading, hashing and Pillow release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = list(pool.map(lambda file: _hash(file, limits), files))
+        hashes = list(_each(pool, lambda file: _hash(file, limits), files))
         if old is not None and _unchanged(old, files, hashes, facts):
             return old
-        measured = pool.map(lambda file, key: _measure(file, key, cfg, limits), *_unknown(files, hashes, facts))
+        measured = _each(pool, lambda todo: _measure(*todo, cfg, limits), _unknown(files, hashes, facts))
         rows: list[dict[str, Any]] = []
         unreadable: list[dict[str, str]] = []
         with _Generation(cfg, folder, len(files)) as new:
@@ -159,12 +167,18 @@ def _update(cfg: DataConfig, files: list[SliceFile], folder: Path, progress: boo
     return open_store(folder)
 
 
+def _each(pool: ThreadPoolExecutor, function: Callable[[T], R], items: list[T]) -> Iterator[R]:
+    """Results in order, some files at a time: to hand over one by one costs as much as to hash them."""
+    parts = [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+    return chain.from_iterable(pool.map(lambda part: [function(item) for item in part], parts))
+
+
 def _unknown(
     files: list[SliceFile], hashes: list[str], facts: dict[str, dict[str, Any]]
-) -> tuple[list[SliceFile], list[str]]:
+) -> list[tuple[SliceFile, str]]:
     """The files to decode and their hashes: of files with the same bytes the first, and all that were not hashed."""
     todo = {key or str(i): i for i, key in reversed(list(enumerate(hashes))) if key not in facts}
-    return [files[i] for i in sorted(todo.values())], [hashes[i] for i in sorted(todo.values())]
+    return [(files[i], hashes[i]) for i in sorted(todo.values())]
 
 
 def _facts(store: Store) -> dict[str, dict[str, Any]]:
@@ -243,9 +257,12 @@ class _Generation:
         # SciPy takes longer to import than a run that finds nothing new needs in all.
         from chestct.data.groups import group
 
-        for array in self.arrays.values():
-            cast(np.memmap, array).flush()
-        pairs = _find_pairs(manifest, self.arrays["thumbs"])
+        # The disk is not waited for: it writes while near-copies are looked for.
+        with ThreadPoolExecutor() as pool:
+            written = [pool.submit(_sync, self.temporary[name]) for name in self.arrays]
+            pairs = _find_pairs(manifest, self.arrays["thumbs"])
+            for one in written:
+                one.result()
         manifest["group"] = group(len(manifest), pairs)
         name = _digest(manifest.to_csv(index=False) + json.dumps(_pixel_settings(self.cfg)))[:16]
         names = {"images": f"images-{name}.npy", "thumbs": f"thumbs-{name}.npy", "pairs": f"pairs-{name}.parquet"}
@@ -264,6 +281,12 @@ class _Generation:
             self.temporary[kind].replace(path)
         for stale in {path for kind in current for path in self.folder.glob(f"{kind}*")} - set(current.values()):
             stale.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Returns once the file is on the disk, so that no table ever names what a power failure took."""
+    with path.open("rb") as opened:
+        os.fdatasync(opened.fileno())
 
 
 def _find_pairs(manifest: pd.DataFrame, thumbs: np.ndarray) -> pd.DataFrame:
@@ -311,9 +334,7 @@ def _measure(file: SliceFile, file_hash: str, cfg: DataConfig, limits: Limits) -
         "study": slice_.study,
         "series": slice_.series,
     }
-    preprocess = preprocess_of(cfg)
-    seen = preprocess(gray)
-    return facts, {"images": seen, "thumbs": thumbnail(gray, seen if preprocess == Preprocess() else None)}
+    return facts, {"images": preprocess_of(cfg)(gray), "thumbs": thumbnail(gray)}
 
 
 def _described(file: SliceFile) -> dict[str, str]:
