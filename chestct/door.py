@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any
 
 def _explained(error: Exception) -> str:
     """What a user has to know of an error from outside this package; raises it again where it is a bug of ours."""
-    if type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):  # one of Hydra's is an OSError, too
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_by = (type(error).__module__, frame.f_globals.get("__name__", ""))  # Hydra raises plain ValueErrors, too
+    if any(name.startswith(("hydra.", "omegaconf.", "antlr4.")) for name in raised_by):  # one of Hydra's is an OSError
         return explain(error)
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return (

@@ -155,6 +155,13 @@ def test_an_interval_needs_a_search(call):
     assert "Traceback" not in out + err
 
 
+def test_what_hydra_itself_refuses_is_told_without_a_traceback(call):
+    status, out, err = call("train.py", "-m", "--cfg", "job")
+    assert status == 2
+    assert "--multirun" in err
+    assert "Traceback" not in out + err
+
+
 def started(tmp_path, phantoms, *arguments):
     settings = [s for s in SMALL if "max_epochs" not in s] + [f"data.root={phantoms}", f"cache_dir={tmp_path}/cache"]
     settings += ["tracking=mlflow", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "trainer.patience=0"]
