@@ -13,6 +13,9 @@ from chestct.errors import DataError
 SPLITS = ("train", "valid", "test")
 LEFT_OUT = ""
 
+LARGE = 1 / 3
+"""Share of a class in validation or test that one group should not exceed."""
+
 
 def classes_of(task: str) -> tuple[str, ...]:
     """Class names in the order of the targets 0, 1, ...: the positive class of the binary task is `cancer`."""
@@ -103,6 +106,8 @@ def deal(counts: pd.DataFrame, shares: list[float], seed: int) -> pd.Series:
 
     counts: groups x classes, slices of each class in each group. Returns the part (0, 1, ...) of each group. Large
     groups are dealt first, each to the part that lacks its classes most: the greedy rule of multiway partitioning.
+    But a group that would be more than LARGE of a small part's class goes to the largest parts while they have room:
+    what validation and test say should hang on many patients.
     """
     rng = np.random.default_rng(seed)
     table = counts.to_numpy(float)
@@ -110,9 +115,13 @@ def deal(counts: pd.DataFrame, shares: list[float], seed: int) -> pd.Series:
     order = order[np.argsort(-table[order].sum(1), kind="stable")]
     wanted = np.outer(shares, table.sum(0)) + 1e-9  # (parts, classes)
     have = np.zeros_like(wanted)
+    largest = np.equal(shares, max(shares))
     part = np.empty(len(table), int)
     for i in order:
-        part[i] = np.argmax((table[i] * (1 - have / wanted)).sum(1))
+        lack = (table[i] * (1 - have / wanted)).sum(1)
+        heavy = (table[i] > np.maximum(1, LARGE * wanted)).any(1) & ~largest
+        room = (largest[:, None] & (have + table[i] <= wanted)).all(1).any()
+        part[i] = np.argmax(np.where(heavy & room, -np.inf, lack))
         have[part[i]] += table[i]
     return pd.Series(part, index=counts.index)
 
