@@ -94,7 +94,7 @@ def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
     The whole image where nothing is bright enough: a black slice has no body to crop to.
     """
     body = (image > int(BODY_LEVEL * 255)).view(np.uint8)  # a float would turn all pixels into floats
-    share = (body.sum(axis, dtype=np.uint32) / body.shape[axis] for axis in (1, 0))
+    share = (body.sum(axis, dtype=np.min_scalar_type(body.shape[axis])) / body.shape[axis] for axis in (1, 0))
     rows, columns = (np.flatnonzero(part > 0.02) for part in share)
     if not len(rows) or not len(columns):
         return 0, 0, image.shape[1], image.shape[0]
