@@ -120,7 +120,7 @@ def deal(counts: pd.DataFrame, shares: list[float], seed: int) -> pd.Series:
     for i in order:
         lack = (table[i] * (1 - have / wanted)).sum(1)
         heavy = (table[i] > np.maximum(1, LARGE * wanted)).any(1) & ~largest
-        room = (largest[:, None] & (have + table[i] <= wanted)).all(1).any()
+        room = (largest & ((have + table[i] <= wanted) | (table[i] == 0)).all(1)).any()
         part[i] = np.argmax(np.where(heavy & room, -np.inf, lack))
         have[part[i]] += table[i]
     return pd.Series(part, index=counts.index)

@@ -159,6 +159,12 @@ def test_validation_and_test_do_not_hang_on_one_large_group():
         assert (counts["normal"].groupby(part).max()[[1, 2]] <= 13 / 3).all()
 
 
+def test_another_class_that_is_full_does_not_send_a_large_group_elsewhere():
+    counts = pd.DataFrame({"cancer": [70, *[0] * 13], "normal": [0, 9, 6, *[1] * 11]})
+    part = deal(counts, [0.65, 0.15, 0.2], seed=0)  # 70 are more than 0.65 of all cancers: train is full of them
+    assert part[1] == part[2] == 0
+
+
 def test_where_all_groups_are_large_each_part_still_gets_one():
     part = deal(pd.DataFrame({"normal": [10, 10, 10]}), [0.65, 0.15, 0.2], seed=0)
     assert sorted(part) == [0, 1, 2]
