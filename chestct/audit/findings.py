@@ -120,8 +120,8 @@ def _leakage(audit: Audit) -> Iterator[Finding]:
         if not any(parts):
             continue
         copies, related = (sum(leaks[part][how] for part in ("test", "valid")) for how in ("copies", "related"))
-        text = f"{' and '.join(filter(None, parts))} are known from training: {copies} as pixel-identical copies"
-        text += f", {related} as near-copies or slices of the same patient." if related else "."
+        text = f"{' and '.join(filter(None, parts))} are known from training or validation: {copies} as pixel-identical"
+        text += f" copies, {related} as near-copies or slices of the same patient." if related else " copies."
         if policy == audit.split:
             action = "Use data.split=grouped, or official_clean to keep the official test set without its copies."
             yield Finding("leakage", "error" if known(leaks["test"]) else "warning", text, action)
