@@ -46,7 +46,9 @@ def audit_store(cfg: Config, store: Store, out: Path) -> Audit:
 def kept_audit(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir with the audit of this store under this split; made where it is not there yet."""
     data = cfg.data
-    what: list[Any] = [store.data_hash, store.settings, store.manifest["group"].tolist()]
+    code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.iterdir()) if f.is_file()))
+    what: list[Any] = [code.hexdigest(), store.data_hash, store.settings, store.manifest["group"].tolist()]
+    what += [make_splits(store.manifest, cfg.task, data).tolist()]
     what += [cfg.task, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
     out = cfg.cache / "audit" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from chestct.audit import stage
@@ -32,5 +33,11 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(
         {"data_hash": "b"},
     ):
         stage.kept_audit(cfg, SimpleNamespace(**(vars(store) | other)))
-    stage.kept_audit(replace(cfg, data=replace(cfg.data, split="official")), store)
-    assert len(set(made)) == len(made) == 5
+    stage.kept_audit(replace(cfg, data=replace(cfg.data, split_seed=1)), store)
+    with monkeypatch.context() as patch:  # the same settings, dealt by another rule
+        patch.setattr(stage, "make_splits", lambda manifest, task, data: pd.Series("train", index=manifest.index))
+        stage.kept_audit(cfg, store)
+    (tmp_path / "stage.py").write_text("another audit")
+    monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
+    stage.kept_audit(cfg, store)
+    assert len(set(made)) == len(made) == 7
