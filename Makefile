@@ -41,7 +41,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff format .
 
 params: $(READY) ## write conf/defaults.yaml and params.yaml anew from the schema
-	$(BIN)/python -m chestct.door
+	$(BIN)/python -m chestct.config.compose
 
 audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct data.root=...")
 	$(BIN)/python -m chestct.data validate $(ARGS)

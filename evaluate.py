@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config import Config
-from chestct.door import door, from_checkpoint
+from chestct.cli import door, from_checkpoint
+from chestct.config.schema import Config
 
 if TYPE_CHECKING:
     from chestct.evaluation.evaluate import Evaluation
@@ -33,13 +33,13 @@ def main(cfg: Config, out: Path) -> None:
     import pandas as pd
 
     from chestct.evaluation.asked import asked_for
-    from chestct.evaluation.comparison import compare_runs
+    from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.external import evaluate_bundle
-    from chestct.evaluation.plots import draw_history
-    from chestct.evaluation.report import flat, write
-    from chestct.evaluation.side_by_side import beside
-    from chestct.evaluation.summary import summary
+    from chestct.evaluation.split_policies import beside
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat, write
+    from chestct.reporting.text import summary
     from chestct.tracking import fetch_bundle, run_of
     from chestct.training import train
 

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from chestct.config import Config
-from chestct.door import door
+from chestct.cli import door
+from chestct.config.schema import Config
 from chestct.errors import ConfigError
 
 USAGE = """

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config import Config
-from chestct.door import door, from_checkpoint
+from chestct.cli import door, from_checkpoint
+from chestct.config.schema import Config
 
 if TYPE_CHECKING:
     from chestct.tracking import Run
@@ -54,10 +54,10 @@ def report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
 
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
-    from chestct.evaluation.plots import draw_history
-    from chestct.evaluation.report import flat, write
-    from chestct.evaluation.summary import summary
     from chestct.pyfunc import log_bundle
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat, write
+    from chestct.reporting.text import summary
 
     found = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
     write(found, out / "evaluation")

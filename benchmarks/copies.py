@@ -1,4 +1,4 @@
-"""What chestct.data.groups finds of planted near-copies, and what it joins wrongly: `python -m benchmarks.copies`.
+"""What chestct.data.duplicates finds of planted near-copies, and what it joins wrongly: `python -m benchmarks.copies`.
 
 Phantoms with different bodies are drawn as training draws them, and some are copied with one change each: whatever is
 found besides the planted copies is a false pair. `--root FOLDER` plants the same changes among the slices of a real
@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.table import Table
 
-from chestct.config import PhantomConfig, WindowConfig
-from chestct.data.decode import decode, pixel_hash
-from chestct.data.groups import find_pairs, group
-from chestct.data.preprocess import thumbnail
+from chestct.config.schema import PhantomConfig, WindowConfig
+from chestct.data.duplicates import find_pairs, group
+from chestct.imaging.decode import decode, pixel_hash
+from chestct.imaging.preprocess import thumbnail
 from chestct.phantom.thorax import display, draw
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]

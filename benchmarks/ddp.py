@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from chestct.config import Config, PhantomConfig
-from chestct.door import compose
+from chestct.config.compose import compose
+from chestct.config.schema import Config, PhantomConfig
 from chestct.phantom.dataset import write
 from chestct.training import callbacks, train
 

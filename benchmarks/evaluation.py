@@ -15,15 +15,15 @@ import pandas as pd
 import torch
 
 from benchmarks.speed import alternate, seconds
-from chestct.checks import resolve
-from chestct.config import ModelConfig
+from chestct.config.checks import resolve
+from chestct.config.schema import ModelConfig
 from chestct.evaluation.evaluate import evaluate
-from chestct.evaluation.metrics import measure
-from chestct.evaluation.report import write
-from chestct.models.classifier import read_checkpoint
+from chestct.models.lightning_module import read_checkpoint
 from chestct.models.saliency import excess, heat, normal_evidence
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.reporting.render import write
+from chestct.stats.metrics import measure
 
 
 def whole(ckpt: Path) -> tuple[float, float, int]:

@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from chestct.config import PhantomConfig
-from chestct.door import CONF, compose
+from chestct.config.compose import CONF, compose
+from chestct.config.schema import PhantomConfig
 from chestct.phantom.dataset import write
 from chestct.tracking import open_run
 from chestct.tracking.logger import RunLogger

@@ -1,4 +1,4 @@
-"""Time and memory of chestct.data.groups against the number of slices: `python -m benchmarks.groups`.
+"""Time and memory of chestct.data.duplicates against the number of slices: `python -m benchmarks.groups`.
 
 The slices share one anatomy, bent by a smooth random field and strewn with vessels, so that lists of candidates are as
 full as on real slices. Every tenth is a shifted, zoomed and re-windowed copy of the one before it; how many of those
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import map_coordinates
 
-from chestct.data.groups import find_pairs, group
-from chestct.data.preprocess import THUMBNAIL
+from chestct.data.duplicates import find_pairs, group
+from chestct.imaging.preprocess import THUMBNAIL
 
 DRAWN = 112
 """Side at which slices are drawn; they are compared at half of that."""

@@ -21,10 +21,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from chestct.config import DataConfig
+from chestct.config.compose import compose
+from chestct.config.schema import DataConfig
 from chestct.data import store
 from chestct.data.sources import list_slices
-from chestct.door import compose
 
 
 @dataclass
@@ -53,7 +53,7 @@ def cold(cfg: DataConfig, folder: Path) -> None:
 
 def ungrouped(cfg: DataConfig, folder: Path) -> None:
     """The ingest without its search for near-copies."""
-    from chestct.data import groups
+    from chestct.data import duplicates as groups
 
     found = groups.find_pairs
     groups.find_pairs = lambda thumbs, content, **_: found(thumbs[:0], [])

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from chestct.config import PhantomConfig
+from chestct.config.schema import PhantomConfig
 from chestct.models.weights import PACKAGED
 from chestct.phantom.thorax import display, draw
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from chestct.config import ModelConfig, PhantomConfig
-from chestct.door import compose
+from chestct.config.compose import compose
+from chestct.config.schema import ModelConfig, PhantomConfig
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.phantom.dataset import write

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     from chestct.models.bundle import load_bundle  # torch takes a second: not before --help
-    from chestct.serving.drift_report import summary, write
+    from chestct.reporting.drift_report import summary, write
     from chestct.serving.monitor import read_records
     from chestct.serving.shift import compare
 

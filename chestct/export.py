@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from chestct.config import Config
-from chestct.door import door, from_checkpoint
+from chestct.cli import door, from_checkpoint
+from chestct.config.schema import Config
 from chestct.errors import ConfigError
 
 USAGE = """
@@ -21,7 +21,7 @@ def main(cfg: Config, out: Path) -> None:
     from chestct.evaluation.asked import asked_for
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
-    from chestct.evaluation.side_by_side import beside
+    from chestct.evaluation.split_policies import beside
     from chestct.tracking import run_of
     from chestct.training import train
 

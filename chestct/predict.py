@@ -66,7 +66,7 @@ def _bundle(arguments: argparse.Namespace) -> str:
     name = str(arguments.bundle)
     if not name.startswith(("models:/", "runs:/")):
         return name
-    from chestct.door import compose
+    from chestct.config.compose import compose
     from chestct.tracking import fetch_bundle
 
     return fetch_bundle(name, compose(*([f"tracking.uri={arguments.tracking_uri}"] if arguments.tracking_uri else [])))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from chestct.config import Config, PhantomConfig
-from chestct.door import compose
+from chestct.config.compose import compose
+from chestct.config.schema import Config, PhantomConfig
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 

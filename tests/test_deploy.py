@@ -81,10 +81,10 @@ def test_what_is_installed_in_the_image_suffices(tmp_path):
 import sys
 for name in {json.dumps(missing)}:
     sys.modules[name] = None  # importing it now fails as where it is not installed
-from chestct.door import compose
+from chestct.config.compose import compose
 from chestct.predict import main
 import chestct.serving.app, chestct.serving.counters, chestct.serving.service, chestct.serving.web
-import chestct.serving.drift_report, chestct.serving.monitor, chestct.serving.shift
+import chestct.reporting.drift_report, chestct.serving.monitor, chestct.serving.shift
 from chestct.serving.examples import make_examples
 assert compose("bundle=packaged", config_name="serve").bundle == "packaged"
 make_examples()

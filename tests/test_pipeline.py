@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chestct.config import Config, leaves
-from chestct.door import CONF
+from chestct.config.compose import CONF
+from chestct.config.schema import Config, leaves
 
 ROOT = CONF.parent
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())

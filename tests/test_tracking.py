@@ -11,8 +11,9 @@ import pytest
 from mlflow import MlflowClient
 
 from chestct import tracking
-from chestct.config import TrackingConfig
-from chestct.door import CONF, find_checkpoint
+from chestct.cli import find_checkpoint
+from chestct.config.compose import CONF
+from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError, Interrupted
 from chestct.tracking import TrackingError, open_run, probe, sole_writer
 from chestct.tracking.__main__ import main

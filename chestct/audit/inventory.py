@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from chestct.config import SUBTYPES
+from chestct.config.schema import SUBTYPES
 from chestct.data.splits import LEFT_OUT, SPLITS
 
 CLASSES = (*SUBTYPES, "cancer")

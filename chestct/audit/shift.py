@@ -11,7 +11,7 @@ from scipy.stats import ks_2samp
 
 from chestct.audit.inventory import Table
 from chestct.audit.shortcuts import BASELINES, MIN_GROUPS, STATISTICS, columns
-from chestct.data.statistics import holm
+from chestct.imaging.statistics import holm
 
 MATERIAL_DISTANCE = 0.2
 

@@ -11,7 +11,7 @@ import pandas as pd
 from chestct.audit.findings import Audit
 from chestct.audit.pictures import pictures
 from chestct.audit.report import audit, summary, write
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.data.prepare import prepare_store
 from chestct.data.splits import make_splits
 from chestct.data.store import Store

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from chestct.config import Config
-from chestct.door import door
+from chestct.cli import door
+from chestct.config.schema import Config
 from chestct.errors import DataError
 
 USAGE = """
@@ -53,7 +53,7 @@ def validate(cfg: Config, out: Path) -> None:
 
 def show(cfg: Config, out: Path) -> None:
     """Prints slices and groups by split and class."""
-    from chestct.data.module import SliceModule
+    from chestct.data.datamodule import SliceModule
 
     data = SliceModule(cfg)
     data.prepare_data()

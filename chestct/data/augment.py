@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from chestct.config import AugmentConfig
+from chestct.config.schema import AugmentConfig
 
 
 def make_views(

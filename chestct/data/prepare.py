@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from chestct.config import Config, DataConfig
+from chestct.config.schema import Config, DataConfig
 from chestct.data.store import Store, ingest, store_folder
 
 

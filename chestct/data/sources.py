@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from chestct.config import DataConfig
+from chestct.config.schema import DataConfig
 from chestct.errors import DataError
 
 SPLIT_FOLDERS = {

@@ -7,7 +7,7 @@ data set it does so for 46 of 54 normal test slices. Every split made here is ch
 import numpy as np
 import pandas as pd
 
-from chestct.config import SUBTYPES, Config, DataConfig
+from chestct.config.schema import SUBTYPES, Config, DataConfig
 from chestct.errors import DataError
 
 SPLITS = ("train", "valid", "test")

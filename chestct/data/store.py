@@ -25,12 +25,12 @@ from filelock import FileLock
 from rich.progress import track
 from rich.status import Status
 
-from chestct.config import DataConfig
-from chestct.data.decode import Limits, decode, pixel_hash, read
-from chestct.data.preprocess import THUMBNAIL, Preprocess, thumbnail
+from chestct.config.schema import DataConfig
 from chestct.data.sources import SliceFile, list_slices
-from chestct.data.statistics import image_statistics
 from chestct.errors import DataError, DecodeError
+from chestct.imaging.decode import Limits, decode, pixel_hash, read
+from chestct.imaging.preprocess import THUMBNAIL, Preprocess, thumbnail
+from chestct.imaging.statistics import image_statistics
 
 FORMAT = 5
 """Version of the files below, and of how groups are found; another version is made anew."""
@@ -255,7 +255,7 @@ class _Generation:
 
     def commit(self, manifest: pd.DataFrame, unreadable: pd.DataFrame) -> None:
         # SciPy takes longer to import than a run that finds nothing new needs in all.
-        from chestct.data.groups import group
+        from chestct.data.duplicates import group
 
         # The disk is not waited for: it writes while near-copies are looked for.
         with ThreadPoolExecutor() as pool:
@@ -291,7 +291,7 @@ def _sync(path: Path) -> None:
 
 def _find_pairs(manifest: pd.DataFrame, thumbs: np.ndarray) -> pd.DataFrame:
     """Copies, near-copies and series mates; only one slice of each content is compared with others."""
-    from chestct.data.groups import find_pairs
+    from chestct.data.duplicates import find_pairs
 
     first = manifest.drop_duplicates("content").sort_values("row")
     ids = first[["patient", "study", "series"]].to_numpy()

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.data.prepare import located
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.explanation import check_explanation, lesion_slices
-from chestct.evaluation.novelty import novelty_figures
+from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
+from chestct.evaluation.novelty_check import novelty_figures
 from chestct.evaluation.robustness import robustness
 from chestct.models.saliency import explained_output
 from chestct.phantom.dataset import write
@@ -33,7 +33,7 @@ def asked_for(found: Evaluation) -> dict[str, Any]:
 
 
 def explanation(found: Evaluation) -> dict[str, Any]:
-    """Heat maps of new phantoms held against their lesions (chestct.evaluation.explanation)."""
+    """Heat maps of new phantoms held against their lesions (chestct.evaluation.heatmap_check)."""
     cfg, bundle = found.cfg, found.bundle
     images, masks = lesion_slices(_new_phantoms(cfg), preprocess_of(cfg.data), cfg.data.window)
     images, masks = images[: cfg.evaluation.phantoms], masks[: cfg.evaluation.phantoms]
@@ -57,7 +57,7 @@ def _new_phantoms(cfg: Config) -> Path:
 
 
 def novelty(found: Evaluation) -> list[dict[str, Any]]:
-    """Pictures that are no chest CT, and how far from the training slices they lie (chestct.evaluation.novelty)."""
+    """Pictures that are no chest CT, and how far from the training slices they lie (see novelty_check)."""
     assert found.images is not None
     cfg = found.cfg
     squares = found.images[_some(found, cfg.evaluation.novelty)["row"].to_numpy()]

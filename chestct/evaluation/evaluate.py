@@ -22,22 +22,22 @@ from scipy.stats import rankdata
 import chestct
 from chestct.audit.shortcuts import shortcut_scores
 from chestct.audit.stage import kept_audit
-from chestct.config import Config
-from chestct.data.module import SliceModule
+from chestct.config.schema import Config
+from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.data.splits import classes_of
 from chestct.errors import ChestCTError, DataError
-from chestct.evaluation.comparison import compare
-from chestct.evaluation.metrics import Estimate, measure
+from chestct.evaluation.compare import compare
 from chestct.evaluation.shift import shift, training_facts
 from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle
-from chestct.models.classifier import Classifier, load_classifier
 from chestct.models.features import attach
+from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import Reference, channel_means, fit_reference
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_evidence
+from chestct.stats.metrics import Estimate, measure
 from chestct.tracking import code_version
 
 SPLITS = ("train", "valid", "test")

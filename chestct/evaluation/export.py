@@ -7,11 +7,11 @@ from typing import Any
 from chestct.data.splits import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.metrics import to_plain
-from chestct.evaluation.model_card import model_card
 from chestct.evaluation.shift import training_facts
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.models.calibration import reliability_table
+from chestct.reporting.model_card import model_card
+from chestct.stats.calibration import reliability_table
+from chestct.stats.metrics import to_plain
 from chestct.tracking import code_version
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import track
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.data.prepare import is_synthetic, prepare_store
 from chestct.data.splits import classes_of, load_splits
 from chestct.data.store import Store

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.data.statistics import STATISTICS
-from chestct.models.drift import MEASURED, QUANTILES, Difference, difference
+from chestct.imaging.statistics import STATISTICS
+from chestct.stats.drift import MEASURED, QUANTILES, Difference, difference
 
 
 def training_facts(manifest: pd.DataFrame, predictions: pd.DataFrame) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.evaluation.metrics import Estimate, measure
+from chestct.stats.metrics import Estimate, measure
 
 FEWEST = 5
 """Groups below which a subgroup is listed, but not judged."""

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 import chestct
-from chestct.config import ModelConfig, WindowConfig
-from chestct.data.preprocess import Preprocess
+from chestct.config.schema import ModelConfig, WindowConfig
 from chestct.errors import BundleError, WeightsError
+from chestct.imaging.preprocess import Preprocess
 from chestct.models.novelty import Reference, channel_means
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import excess, explained_output, heat

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from chestct.config import Config
-from chestct.data.module import SliceModule
+from chestct.config.schema import Config
+from chestct.data.datamodule import SliceModule
 from chestct.data.store import preprocess_of
 from chestct.models.vgg16 import VGG16
 from chestct.ranks import place, together

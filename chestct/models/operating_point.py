@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from chestct.config import EvaluationConfig
-from chestct.models.calibration import (
+from chestct.config.schema import EvaluationConfig
+from chestct.models.novelty import FOREIGN
+from chestct.stats.calibration import (
     Calibration,
     choose_threshold,
     fit_calibration,
     fit_conformal,
     prediction_sets,
 )
-from chestct.models.novelty import FOREIGN
 
 CANCER, NORMAL, UNCERTAIN, REFUSED = "cancer", "normal", "uncertain", "refused"
 

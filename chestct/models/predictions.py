@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from chestct.data.splits import classes_of
-from chestct.models.calibration import to_scores
+from chestct.stats.calibration import to_scores
 
 KEPT = ["source", "path", "split", "label", "subtype", "target", "group", "content", "leaked"]
 KEPT += ["width", "height", "mode", "format", "mean", "std"]  # for subgroups

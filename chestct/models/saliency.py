@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
-from chestct.data.preprocess import Preprocess, body_box
+from chestct.imaging.preprocess import Preprocess, body_box
 from chestct.models.vgg16 import VGG16
 
 SMOOTHING = 1 / 9

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from chestct.config import ModelConfig
+from chestct.config.schema import ModelConfig
 from chestct.models.weights import Weights
 from chestct.ranks import place
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from chestct.config import SUBTYPES, PhantomConfig
+from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import DataError
 from chestct.phantom import defects, files, thorax
 from chestct.phantom.defects import File

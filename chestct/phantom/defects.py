@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from chestct.config import SUBTYPES, PhantomConfig
+from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import ConfigError
 from chestct.phantom.thorax import Phantom, display
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from chestct.config import SUBTYPES, PhantomConfig
+from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.phantom import anatomy, lesions, lungs, skeleton
 from chestct.phantom.canvas import Canvas, smooth_noise
 
@@ -39,7 +39,7 @@ class Phantom:
 def draw(rng: np.random.Generator, subtype: str, cfg: PhantomConfig) -> Phantom:
     """A random slice of the subtype; the same generator state gives the same slice.
 
-    Raises ValueError if the subtype is not one of chestct.config.SUBTYPES.
+    Raises ValueError if the subtype is not one of chestct.config.schema.SUBTYPES.
     """
     if subtype not in SUBTYPES:
         raise ValueError(f"subtype must be one of {SUBTYPES}, got {subtype!r}")

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from chestct.models.bundle import Bundle
-from chestct.serving import text
+from chestct.serving import sentences as text
 from chestct.serving.answer import MARKDOWN
 
 METRICS = (

@@ -10,7 +10,7 @@ from html import escape
 from markdown_it import MarkdownIt
 
 from chestct.models.bundle import Bundle
-from chestct.serving import text
+from chestct.serving import sentences as text
 from chestct.serving.predictor import NOT_MEDICAL, Prediction
 from chestct.serving.reading import Reading, most_suspicious
 

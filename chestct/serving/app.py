@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from chestct.config import ServeConfig
+from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError
 from chestct.serving import about, answer, history
 from chestct.serving.api import as_json

@@ -15,8 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from chestct.data.decode import read
 from chestct.errors import DataError, DecodeError
+from chestct.imaging.decode import read
 from chestct.serving.pictures import overlay
 from chestct.serving.predictor import Prediction, Predictor
 from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from chestct.config import PhantomConfig
+from chestct.config.schema import PhantomConfig
 from chestct.phantom.thorax import display, draw
 from chestct.serving.pictures import data_uri
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from chestct.data.statistics import STATISTICS
 from chestct.errors import ChestCTError
+from chestct.imaging.statistics import STATISTICS
 from chestct.serving.predictor import Prediction
 
 logger = logging.getLogger("chestct.serving")

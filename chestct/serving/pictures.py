@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from chestct.config import WindowConfig
-from chestct.data.decode import Limits, decode, decode_frames
-from chestct.data.headers import sniff
+from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
+from chestct.imaging.decode import Limits, decode, decode_frames
+from chestct.imaging.headers import sniff
 from chestct.models.saliency import blend, colors
 from chestct.serving.predictor import Prediction
 

@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from chestct.data.decode import Limits, Slice, decode, decode_frames, pixel_hash
-from chestct.data.statistics import image_statistics
 from chestct.errors import ChestCTError, DecodeError
+from chestct.imaging.decode import Limits, Slice, decode, decode_frames, pixel_hash
+from chestct.imaging.statistics import image_statistics
 from chestct.models.bundle import Bundle, Outputs, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN
 from chestct.models.saliency import heat_to_slice, placement
 
 COLOR = 0.05
-"""Mean chroma (see chestct.data.decode.Slice) above which an image is a colour photograph, not CT."""
+"""Mean chroma (see chestct.imaging.decode.Slice) above which an image is a colour photograph, not CT."""
 
 SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""
@@ -57,7 +57,7 @@ class Prediction:
     gray: np.ndarray  # uint8 [H, W], as decoded
     heat: np.ndarray | None  # float32 [H, W] in [0, 1], evidence for cancer; all zero where there is none
     slice: Slice
-    statistics: dict[str, float]  # chestct.data.statistics
+    statistics: dict[str, float]  # chestct.imaging.statistics
     seconds: dict[str, float]  # decode, wait (for the network and in it), draw
     bundle: str  # id of the bundle that answered
 

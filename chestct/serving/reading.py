@@ -16,7 +16,7 @@ import numpy as np
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.pictures import MANY, heat_picture, hounsfield_pictures, slice_picture
 from chestct.serving.predictor import BusyError, Prediction, Predictor
-from chestct.serving.text import heat_meaning
+from chestct.serving.sentences import heat_meaning
 from chestct.serving.uploads import Upload, frame_count, too_many
 
 logger = logging.getLogger("chestct.serving")

@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 
 import chestct
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError
 from chestct.serving.auth import Gate
 from chestct.serving.guard import App, Receive, Scope, Send, Sender
@@ -166,7 +166,7 @@ class Service:
         """Predictor, page and routes. What takes long to import is imported here, in two threads."""
         warm = threading.Thread(target=_import_gradio, daemon=True)
         warm.start()
-        from chestct.data.decode import Limits
+        from chestct.imaging.decode import Limits
         from chestct.serving.predictor import Predictor
 
         serve = self.cfg.serve

@@ -15,8 +15,8 @@ from itertools import islice
 import numpy as np
 import pydicom
 
-from chestct.data import headers
 from chestct.errors import ChestCTError
+from chestct.imaging import headers
 
 ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
 """How an archive begins, and an empty one."""

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 import chestct
-from chestct.config import ServeConfig
+from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.api import as_json
 from chestct.serving.counters import Counters

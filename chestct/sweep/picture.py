@@ -6,7 +6,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from chestct.config import TrainerConfig
+from chestct.config.schema import TrainerConfig
 from chestct.sweep.jobs import Outcome
 
 

@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf, open_dict
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ChestCTError, Interrupted
 from chestct.sweep.jobs import FAILED, Outcome, launch, outcome
 from chestct.sweep.search import STUDY, search

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError
 from chestct.sweep.jobs import DONE, FAILED, PRUNED, Outcome, launch, outcome
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from chestct.config import TrainerConfig
+from chestct.config.schema import TrainerConfig
 from chestct.sweep.jobs import FAILED, PRUNED, Outcome
 from chestct.tracking import Run
 

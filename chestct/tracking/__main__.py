@@ -2,7 +2,7 @@
 
 import sys
 
-from chestct.door import compose
+from chestct.config.compose import compose
 from chestct.errors import ChestCTError
 
 USAGE = """

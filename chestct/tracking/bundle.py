@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ConfigError
 from chestct.tracking.mirror import ORIGIN, first_line
 from chestct.tracking.server import local_uri, probe, server_uri, store_file

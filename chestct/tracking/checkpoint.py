@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from chestct.config import TrackingConfig
+from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError
 from chestct.tracking.mirror import ORIGIN, first_line
 from chestct.tracking.run import RUN_ID_FILE

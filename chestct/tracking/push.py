@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ConfigError
 from chestct.tracking.mirror import Copy, DeletedThereError, first_line
 from chestct.tracking.run import FOLDER, LOCK_FILE

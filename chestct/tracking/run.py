@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from chestct.config import Config, TrackingConfig, leaves
+from chestct.config.schema import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
 from chestct.tracking.bundle import ALIAS, BUNDLE, register
 from chestct.tracking.mirror import ORIGIN, PARENT, Copy, DeletedThereError, Mirror, experiment_id, first_line

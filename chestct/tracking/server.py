@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from chestct.config import TrackingConfig, at_home
+from chestct.config.schema import TrackingConfig, at_home
 from chestct.errors import ChestCTError, ConfigError
 
 SQLITE = "sqlite:///"

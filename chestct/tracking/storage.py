@@ -5,7 +5,7 @@ DVC's own command line writes them, called in this process so that no list of pr
 
 import os
 
-from chestct.config import TrackingConfig
+from chestct.config.schema import TrackingConfig
 from chestct.errors import ChestCTError
 from chestct.tracking.server import dagshub_repository, dagshub_token
 

@@ -13,9 +13,9 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
-from chestct.config import TrainerConfig
+from chestct.config.schema import TrainerConfig
 from chestct.errors import Interrupted
-from chestct.models.classifier import Classifier
+from chestct.models.lightning_module import Classifier
 from chestct.ranks import any_of, is_first, on_first
 from chestct.sweep.search import mark_pruned, trial_of
 

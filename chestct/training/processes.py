@@ -27,7 +27,7 @@ from lightning.fabric.plugins.environments import (
 )
 
 from chestct import ranks
-from chestct.config import TrainerConfig
+from chestct.config.schema import TrainerConfig
 from chestct.errors import ChestCTError, ConfigError
 from chestct.ranks import Place
 

@@ -16,12 +16,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
 from chestct.audit.stage import kept_audit
-from chestct.config import Config
-from chestct.data.module import SliceModule
+from chestct.config.schema import Config
+from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
-from chestct.models.classifier import Classifier, check_fits, read_checkpoint
 from chestct.models.features import attach
+from chestct.models.lightning_module import Classifier, check_fits, read_checkpoint
 from chestct.models.predictions import prediction_table
 from chestct.ranks import Place, is_first, on_first, place, share, together
 from chestct.tracking import Run

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from chestct.audit import Audit, audit
-from chestct.config import SUBTYPES, DataConfig, PhantomConfig
+from chestct.config.schema import SUBTYPES, DataConfig, PhantomConfig
 from chestct.data.splits import make_splits
 from chestct.data.store import ingest
 from chestct.phantom import dataset

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chestct.audit import Audit, audit
-from chestct.config import DataConfig
+from chestct.config.schema import DataConfig
 from chestct.data.splits import make_splits
 from chestct.data.store import ingest
 

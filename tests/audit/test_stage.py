@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from chestct.audit import stage
-from chestct.config import Config
+from chestct.config.schema import Config
 
 
 def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(

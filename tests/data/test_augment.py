@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from chestct.config import AugmentConfig
+from chestct.config.schema import AugmentConfig
 from chestct.data.augment import make_views
 
 OFF = dict.fromkeys(("flip", "rotate", "shift", "zoom", "shear", "window", "gamma", "blur", "noise"), 0.0)

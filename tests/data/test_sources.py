@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from chestct.config import DataConfig, SourceConfig
+from chestct.config.schema import DataConfig, SourceConfig
 from chestct.data.sources import list_slices
 from chestct.errors import DataError
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chestct.config import SUBTYPES, Config, DataConfig
+from chestct.config.schema import SUBTYPES, Config, DataConfig
 from chestct.data.splits import deal, leaked, load_splits, make_splits
 from chestct.errors import DataError
 

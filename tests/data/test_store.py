@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chestct.config import DataConfig
-from chestct.data import groups
+from chestct.config.schema import DataConfig
+from chestct.data import duplicates as groups
 from chestct.data import store as store_module
 from chestct.data.store import ingest, open_store, store_folder
 from chestct.errors import DataError

@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from chestct.config import SUBTYPES
-from chestct.door import CONF
+from chestct.config.compose import CONF
+from chestct.config.schema import SUBTYPES
 from tests.conftest import SMALL
 
 ROOT = CONF.parent

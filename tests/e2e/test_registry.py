@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient, pyfunc
 
-from chestct.door import CONF
+from chestct.config.compose import CONF
 from chestct.errors import ConfigError
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.pyfunc import save_model

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from chestct.door import CONF
+from chestct.config.compose import CONF
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.serving.auth import verify
 from chestct.tracking.bundle import register

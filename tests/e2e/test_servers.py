@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chestct.door import CONF
+from chestct.config.compose import CONF
 from chestct.tracking import TrackingError, open_run, probe
 from chestct.tracking.push import push
 from tests.conftest import SMALL
@@ -232,7 +232,7 @@ def test_a_training_is_shared_whole_and_no_file_holds_a_password(recorded, serve
     assert [path for path in places if PASSWORDS["writer"].encode() in path.read_bytes()] == []
     assert PASSWORDS["writer"] not in printed
 
-    from chestct.door import find_checkpoint
+    from chestct.cli import find_checkpoint
 
     cfg = small(*recorded)
     run, _ = copies(server, cfg)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chestct.door import CONF
+from chestct.config.compose import CONF
 from tests.conftest import SMALL
 
 SETTINGS = [s for s in SMALL if not s.startswith(("data.size", "trainer.max_epochs"))]
@@ -26,7 +26,7 @@ def sources(tmp_path: Path, phantoms: Path) -> tuple[str, dict[Path, str]]:
     `clinic` is the phantoms in split folders; `public` has 16 slices in class folders of its own, without splits: ten
     of them are new, four were saved anew as RGBA from clinic, two are a clinic slice at another size as JPEG.
     """
-    from chestct.config import PhantomConfig
+    from chestct.config.schema import PhantomConfig
     from chestct.phantom.dataset import write
 
     public = tmp_path / "public"
@@ -103,8 +103,8 @@ def test_two_sources_with_their_own_folders_train_together(run, tmp_path, source
 
 @pytest.mark.slow
 def test_a_copy_in_another_source_stays_in_its_originals_split(run, tmp_path, sources):
+    from chestct.config.compose import compose
     from chestct.data.splits import make_splits
-    from chestct.door import compose
 
     setting, copies = sources
     status, out, err = run("chestct.data", "ingest", setting)

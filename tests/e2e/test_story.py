@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from chestct.config import TrackingConfig
-from chestct.door import CONF
+from chestct.config.compose import CONF
+from chestct.config.schema import TrackingConfig
 from chestct.models.bundle import load_bundle
 from chestct.tracking.storage import dagshub_remotes
 from tests.e2e.loopback import PASSWORDS, TOKEN, log_in
@@ -68,7 +68,7 @@ def origin(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("PYTHONPATH", "AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name, raising=False)
-    run(draft, "python", "-m", "chestct.door")  # params.yaml
+    run(draft, "python", "-m", "chestct.config.compose")  # params.yaml
     for command in (("init", "-q", "-b", "main"), ("add", "."), ("commit", "-q", "-m", "code")):
         run(draft, "git", *command)
     run(tmp_path, "git", "clone", "-q", "--bare", "draft", "origin.git")
@@ -136,7 +136,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
 
     # Only what depends on a module runs again when it changes.
     for module, stages in (
-        ("chestct/evaluation/plots.py", {"evaluate", "export"}),
+        ("chestct/reporting/figures.py", {"evaluate", "export"}),
         ("chestct/export.py", {"export"}),
         ("chestct/training/callbacks.py", {"train"}),
         ("chestct/tracking/run.py", set()),

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from chestct.door import CONF, compose
+from chestct.config.compose import CONF, compose
 from tests.conftest import SMALL
 
 ROOT = CONF.parent

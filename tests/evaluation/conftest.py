@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from chestct.config import Config
-from chestct.door import compose
+from chestct.config.compose import compose
+from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation, evaluate
 from chestct.training.train import Result, train
 from tests.conftest import SMALL

@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.data.splits import classes_of
 from chestct.evaluation.evaluate import Evaluation, Row, decided, measured
-from chestct.evaluation.metrics import Estimate
 from chestct.models.bundle import Bundle
-from chestct.models.calibration import to_scores
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import output_names
+from chestct.stats.calibration import to_scores
+from chestct.stats.metrics import Estimate
 
 
 def predictions(labels: list[str], logits: np.ndarray, task: str, split: str) -> pd.DataFrame:

@@ -3,7 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
 from chestct.models.operating_point import OperatingPoint

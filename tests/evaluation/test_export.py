@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
 from chestct.models.bundle import Bundle, load_bundle

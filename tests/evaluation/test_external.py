@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chestct.config import Config, PhantomConfig
+from chestct.config.schema import Config, PhantomConfig
 from chestct.data.splits import load_splits
 from chestct.errors import BundleError, DataError
 from chestct.evaluation import external
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
 from chestct.evaluation.external import evaluate_bundle
-from chestct.evaluation.gallery import gallery
+from chestct.reporting.gallery import gallery
 from chestct.training.train import Result
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from chestct.config import EvaluationConfig, ModelConfig
+from chestct.config.schema import EvaluationConfig, ModelConfig
 from chestct.errors import BundleError
 from chestct.models.bundle import CARD, FACTS, TENSORS, Bundle, load_bundle, save_bundle
 from chestct.models.novelty import channel_means, fit_reference

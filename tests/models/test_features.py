@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from chestct.config import ModelConfig
+from chestct.config.schema import ModelConfig
 from chestct.models.features import extract, space_folder
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights

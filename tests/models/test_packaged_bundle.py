@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.config import PhantomConfig
-from chestct.data.decode import decode
+from chestct.config.schema import PhantomConfig
+from chestct.imaging.decode import decode
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
 from chestct.phantom.dataset import write
 

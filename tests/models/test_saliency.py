@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from chestct.config import ModelConfig
-from chestct.data.preprocess import Preprocess
+from chestct.config.schema import ModelConfig
+from chestct.imaging.preprocess import Preprocess
 from chestct.models import saliency
 from chestct.models.saliency import Placement, evidence, excess, heat, normal_evidence, overlay, placement
 from chestct.models.vgg16 import VGG16

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision.models import vgg16
 
-from chestct.config import ModelConfig
+from chestct.config.schema import ModelConfig
 from chestct.models.vgg16 import VGG16, count_parameters
 from chestct.models.weights import PACKAGED, load_weights
 

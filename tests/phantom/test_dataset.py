@@ -9,7 +9,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from chestct.config import SUBTYPES, PhantomConfig
+from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import ConfigError, DataError
 from chestct.phantom import dataset
 from chestct.phantom.thorax import PADDING

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image, ImageOps
 from sklearn.metrics import roc_auc_score
 
-from chestct.config import PhantomConfig
+from chestct.config.schema import PhantomConfig
 from chestct.phantom import dataset
 from chestct.phantom.defects import COPIES, ODD, UNREADABLE, File, near_copy
 from chestct.phantom.thorax import Phantom

@@ -5,7 +5,7 @@ import pytest
 from scipy.ndimage import binary_dilation
 from sklearn.metrics import roc_auc_score
 
-from chestct.config import SUBTYPES, PhantomConfig
+from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.phantom.thorax import PADDING, display, draw
 
 CANCERS = SUBTYPES[1:]

@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from chestct.config import Config, EvaluationConfig, ModelConfig, ServeConfig, WindowConfig
-from chestct.data.decode import decode
-from chestct.data.preprocess import Preprocess
+from chestct.config.schema import Config, EvaluationConfig, ModelConfig, ServeConfig, WindowConfig
+from chestct.imaging.decode import decode
+from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import save_bundle
-from chestct.models.calibration import reliability_table
 from chestct.models.novelty import channel_means, fit_reference
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_evidence
@@ -24,6 +23,7 @@ from chestct.models.weights import load_weights
 from chestct.serving.auth import Gate
 from chestct.serving.predictor import Predictor
 from chestct.serving.service import Service, listen, upload_folder
+from chestct.stats.calibration import reliability_table
 
 SIZE = 64
 

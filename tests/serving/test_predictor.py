@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.data.decode import Limits, Slice, decode, pixel_hash
 from chestct.errors import BundleError, DecodeError
+from chestct.imaging.decode import Limits, Slice, decode, pixel_hash
 from chestct.models.bundle import FACTS
 from chestct.serving.predictor import FRAMES_AHEAD, BusyError, Predictor, why_refused
 from tests.models.test_bundle import make

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.config import Config
+from chestct.config.schema import Config
 from chestct.errors import ConfigError
 from chestct.serving.auth import Gate, hash_password, verify
 from chestct.serving.counters import Counters

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from chestct import ranks
-from chestct.checks import check
-from chestct.data.module import Batches, SliceModule
-from chestct.door import CONF, overlay
+from chestct.config.checks import check
+from chestct.config.compose import CONF, overlay
+from chestct.data.datamodule import Batches, SliceModule
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.models.vgg16 import Dropout
 from chestct.ranks import Place

@@ -9,14 +9,14 @@ import pandas as pd
 import pytest
 import torch
 
-from chestct.config import ModelConfig
-from chestct.door import CONF
+from chestct.config.compose import CONF
+from chestct.config.schema import ModelConfig
 from chestct.errors import ChestCTError, DataError, Interrupted, WeightsError
 from chestct.evaluation.evaluate import evaluate
-from chestct.evaluation.metrics import measure
-from chestct.models.classifier import Classifier
+from chestct.models.lightning_module import Classifier
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.stats.metrics import measure
 from chestct.training import callbacks, train
 
 ROOT = CONF.parent

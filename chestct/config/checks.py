@@ -1,0 +1,129 @@
+"""From composed settings to checked plain dataclasses, with errors that name the key that was meant."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from chestct.config.schema import LABEL_NAMES, Config, TrainerConfig, leaves
+from chestct.errors import ConfigError
+
+THRESHOLD_POLICY = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
+
+
+def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
+    """Composed settings as checked plain dataclasses.
+
+    Raises ConfigError for a key that the schema does not know, a wrong type, a value out of bounds, or settings that
+    contradict each other.
+    """
+    try:
+        result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(error)) from None
+    assert isinstance(result, Config)
+    check(result)
+    return result
+
+
+def check(cfg: Config) -> None:
+    """Raises ConfigError where a value is not among its choices, out of its bounds, or at odds with another."""
+    problems = [problem for key, value, item in leaves(cfg) for problem in _out_of_bounds(key, value, item.metadata)]
+    problems += _contradictions(cfg)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _out_of_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Iterator[str]:
+    choices, low, high = meta.get("choices"), meta.get("low", -math.inf), meta.get("high", math.inf)
+    if choices and value not in choices:
+        yield f"{key}={value!r} is not one of {', '.join(map(str, choices))}.{_did_you_mean(str(value), choices)}"
+    if isinstance(value, int | float) and not low <= value <= high:
+        yield f"{key}={value} is out of range: {low} to {high}."
+
+
+def _contradictions(cfg: Config) -> Iterator[str]:
+    data, model, trainer = cfg.data, cfg.model, cfg.trainer
+    if not isinstance(model.freeze, bool) and not 0 <= model.freeze <= 5:
+        yield f"model.freeze={model.freeze}: VGG16 has 5 blocks of convolutions; give true, false or 0 to 5."
+    if model.weights == "none" and model.freeze not in (False, 0):
+        yield (
+            "model.weights=none with model.freeze: random convolutions that never change learn nothing. "
+            "Set model.freeze=false, or take weights."
+        )
+    if any(width < 1 for width in model.hidden):
+        yield f"model.hidden={model.hidden}: widths are at least 1."
+    if trainer.unfreeze_epoch and model.freeze is not True:
+        yield "trainer.unfreeze_epoch starts from frozen convolutions: set model.freeze=true."
+    if trainer.unfreeze_epoch >= trainer.max_epochs and trainer.unfreeze_epoch:
+        yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
+    yield from _misplaced(trainer)
+    if not re.fullmatch(THRESHOLD_POLICY, cfg.evaluation.threshold):
+        yield (
+            f"evaluation.threshold={cfg.evaluation.threshold}: give youden, sensitivity>=0.95, specificity>=0.95 (any "
+            "share up to 1), cost or half."
+        )
+    if any(not 0 < share < 1 for share in cfg.evaluation.prevalences):
+        yield f"evaluation.prevalences={cfg.evaluation.prevalences}: shares lie between 0 and 1."
+    if cfg.evaluation.folds == 1:
+        yield "evaluation.folds=1: two folds at least, or 0 for none."
+    if cfg.compare and len(cfg.compare) != 2:
+        yield f"compare={cfg.compare}: give two evaluations, as in compare=[runs/A,runs/B]."
+    if data.folds == 1 or (data.folds and data.fold >= data.folds):
+        yield f"data.folds={data.folds} data.fold={data.fold}: two folds at least, and fold counts from 0."
+    if data.folds and data.split != "grouped":
+        yield f"data.folds works with data.split=grouped, not with {data.split}: folders give one split only."
+    if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
+        yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
+    if data.root and data.sources:
+        yield "Give either data.root (one source) or data.sources (several), not both; data.root=null takes it back."
+    mappings = {"data.labels": data.labels} | {f"data.sources.{k}.labels": s.labels for k, s in data.sources.items()}
+    for key, labels in mappings.items():
+        for folder, label in labels.items():
+            if label not in LABEL_NAMES:
+                yield f"{key}: {folder!r} maps to {label!r}, which is not one of {', '.join(LABEL_NAMES)}."
+
+
+def _misplaced(trainer: TrainerConfig) -> Iterator[str]:
+    """Devices that cannot be meant."""
+    given = trainer.devices
+    if not re.fullmatch(r"auto|[1-9]\d*|\d+,|\d+(,\d+)+", given):
+        yield f"trainer.devices={given}: give how many (2), which ('0,1', or '1,' for one), or auto."
+    elif trainer.strategy == "single" and (trainer.num_nodes > 1 or not re.fullmatch(r"auto|1|\d+,", given)):
+        yield f"trainer.devices={given} trainer.num_nodes={trainer.num_nodes}: for several processes say trainer=ddp."
+    elif trainer.strategy == "ddp" and trainer.accelerator == "mps":
+        yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
+
+
+def explain(error: Exception) -> str:
+    """Hydra's or OmegaConf's message in one or two lines, with the nearest key where one was misspelt."""
+    text = str(error)
+    cause = error.__cause__
+    key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
+    named = re.search(r"Could not override '([^']+)'", text)
+    key = named.group(1) if named else key
+    first = str(cause or error).strip().splitlines()[0]
+    option = re.search(r"Could not find '(\w+)/([^']+)'", text)
+    if option:
+        return f"There is no {option[1]}={option[2]}: the options are the files in conf/{option[1]}/, see --help."
+    if "parsing override" in text:
+        return f"{first}: settings are given as key=value, for example optim.lr=1e-4."
+    if key and ("not in struct" in text or "not in '" in text or "not in struct" in first or "not in '" in first):
+        keys = [k for k, _, _ in leaves(Config)]
+        groups = {k.rsplit(".", 1)[0] for k in keys if "." in k}
+        hint = _did_you_mean(key, [*keys, *groups])
+        return f"There is no setting {key!r}.{hint} All settings: --help."
+    return f"{key}: {first}" if key and key not in first else first
+
+
+def _did_you_mean(word: str, options: Any) -> str:
+    options = [str(option) for option in options]
+    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
+    if not near and "." not in word:  # `lrr` for `optim.lr`
+        last = {option.rsplit(".", 1)[-1]: option for option in reversed(options)}
+        near = [last[match] for match in difflib.get_close_matches(word, last, n=1, cutoff=0.6)]
+    return f" Did you mean {near[0]}?" if near else ""

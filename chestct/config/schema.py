@@ -1,0 +1,354 @@
+"""The schema of conf/: every setting, its type, its default, what it may be, and what it means.
+
+Hydra composes conf/ on top of these classes, so a misspelt key or a wrong type fails before anything is loaded;
+`chestct.config.checks` then turns the result into plain dataclasses, so that the rest of the package sees neither
+Hydra nor OmegaConf. Nothing heavy is imported here: `python train.py --help` must stay quick.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
+"""Classes of `task=subtype`, in the order of the network's outputs."""
+
+LABEL_NAMES = (*SUBTYPES, "cancer", "ignore")
+"""What a class folder may map to: a subtype, cancer of unknown subtype, or nothing (`ignore`)."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[Any, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    """A dataclass field with its meaning and its bounds, which `check` enforces (both bounds are allowed values)."""
+    meta = {"help": help, "choices": choices, "low": low, "high": high}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class WindowConfig:
+    """The grey-value window that turns Hounsfield units (HU) into [0, 1]; used for DICOM only."""
+
+    center: float = setting(-600.0, "window centre in HU; -600/1500 is the usual lung window")
+    width: float = setting(1500.0, "window width in HU", low=1)
+    from_file: bool = setting(False, "use the window stored in the DICOM file instead, where it has one")
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of a training slice; each is drawn anew for every view. Zero switches one off."""
+
+    flip: float = setting(0.5, "probability of a left-right flip", low=0, high=1)
+    rotate: float = setting(10.0, "largest rotation in degrees, either way", low=0, high=180)
+    shift: float = setting(0.05, "largest shift as a fraction of the side", low=0, high=0.5)
+    zoom: float = setting(0.1, "largest zoom in or out as a fraction", low=0, high=0.9)
+    shear: float = setting(5.0, "largest shear in degrees", low=0, high=60)
+    window: float = setting(0.1, "largest change of grey level and of contrast, as a fraction", low=0, high=0.9)
+    gamma: float = setting(0.2, "largest change of log(gamma)", low=0, high=2)
+    blur: float = setting(
+        0.0,
+        "largest standard deviation of a Gaussian blur, as a fraction of the side: sharpness is the scanner's",
+        low=0,
+        high=0.1,
+    )
+    noise: float = setting(0.02, "largest standard deviation of added noise, in units of the grey range", low=0, high=1)
+
+
+@dataclass
+class PhantomConfig:
+    """Synthetic thorax slices, written as ordinary class folders."""
+
+    slices: int = setting(400, "how many slices to draw, all splits together", low=12)
+    seed: int = setting(0, "seed of everything drawn")
+    size: int = setting(320, "mean side of a drawn slice in pixels; single slices vary around it", low=64, high=1024)
+    difficulty: float = setting(
+        0.4, "0: large lesions with much reaction around them; 1: small, faint ones", low=0, high=1
+    )
+    cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
+    format: str = setting("png", "file format", choices=("png", "dicom"))
+    defects: list[str] = setting(
+        [],
+        "faults to plant, with their truth beside them: exact, near, across_splits, label_conflict, "
+        "shortcut_window, shortcut_size, shortcut_border, odd_files",
+    )
+    defect_rate: float = setting(0.05, "fraction of slices that get a copy for each copying defect", low=0, high=0.5)
+
+
+@dataclass
+class AuditConfig:
+    """What the audit does about what it finds."""
+
+    fail_on: list[str] = setting(
+        [],
+        "findings that fail the validate stage: leakage, label_conflict, unreadable, shortcut, sample_size, "
+        "imbalance, shift, duplicates",
+    )
+
+
+@dataclass
+class SourceConfig:
+    """One collection of slices in class folders."""
+
+    root: str = setting("", "folder that holds the class folders, or train/valid/test folders with class folders")
+    labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label; empty: as data.labels")
+
+
+@dataclass
+class DataConfig:
+    """Where slices come from and how they become pixels, splits and batches."""
+
+    name: str = setting("phantom", "name of the source, shown in tables")
+    root: str | None = setting(None, "folder with the class folders; empty for phantoms: they are drawn when needed")
+    sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
+    labels: dict[str, str] = setting({}, f"class folder (or how its name begins) -> one of {', '.join(LABEL_NAMES)}")
+    store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
+    size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
+    fit: str = setting(
+        "pad",
+        "how a slice becomes square: pad (aspect ratio kept), stretch, or body (cropped to the body, then padded)",
+        choices=("pad", "stretch", "body"),
+    )
+    contrast: str = setting(
+        "keep",
+        "grey levels: keep (as decoded), or body (stretched linearly so that the 2nd and 98th percentile around the "
+        "body become black and white: brightness and contrast then tell nothing)",
+        choices=("keep", "body"),
+    )
+    window: WindowConfig = field(default_factory=WindowConfig)
+    split: str = setting(
+        "grouped",
+        "grouped (no group of copies in two splits), official (folders as they come), official_clean (official "
+        "without copies across splits)",
+        choices=("grouped", "official", "official_clean"),
+    )
+    split_seed: int = setting(0, "seed of the grouped split; apart from `seed` so that seeds share one test set")
+    valid_fraction: float = setting(0.15, "share of the slices for validation (grouped)", low=0.01, high=0.5)
+    test_fraction: float = setting(0.2, "share of the slices for test (grouped, without folds)", low=0.01, high=0.5)
+    folds: int = setting(0, "k-fold cross-validation over groups: how many folds; 0 for one split", low=0, high=50)
+    fold: int = setting(0, "which fold is the test set", low=0)
+    allow_leakage: bool = setting(False, "train although copies of test slices are in train; stamped on all results")
+    max_unreadable: int = setting(0, "how many unreadable files are tolerated", low=0)
+    max_pixels: int = setting(64_000_000, "largest image that is decoded, in pixels", low=1)
+    max_bytes: int = setting(256_000_000, "largest file that is read, in bytes", low=1)
+    workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
+    batch_size: int = setting(32, "slices a training step, over all processes together", low=1)
+    views: int = setting(
+        2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
+    )
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
+
+
+@dataclass
+class ModelConfig:
+    """VGG16's convolutions and the head that stands on them."""
+
+    weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
+    freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks from the input")
+    pool: str = setting(
+        "gap",
+        "gap: mean over places (512 inputs to the head); flatten: every place (25,088)",
+        choices=("gap", "flatten"),
+    )
+    hidden: list[int] = setting([], "widths of hidden layers between features and output")
+    dropout: float = setting(0.0, "dropout before every linear layer of the head", low=0, high=0.95)
+
+
+@dataclass
+class FeaturesConfig:
+    """The frozen convolutions' outputs, computed once."""
+
+    cache: bool = setting(True, "keep them on disk and train the head on them; false: run the convolutions every step")
+    batch_size: int = setting(16, "slices a forward pass while they are computed", low=1)
+
+
+@dataclass
+class OptimConfig:
+    """Loss, optimiser and learning-rate schedule."""
+
+    name: str = setting("adamw", "optimiser", choices=("adamw", "sgd"))
+    lr: float = setting(1e-2, "learning rate of the head", low=0)
+    backbone_lr_ratio: float = setting(2e-3, "learning rate of the convolutions, relative to the head's", low=0, high=1)
+    weight_decay: float = setting(0.3, "weight decay", low=0)
+    momentum: float = setting(0.9, "momentum (sgd)", low=0, high=1)
+    schedule: str = setting("cosine", "learning rate over time", choices=("constant", "cosine", "one_cycle"))
+    warmup: float = setting(0.1, "share of all steps over which the learning rate rises", low=0, high=0.9)
+    label_smoothing: float = setting(0.0, "how far targets move towards the uniform distribution", low=0, high=0.5)
+    class_weights: bool = setting(True, "weigh classes inversely to their frequency in train")
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, and when to stop."""
+
+    max_epochs: int = setting(40, "epochs at most", low=1)
+    patience: int = setting(10, "epochs without a better `monitor` before stopping early; 0: never", low=0)
+    monitor: str = setting(
+        "valid/loss",
+        "validation metric that picks the best checkpoint",
+        choices=("valid/loss", "valid/auroc", "valid/balanced_accuracy"),
+    )
+    unfreeze_epoch: int = setting(0, "epoch at which the last convolution blocks join in (two-stage); 0: never", low=0)
+    unfreeze_blocks: int = setting(2, "how many of the five blocks then join in, counted from the head", low=1, high=5)
+    accelerator: str = setting("auto", "device", choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    strategy: str = setting("single", "one process (single), or one a device (ddp)", choices=("single", "ddp"))
+    devices: str = setting(
+        "auto", "how many devices of a machine, or which: 1, 2, 0,1; auto: one (single), all of them (ddp)"
+    )
+    num_nodes: int = setting(1, "machines (ddp); torchrun or srun starts the processes of several", low=1)
+    precision: str = setting("32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
+    deterministic: bool = setting(True, "only algorithms that repeat exactly")
+    progress: bool = setting(True, "show progress bars")
+
+    @property
+    def mode(self) -> str:
+        """Whether a smaller or a larger `monitor` is better: min or max."""
+        return "min" if self.monitor.endswith("loss") else "max"
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured, and how the operating point is chosen; all of it from validation slices."""
+
+    threshold: str = setting(
+        "half",
+        "which score counts as cancer: half (0.5), or by validation: youden, sensitivity>=X, specificity>=X, cost",
+    )
+    cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
+    coverage: float = setting(
+        0.9, "share of each class whose conformal set holds the truth; other slices are uncertain", low=0.5, high=0.999
+    )
+    resamples: int = setting(2000, "bootstrap resamples over groups behind each interval", low=100, high=100_000)
+    prevalences: list[float] = setting([0.01, 0.1, 0.5], "shares of cancer at which predictive values are given")
+    policies: bool = setting(
+        False, "train the same head under every split policy too, and show all side by side (frozen models only)"
+    )
+    folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
+    permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
+    phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
+    novelty: int = setting(
+        0, "pictures of each kind that is no chest CT on which novelty is measured; 0: not measured", low=0
+    )
+    robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)
+    gallery: int = setting(6, "slices a row of the report's galleries", low=0, high=50)
+    report: bool = setting(True, "after training, write report and bundle; false: metrics only (jobs of a search)")
+
+
+@dataclass
+class TrackingConfig:
+    """Where runs are recorded."""
+
+    name: str = setting("mlflow", "mlflow, dagshub or off", choices=("mlflow", "dagshub", "off"))
+    uri: str = setting("sqlite:///mlflow.db", "MLflow tracking URI: sqlite:///FILE or http(s)://SERVER")
+    local: str = setting("sqlite:///mlflow.db", "store on this machine that a run is written to where uri is a server")
+    owner: str | None = setting(None, "owner of the repository on DagsHub (tracking=dagshub)")
+    repo: str | None = setting(None, "name of the repository on DagsHub (tracking=dagshub)")
+    experiment: str = setting("chestct", "MLflow experiment")
+    run_name: str | None = setting(
+        None, "name of the run; empty: its DVC experiment's, its sweep's, or an invented one"
+    )
+    required: bool = setting(False, "stop when the server cannot be used, instead of going on with the local store")
+    log_model: bool = setting(True, "keep the best checkpoint and the bundle, as an MLflow model, with the run")
+    register: str | None = setting(None, "register the bundle under this name, and call it the champion of that name")
+    system_metrics: bool = setting(True, "record processor, memory, disk, network and GPU every ten seconds")
+
+
+@dataclass
+class ServeConfig:
+    """The web page and its API: where they listen, and what one person may ask of them."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
+    port: int = setting(7860, "port to listen on", low=1, high=65535)
+    max_upload: int = setting(200_000_000, "bytes that one request may send", low=1_000)
+    max_slices: int = setting(128, "slices that one request may ask about", low=1, high=2000)
+    queue: int = setting(64, "requests that may wait or run at once; more are told to come back", low=1)
+    seconds: float = setting(60.0, "longest time that one request may take", low=1, high=3600)
+    rate: int = setting(240, "requests for answers a minute from one address; 0: any number", low=0)
+    batch: int = setting(8, "slices that share a forward pass at most; each takes some 30 MB", low=1)
+
+
+@dataclass
+class MonitorConfig:
+    """The record of what the service saw: numbers only, never pixels, names or DICOM tags."""
+
+    enabled: bool = setting(False, "append one record a slice")
+    path: str = setting("monitor.sqlite", "file for the records")
+    keep_days: int = setting(90, "days after which a record is deleted", low=1)
+
+
+@dataclass
+class Config:
+    """Everything a run depends on."""
+
+    task: str = setting(
+        "binary", "binary: cancer or normal; subtype: normal and three carcinomas", choices=("binary", "subtype")
+    )
+    seed: int = setting(0, "seed of initial weights, order and views", low=0)
+    ckpt: str | None = setting(None, "checkpoint to resume or to evaluate: a path, or `last` for the newest run's")
+    cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
+    bundle: str | None = setting(
+        None, "bundle to evaluate or to serve: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID"
+    )
+    compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
+    runs_dir: str = setting("runs", "folder under which `ckpt=last` looks for runs")
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    @property
+    def cache(self) -> Path:
+        """The folder `cache_dir`, which all experiments of a repository share."""
+        return at_home(self.cache_dir)
+
+    @property
+    def starts_frozen(self) -> bool:
+        """Whether all convolutions are fixed when training begins. (1 would equal True, hence `is`.)"""
+        return self.model.freeze is True or self.model.freeze == 5
+
+    @property
+    def always_frozen(self) -> bool:
+        """Whether the convolutions stay the given weights throughout, so that a checkpoint need not hold them."""
+        return self.starts_frozen and not self.trainer.unfreeze_epoch
+
+    def frozen_at(self, epoch: int) -> bool:
+        """Whether no convolution trains in this epoch."""
+        return self.starts_frozen and not 0 < self.trainer.unfreeze_epoch <= epoch
+
+
+def at_home(path: str) -> Path:
+    """A path of the settings, seen from the repository.
+
+    DVC runs queued experiments in copies of the repository that it removes afterwards; DVC_ROOT names the original.
+    """
+    return Path(os.environ.get("DVC_ROOT", ""), path)
+
+
+def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Every setting of a dataclass (or class) as (dotted key, value or default, field), groups opened."""
+    for item in dataclasses.fields(cfg):
+        key = f"{prefix}{item.name}"
+        if isinstance(cfg, type):
+            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        else:
+            default = getattr(cfg, item.name)
+        if dataclasses.is_dataclass(default):
+            yield from leaves(default, f"{key}.")
+        else:
+            yield key, default, item

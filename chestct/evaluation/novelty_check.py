@@ -1,0 +1,167 @@
+"""Whether the novelty of a slice tells chest CT from everything else: pictures of many kinds that are none.
+
+All of them are made here or ship with packages that chestct needs (scikit-learn, matplotlib, pydicom), so that anyone
+can measure it again; none took part in fitting anything. Some are near misses on purpose: other body parts, phantoms,
+and the test slices themselves with their grey levels or their sides the wrong way round.
+"""
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pydicom
+import sklearn.datasets
+from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
+from sklearn.metrics import roc_auc_score
+
+from chestct.config.schema import PhantomConfig, WindowConfig
+from chestct.errors import DecodeError
+from chestct.imaging.decode import decode
+from chestct.imaging.preprocess import Preprocess
+from chestct.models.bundle import Bundle
+from chestct.models.novelty import FOREIGN
+from chestct.phantom import thorax
+from chestct.stats.calibration import wilson
+
+SIDE = 320
+"""Side of what is drawn here, in pixels."""
+
+MEDICAL = (
+    *("693_J2KI.dcm", "CT_small.dcm", "J2K_pixelrep_mismatch.dcm"),  # CT, two of them of the head
+    *("MR_small.dcm", "examples_overlay.dcm", "JPEG2000.dcm"),  # MR, MR of the abdomen, bone scintigraphy
+    *("examples_palette.dcm", "examples_rgb_color.dcm", "examples_ybr_color.dcm", "examples_jpeg2k.dcm"),  # ultrasound
+)
+"""Of pydicom's own test files, those with a picture of a patient."""
+
+
+def novelty_figures(
+    bundle: Bundle,
+    preprocess: Preprocess,
+    known: np.ndarray,
+    images: np.ndarray,
+    each: int,
+    synthetic: bool,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """One row a kind of picture, and one for all that are no chest CT: `kind`, `pictures`, `median` novelty, `auroc`
+    against the test slices, and how many are called uncertain or refused (`beyond`: novelty above 1), or `refused`
+    (above FOREIGN), each with Wilson's interval [low, high].
+
+    known: novelty of the test slices, float [N]; images: test slices, uint8 [M, S, S], to be altered; each: pictures of
+    a kind at most; synthetic: whether the model was trained on phantoms, which then are nothing foreign.
+    """
+    kinds: dict[str, Iterator[np.ndarray] | np.ndarray] = {
+        "noise": (_noise(np.random.default_rng([seed, 0, i])) for i in range(each)),
+        "drawings and text": (_drawing(np.random.default_rng([seed, 1, i])) for i in range(each)),
+        "photographs, cut from three": (_photograph(np.random.default_rng([seed, 2, i]), i) for i in range(each)),
+        "drawn radiographs": (_radiograph(np.random.default_rng([seed, 3, i])) for i in range(each)),
+        "other body parts and modalities": _medical(each),
+    }
+    if not synthetic:
+        kinds["phantoms of chest CT"] = (_phantom(np.random.default_rng([seed, 4, i]), i) for i in range(each))
+    kinds |= {
+        "test slices, grey levels inverted": 255 - images[:each],
+        "test slices, upside down": images[:each, ::-1].copy(),
+    }
+    found = {kind: bundle.predict(_squares(pictures, preprocess)).novelty for kind, pictures in kinds.items()}
+    none = np.concatenate([values for kind, values in found.items() if "chest" not in kind and "test" not in kind])
+    return [_row(kind, values, known) for kind, values in ({"no chest CT, all together": none} | found).items()]
+
+
+def _squares(pictures: Iterator[np.ndarray] | np.ndarray, preprocess: Preprocess) -> np.ndarray:
+    """uint8 squares of grey pictures [H, W], float in [0, 1] or uint8; squares stay as they are."""
+    if isinstance(pictures, np.ndarray):
+        return pictures
+    return np.stack([preprocess(picture) for picture in pictures])
+
+
+def _row(kind: str, novelty: np.ndarray, known: np.ndarray) -> dict[str, Any]:
+    values = np.concatenate([known, novelty])
+    foreign = np.arange(len(values)) >= len(known)
+
+    def share(hit: np.ndarray) -> dict[str, Any]:
+        low, high = wilson(int(hit.sum()), len(hit))
+        return {"value": float(hit.mean()), "low": low, "high": high}
+
+    return {
+        "kind": kind,
+        "pictures": len(novelty),
+        "median": float(np.median(novelty)),
+        "auroc": float(roc_auc_score(foreign, values)),
+        "beyond": share(novelty > 1),
+        "refused": share(novelty > FOREIGN),
+    }
+
+
+def _noise(rng: np.random.Generator) -> np.ndarray:
+    """White to cloudy, in a grey range of its own."""
+    field = ndimage.gaussian_filter(rng.standard_normal((SIDE, SIDE)), rng.choice([0, 1, 4, 16]))
+    low, high = np.sort(rng.uniform(0, 1, 2))
+    return (low + (high - low) * (field - field.min()) / np.ptp(field)).astype(np.float32)
+
+
+def _drawing(rng: np.random.Generator) -> np.ndarray:
+    """Shapes, or a page of text, dark on light or the other way round."""
+    image = Image.new("L", (SIDE, SIDE), 255)
+    pen = ImageDraw.Draw(image)
+    if rng.random() < 0.5:
+        for _ in range(rng.integers(3, 25)):
+            (a, b), (c, d) = np.sort(rng.integers(0, SIDE, (2, 2)), axis=0).tolist()
+            draw: Callable[..., None] = (pen.line, pen.rectangle, pen.ellipse)[rng.integers(3)]
+            draw((a, b, c, d), fill=int(rng.integers(0, 256)))
+    else:
+        size = int(rng.integers(10, 30))
+        letters = np.array(list("abcdefghij klmnopqrst uvwxyz 0123456789 "))
+        for y in range(8, SIDE - size, round(1.4 * size)):
+            pen.text((8, y), "".join(rng.choice(letters, 600 // size)), fill=0, font=ImageFont.load_default(size))
+    levels = np.asarray(image)
+    return 255 - levels if rng.random() < 0.5 else levels
+
+
+def _photograph(rng: np.random.Generator, i: int) -> np.ndarray:
+    """A part of one of the photographs that ship with scikit-learn and matplotlib."""
+    places = [*sorted(Path(sklearn.datasets.__file__).parent.glob("images/*.jpg")), _shipped("grace_hopper.jpg")]
+    whole = Image.open(places[i % len(places)]).convert("L")
+    side = int(rng.uniform(0.3, 1) * min(whole.size))
+    left, top = (int(rng.integers(0, size - side + 1)) for size in whole.size)
+    return np.asarray(whole.crop((left, top, left + side, top + side)))
+
+
+def _shipped(name: str) -> Path:
+    return Path(matplotlib.get_data_path()) / "sample_data" / name
+
+
+def _radiograph(rng: np.random.Generator) -> np.ndarray:
+    """What a chest radiograph looks like from afar: a bright body, two dark lungs, ribs, heart and spine."""
+    y, x = np.mgrid[-1 : 1 : SIDE * 1j, -1 : 1 : SIDE * 1j]
+    wide, high = rng.uniform(0.28, 0.36), rng.uniform(0.55, 0.7)
+    lungs = sum(np.exp(-((np.hypot((x - side * 0.4) / wide, (y + 0.1) / high)) ** 6)) for side in (-1, 1))
+    ribs = 0.5 + 0.5 * np.sin(rng.uniform(24, 34) * (y - rng.uniform(0.2, 0.4) * np.abs(x)))
+    heart = np.exp(-(np.hypot((x - 0.12) / 0.33, (y - 0.3) / 0.3) ** 4))
+    body = np.exp(-((np.abs(x) / 0.95) ** 12)) * np.exp(-((np.maximum(0, -y - 0.75) / 0.15) ** 2))
+    levels = body * (0.8 - lungs * (0.55 - 0.12 * ribs) * (1 - 0.8 * heart) + 0.12 * (np.abs(x) < 0.07))
+    levels = ndimage.gaussian_filter(levels + 0.02 * rng.standard_normal(levels.shape), rng.uniform(0.6, 1.5))
+    return np.clip(levels, 0, 1).astype(np.float32)
+
+
+def _medical(each: int) -> Iterator[np.ndarray]:
+    """Pictures of patients that are no chest CT: MR of a head from matplotlib, and pydicom's (MEDICAL).
+
+    Files that this environment has no decoder for are left out.
+    """
+    head = np.frombuffer(gzip.decompress(_shipped("s1045.ima.gz").read_bytes()), np.uint16).reshape(256, 256)
+    yield (head / np.float32(head.max())).astype(np.float32)
+    for name in MEDICAL[: each - 1]:
+        try:
+            yield decode(Path(pydicom.__file__).parent / "data" / "test_files" / name, WindowConfig()).gray
+        except DecodeError:
+            continue
+
+
+def _phantom(rng: np.random.Generator, i: int) -> np.ndarray:
+    phantom = thorax.draw(rng, ("normal", "adenocarcinoma", "large_cell", "squamous")[i % 4], PhantomConfig())
+    return thorax.display(phantom.hu, phantom.window)

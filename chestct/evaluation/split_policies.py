@@ -1,0 +1,121 @@
+"""The rows beside the headline: the same recipe under other split policies, over folds, and on permuted labels.
+
+A model belongs to the split it was trained on; showing it on another policy's test set would show it slices that it
+has learned. With frozen convolutions a new head costs seconds, so every row gets a model of its own.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pandas as pd
+
+from chestct.config.schema import Config
+from chestct.data.datamodule import SliceModule
+from chestct.errors import ChestCTError
+from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
+from chestct.models.operating_point import OperatingPoint
+from chestct.stats.metrics import measure
+
+POLICIES = ("official", "official_clean", "grouped")
+
+Train = Callable[[str, Config, SliceModule], pd.DataFrame]
+"""(name, settings, data) -> predictions of the model trained so, on its valid and test slices."""
+
+OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1", "mcc")
+
+
+def beside(cfg: Config, train: Train) -> Iterator[Row]:
+    """The rows that cfg.evaluation asks for. Raises ChestCTError unless the convolutions are frozen throughout."""
+    asked = cfg.evaluation
+    if (asked.policies or asked.folds or asked.permuted) and not cfg.always_frozen:
+        raise ChestCTError(
+            "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
+            "evaluation.policies, evaluation.folds and evaluation.permuted, or train those runs one by one."
+        )
+    if asked.policies:
+        yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
+    if asked.folds:
+        yield _folds(cfg, asked.folds, train)
+    if asked.permuted:
+        yield _permuted(cfg, train)
+
+
+def _policy(cfg: Config, policy: str, train: Train) -> Row:
+    """The recipe under another policy, with its own operating point; a row with the reason where that cannot be."""
+    cfg = _anew(cfg, split=policy, allow_leakage=policy == "official", folds=0, fold=0)
+    data = SliceModule(cfg)
+    try:
+        table, point = _decided(train(policy, cfg, data), cfg)
+    except ChestCTError as error:
+        return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
+    test = table[table["split"] == "test"]
+    return row(cfg, policy, test, measured(test, cfg, point.threshold), data)
+
+
+def _folds(cfg: Config, folds: int, train: Train) -> Row:
+    """Cross-validation: every slice scored by a model that has not seen its group, all folds together.
+
+    Each fold has its own calibration and threshold. The note gives the spread over folds, which one split cannot show.
+    """
+    tests, flagged = [], []
+    for fold in range(folds):
+        changed = _anew(cfg, split="grouped", allow_leakage=False, folds=folds, fold=fold)
+        table, point = _decided(train(f"fold-{fold}", changed, SliceModule(changed)), changed)
+        tests.append(table[table["split"] == "test"])
+        flagged.append(1 - tests[-1]["probability_normal"].to_numpy() >= point.threshold)
+    pooled = pd.concat(tests, ignore_index=True)
+    estimates = measured(pooled, cfg, 0.5)
+    truth = (pooled["label"] == "cancer").astype(int)
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    # Thresholds differ between folds, so what rests on decisions is measured on the decisions themselves.
+    decisions = np.concatenate(flagged)[:, None].astype(float)
+    on_decisions = measure(pooled.assign(target=truth), "binary", decisions, 0.5, **settings)
+    prefix = "" if cfg.task == "binary" else "cancer/"
+    estimates |= {prefix + name: on_decisions[name] for name in OF_DECISIONS if prefix + name in estimates}
+    found = row(cfg, f"{folds} folds", pooled, estimates, None)
+    known = [value for value in map(_auroc, tests) if value is not None]
+    spread = f"AUROC of single folds {np.mean(known):.3f} ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
+    return dataclasses.replace(found, note=spread)
+
+
+def _permuted(cfg: Config, train: Train) -> Row:
+    """The recipe on labels dealt out at random within train and within valid; the labels of test are the true ones.
+
+    What it reaches is what chance, or a leak that no label explains, is worth.
+    """
+    cfg = _anew(cfg)
+    data = SliceModule(cfg)
+    data.prepare_data()
+    data.setup()
+    rng = np.random.default_rng(cfg.seed)
+    for split in ("train", "valid"):
+        rows = data.manifest.index[data.manifest["split"] == split]
+        data.manifest.loc[rows, "target"] = rng.permutation(data.manifest.loc[rows, "target"].to_numpy())
+    table, point = _decided(train("permuted", cfg, data), cfg)
+    test = table[table["split"] == "test"]
+    found = row(cfg, "permuted labels", test, measured(test, cfg, point.threshold), None)
+    return dataclasses.replace(found, note="trained on random labels; its AUROC is chance, near 0.5")
+
+
+def _anew(cfg: Config, **data: object) -> Config:
+    """The settings for another training, with changes to cfg.data."""
+    quiet = dataclasses.replace(cfg.trainer, progress=False)
+    changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
+    # A job of a search looks at validation alone, and the settings of its checkpoint say so.
+    asked = dataclasses.replace(cfg.evaluation, report=True)
+    return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=asked)
+
+
+def _decided(predictions: pd.DataFrame, cfg: Config) -> tuple[pd.DataFrame, OperatingPoint]:
+    valid = predictions[predictions["split"] == "valid"]
+    point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation)
+    return decided(predictions, point, np.zeros(len(predictions)), cfg.task), point
+
+
+def _auroc(test: pd.DataFrame) -> float | None:
+    """AUROC of cancer against normal; None where a class is missing."""
+    truth = (test["label"] == "cancer").astype(int)
+    return measure(test.assign(target=truth), "binary", 1 - test[["probability_normal"]].to_numpy(), resamples=100)[
+        "auroc"
+    ].value

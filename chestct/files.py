@@ -1,0 +1,40 @@
+"""Files that are either whole or absent, and the one digest by which content is known."""
+
+import hashlib
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, content: bytes | str) -> Path:
+    """Writes `content` beside `path` and renames it into place, so that a reader or a kill never sees half a file.
+
+    content: text is written as UTF-8 with its line ends as they are. The folder is made where it is missing. Returns
+    `path`; raises OSError where it cannot be written, and leaves nothing behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def digest(content: bytes | str) -> str:
+    """SHA-256 of bytes or of UTF-8 text, in hexadecimal."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return digest(json.dumps(value, sort_keys=True))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,101 @@
+"""From a decoded slice to what the network sees: a square of grey values.
+
+This is the one definition: the store is filled with it, and the demo, the batch CLI and the exported model use it on
+single files. What is left to do afterwards (three channels, mean, scale) belongs to the weights and lives in the
+network itself.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+THUMBNAIL = 56
+"""Side of the thumbnails by which copies are found, in pixels."""
+
+BODY_LEVEL = 0.12
+"""Grey level above which a pixel may be body: air outside the patient is black in every window in use."""
+
+
+PERCENTILES = (2.0, 98.0)
+"""Percentiles of the body's box that become black and white with contrast=body."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a slice becomes a square of `size` pixels a side (see data.fit and data.contrast in the schema)."""
+
+    size: int = 224
+    fit: str = "pad"
+    contrast: str = "keep"
+
+    def __call__(self, gray: np.ndarray) -> np.ndarray:
+        """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
+        levels = as_bytes(gray)
+        image = Image.fromarray(levels)
+        table = None
+        if "body" in (self.fit, self.contrast):
+            body = image.crop(body_box(levels))
+            table = stretched(np.array(body.histogram())) if self.contrast == "body" else None
+            image = body if self.fit == "body" else image
+        if table:
+            image = image.point(table)
+        size = (self.size, self.size) if self.fit == "stretch" else _fitting(image, self.size)
+        # Bilinear in Pillow averages over the whole footprint when it shrinks, so nothing aliases.
+        return _square(image.resize(size, Image.Resampling.BILINEAR), self.size)
+
+
+def thumbnail(gray: np.ndarray) -> np.ndarray:
+    """A slice as it is seen when copies are looked for: whole, uint8 [THUMBNAIL, THUMBNAIL]; gray as for `Preprocess`.
+
+    The same whatever the network is to see, so that settings can be compared on one split.
+    """
+    image = Image.fromarray(as_bytes(gray))
+    # Whole pixels are averaged first, down to at least twice the size: half the time, and pairs are told apart as well.
+    small = image.resize(_fitting(image, THUMBNAIL), Image.Resampling.HAMMING, reducing_gap=2.0)
+    return _square(small, THUMBNAIL)
+
+
+def _fitting(image: Image.Image, side: int) -> tuple[int, int]:
+    """The size at which the longer side of the image is `side`."""
+    scale = side / max(image.size)
+    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+
+
+def _square(image: Image.Image, side: int) -> np.ndarray:
+    """The image in the middle of a black square, uint8 [side, side]."""
+    if image.size == (side, side):
+        return np.asarray(image)
+    square = Image.new("L", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square)
+
+
+def as_bytes(gray: np.ndarray) -> np.ndarray:
+    """float32 in [0, 1], or uint8 already, as uint8 with 255 for 1."""
+    return gray if gray.dtype == np.uint8 else (gray * 255 + 0.5).astype(np.uint8)
+
+
+def stretched(histogram: np.ndarray) -> list[int]:
+    """For each of 256 grey levels the new one, so that the PERCENTILES of a histogram [256] become 0 and 255.
+
+    All levels as they are where the percentiles fall together: nothing of one grey has a contrast.
+    """
+    share = histogram.cumsum() / max(1, histogram.sum())
+    low, high = np.searchsorted(share, np.array(PERCENTILES) / 100)
+    level = np.arange(256)
+    new = np.rint(np.clip((level - low) / (high - low), 0, 1) * 255).astype(int) if high > low else level
+    return new.tolist()
+
+
+def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) around rows and columns in which at least 2 % of the pixels may be body.
+
+    The whole image where nothing is bright enough: a black slice has no body to crop to.
+    """
+    body = (image > int(BODY_LEVEL * 255)).view(np.uint8)  # a float would turn all pixels into floats
+    share = (body.sum(axis, dtype=np.min_scalar_type(body.shape[axis])) / body.shape[axis] for axis in (1, 0))
+    rows, columns = (np.flatnonzero(part > 0.02) for part in share)
+    if not len(rows) or not len(columns):
+        return 0, 0, image.shape[1], image.shape[0]
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

@@ -1,0 +1,125 @@
+"""The slices that a reader should look at: surest errors, abstentions, refusals, and a few that were right.
+
+Each is shown twice, as the network sees it and with the heat of its evidence over it. One slice of a group is shown;
+its neighbours would show the same again.
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from chestct.data.splits import classes_of
+from chestct.evaluation.evaluate import Evaluation, calibrated
+from chestct.models.bundle import Bundle
+from chestct.models.saliency import Placement, excess, explained_output, heat, overlay
+from chestct.stats.metrics import sample_of
+
+SIDE = 192
+"""Side of a picture in pixels."""
+
+KINDS = ("errors", "uncertain", "novel", "right")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A slice in a gallery: two JPEGs (base64) and what is known of it."""
+
+    plain: str
+    heat: str
+    silent: bool  # nothing in the slice speaks for what it was called
+    path: str
+    truth: str
+    called: str
+    decision: str
+    score: float  # calibrated P(cancer)
+    set: str
+    novelty: float
+
+
+def gallery(found: Evaluation) -> dict[str, list[Picture]]:
+    """Up to cfg.evaluation.gallery pictures of each of KINDS from the test slices; nothing without the network.
+
+    errors: the surest first. uncertain: nearest to the threshold first. novel: the most unlike first. right: drawn at
+    random, so that nobody picked them.
+    """
+    if found.images is None or not found.cfg.evaluation.gallery:
+        return {}
+    test = described(found)
+    picked = {kind: _one_a_group(part, found.cfg.evaluation.gallery) for kind, part in _kinds(test, found).items()}
+    return {kind: _pictures(part, found) for kind, part in picked.items()}
+
+
+def described(found: Evaluation) -> pd.DataFrame:
+    """The test slices with `score` (P(cancer)), `truth` and `called` (class names) and `sureness` (float, >= 0)."""
+    task, threshold = found.cfg.task, found.point.threshold
+    test, names = found.test.reset_index(drop=True), np.array(classes_of(task))
+    scores = calibrated(test, task)
+    called = names[sample_of(test, task, scores, threshold).decision]
+    score = 1 - test["probability_normal"].to_numpy()
+    if task == "binary":
+        odds = [np.log(p / (1 - p)) for p in (score.clip(1e-9, 1 - 1e-9), np.clip(threshold, 1e-9, 1 - 1e-9))]
+        sureness = np.abs(odds[0] - odds[1])
+    else:
+        sureness = scores.max(1)
+    return test.assign(score=score, truth=names[test["target"]], called=called, sureness=sureness)
+
+
+def _kinds(test: pd.DataFrame, found: Evaluation) -> dict[str, pd.DataFrame]:
+    wrong = test["called"] != test["truth"]
+    uncertain, novel = test["decision"] == "uncertain", test["novelty"] > 1
+    return {
+        "errors": test[wrong].sort_values("sureness", ascending=False),
+        "uncertain": test[uncertain].sort_values("sureness"),
+        "novel": test[novel].sort_values("novelty", ascending=False),
+        "right": test[~wrong & ~uncertain & ~novel].sample(frac=1, random_state=found.cfg.data.split_seed),
+    }
+
+
+def _one_a_group(part: pd.DataFrame, most: int) -> pd.DataFrame:
+    return part.drop_duplicates("group").head(most)
+
+
+@torch.no_grad()
+def _pictures(part: pd.DataFrame, found: Evaluation) -> list[Picture]:
+    if part.empty:
+        return []
+    assert found.images is not None
+    assert found.manifest is not None
+    manifest = found.manifest
+    rows = dict(zip(zip(manifest["source"], manifest["path"], strict=True), manifest["row"], strict=True))
+    bundle = found.bundle
+    pictures = []
+    for row in part.to_dict("records"):
+        gray = np.array(found.images[rows[row["source"], row["path"]]])
+        maps = bundle.net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
+        # The evidence for what the slice was called: an error is understood by what led to it.
+        output, against = _explained(row["called"], bundle, maps)
+        shown = heat(excess(bundle.net, maps, output, bundle.baseline, against)[1])[0]
+        place = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
+        known = {name: row[name] for name in ("path", "truth", "called", "decision", "score", "set", "novelty")}
+        pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, shown, place)), not bool(shown.any()), **known))
+    return pictures
+
+
+def _explained(called: str, bundle: Bundle, maps: torch.Tensor) -> tuple[np.ndarray, bool]:
+    """The output to explain, int [1], and whether what speaks against it is what the slice was called for.
+
+    A bundle of subtypes may have been reduced to cancer and normal; then it is the likeliest kind of cancer.
+    """
+    if bundle.baseline.shape[1] == 1:
+        return np.zeros(1, int), called == "normal"
+    names = classes_of("subtype")
+    if called in names:
+        return np.array([names.index(called)]), False
+    return explained_output(bundle.net.head(bundle.net.features[-1](maps)).numpy()), False
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=82)
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,109 @@
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from chestct.config.checks import check, resolve
+from chestct.config.compose import CONF, compose, made_files, overlay
+from chestct.config.schema import Config, leaves
+from chestct.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("optim.lrr=1", "Did you mean optim.lr?"),
+        ("lrr=1", "Did you mean optim.lr?"),
+        ("optm.lr=1", "Did you mean optim.lr?"),
+        ("data.splt=grouped", "Did you mean data.split?"),
+        ("optim.lr=fast", "optim.lr"),
+        ("trainer.max_epochs=1.5", "trainer.max_epochs"),
+        ("data.split=group", "Did you mean grouped?"),
+        ("optim=adm", "conf/optim/"),
+        ("optim.lr=-1", "out of range"),
+        ("model.freeze=9", "VGG16 has 5 blocks"),
+        ("data.labels={healthy: helthy}", "'helthy'"),
+        ("optim.lr", "key=value"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_way_out(override, says):
+    with pytest.raises(ConfigError) as error:
+        compose(override)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model.weights=none",),
+        ("trainer.unfreeze_epoch=3", "model.freeze=false"),
+        ("trainer.unfreeze_epoch=50",),
+        ("data.folds=5", "data.split=official"),
+        ("data.folds=5", "data.fold=5"),
+        ("data.valid_fraction=0.5", "data.test_fraction=0.5"),
+        ("data.root=/x", "data.sources={a: {root: /y}}"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides):
+    with pytest.raises(ConfigError):
+        compose(*overrides)
+
+
+def test_every_experiment_composes_and_changes_something():
+    default = compose()
+    for path in sorted((CONF / "experiment").glob("*.yaml")):
+        assert (compose(f"experiment={path.stem}") == default) == (path.stem == "head"), path.stem  # the default's name
+
+
+def test_seed_recipe_is_the_recipe_it_replaces():
+    cfg = compose("experiment=seed_recipe")
+    assert (cfg.model.pool, cfg.optim.name, cfg.optim.lr, cfg.optim.momentum) == ("flatten", "sgd", 0.01, 0)
+    assert (cfg.data.batch_size, cfg.trainer.max_epochs, cfg.data.fit) == (16, 20, "stretch")
+
+
+def test_misspelt_key_in_a_composed_file_is_refused_too():
+    with pytest.raises(ConfigError, match=r"optim\.lrr.*Did you mean optim\.lr"):
+        resolve(OmegaConf.create({"optim": {"lrr": 1}}))
+
+
+def test_freeze_is_a_switch_or_a_number_of_blocks():
+    assert compose("model.freeze=1").model.freeze == 1
+    assert compose("model.freeze=true").starts_frozen
+    assert not compose("model.freeze=1").starts_frozen  # 1 == True in Python
+    assert compose("model.freeze=5").starts_frozen
+
+
+def test_frozen_ends_where_convolutions_join_in():
+    cfg = compose("experiment=two_stage")
+    assert cfg.frozen_at(cfg.trainer.unfreeze_epoch - 1)
+    assert not cfg.frozen_at(cfg.trainer.unfreeze_epoch)
+    assert cfg.starts_frozen
+    assert not cfg.always_frozen
+
+
+def test_committed_files_follow_from_the_schema():
+    for path, text in made_files().items():
+        assert path.read_text() == text, f"{path.name}: run `make params`"
+
+
+def test_schema_defaults_pass_their_own_checks():
+    check(Config())
+    assert all(item.metadata.get("help") for _, _, item in leaves(Config))
+
+
+def test_settings_survive_a_checkpoint():
+    cfg = compose("experiment=subtype", "model.freeze=3", "data.labels={a.b: cancer}")
+    assert resolve(dataclasses.asdict(cfg)) == cfg
+
+
+def test_overlay_changes_only_what_was_said():
+    base = dataclasses.asdict(compose("experiment=seed_recipe", "data=chest_ct", "data.root=/there"))
+    said = overlay(compose("optim.lr=0.5"), ["optim.lr=0.5"], base)
+    assert said.optim.lr == 0.5
+    assert said.optim.name == "sgd"
+    assert said.data.root == "/there"
+
+
+def test_overlay_takes_a_whole_group():
+    base = dataclasses.asdict(compose("data=chest_ct", "data.root=/there", "data.batch_size=7"))
+    assert overlay(compose("data=phantom"), ["data=phantom"], base).data == compose().data

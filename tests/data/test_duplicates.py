@@ -1,0 +1,250 @@
+import hashlib
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageOps
+
+from chestct.config.schema import PhantomConfig
+from chestct.data import duplicates as groups
+from chestct.data.duplicates import group
+from chestct.imaging.preprocess import thumbnail
+
+SIDE = 112
+
+
+def letterbox(image: Image.Image) -> np.ndarray:
+    return np.asarray(ImageOps.pad(image.convert("L"), (SIDE, SIDE), Image.Resampling.BILINEAR))
+
+
+def find_pairs(images: Iterable[np.ndarray], content: list[str], **options: list[str]) -> pd.DataFrame:
+    thumbs = [thumbnail(image) for image in images]
+    return groups.find_pairs(np.stack(thumbs) if thumbs else np.empty((0, 56, 56), np.uint8), content, **options)
+
+
+def digest(image: np.ndarray) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+def pair_set(pairs: pd.DataFrame, kind: str) -> set[tuple[int, int]]:
+    chosen = pairs[pairs["kind"] == kind]
+    return set(zip(chosen["a"], chosen["b"], strict=True))
+
+
+def partition(labels: np.ndarray) -> set[frozenset[int]]:
+    return {frozenset(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)}
+
+
+def blob(seed: int) -> np.ndarray:
+    """A body with lungs and random vessels; two seeds share the layout, not the vessels."""
+    rng = np.random.default_rng(seed)
+    axis = np.arange(SIDE) / SIDE * 2 - 1
+    y, x = axis[:, None], axis
+    lungs = ((np.abs(x) - 0.4) / 0.28) ** 2 + (y / 0.42) ** 2 < 1
+    image = np.where((x / 0.9) ** 2 + (y / 0.66) ** 2 < 1, 0.6, 0.02) - 0.4 * lungs
+    size = rng.uniform(0.02, 0.06, 40)
+    rows, columns = (np.exp(-(((axis[:, None] - at) / size) ** 2)) for at in rng.uniform(-0.6, 0.6, (2, 40)))
+    image += 0.4 * rows @ columns.T
+    return np.uint8(255 * np.clip(image, 0, 1))
+
+
+@pytest.fixture(scope="module")
+def drawn() -> list[Image.Image]:
+    """24 phantoms that no two share a body."""
+    from chestct.phantom.thorax import display, draw
+
+    phantoms = [draw(np.random.default_rng([11, i]), "normal", PhantomConfig(size=200)) for i in range(24)]
+    return [Image.fromarray(display(phantom.hu, phantom.window)) for phantom in phantoms]
+
+
+def jpeg(image: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=40)
+    return Image.open(file)
+
+
+def crop(image: Image.Image) -> Image.Image:
+    w, h = image.size
+    return image.crop((round(0.05 * w), round(0.05 * h), round(0.95 * w), round(0.97 * h)))
+
+
+def shift(image: Image.Image) -> Image.Image:
+    moved = Image.new("L", image.size)
+    moved.paste(image, (round(0.04 * image.width), round(-0.04 * image.height)))
+    return moved
+
+
+def scribble(image: Image.Image) -> Image.Image:
+    pixels = np.array(image)
+    pixels[20 : 20 + len(pixels) // 4, 40:43] = 255
+    return Image.fromarray(pixels)
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg": jpeg,
+    "half": lambda image: image.resize((image.width // 2, image.height // 2), Image.Resampling.BILINEAR),
+    "double": lambda image: image.resize((image.width * 2, image.height * 2), Image.Resampling.BICUBIC),
+    "darker": lambda image: image.point([max(0, v - 38) for v in range(256)]),
+    "gamma": lambda image: image.point([round(255 * (v / 255) ** 0.6) for v in range(256)]),
+    "window": lambda image: image.point([min(255, max(0, round((v - 30) * 255 / 180))) for v in range(256)]),
+    "crop": crop,
+    "shift": shift,
+    "white_border": lambda image: ImageOps.expand(image, image.width // 30, 255),
+    "scribble": scribble,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_changed_copy_is_found_and_nothing_else(drawn: list[Image.Image], change: str) -> None:
+    copies = [CHANGES[change](image) for image in drawn[:10]]
+    images = np.stack([letterbox(image) for image in [*drawn, *copies]])
+    pairs = find_pairs(images, [digest(image) for image in images])
+    assert pair_set(pairs, "near") == {(i, len(drawn) + i) for i in range(10)}
+
+
+@pytest.mark.slow
+def test_planted_defects_are_found_and_phantoms_kept_apart(tmp_path: Path) -> None:
+    from chestct.phantom.dataset import write
+
+    settings = PhantomConfig(slices=80, size=160, defects=["exact", "near"], defect_rate=0.3)
+    files = write(tmp_path / "set", settings)["files"]
+    opened = [Image.open(tmp_path / "set" / file["path"]).convert("L") for file in files]
+    images = np.stack([np.asarray(ImageOps.pad(image, (224, 224))) for image in opened])
+    pairs = find_pairs(images, [digest(np.asarray(image)) for image in opened])
+    found = group(len(files), pairs)
+    at = {file["path"]: i for i, file in enumerate(files)}
+    planted = [(i, at[file["original"]], file["defect"]) for i, file in enumerate(files) if file.get("original")]
+    together = {
+        kind: [found[a] == found[b] for a, b, defect in planted if defect == kind] for kind in ("exact", "near")
+    }
+    assert len(together["exact"]) >= 20
+    assert all(together["exact"])
+    assert np.mean(together["near"]) >= 0.98
+    drawn = np.array([file["index"] for file in files])
+    assert (drawn[pairs["a"]] == drawn[pairs["b"]]).mean() >= 0.98
+
+
+def test_equal_content_is_chained_in_order_and_compared_once() -> None:
+    images = np.stack([blob(0), blob(1), blob(0), blob(0)])
+    pairs = find_pairs(images, ["x", "y", "x", "x"])
+    assert pair_set(pairs, "exact") == {(0, 2), (2, 3)}
+    assert len(pairs) == 2
+    assert (pairs["similarity"] == 1).all()
+
+
+def test_series_are_chained_and_an_empty_key_links_nothing() -> None:
+    images = np.stack([blob(i) for i in range(5)])
+    pairs = find_pairs(images, list("abcde"), series=["s", "", "s", "", "s"])
+    assert pair_set(pairs, "series") == {(0, 2), (2, 4)}
+    assert group(5, pairs).tolist() == [0, 1, 0, 2, 0]
+
+
+def test_groups_do_not_depend_on_the_order_of_the_slices() -> None:
+    distinct = [blob(i) for i in range(30)]
+    images = np.stack([*distinct, *(np.roll(image, 3, axis=1) for image in distinct[:12]), *distinct[:4]])
+    content = [digest(image) for image in images]
+    order = np.random.default_rng(0).permutation(len(images))
+    straight = find_pairs(images, content)
+    shuffled = find_pairs(images[order], [content[i] for i in order])
+    mapped = np.empty(len(images), dtype=int)
+    mapped[order] = group(len(images), shuffled)
+    assert partition(mapped) == partition(group(len(images), straight))
+    assert len(partition(mapped)) == 30
+    near = sorted(straight.loc[straight["kind"] == "near", "similarity"])
+    assert near == sorted(shuffled.loc[shuffled["kind"] == "near", "similarity"])
+
+
+def test_constant_and_nearly_empty_slices_have_exact_copies_only() -> None:
+    flat = np.full((SIDE, SIDE), 7, np.uint8)
+    flat[:, : SIDE // 2] = 9  # differs from a constant by less than JPEG noise
+    marks = np.zeros((2, SIDE, SIDE), np.uint8)  # two empty slices with the same sign burnt in
+    marks[:, 50:70, 30:60] = np.random.default_rng(0).integers(0, 256, (10, 15)).repeat(2, 0).repeat(2, 1)
+    images = np.stack(
+        [np.zeros((SIDE, SIDE), np.uint8), np.full((SIDE, SIDE), 90, np.uint8), flat, blob(0), flat, *marks]
+    )
+    pairs = find_pairs(images, ["black", "grey", "flat", "slice", "flat", "mark", "another mark"])
+    assert pairs[["a", "b", "kind"]].to_numpy().tolist() == [[2, 4, "exact"]]
+
+
+def test_a_body_of_another_shape_is_no_copy() -> None:
+    stretched = np.zeros((SIDE, SIDE), np.uint8)
+    stretched[:, 9:103] = np.asarray(Image.fromarray(blob(0)).resize((94, SIDE), Image.Resampling.BILINEAR))
+    assert find_pairs(np.stack([blob(0), stretched]), ["a", "b"]).empty
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_few_slices_work(n: int) -> None:
+    images = np.stack([blob(0), np.roll(blob(0), 2, axis=0), blob(5)])[:n]
+    pairs = find_pairs(images, list("abc")[:n])
+    assert pairs.columns.tolist() == ["a", "b", "similarity", "kind"]
+    assert group(n, pairs).tolist() == [0, 0, 1][:n]
+
+
+def test_more_copies_than_a_list_of_candidates_holds_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(groups, "NEIGHBOURS", 2)
+    monkeypatch.setattr(groups, "CELL", 40)
+    rng = np.random.default_rng(0)
+    noisy = [np.uint8(np.clip(blob(0) + rng.normal(0, 3, (SIDE, SIDE)), 0, 255)) for _ in range(100)]
+    images = np.stack([*noisy, *(blob(i) for i in range(1, 20))])
+    pairs = find_pairs(images, [digest(image) for image in images])
+    assert group(len(images), pairs).tolist() == [0] * 100 + list(range(1, 20))
+    assert len(pairs) < 100 * 2 * groups.ROUNDS  # not all with all, which would be 4,950
+
+
+def test_cells_find_the_copies_that_one_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    distinct = [blob(i) for i in range(300)]
+    images = np.stack([*distinct, *(np.roll(image, (2, -3), axis=(0, 1)) for image in distinct[:50])])
+    monkeypatch.setattr(groups, "CELL", 300)
+    pairs = find_pairs(images, [digest(image) for image in images])
+    assert len(pair_set(pairs, "near") & {(i, 300 + i) for i in range(50)}) >= 49
+
+
+def test_thumbnails_are_read_from_a_file_that_is_mapped(tmp_path: Path) -> None:
+    thumbs = np.stack([thumbnail(image) for image in (blob(0), blob(1), np.roll(blob(0), 2, axis=1))])
+    np.save(tmp_path / "thumbs.npy", thumbs)
+    pairs = groups.find_pairs(np.load(tmp_path / "thumbs.npy", mmap_mode="r"), list("abc"))
+    assert pair_set(pairs, "near") == {(0, 2)}
+
+
+def test_groups_are_numbered_by_their_first_member() -> None:
+    pairs = pd.DataFrame({"a": [1, 2], "b": [4, 3]})
+    labels = group(6, pairs)
+    assert labels.tolist() == [0, 1, 2, 2, 1, 3]
+    assert labels.dtype == np.int64
+
+
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    thumbs = np.zeros((2, 56, 56), np.uint8)
+    with pytest.raises(ValueError, match="2 thumbs, 1 contents"):
+        groups.find_pairs(thumbs, ["a"])
+    with pytest.raises(ValueError, match="1 series"):
+        groups.find_pairs(thumbs, ["a", "b"], series=["s"])
+    for other in (thumbs.astype(float), thumbs[:, :28]):
+        with pytest.raises(ValueError, match="uint8"):
+            groups.find_pairs(other, ["a", "b"])
+
+
+@pytest.mark.slow
+def test_known_copies_of_the_public_set_are_found() -> None:
+    from tests.conftest import REAL
+
+    root = REAL / "chest-ct"
+    if not root.is_dir():
+        pytest.skip("the real slices are not on this machine")
+    paths = sorted(path for path in root.rglob("*") if path.suffix in (".png", ".jpg"))
+    opened = [Image.open(path).convert("L") for path in paths]
+    images = [np.asarray(image) for image in opened]
+    content = [f"{image.shape} {digest(image)}" for image in images]
+    pairs = find_pairs(images, content)
+    assert (pairs["kind"] == "exact").sum() == 153
+    found = group(len(paths), pairs)
+    assert np.bincount(found).max() <= 54  # copies of one slice in two windows: no chain through different patients
+    folder = np.array([path.parent.name.split("_")[0].split(".")[0] for path in paths])
+    split = np.array([path.relative_to(root).parts[0] for path in paths])
+    normal, cancer = found[folder == "normal"], found[folder != "normal"]
+    assert not np.intersect1d(normal, cancer).size
+    leaked = np.isin(found, found[split == "train"])
+    assert leaked[(split == "test") & (folder == "normal")].sum() >= 46

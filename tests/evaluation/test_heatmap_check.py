@@ -1,0 +1,210 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from chestct.config.schema import ModelConfig, PhantomConfig, WindowConfig
+from chestct.evaluation import heatmap_check as explanation
+from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
+from chestct.imaging.preprocess import Preprocess
+from chestct.models.saliency import normal_evidence
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
+
+SIZE = 128
+
+
+def draw(n, lesions, seed):
+    """Discs of grey, with a chequered lesion somewhere in each or without; and the lesions' masks."""
+    rng = np.random.default_rng(seed)
+    y, x = np.indices((SIZE, SIZE))
+    body = np.hypot(y - 64, x - 64) < 60
+    images = np.where(body, 90 + 8 * rng.standard_normal((n, SIZE, SIZE)), 0)
+    masks = np.zeros((n, SIZE, SIZE), bool)
+    for i in range(n if lesions else 0):
+        angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(20, 44)
+        masks[i] = np.hypot(y - 64 - radius * np.sin(angle), x - 64 - radius * np.cos(angle)) < 14
+        images[i][masks[i]] = np.where((x // 4 + y // 4) % 2, 250, 30)[masks[i]]
+    return np.clip(images, 0, 255).astype(np.uint8), masks
+
+
+def maps_of(net, images):
+    with torch.no_grad():
+        return net.fine_maps(torch.tensor(images).unsqueeze(1).float() / 255)
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A network that has learned the lesions, what normal slices show, and slices that it has not seen."""
+    from sklearn.linear_model import LogisticRegression
+
+    torch.manual_seed(0)
+    net = VGG16(ModelConfig(), 1, SIZE, load_weights("oxford")).eval()
+    net.set_frozen(True)
+    normal, sick = (maps_of(net, draw(12, lesions, lesions)[0]) for lesions in (False, True))
+    pooled = net.head[0](net.features[-1](torch.cat([normal, sick]))).numpy()
+    scale = pooled.std()
+    fitted = LogisticRegression(C=0.1).fit(pooled / scale, [0] * 12 + [1] * 12)
+    with torch.no_grad():
+        net.head[-1].weight.copy_(torch.tensor(fitted.coef_ / scale))
+        net.head[-1].bias.copy_(torch.tensor(fitted.intercept_))
+    return net, normal_evidence(net, normal), *draw(12, True, 7)
+
+
+@pytest.fixture(scope="module")
+def result(learned):
+    net, baseline, images, masks = learned
+    return check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
+
+
+@pytest.mark.slow
+def test_maps_of_a_network_that_learned_the_lesions_find_them(result):
+    # Where the lesion is all there is to see, random weights see it, too: that check is for slices with anatomy.
+    assert all(passed for name, passed in result["checks"].items() if name != "randomisation")
+    assert set(result["checks"]) == {"pointing", "share", "randomisation", "deletion", "insertion"}
+    assert result["randomisation"]["last_block"] < 0.5
+    assert result["passes"] == (not result["failures"])
+    assert result["pointing"]["heat"] > 0.6
+    assert result["pointing"]["heat"] > 2 * result["pointing"]["chance"]
+
+
+@pytest.mark.slow
+def test_result_is_plain_json(result):
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+@pytest.mark.slow
+def test_same_seed_same_result_and_the_network_is_left_as_it_was(learned):
+    net, baseline, images, masks = learned
+    kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    one, two = (check_explanation(net, images[:3], masks[:3], np.zeros(3, int), baseline, curves=1) for _ in range(2))
+    assert one == two
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.slow
+def test_maps_that_point_away_from_lesions_fail_in_sentences(learned):
+    net, baseline, images, masks = learned
+    away = np.roll(masks, SIZE // 2, axis=(1, 2)) & ~masks
+    found = check_explanation(net, images, away, np.zeros(len(images), int), baseline, curves=1)
+    assert not found["passes"]
+    assert not found["checks"]["pointing"]
+    assert any("hottest point" in sentence and "%" in sentence for sentence in found["failures"])
+    assert len(found["failures"]) == list(found["checks"].values()).count(False)
+
+
+@pytest.mark.slow
+def test_reversed_evidence_fails_deletion_and_insertion(learned, monkeypatch):
+    net, baseline, images, masks = learned
+    real = explanation._explain
+    monkeypatch.setattr(explanation, "_explain", lambda *args: (real(*args)[0], -real(*args)[1]))
+    found = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=1)
+    assert not found["checks"]["deletion"]
+    assert not found["checks"]["insertion"]
+    assert not found["checks"]["pointing"]
+
+
+@pytest.mark.slow
+def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatch):
+    net, _, images, masks = learned
+    blobs = torch.rand(SIZE // 16, SIZE // 16, generator=torch.Generator().manual_seed(0))
+
+    def edges(net, maps, outputs, baseline):  # the same for every network
+        return net.head(net.features[-1](maps)), blobs.expand(len(maps), -1, -1)
+
+    monkeypatch.setattr(explanation, "excess", edges)
+    found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, curves=1)
+    assert found["randomisation"] == pytest.approx({"head": 1.0, "last_block": 1.0})
+    assert not found["checks"]["randomisation"]
+
+
+def spot(row, column, side=224):
+    found = np.zeros((side, side))
+    found[row, column] = 1
+    return found
+
+
+def test_pointing_allows_fifteen_pixels_of_224():
+    mask = np.zeros((224, 224), bool)
+    mask[100:110, 100:110] = True
+    heat = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), spot(20, 20)])
+    found = explanation._localisation(heat, np.stack([mask] * 4), np.ones((4, 224, 224), bool))
+    assert found["pointing"]["heat"] == 0.5
+    assert found["pointing"]["heat_0px"] == 0.25
+    assert found["share"]["heat"] == 0.25
+    # Wilson 1927 for 2 of 4
+    assert found["pointing"]["interval"] == pytest.approx([0.1500, 0.8500], abs=1e-3)
+
+
+def test_chance_is_the_share_of_the_body_near_the_lesion():
+    mask = np.zeros((224, 224), bool)
+    mask[100:110, 100:110] = True
+    body = np.zeros_like(mask)
+    body[50:150, 50:150] = True
+    found = explanation._localisation(np.zeros((2, 224, 224)), np.stack([mask] * 2), np.stack([body] * 2))
+    near = ndimage.distance_transform_edt(~mask) <= 15
+    assert found["pointing"]["chance"] == pytest.approx(near.sum() / 100**2)
+    assert found["share"]["chance"] == pytest.approx(100 / 100**2)
+    assert found["pointing"]["no_heat"] == 2
+    assert found["pointing"]["heat"] == found["share"]["heat"] == 0
+
+
+def test_priors_hit_where_lesions_usually_are():
+    centre, corner = np.zeros((2, 224, 224), bool)
+    centre[105:120, 105:120] = True
+    corner[20:35, 20:35] = True
+    body = np.ones((4, 224, 224), bool)
+    found = explanation._localisation(np.zeros(body.shape), np.stack([centre, corner, corner, corner]), body)
+    assert found["pointing"]["centre"] == 0.25
+    assert found["pointing"]["average_lesion"] == 0.75  # the one in the centre is not told by itself
+
+
+def test_area_counts_pixels_of_the_body_in_order():
+    before, after = np.full((8, 8), 100, np.uint8), np.zeros((8, 8), np.uint8)
+    inside = np.zeros((8, 8), bool)
+    inside[:, :4] = True
+    lesion = spot(2, 2, 8) > 0
+
+    def score(images):
+        return images[:, lesion][:, 0] / 100
+
+    first, last = lesion.astype(float), -lesion.astype(float)
+    steps = explanation.STEPS
+    assert explanation._area(score, before, after, first, inside) == pytest.approx(0.5 / steps)
+    assert explanation._area(score, before, after, last, inside) == pytest.approx(1 - 0.5 / steps)
+    outside = explanation._area(lambda images: images[:, 0, 6] / 100, before, after, first, inside)
+    assert outside == pytest.approx(1)
+
+
+def test_lesions_lie_where_the_truth_says(tmp_path):
+    from chestct.phantom.dataset import write
+
+    truth = write(tmp_path / "set", PhantomConfig(slices=12, size=96, difficulty=0.0), processes=1)
+    images, masks = lesion_slices(tmp_path / "set", Preprocess(SIZE, "stretch"), WindowConfig())
+    files = [file for file in truth["files"] if file["mask"]]
+    assert images.shape == masks.shape == (len(files), SIZE, SIZE)
+    for file, mask in zip(files, masks, strict=True):
+        row, column = ndimage.center_of_mass(mask)
+        assert column / SIZE == pytest.approx(file["lesion"]["center"][0] / file["width"], abs=0.02)
+        assert row / SIZE == pytest.approx(file["lesion"]["center"][1] / file["height"], abs=0.02)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_slices_are_refused(n):
+    nothing = np.zeros((n, SIZE, SIZE), np.uint8)
+    with pytest.raises(ValueError, match="at least two slices"):
+        check_explanation(torch.nn.Identity(), nothing, nothing > 0, np.zeros(n, int))
+
+
+def test_average_lesion_does_not_know_the_slice_itself():
+    masks = np.zeros((2, 224, 224), bool)
+    masks[0, 105:120, 105:120] = masks[1, 20:35, 20:35] = True
+    assert explanation._localisation(np.zeros(masks.shape), masks, masks | True)["pointing"]["average_lesion"] == 0
+
+
+def test_a_map_without_heat_points_nowhere():
+    masks = np.zeros((2, 224, 224), bool)
+    masks[:, :10, :10] = True
+    assert explanation._localisation(np.zeros(masks.shape), masks, masks | True)["pointing"]["heat"] == 0

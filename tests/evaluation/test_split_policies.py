@@ -1,0 +1,74 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chestct.config.schema import Config
+from chestct.errors import ChestCTError
+from chestct.evaluation.split_policies import beside
+from chestct.training.train import Result, train
+
+
+def asked(cfg: Config, **evaluation: object) -> Config:
+    return replace(cfg, evaluation=replace(cfg.evaluation, **evaluation))
+
+
+def rows_of(cfg: Config, out: Path):
+    return {
+        row.policy: row for row in beside(cfg, lambda name, cfg, data: train(cfg, out / name, data=data).predictions)
+    }
+
+
+def test_nothing_is_trained_unless_it_is_asked_for(run: tuple[Config, Result], tmp_path: Path) -> None:
+    assert rows_of(run[0], tmp_path) == {}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_path: Path) -> None:
+    # As a job of a search leaves them, whose own training never looked at test.
+    rows = rows_of(asked(run[0], policies=True, report=False), tmp_path)
+    assert set(rows) == {"official", "official_clean"}
+    assert all(row.estimates["auroc"].value is not None for row in rows.values())
+    assert rows["official"].groups > 0
+
+
+@pytest.mark.slow
+def test_folds_score_every_slice_once(run: tuple[Config, Result], tmp_path: Path) -> None:
+    (row,) = rows_of(asked(run[0], folds=3), tmp_path).values()
+    data = run[1].data
+    assert row.policy == "3 folds"
+    assert sum(row.slices.values()) == len(data.manifest)
+    assert row.groups == data.manifest["group"].nunique()
+    assert "±" in row.note
+
+
+@pytest.mark.slow
+def test_a_model_of_permuted_labels_is_near_chance(run: tuple[Config, Result], tmp_path: Path) -> None:
+    before = run[1].data.manifest["target"].copy()
+    (row,) = rows_of(asked(run[0], permuted=True), tmp_path).values()
+    estimate = row.estimates["auroc"]
+    assert estimate.low is not None
+    assert estimate.low < 0.5 < estimate.high
+    assert (run[1].data.manifest["target"] == before).all()
+
+
+@pytest.mark.slow
+def test_a_policy_that_the_folders_do_not_admit_is_a_row_with_the_reason(
+    run: tuple[Config, Result], tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    for split in ("train", "valid", "test"):
+        for path in Path(run[0].data.root or "").glob(f"{split}/*/*"):
+            place = flat / path.parent.name / f"{split}-{path.name}"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path)
+    cfg = replace(run[0], data=replace(run[0].data, root=str(flat)))
+    rows = rows_of(asked(cfg, policies=True), tmp_path / "out")
+    assert all("not available" in row.note for row in rows.values())
+
+
+def test_fine_tuned_models_are_not_trained_again(run: tuple[Config, Result], tmp_path: Path) -> None:
+    cfg = replace(run[0], model=replace(run[0].model, freeze=False))
+    with pytest.raises(ChestCTError, match="frozen"):
+        rows_of(asked(cfg, folds=2), tmp_path)

@@ -1,0 +1,778 @@
+"""Every format gives the pixels it should, and everything that is wrong with a file gives a DecodeError."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image, ImageOps, PngImagePlugin
+from pydicom import uid
+from pydicom.data import get_testdata_file
+from pydicom.encaps import encapsulate
+
+from chestct.config.schema import WindowConfig
+from chestct.errors import DecodeError
+from chestct.imaging.decode import Limits, Slice, decode, decode_frames, pixel_hash, read
+from chestct.imaging.headers import webp_size
+
+REAL = Path(__file__).parents[3] / "shared" / "data"
+LUNG = WindowConfig()
+RAMP = np.arange(24 * 40, dtype=np.uint8).reshape(24, 40)
+COLORS = np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype(np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, format, **options)
+    return file.getvalue()
+
+
+def dicom(stored: np.ndarray, syntax: str = uid.ExplicitVRLittleEndian, **elements: Any) -> bytes:
+    """A DICOM file of `stored`, [H, W] or [frames, H, W]; an element of None is left out, bytes are written raw."""
+    dataset = pydicom.Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", "1.2.3.4.5"
+    dataset.Modality, dataset.PatientID, dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "CT", "P 1", "1.2", "1.3"
+    dataset.RescaleSlope, dataset.RescaleIntercept = "1", "-1024"
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows, dataset.Columns = stored.shape[-2:]
+    dataset.BitsAllocated = 8 * stored.itemsize
+    dataset.BitsStored = elements.get("BitsStored", dataset.BitsAllocated)
+    dataset.HighBit = max(0, (dataset.BitsStored or 0) - 1)
+    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
+    if stored.ndim == 3:
+        dataset.NumberOfFrames = len(stored)
+    little = syntax != uid.ExplicitVRBigEndian
+    dataset.PixelData = stored.astype(stored.dtype.newbyteorder("<" if little else ">")).tobytes()
+    dataset["PixelData"].VR = "OB" if stored.itemsize == 1 else "OW"
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    if syntax in (uid.RLELossless, uid.JPEG2000Lossless):
+        dataset.compress(syntax, generate_instance_uid=False)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    for keyword, value in elements.items():
+        if value is None:
+            delattr(dataset, keyword)
+        elif keyword.startswith("PixelPadding"):
+            dataset.add_new(keyword, "US", value % 65536)  # as many writers do for negative values, too
+        else:
+            setattr(dataset, keyword, value)
+        if keyword == "PixelData" and value is not None:
+            dataset["PixelData"].VR = "OB"
+            dataset["PixelData"].is_undefined_length = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    file = io.BytesIO()
+    dataset.save_as(
+        file, enforce_file_format=True, implicit_vr=syntax == uid.ImplicitVRLittleEndian, little_endian=little
+    )
+    return file.getvalue()
+
+
+def windowed(values: np.ndarray, center: float = -600, width: float = 1500) -> np.ndarray:
+    """PS3.3 C.11.2.1.2.1 as it is printed there, with y from 0 to 1."""
+    x = values.astype(np.float64)
+    y = (x - (center - 0.5)) / (width - 1) + 0.5
+    y[x <= center - 0.5 - (width - 1) / 2] = 0
+    y[x > center - 0.5 + (width - 1) / 2] = 1
+    return y
+
+
+# --- raster formats
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(RAMP, "PNG"),
+        encoded(np.dstack([RAMP] * 3), "PNG"),
+        encoded(Image.fromarray(RAMP).convert("RGBA"), "PNG"),
+        encoded(Image.fromarray(RAMP).convert("LA"), "PNG"),
+        encoded(Image.fromarray(RAMP).convert("P"), "PNG"),
+        encoded(RAMP, "BMP"),
+        encoded(np.dstack([RAMP] * 3), "BMP"),
+        encoded(RAMP, "TIFF"),
+        encoded(np.dstack([RAMP] * 3), "TIFF", compression="tiff_lzw"),
+        encoded(np.dstack([RAMP] * 3), "WEBP", lossless=True),
+        encoded(RAMP.astype(np.uint16) * 257, "PNG"),
+        encoded(RAMP.astype(np.uint16) * 257, "TIFF"),
+        encoded(RAMP.astype(np.float32) / 255, "TIFF"),
+    ],
+    ids=["L", "RGB", "RGBA", "LA", "P", "BMP", "BMP-RGB", "TIFF", "LZW", "WEBP", "16-bit", "16-bit-TIFF", "float-TIFF"],
+)
+def test_lossless_copies_have_the_same_pixels_and_hash(data: bytes) -> None:
+    gray = decode(data, LUNG).gray
+    assert gray.dtype == np.float32
+    np.testing.assert_allclose(gray, RAMP / 255, rtol=0, atol=1e-7)
+    assert pixel_hash(gray) == pixel_hash(RAMP)
+
+
+def test_hash_depends_on_every_pixel_and_on_the_shape() -> None:
+    changed = RAMP.copy()
+    changed[-1, -1] += 1
+    hashes = {pixel_hash(gray) for gray in (RAMP, changed, RAMP.reshape(40, 24), RAMP.T, RAMP[:, ::-1])}
+    assert len(hashes) == 5
+    assert all(len(digest) == 32 for digest in hashes)
+
+
+def test_hash_tells_sixteen_bit_levels_apart_that_eight_bits_cannot() -> None:
+    coarse = RAMP.astype(np.uint16) * 257
+    fine = coarse.copy()
+    fine[0, 1] += 1
+    assert pixel_hash(coarse) == pixel_hash(RAMP)
+    assert pixel_hash(fine) != pixel_hash(coarse)
+    assert (
+        pixel_hash(fine)
+        == pixel_hash(fine / np.float32(65535))
+        == pixel_hash(decode(encoded(fine, "PNG"), LUNG).levels)
+    )
+
+
+def test_sixteen_bits_are_divided_by_the_full_range_in_either_byte_order() -> None:
+    stored = np.array([[0, 1, 4095], [32768, 65534, 65535]], np.uint16)
+    for data in (encoded(stored, "PNG"), encoded(stored, "TIFF"), encoded(stored.astype(">u2"), "TIFF")):
+        np.testing.assert_allclose(decode(data, LUNG).gray, stored / 65535, atol=1e-7)
+
+
+def test_one_bit_images_are_black_and_white() -> None:
+    for format in ("PNG", "BMP", "TIFF"):
+        assert np.array_equal(decode(encoded(RAMP > 100, format), LUNG).gray, (RAMP > 100).astype(np.float32))
+
+
+def test_colour_becomes_luma() -> None:
+    gray = decode(encoded(COLORS, "PNG"), LUNG).gray
+    np.testing.assert_allclose(gray, COLORS @ [0.299, 0.587, 0.114] / 255, atol=0.6 / 255)
+
+
+def test_cmyk_is_read_as_ink() -> None:
+    cmyk = np.zeros((8, 8, 4), np.uint8)
+    cmyk[:4, :, 3] = 255
+    gray = decode(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF"), LUNG).gray
+    assert np.array_equal(gray, np.repeat([[0.0], [1.0]], 4, axis=0) * np.ones((1, 8)))
+
+
+def test_transparent_parts_are_put_on_black() -> None:
+    alpha = np.full_like(RAMP, 255)
+    alpha[:, :10], alpha[:, 10:20] = 0, 128
+    expected = RAMP / 255 * (alpha / 255)
+    rgba = np.dstack([RAMP, RAMP, RAMP, alpha])
+    for image in (rgba, np.dstack([RAMP, alpha])):
+        np.testing.assert_allclose(decode(encoded(image, "PNG"), LUNG).gray, expected, atol=1e-6)
+    keyed = decode(encoded(RAMP, "PNG", transparency=200), LUNG).gray
+    np.testing.assert_allclose(keyed, np.where(RAMP == 200, 0, RAMP) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"quality": 95} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
+    data = encoded(RAMP, format, exif=exif, **options)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("L")) / 255
+    np.testing.assert_allclose(decode(data, LUNG).gray, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "samples", [RAMP.astype(np.float32), np.full((4, 4), np.nan, np.float32), RAMP.astype(np.int32) - 9]
+)
+def test_tiff_samples_of_unknown_range_are_refused(samples: np.ndarray) -> None:
+    with pytest.raises(DecodeError, match="save with 8 or 16 bits"):
+        decode(encoded(samples, "TIFF"), LUNG)
+
+
+def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
+    for name, data, format in [
+        ("a.jpg", encoded(RAMP, "PNG"), "PNG"),
+        ("b.png", encoded(RAMP, "JPEG"), "JPEG"),
+        ("c", dicom(np.zeros((4, 4), np.int16)), "DICOM"),
+        ("d.dcm", encoded(RAMP, "WEBP"), "WEBP"),
+    ]:
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert decode(path, LUNG).format == format
+        assert np.array_equal(decode(path, LUNG).gray, decode(data, LUNG).gray)
+
+
+def test_color_tells_photographs_from_marked_slices() -> None:
+    gray = np.dstack([np.kron(RAMP, np.ones((8, 8), np.uint8))] * 3)
+    marked = gray.copy()
+    marked[10:20, 10:20] = (255, 0, 0)
+    photo = np.asarray(Image.fromarray(COLORS[:4, :4]).resize((300, 200)))
+    assert decode(encoded(gray, "PNG"), LUNG).color == 0
+    assert decode(encoded(gray[..., 0], "PNG"), LUNG).color == 0
+    assert 0 < decode(encoded(marked, "PNG"), LUNG).color < 0.02
+    assert decode(encoded(gray, "JPEG"), LUNG).color < 0.02
+    assert decode(encoded(photo, "JPEG"), LUNG).color > 0.05
+
+
+def test_tiff_pages_come_in_order_and_the_first_is_the_slice() -> None:
+    pages = [Image.fromarray(RAMP + np.uint8(n)) for n in range(3)]
+    data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
+    frames = list(decode_frames(data, LUNG))
+    assert [frame.frame for frame in frames] == [0, 1, 2]
+    for frame, page in zip(frames, pages, strict=True):
+        np.testing.assert_allclose(frame.gray, np.asarray(page) / 255, atol=1e-7)
+    assert pixel_hash(decode(data, LUNG).gray) == pixel_hash(frames[0].gray)
+
+
+def test_tiff_pages_in_a_circle_come_to_an_end() -> None:
+    data = encoded(RAMP, "TIFF")
+    (first,) = struct.unpack_from("<L", data, 4)
+    (entries,) = struct.unpack_from("<H", data, first)
+    after = first + 2 + 12 * entries
+    assert data[after : after + 4] == bytes(4)
+    frames = decode_frames(data[:after] + data[4:8] + data[after + 4 :], LUNG)
+    assert next(frames).gray.shape == RAMP.shape
+    with pytest.raises(DecodeError):
+        next(frames)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": Image.Exif()}, {"save_all": True}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_webp_headers_are_read_as_the_decoder_reads_them(mode: str, options: dict[str, Any]) -> None:
+    image = Image.fromarray(COLORS).convert(mode)
+    image.putpixel((0, 0), (1, 2, 3, 4)[: len(mode)])
+    if "save_all" in options:
+        options = options | {"append_images": [Image.fromarray(255 - COLORS).convert(mode)]}
+    assert webp_size(encoded(image, "WEBP", **options)) == (40, 24)
+
+
+def test_frames_are_decoded_only_when_asked_for() -> None:
+    data = encoded(Image.fromarray(RAMP), "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)])
+    frames = decode_frames(data[:-40], LUNG)  # the second page is damaged
+    assert next(frames).frame == 0
+    with pytest.raises(DecodeError):
+        next(frames)
+
+
+# --- DICOM
+
+
+@pytest.mark.parametrize(
+    "syntax",
+    [
+        uid.ImplicitVRLittleEndian,
+        uid.ExplicitVRLittleEndian,
+        uid.ExplicitVRBigEndian,
+        uid.DeflatedExplicitVRLittleEndian,
+        uid.RLELossless,
+        uid.JPEG2000Lossless,
+    ],
+)
+@pytest.mark.parametrize(("dtype", "bits"), [("i2", 16), ("u2", 12), ("u2", 16), ("i2", 13), ("i4", 32), ("u1", 8)])
+def test_dicom_is_rescaled_and_windowed_as_the_standard_says(syntax: str, dtype: str, bits: int) -> None:
+    if syntax in (uid.RLELossless, uid.JPEG2000Lossless) and bits == 32:
+        pytest.skip("compressed CT has at most 16 bits (PS3.5 8.2)")
+    low, high = (-2000, 2000) if dtype[0] == "i" else (0, min(4095, 2**bits - 1))
+    stored = np.random.default_rng(0).integers(low, high, (40, 48), endpoint=True).astype(dtype)
+    slice_ = decode(dicom(stored, syntax, BitsStored=bits, RescaleSlope="2", RescaleIntercept="-1024.5"), LUNG)
+    np.testing.assert_allclose(slice_.gray, windowed(stored * 2.0 - 1024.5), atol=1e-5)
+    assert (slice_.format, slice_.mode, slice_.modality, slice_.frame) == ("DICOM", "DICOM", "CT", 0)
+    assert (slice_.patient, slice_.study, slice_.series) == ("P 1", "1.2", "1.3")
+
+
+@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian])
+def test_dicom_without_preamble_and_file_meta_is_read(syntax: str) -> None:
+    stored = np.arange(600, dtype=np.int16).reshape(20, 30)
+    data = dicom(stored, syntax)
+    start = data.index(b"\0\x08\0\x16" if syntax == uid.ExplicitVRBigEndian else b"\x08\0\x16\0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pydicom guesses, too, and warns of it
+        for headless in (data[132:], data[start:]):
+            np.testing.assert_allclose(decode(headless, LUNG).gray, windowed(stored - 1024), atol=1e-5)
+
+
+def test_bits_beyond_bits_stored_are_ignored() -> None:
+    stored = np.array([[5, 4095], [5 | 0xF000, 0x8000]], np.uint16)
+    gray = decode(dicom(stored, BitsStored=12), LUNG).gray
+    np.testing.assert_allclose(gray, windowed((stored & 0xFFF) - 1024.0), atol=1e-5)
+
+
+def test_monochrome1_is_inverted() -> None:
+    stored = np.arange(-1000, 1000, dtype=np.int16).reshape(40, 50)
+    plain = decode(dicom(stored), LUNG).gray
+    np.testing.assert_allclose(decode(dicom(stored, PhotometricInterpretation="MONOCHROME1"), LUNG).gray, 1 - plain)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_black_also_where_its_sign_is_lost(photometric: str) -> None:
+    stored = np.array([[-2000, 1400, 1500], [1501, 1600, 1601]], np.int16)
+    elements = {"PhotometricInterpretation": photometric}
+    gray = decode(dicom(stored, PixelPaddingValue=-2000, **elements), LUNG).gray
+    assert gray[0, 0] == 0
+    assert (gray[:, 1:] == (photometric == "MONOCHROME2")).all()
+    ranged = decode(dicom(stored, PixelPaddingValue=1600, PixelPaddingRangeLimit=1500, **elements), LUNG).gray
+    assert (ranged[0, 2], ranged[1, 0], ranged[1, 1]) == (0, 0, 0)
+    assert (ranged[0, 1], ranged[1, 2]) == ((1, 1) if photometric == "MONOCHROME2" else (0, 0))
+
+
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.RLELossless, uid.JPEG2000Lossless])
+def test_multi_frame_gives_the_middle_frame_or_all_in_order(syntax: str) -> None:
+    stored = np.random.default_rng(0).integers(-1000, 1000, (5, 40, 48)).astype(np.int16)
+    data = dicom(stored, syntax)
+    frames = list(decode_frames(data, LUNG))
+    assert [frame.frame for frame in frames] == list(range(5))
+    for frame, values in zip(frames, stored, strict=True):
+        np.testing.assert_allclose(frame.gray, windowed(values - 1024), atol=1e-5)
+    assert decode(data, LUNG).frame == 2
+    assert np.array_equal(decode(data, LUNG).gray, frames[2].gray)
+
+
+def test_enhanced_ct_has_its_rescale_in_functional_groups() -> None:
+    def group(intercept: int) -> pydicom.Dataset:
+        transformation, item = pydicom.Dataset(), pydicom.Dataset()
+        transformation.RescaleSlope, transformation.RescaleIntercept = "1", str(intercept)
+        item.PixelValueTransformationSequence = [transformation]
+        return item
+
+    stored = np.zeros((2, 4, 4), np.uint16)
+    for elements, expected in [
+        ({"PerFrameFunctionalGroupsSequence": [group(-500), group(-700)]}, [-500, -700]),
+        ({"SharedFunctionalGroupsSequence": [group(-800)]}, [-800, -800]),
+    ]:
+        frames = decode_frames(dicom(stored, RescaleSlope=None, RescaleIntercept=None, **elements), LUNG)
+        levels = [frame.gray[0, 0] for frame in frames]
+        np.testing.assert_allclose(levels, windowed(np.array(expected)), atol=1e-5)
+
+
+def test_the_files_own_window_is_used_when_asked_for() -> None:
+    stored = np.arange(0, 2000, dtype=np.int16).reshape(40, 50)
+    data = dicom(stored, WindowCenter=["40", "-600"], WindowWidth=["400", "1500"])
+    own = decode(data, WindowConfig(from_file=True)).gray
+    np.testing.assert_allclose(own, windowed(stored - 1024, 40, 400), atol=1e-5)
+    np.testing.assert_allclose(decode(data, LUNG).gray, windowed(stored - 1024), atol=1e-5)
+    for elements in ({}, {"WindowCenter": "40", "WindowWidth": "0"}, {"WindowCenter": "", "WindowWidth": "400"}):
+        without = decode(dicom(stored, **elements), WindowConfig(from_file=True)).gray
+        np.testing.assert_allclose(without, windowed(stored - 1024), atol=1e-5)
+    step = decode(dicom(stored), WindowConfig(center=100, width=1)).gray
+    assert np.array_equal(step, (stored - 1024 > 99).astype(np.float32))
+
+
+def test_values_that_are_no_hounsfield_units_use_the_files_window_or_the_whole_range() -> None:
+    stored = np.arange(0, 4000, 2, dtype=np.uint16).reshape(40, 50)
+    for elements in ({"RescaleSlope": None, "RescaleIntercept": None}, {"Modality": "MR", "RescaleIntercept": "0"}):
+        whole = decode(dicom(stored, BitsStored=12, **elements), LUNG).gray
+        np.testing.assert_allclose(whole, stored / 4095, atol=1e-5)
+        own = decode(dicom(stored, BitsStored=12, WindowCenter="500", WindowWidth="100", **elements), LUNG).gray
+        np.testing.assert_allclose(own, windowed(stored, 500, 100), atol=1e-5)
+    signed = decode(dicom(stored.astype(np.int16), RescaleSlope=None, RescaleIntercept=None), LUNG).gray
+    np.testing.assert_allclose(signed, windowed(stored), atol=1e-5)
+
+
+def test_colour_dicom_becomes_luma() -> None:
+    data = dicom(
+        RAMP[:, :3],
+        Columns=40,
+        SamplesPerPixel=3,
+        PhotometricInterpretation="RGB",
+        PlanarConfiguration=0,
+        Modality="SC",
+        PixelData=COLORS.tobytes(),
+    )
+    slice_ = decode(data, LUNG)
+    np.testing.assert_allclose(slice_.gray, COLORS @ [0.299, 0.587, 0.114] / 255, atol=1e-5)
+    assert slice_.color > 0.3
+
+
+def test_jpeg_dicom_decodes_to_what_the_jpeg_holds() -> None:
+    jpeg = encoded(np.asarray(Image.fromarray(RAMP).resize((64, 48))), "JPEG", quality=90)
+    elements = {"Modality": "OT", "PixelData": encapsulate([jpeg])}
+    gray = decode(dicom(np.zeros((48, 64), np.uint8), uid.JPEGBaseline8Bit, **elements), LUNG).gray
+    np.testing.assert_allclose(gray, decode(jpeg, LUNG).gray, atol=1.01 / 255)  # two decoders round differently
+
+
+@pytest.mark.parametrize(
+    ("compressed", "plain", "tolerance"),
+    [
+        ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm", 0),
+        ("MR_small_jp2klossless.dcm", "MR_small.dcm", 0),
+        ("MR_small_RLE.dcm", "MR_small.dcm", 0),
+        ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm", 0),  # JPEG lossless
+        ("SC_rgb_jls_lossy_line.dcm", "SC_rgb_rle.dcm", 0.03),
+        ("SC_ybr_full_422_uncompressed.dcm", "SC_rgb_rle.dcm", 0.03),
+    ],
+)
+def test_compressed_files_of_other_makers_equal_their_plain_twins(
+    compressed: str, plain: str, tolerance: float
+) -> None:
+    one, other = (decode(Path(str(get_testdata_file(name, download=False))), LUNG) for name in (compressed, plain))
+    np.testing.assert_allclose(one.gray, other.gray, atol=tolerance)
+
+
+# --- what is wrong with files
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(*chunks: bytes, width: int = 4, height: int = 4) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(bytes(5 * 4)))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + pixels + chunk(b"IEND", b"")
+
+
+def tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    ifd = b"".join(struct.pack("<HHLL", *entry) for entry in sorted(entries))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + ifd + bytes(4)
+
+
+def webp_header(width: int, height: int) -> bytes:
+    canvas = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + canvas
+
+
+def exif_bomb() -> bytes:
+    """A JPEG whose Exif directory names the same 50 kB in each of 5,000 entries."""
+    entries = 5_000
+    body = b"II*\0\x08\0\0\0" + struct.pack("<H", entries)
+    body += b"".join(struct.pack("<HHLL", tag, 7, 50_000, 8) for tag in range(1000, 1000 + entries)) + bytes(4)
+    pieces = [body[at : at + 65_000] for at in range(0, len(body), 65_000)]
+    jpeg = encoded(RAMP, "JPEG")
+    segments = b"".join(b"\xff\xe1" + struct.pack(">H", len(piece) + 8) + b"Exif\0\0" + piece for piece in pieces)
+    return jpeg[:2] + segments + jpeg[2:]
+
+
+def tiff_bomb() -> bytes:
+    """A TIFF of 60 kB whose directory claims 250 MB, all of it the same bytes."""
+    entries = [(256, 4, 1, 4), (257, 4, 1, 4)] + [(tag, 7, 50_000, 8) for tag in range(1000, 6_000)]
+    return tiff(*entries)
+
+
+def tiff_exif_bomb() -> bytes:
+    """A good 4 x 4 TIFF whose Exif directory claims 250 MB."""
+    image = [(256, 4, 1, 4), (257, 4, 1, 4), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    image += [(273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, 4), (279, 4, 1, 16)]
+    start = len(tiff(*image)) + 12
+    return tiff(*image, (34665, 4, 1, start)) + tiff_bomb()[8:]
+
+
+def raw_deflate(data: bytes) -> bytes:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return compressor.compress(data) + compressor.flush()
+
+
+def deflate_bomb() -> bytes:
+    data = dicom(np.zeros((4, 4), np.int16), uid.DeflatedExplicitVRLittleEndian)
+    meta_end = 144 + struct.unpack_from("<I", data, 140)[0]
+    return data[:meta_end] + raw_deflate(bytes(80_000_000))
+
+
+def rle_bomb() -> bytes:
+    segment = b"\x81\0" * 1_200_000  # 154 MB of zeros
+    stream = struct.pack("<16L", 2, 64, 64, *[0] * 13) + segment
+    return dicom(np.zeros((8, 8), np.int16), uid.RLELossless, PixelData=encapsulate([stream]))
+
+
+def lying_jpeg2000(field: int, value: int) -> bytes:
+    data = dicom(np.zeros((96, 96), np.int16), uid.JPEG2000Lossless)
+    at = data.index(b"\xff\x4f\xff\x51") + field
+    return data[:at] + struct.pack(">LL", value, value) + data[at + 8 :]
+
+
+def scan_bomb() -> bytes:
+    jpeg = encoded(RAMP, "JPEG", progressive=True)
+    start = jpeg.rindex(b"\xff\xda")
+    return jpeg[:start] + jpeg[start:-2] * 5_000 + jpeg[-2:]
+
+
+OPEN_SEQUENCE = b"\x40\0\x75\xa0SQ\0\0\xff\xff\xff\xff"
+OPEN_ITEM = b"\xfe\xff\0\xe0\xff\xff\xff\xff"
+
+
+def dicom_of(dataset: bytes) -> bytes:
+    data = dicom(np.zeros((4, 4), np.int16))
+    return data[: data.index(b"\x08\0\x16\0")] + dataset
+
+
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "png size": lambda: png(width=50_000, height=50_000),
+    "png text": lambda: png(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
+    "png profile": lambda: png(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
+    "png many texts": lambda: png(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000)))] * 200),
+    "bmp size": lambda: b"BM" + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 50_000, 50_000, 1, 8, 0, 0, 0, 0, 0, 0),
+    "tiff size": lambda: tiff(
+        *[(256, 4, 1, 50_000), (257, 4, 1, 50_000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)],
+        *[(273, 4, 1, 8), (277, 3, 1, 1), (278, 4, 1, 50_000), (279, 4, 1, 2_500_000_000)],
+    ),
+    "tiff directory": tiff_bomb,
+    "tiff exif": tiff_exif_bomb,
+    "tiff strips": lambda: tiff((256, 4, 1, 4), (257, 4, 1, 4), (273, 4, 3_000_000, 8)) + bytes(12_000_000),
+    "webp size": lambda: webp_header(16_000, 16_000),
+    "jpeg size": lambda: encoded(RAMP, "JPEG").replace(struct.pack(">HH", 24, 40), b"\xea\x60\xea\x60"),
+    "jpeg exif": exif_bomb,
+    "jpeg scans": scan_bomb,
+    "dicom size": lambda: dicom(np.zeros((4, 4), np.int16), Rows=50_000, Columns=50_000),
+    "dicom deflate": deflate_bomb,
+    "dicom rle": rle_bomb,
+    "dicom jpeg2000": lambda: lying_jpeg2000(8, 100),
+    "dicom jpeg2000 tiles": lambda: lying_jpeg2000(24, 1),
+    "dicom frames": lambda: dicom(np.zeros((4, 4), np.int16), NumberOfFrames=2_000_000_000),
+}
+
+
+REASONS = {
+    **{bomb: "data.max_pixels" for bomb in BOMBS if bomb.endswith("size")},
+    "dicom deflate": "data.max_bytes",
+    "dicom jpeg2000": "[100, 100, 1]",
+    "dicom jpeg2000 tiles": "9,216 JPEG 2000 tiles",
+    "tiff strips": "TIFF tag 273 claims 3000000 values",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_bombs_are_refused_before_they_grow(bomb: str) -> None:
+    data = BOMBS[bomb]()
+    limits = Limits(max_bytes=20_000_000)
+    tracemalloc.start()
+    try:
+        if bomb == "jpeg exif":  # harmless once its metadata is taken off
+            assert decode(data, LUNG, limits).gray.shape == RAMP.shape
+        else:
+            with pytest.raises(DecodeError) as caught:
+                decode(data, LUNG, limits)
+            assert not isinstance(caught.value.__cause__, MemoryError)
+            assert REASONS.get(bomb, "") in caught.value.reason
+        assert tracemalloc.get_traced_memory()[1] < 70_000_000
+    finally:
+        tracemalloc.stop()
+
+
+FLOODS: dict[str, Callable[[], bytes]] = {
+    "dicom nesting": lambda: dicom_of((OPEN_SEQUENCE + OPEN_ITEM) * 50_000),
+    "dicom elements": lambda: dicom_of(b"\x11\0\x10\0SH\0\0" * 1_000_000),
+    "dicom items": lambda: dicom_of(OPEN_SEQUENCE + (OPEN_ITEM + b"\xfe\xff\x0d\xe0\0\0\0\0") * 500_000),
+    "dicom fragments": lambda: dicom(
+        np.zeros((4, 4), np.int16), uid.RLELossless, PixelData=b"\xfe\xff\0\xe0\0\0\0\0" * 1_000_000
+    ),
+    "png chunks": lambda: png(chunk(b"teSt", b"") * 1_000_000),
+    "jpeg segments": lambda: b"\xff\xd8" + b"\xff\x01" * 30_000_000,
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_files_of_countless_pieces_are_refused_soon(flood: str) -> None:
+    data = FLOODS[flood]()
+    start = time.process_time()
+    with pytest.raises(DecodeError):
+        decode(data, LUNG)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"\0" * 4096, "neither PNG"),
+        (b"just some text", "just some text"),
+        (b"<!DOCTYPE html><html><body>Sign in", "<!DOCTYPE html>"),
+        (b"version https://git-lfs.github.com/spec/v1", "version https://git-lfs"),
+        (b"GIF89a" + bytes(100), "neither PNG"),
+        (b"\x89PNG\r\n\x1a\n", "damaged PNG"),
+        (b"\xff\xd8\xff", "JPEG"),
+        (b"II*\0" + bytes(10), "TIFF"),
+        (b"BM", "damaged BMP"),
+        (b"RIFF\0\0\0\0WEBP", "WEBP"),
+        (bytes(128) + b"DICM", "no pixel data"),
+        (dicom(np.zeros((4, 4), np.int16), PixelData=None), r"no pixel data \(modality CT\)"),
+        (dicom(np.zeros((4, 4), np.int16), Rows=5), "32 bytes of pixel data; 1 frames of 40"),
+        (dicom(np.zeros((3, 4, 4), np.int16), NumberOfFrames=4), "4 frames of 32 bytes"),
+        (dicom(np.zeros((4, 4), np.int16), NumberOfFrames="-1"), "NumberOfFrames is -1"),
+        (dicom(np.zeros((4, 4), np.int16), BitsStored=0), "BitsStored"),
+        (dicom(np.zeros((4, 4), np.int16), BitsStored=17), "Bits Stored"),
+        (dicom(np.zeros((4, 4), np.int16), BitsStored=12, HighBit=15), "HighBit"),
+        (dicom(np.zeros((4, 4), np.int16), BitsAllocated=12), "Bits Allocated"),
+        (dicom(np.zeros((4, 4), np.int16), BitsAllocated=None), "BitsAllocated is missing"),
+        (dicom(np.zeros((4, 4), np.int16), Rows=0), "4 x 0 pixels"),
+        (dicom(np.zeros((4, 4), np.int16), RescaleSlope="0"), "RescaleSlope is 0"),
+        (dicom(np.zeros((4, 4), np.int16), RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
+        (dicom(np.zeros((2, 3, 3), np.uint8), BitsAllocated=1, BitsStored=1), "whole byte"),
+        (dicom(np.zeros((4, 4), np.int16), ModalityLUTSequence=[pydicom.Dataset()]), "modality lookup table"),
+        (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
+        (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="NONSENSE"), "NONSENSE"),
+        (dicom(np.zeros((4, 4), np.int16), uid.MPEG2MPML, PixelData=encapsulate([b"video"])), "MPEG2"),
+        (dicom(np.zeros((48, 64), np.int16), uid.RLELossless, Rows=49), "damaged DICOM"),
+        (dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless, Rows=47), r"\[48, 64, 1\]"),
+        (
+            dicom(np.zeros((9, 9), np.uint8), uid.JPEGBaseline8Bit, PixelData=encapsulate([encoded(RAMP, "JPEG")])),
+            r"\[24, 40, 1\]",
+        ),
+    ],
+)
+def test_bad_contents_are_told_apart(data: bytes, reason: str) -> None:
+    with pytest.raises(DecodeError, match=reason) as caught:
+        decode(data, LUNG, name="upload.png")
+    assert str(caught.value).startswith("upload.png: ")
+
+
+def test_more_bytes_or_pixels_than_allowed_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RAMP, "PNG"))
+    size = path.stat().st_size
+    assert decode(path, LUNG, Limits(max_bytes=size, max_pixels=RAMP.size)).gray.shape == RAMP.shape
+    for source in (path, path.read_bytes()):
+        with pytest.raises(DecodeError, match=r"data\.max_bytes allows"):
+            decode(source, LUNG, Limits(max_bytes=size - 1))
+        with pytest.raises(DecodeError, match=r"40 x 24 pixels; data\.max_pixels allows 959"):
+            decode(source, LUNG, Limits(max_pixels=RAMP.size - 1))
+
+
+def test_a_file_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.dcm"
+    path.write_bytes(dicom(np.zeros((4, 4), np.int16)))
+    os.truncate(path, 300_000_000)  # takes no space on disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(DecodeError, match=r"300,000,000 bytes; data\.max_bytes"):
+            decode(path, LUNG)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(COLORS, "PNG"),
+        encoded(COLORS, "JPEG"),
+        encoded(COLORS, "JPEG", progressive=True),
+        encoded(COLORS, "BMP"),
+        encoded(COLORS, "WEBP"),
+        encoded(COLORS, "TIFF"),
+        encoded(COLORS, "TIFF", compression="tiff_lzw"),
+        dicom(COLORS[..., 0].astype(np.int16)),
+        dicom(COLORS[..., 0].astype(np.int16), uid.DeflatedExplicitVRLittleEndian),
+        dicom(COLORS[..., 0].astype(np.int16), uid.RLELossless),
+    ],
+    ids=["png", "jpeg", "progressive", "bmp", "webp", "tiff", "lzw", "dicom", "deflated", "rle"],
+)
+def test_truncated_files_are_refused(data: bytes) -> None:
+    assert isinstance(decode(data, LUNG), Slice)
+    for eighth in range(8):
+        with pytest.raises(DecodeError):
+            decode(data[: len(data) * eighth // 8], LUNG)
+
+
+def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in [
+        (tmp_path / "missing.png", "No such file"),
+        (tmp_path, "not a file"),
+        (tmp_path / "pipe", "not a file"),
+        (Path("/dev/zero"), "not a file"),
+        (tmp_path / "loop", "symbolic links"),
+        (tmp_path / ("x" * 5000), "too long"),
+        (tmp_path / "nul\0byte", "null"),
+        (tmp_path / "\udcff.png", "No such file"),
+    ]:
+        with pytest.raises(DecodeError, match=reason) as caught:
+            decode(path, LUNG)
+        assert caught.value.path == str(path)
+        with pytest.raises(DecodeError, match=reason):
+            read(path)
+
+
+def test_files_without_permission_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded(RAMP, "PNG"))
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(DecodeError, match="Permission denied"):
+        decode(path, LUNG)
+
+
+def test_any_name_will_do(tmp_path: Path) -> None:
+    for name in ("胸部 CT – ü.png", "x" * 250 + ".png", "a b'\"\n.png"):
+        (tmp_path / name).write_bytes(encoded(RAMP, "PNG"))
+        assert decode(tmp_path / name, LUNG).gray.shape == RAMP.shape
+
+
+# --- manners
+
+
+def test_good_files_warn_of_nothing_and_change_no_global_setting() -> None:
+    before = (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, list(warnings.filters))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for data in (encoded(COLORS, "PNG"), encoded(COLORS, "JPEG"), encoded(COLORS, "TIFF"), exif_bomb()):
+            decode(data, LUNG)
+        odd = dicom(np.zeros((4, 4), np.int16), WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
+        assert decode(odd, LUNG).study == "no!"
+    assert not caught
+    assert before == (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, list(warnings.filters))
+
+
+def test_damaged_dicom_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    data = dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless)
+    with pytest.raises(DecodeError):
+        decode(data.replace(b"\xff\x52", b"\xff\x00"), LUNG)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_threads_decode_side_by_side() -> None:
+    stored = np.random.default_rng(0).integers(-1000, 1000, (40, 48)).astype(np.int16)
+    files = [encoded(COLORS, "PNG"), encoded(COLORS, "JPEG"), dicom(stored, uid.RLELossless), encoded(COLORS, "TIFF")]
+    expected = [pixel_hash(decode(data, LUNG).gray) for data in files]
+    with ThreadPoolExecutor(8) as pool:
+        hashes = list(pool.map(lambda data: pixel_hash(decode(data, LUNG).gray), files * 25))
+    assert hashes == expected * 25
+
+
+def test_pydicom_is_not_imported_for_other_formats(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(RAMP, "PNG"))
+    code = (
+        "import sys; from pathlib import Path; from chestct.config.schema import WindowConfig;"
+        "from chestct.imaging.decode import decode; decode(Path(sys.argv[1]), WindowConfig());"
+        "print('pydicom' in sys.modules, 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ["False", "False"]
+
+
+# --- real files
+
+
+def needs(folder: str) -> Path:
+    if not (REAL / folder).is_dir():
+        pytest.skip(f"real slices are not here: {REAL / folder}")
+    return REAL / folder
+
+
+@pytest.mark.slow
+def test_real_slices_decode_and_their_copies_are_found() -> None:
+    files = sorted(path for path in needs("chest-ct").rglob("*") if path.is_file())
+    hashes = {path: pixel_hash(decode(path, LUNG).gray) for path in files}
+    assert (len(hashes), len(set(hashes.values()))) == (944, 791)
+    normal = [digest for path, digest in hashes.items() if "normal" in path.parts]
+    assert (len(normal), len(set(normal))) == (215, 66)
+
+
+def test_real_dicom_follows_the_printed_formula() -> None:
+    files = sorted(needs("dicom").glob("*.dcm"))
+    assert len(files) == 11
+    for path in files:
+        dataset = pydicom.dcmread(path)
+        values = dataset.pixel_array.astype(float) * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
+        expected = windowed(values)
+        padding = dataset.get("PixelPaddingValue")
+        if padding is not None:
+            signed = padding - 65536 if dataset.PixelRepresentation and padding > 32767 else padding
+            expected[dataset.pixel_array == signed] = 0
+        slice_ = decode(path, LUNG)
+        assert np.abs(slice_.gray - expected).max() <= 1 / 255
+        assert (slice_.patient, slice_.series) == (dataset.PatientID, dataset.SeriesInstanceUID)

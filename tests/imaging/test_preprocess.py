@@ -1,0 +1,101 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chestct.config.schema import PhantomConfig, WindowConfig
+from chestct.imaging.decode import decode
+from chestct.imaging.preprocess import Preprocess, stretched
+from tests.conftest import real
+
+
+def wide_slice():
+    gray = np.zeros((60, 120), np.float32)
+    gray[10:50, 30:90] = 0.8  # a body in the middle
+    return gray
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
+def test_every_fit_gives_a_square_of_bytes(fit):
+    out = Preprocess(48, fit)(wide_slice())
+    assert out.shape == (48, 48)
+    assert out.dtype == np.uint8
+
+
+def test_pad_keeps_the_aspect_ratio():
+    body = Preprocess(120, "pad")(wide_slice()) > 100
+    assert abs(np.ptp(np.flatnonzero(body.any(0))) - 60) <= 2
+    assert abs(np.ptp(np.flatnonzero(body.any(1))) - 40) <= 2
+
+
+def test_stretch_does_not():
+    body = Preprocess(120, "stretch")(wide_slice()) > 100
+    assert abs(np.ptp(np.flatnonzero(body.any(1))) - 80) <= 2
+
+
+def test_body_fills_the_square():
+    body = Preprocess(120, "body")(wide_slice()) > 100
+    assert np.ptp(np.flatnonzero(body.any(0))) == 119
+
+
+def test_air_that_is_not_quite_black_is_no_body():
+    noise = np.random.default_rng(0).uniform(0, 0.1, (60, 120)).astype(np.float32)
+    body = Preprocess(120, "body")(np.maximum(wide_slice(), noise)) > 100
+    assert np.ptp(np.flatnonzero(body.any(0))) == 119
+
+
+def test_a_black_slice_has_no_body_and_stays_black():
+    assert Preprocess(32, "body")(np.zeros((40, 50), np.float32)).max() == 0
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
+def test_brightness_and_contrast_leave_no_trace(fit):
+    rng = np.random.default_rng(0)
+    gray = np.zeros((60, 120), np.float32)
+    gray[10:50, 30:90] = rng.uniform(0.2, 0.8, (40, 60))  # air, and a body of many greys
+    seen = Preprocess(48, fit, "body")
+    assert np.abs(seen(gray).astype(int) - seen(0.1 + 0.6 * gray)).max() <= 4  # but for the rounding to 256 levels
+    assert np.abs(Preprocess(48, fit)(gray).astype(int) - Preprocess(48, fit)(0.1 + 0.6 * gray)).max() > 20
+
+
+def test_the_percentiles_around_the_body_become_black_and_white():
+    histogram = np.zeros(256, int)
+    histogram[50:150] = 1  # one pixel of each level
+    level = np.array(stretched(histogram))
+    assert level[51] == 0
+    assert level[147] == 255
+    assert abs(level[99] - 128) <= 1
+    assert (np.diff(level) >= 0).all()
+
+
+def test_what_has_no_contrast_is_given_none():
+    assert set(np.unique(Preprocess(32, "body", "body")(np.full((40, 40), 0.5, np.float32)))) == {128}
+
+
+def test_grey_levels_are_kept():
+    assert set(np.unique(Preprocess(32, "pad")(np.full((64, 64), 0.5, np.float32)))) == {128}
+
+
+def assert_png_export_is_seen_alike(dicom, folder):
+    gray = decode(dicom, WindowConfig()).gray
+    Image.fromarray((gray * 255 + 0.5).astype(np.uint8)).save(folder / "export.png")
+    again = decode(folder / "export.png", WindowConfig()).gray
+    for fit, contrast in product(("pad", "stretch", "body"), ("keep", "body")):
+        seen = Preprocess(224, fit, contrast)
+        assert np.array_equal(seen(gray), seen(again))
+
+
+def test_the_network_sees_a_dicom_phantom_and_its_png_export_alike(tmp_path):
+    from chestct.phantom.dataset import write
+
+    write(tmp_path / "set", PhantomConfig(slices=12, size=96, format="dicom"))
+    for dicom in sorted((tmp_path / "set").rglob("*.dcm")):
+        assert_png_export_is_seen_alike(dicom, tmp_path)
+
+
+def test_the_network_sees_a_real_dicom_and_its_png_export_alike(tmp_path):
+    files = sorted(real("dicom").glob("*.dcm"))
+    assert len(files) == 11
+    for dicom in files:
+        assert_png_export_is_seen_alike(dicom, tmp_path)

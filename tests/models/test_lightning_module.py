@@ -1,0 +1,143 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional
+
+from chestct import ranks
+from chestct.data.splits import classes_of
+from chestct.errors import WeightsError
+from chestct.models.lightning_module import Classifier, check_fits, metric_collection, read_checkpoint
+
+BATCH = {"x": torch.rand(4, 512), "y": torch.tensor([0, 1, 1, 1]), "i": torch.arange(4)}
+BATCH["batch_y"] = BATCH["y"]
+
+
+def make(cfg, counts=None):
+    names = classes_of(cfg.task)
+    return Classifier(dataclasses.asdict(cfg), names, counts or [1.0] * len(names), {"hash": "h", "leaks": 0})
+
+
+def test_binary_loss_is_weighted_and_smoothed_cross_entropy(small):
+    model = make(small("optim.label_smoothing=0.2"), [1.0, 3.0])
+    logits, y = torch.tensor([[0.3], [-1.0], [2.0], [0.0]]), BATCH["y"]
+    target = torch.tensor([0.1, 0.9, 0.9, 0.9])
+    weight = torch.tensor([2.0, 2 / 3, 2 / 3, 2 / 3])
+    losses = functional.binary_cross_entropy(logits[:, 0].sigmoid(), target, reduction="none")
+    assert model.loss(logits, y, y).item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-5)
+
+
+def test_subtype_loss_is_weighted_cross_entropy(small):
+    model = make(small("task=subtype"), [1.0, 1.0, 2.0, 4.0])
+    logits, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
+    weight = 8 / (4 * torch.tensor([1.0, 1.0, 2.0, 4.0]))
+    assert model.loss(logits, y, y).item() == pytest.approx(
+        functional.cross_entropy(logits, y, weight).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("settings", [(), ("task=subtype",)])
+def test_the_loss_of_a_batch_is_the_mean_of_what_processes_with_unequal_shares_return(small, monkeypatch, settings):
+    cfg = small("optim.label_smoothing=0.2", *settings)
+    model = make(cfg, [1.0, 3.0, 2.0, 5.0][: len(classes_of(cfg.task))])
+    logits, y = torch.randn(5, model.net.head[-1].out_features), torch.tensor([0, 1, 1, 0, 1])
+    whole = model.loss(logits, y, y)
+    monkeypatch.setattr(ranks, "_place", ranks.Place(size=6))
+    shares = [model.loss(logits[i::6], y[i::6], y) for i in range(6)]  # the last has none
+    assert torch.stack(shares).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+def test_logits_between_0_and_1_are_not_taken_for_scores(small, monkeypatch):
+    model = make(small())
+    monkeypatch.setattr(model, "log", lambda *_, **__: None)
+    monkeypatch.setattr(model, "log_dict", lambda *_, **__: None)
+    torch.nn.init.zeros_(model.net.head[-1].weight)
+    torch.nn.init.constant_(model.net.head[-1].bias, 0.2)  # a score of 0.55: cancer
+    model.validation_step(BATCH, 0)
+    assert model.metrics["valid_"].compute()["valid/recall"] == 1
+
+
+def test_balanced_accuracy_is_the_mean_of_sensitivity_and_specificity():
+    metrics = metric_collection(1, "test")
+    metrics.update(torch.tensor([0.9, 0.9, 0.9, 0.1, 0.9]), torch.tensor([1, 1, 1, 1, 0]))
+    found = metrics.compute()
+    assert found["test/balanced_accuracy"] == pytest.approx(0.375)
+    assert found["test/accuracy"] == pytest.approx(0.6)
+
+
+def test_convolutions_learn_more_slowly_than_the_head(small):
+    model = make(small("model.freeze=3", "optim.lr=0.1", "optim.backbone_lr_ratio=0.01"))
+    model.trainer = type("T", (), {"estimated_stepping_batches": 10})()
+    groups = model.configure_optimizers()["optimizer"].param_groups
+    assert [group["initial_lr"] for group in groups] == [0.1, pytest.approx(0.001)]
+    assert len(groups[1]["params"]) == 12
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+def test_schedules_warm_up_and_end_where_they_should(small, schedule):
+    model = make(small(f"optim.schedule={schedule}", "optim.warmup=0.2", "optim.lr=1"))
+    model.trainer = type("T", (), {"estimated_stepping_batches": 50})()
+    made = model.configure_optimizers()
+    rates = []
+    for _ in range(50):
+        rates.append(made["optimizer"].param_groups[0]["lr"])
+        made["optimizer"].step()
+        made["lr_scheduler"]["scheduler"].step()
+    assert rates[0] < 0.2
+    assert max(rates) == pytest.approx(1, abs=0.02)
+    assert 8 <= rates.index(max(rates)) <= 12
+    assert rates[-1] == pytest.approx(1) if schedule == "constant" else rates[-1] < 0.02
+
+
+def test_only_frozen_convolutions_stay_out_of_the_checkpoint(small):
+    assert not any("features" in key for key in make(small()).state_dict())
+    assert any("features" in key for key in make(small("model.freeze=4")).state_dict())
+    assert any("features" in key for key in make(small("trainer.unfreeze_epoch=1")).state_dict())
+
+
+def test_parameter_counts_tell_what_will_train(small):
+    assert make(small()).parameter_counts()["parameters/trainable"] == 513
+    last_block = 3 * (512 * 512 * 9 + 512)
+    two_stage = small("trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1")
+    assert make(two_stage).parameter_counts()["parameters/trainable"] == 513 + last_block
+
+
+def checkpoint_of(model):
+    made = {"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}
+    model.on_save_checkpoint(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("task=subtype",), "task=binary, not task=subtype"),
+        (("model.hidden=[8]",), r"model\.hidden=\[\] \(now \[8\]\)"),
+        (("model.pool=flatten",), r"model\.pool=gap \(now flatten\)"),
+        (("model.freeze=false",), r"model\.freeze=True"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(small, overrides, says):
+    with pytest.raises(WeightsError, match=says):
+        check_fits(checkpoint_of(make(small())), make(small(*overrides)))
+
+
+def test_a_head_trained_on_other_convolutions_is_refused(small):
+    saved = checkpoint_of(make(small()))
+    saved["chestct"]["weights"] = "other"
+    with pytest.raises(WeightsError, match="other convolution weights"):
+        check_fits(saved, make(small()))
+
+
+@pytest.mark.parametrize("what", ["missing", "text", "not ours", "truncated"])
+def test_what_is_no_checkpoint_is_one_clear_error(small, tmp_path, what):
+    path = tmp_path / "x.ckpt"
+    if what == "text":
+        path.write_text("hello")
+    if what == "not ours":
+        torch.save({"state_dict": {}}, path)
+    if what == "truncated":
+        torch.save(checkpoint_of(make(small())), path)
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"x\.ckpt"):
+        read_checkpoint(path)

@@ -1,0 +1,254 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from chestct.evaluation.evaluate import Evaluation, Row
+from chestct.models.operating_point import OperatingPoint
+from chestct.reporting import figures as plots
+from chestct.reporting import render as report
+from chestct.reporting.model_card import model_card
+from chestct.reporting.text import doubts, summary
+from chestct.stats.calibration import Calibration
+from chestct.stats.drift import Difference
+from chestct.stats.metrics import Estimate
+from tests.evaluation.evaluations import draw, made_up
+
+EXPLANATION = {
+    "passes": False,
+    "checks": {"pointing": False, "share": True, "randomisation": True, "deletion": True, "insertion": True},
+    "failures": ["The hottest point is not in the lesion."],
+    "slices": 20,
+    "tolerance_px": 15,
+    "pointing": {"chance": 0.1, "centre": 0.2, "average_lesion": 0.1, "heat": 0.25, "interval": [0.1, 0.5]},
+    "share": {"chance": 0.02, "centre": 0.03, "average_lesion": 0.03, "heat": 0.4},
+    "randomisation": {"head": 0.1, "last_block": 0.2},
+    "deletion": {"heat": 0.3, "random": 0.6},
+    "insertion": {"heat": 0.8, "random": 0.5},
+    "curve_slices": 4,
+}
+AUDIT = {
+    "verdict": {"severity": "error", "text": "A high score proves little here."},
+    "findings": [{"kind": "leakage", "severity": "error", "text": "46 of 54 <b>leak</b>.", "action": "Split again."}],
+}
+ROBUSTNESS = pd.DataFrame(
+    [
+        {"perturbation": "none", "level": 0, "strength": 0.0, "unit": "", "auroc": 0.9, "auroc_change": 0.0,
+         "score_change": 0.0, "flipped": 0.0, "slices": 20},
+        {"perturbation": "noise", "level": 1, "strength": 0.02, "unit": "sd", "auroc": None, "auroc_change": None,
+         "score_change": 0.1, "flipped": 0.2, "slices": 20},
+    ]
+)  # fmt: skip
+SHARE = {"value": 0.75, "low": 0.5, "high": 0.9}
+NOVELTY = [
+    {"kind": kind, "pictures": 20, "median": 1.7, "auroc": 0.98, "beyond": SHARE, "refused": SHARE}
+    for kind in ("no chest CT, all together", "noise")
+]
+FLAG = "sensitivity below the 0.9 of all slices"
+
+
+@pytest.fixture(scope="module")
+def full() -> Evaluation:
+    """Everything that can be asked for, with a file name that is HTML."""
+    part = Estimate(0.7, 0.5, 0.8, 20, 20)
+    row = {"by": "file", "name": "PNG <RGBA>", "normal": 5, "cancer": 15, "groups": 20, "flag": FLAG}
+    found = made_up(
+        explanation=EXPLANATION,
+        audit=AUDIT,
+        robustness=ROBUSTNESS,
+        novelty=NOVELTY,
+        shift=[Difference("border_mean", 0.1, 0.2, 0.4, 0.3, 0.0004)],
+        subgroups=[{**row, "sensitivity": part, "specificity": part, "auroc": Estimate(None, None, None, 0, 0, "why")}],
+        made={"command": "evaluate.py ckpt='<x>'", "date": "today"},
+    )
+    found.rows.append(Row("official", {}, {}, 0, 0, note="not available: no <train> folder"))
+    found.table.loc[found.table.index[-1], "path"] = "test/<script>alert('x')</script>.png"
+    return found
+
+
+@pytest.fixture(scope="module")
+def page(full: Evaluation) -> str:
+    return report.html(full)
+
+
+@pytest.fixture(scope="module")
+def bare() -> str:
+    """The page of an evaluation for which nothing beyond was asked, and about which nothing is doubted."""
+    found = made_up(n=200)
+    found.table["novelty"] = 0.5
+    assert not doubts(found)
+    return report.html(found)
+
+
+def told(html: str) -> str:
+    """What a person reads of the page."""
+    text = re.sub(r"<(style|script).*?</\1>|base64,[^\"]*", " ", html, flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", text))
+
+
+@pytest.mark.slow
+def test_everything_is_written_and_nothing_is_left_over(full: Evaluation, tmp_path: Path) -> None:
+    report.write(full, tmp_path)
+    plots = {
+        f"{name}.{end}" for name in ("roc", "precision_recall", "confusion", "reliability") for end in ("json", "png")
+    }
+    assert {path.name for path in tmp_path.iterdir()} >= plots | {
+        "metrics.json", "evaluation.json", "predictions.parquet", "report.html", "MODEL_CARD.md"
+    }  # fmt: skip
+    assert not list(tmp_path.glob(".*"))
+    for path in tmp_path.glob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "predictions.parquet"), full.table)
+
+
+def test_metrics_json_is_flat_and_holds_intervals_and_counts(full: Evaluation) -> None:
+    test = report.flat(full)["test"]
+    assert test["auroc_low"] < test["auroc"] < test["auroc_high"]
+    assert (test["slices"], test["groups"]) == (80, 80)
+    assert test["margin"] == 0.1
+    assert all(value is None or isinstance(value, int | float) for value in test.values())
+
+
+def test_the_page_stands_alone_and_escapes_names(page: str) -> None:
+    assert "alert(" not in page or "&lt;script&gt;" in page
+    assert "<x>" not in page
+    assert "46 of 54 &lt;b&gt;leak&lt;/b&gt;." in page
+    assert "PNG &lt;RGBA&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)|url\((?!#)|@import|https?://", page)
+    assert "prefers-color-scheme: dark" in page
+    assert page.count("<table") == page.count("</table>")
+
+
+@pytest.mark.parametrize("name", ["page", "bare"])
+def test_no_two_elements_share_an_id_and_every_link_has_its_place(name: str, request: pytest.FixtureRequest) -> None:
+    html = request.getfixturevalue(name)
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+
+
+def test_figures_take_their_colours_from_the_page(page: str) -> None:
+    drawn = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.S))
+    assert drawn.count("<svg") == 6
+    assert "var(--test)" in drawn
+    assert not re.search(r"#0b5cad|#1c2126|#000000|DejaVu", drawn)
+
+
+def test_the_first_screen_says_result_doubts_and_rows(page: str) -> None:
+    first = told(page.split('id="discrimination"')[0])
+    assert "AUROC" in first.split("What to doubt")[0]
+    assert "80 test slices in 80 groups" in first
+    assert "margin over the best rule that sees no lesion: +0.100 [+0.050, +0.150]" in first
+    assert "not available: no &lt;train&gt; folder" in first
+    assert "heat maps" in first
+
+
+@pytest.mark.parametrize(
+    ("section", "setting"),
+    [
+        ("explanation", "evaluation.phantoms="),
+        ("novelty", "evaluation.novelty="),
+        ("robustness", "evaluation.robustness="),
+        ("audit", "chestct.data validate"),
+    ],
+)
+def test_what_was_not_asked_for_is_said_with_the_setting(bare: str, page: str, section: str, setting: str) -> None:
+    assert setting in bare
+    assert f"<code>{setting}" not in page
+
+
+def test_failed_explanations_are_said_to_fail(page: str) -> None:
+    assert "do not read them as the place of the lesion" in page
+    assert "The hottest point is not in the lesion." in page
+
+
+def test_flags_of_subgroups_and_undefined_values_show_their_reason(page: str) -> None:
+    assert FLAG in page
+    assert page.count("0.700<small>0.500 to 0.800</small>") == 2
+    assert re.search(r"n/a<small>why</small>", page)
+
+
+def test_the_slider_holds_the_frozen_threshold_and_what_the_table_shows(full: Evaluation, page: str) -> None:
+    points = json.loads(re.search(r'id="points">(.*?)</script>', page, re.S)[1])
+    frozen = points["rows"][points["frozen"]]
+    assert frozen[0] == f"{full.point.threshold:.3f}"
+    sensitivity = full.metrics["test"]["sensitivity"]
+    assert frozen[2][0] == f"{sensitivity.value:.3f} [{sensitivity.low:.3f}, {sensitivity.high:.3f}]"
+    assert frozen[2][0] in page.split("<script")[0]
+    thresholds = [float(row[0]) for row in points["rows"]]
+    assert thresholds == sorted(thresholds)
+
+
+def test_predictive_values_follow_from_bayes(full: Evaluation) -> None:
+    operating = report.operating_points(full)
+    at = dict(zip(operating["labels"], operating["rows"][operating["frozen"]][2], strict=True))
+    rate = {name: full.metrics["test"][name].value for name in ("sensitivity", "specificity")}
+    ppv = rate["sensitivity"] * 0.1 / (rate["sensitivity"] * 0.1 + (1 - rate["specificity"]) * 0.9)
+    assert at["PPV at 10 % cancer"].startswith(f"{ppv:.3f}")
+
+
+def test_the_table_with_uncertain_counts_every_slice_once(full: Evaluation) -> None:
+    rows = report.decided_table(full)
+    assert sum(row["normal"] + row["uncertain"] + row["cancer"] for row in rows) == 80
+
+
+NORMAL = ["normal"] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "labels", "equal"),
+    [
+        ("binary", ["normal", "squamous"], False),
+        ("subtype", ["normal", "squamous"], True),
+        ("binary", NORMAL, False),
+        ("subtype", ["large_cell"] * 6, False),
+        ("binary", [*NORMAL, "squamous", "large_cell"], True),
+        ("subtype", [*NORMAL, "squamous", "large_cell"], False),
+    ],
+)
+def test_bad_data_gives_n_a_with_a_reason_and_never_nan(task: str, labels: list[str], equal: bool) -> None:
+    logits = np.zeros((len(labels), 1 if task == "binary" else 4))
+    if not equal:
+        logits += np.random.default_rng(0).normal(size=logits.shape)
+    found = made_up(task, test=(labels, logits))
+    text = told(report.html(found))
+    assert not re.search(r"\b(nan|None|inf)\b", text + model_card(found) + summary(found))
+    json.dumps(report.to_json(found), allow_nan=False)
+    if len(set(labels)) == 1:
+        missing = "cancer" if labels[0] == "normal" else "normal"
+        assert f"n/a: no {missing} slices in test" in text
+        assert report.flat(found)["test"]["auroc"] is None
+
+
+def test_validation_scores_that_are_all_equal_are_no_crash() -> None:
+    point = OperatingPoint(Calibration(), 0.5, "half", 0.9, (1.0, 1.0), {"cancers": 1, "normals": 1})
+    labels, logits = draw(20, "binary", 0)
+    assert "P(cancer) ≥ <b>0.500" in report.html(made_up(test=(labels, 0 * logits), point=point))
+
+
+def test_an_evaluation_of_other_data_says_how_far_it_lies_from_training() -> None:
+    found = made_up(shift=[{"name": "mean", "psi": 0.4, "distance": 0.3, "p": 0.0, "before": 0.2, "now": 0.3}])
+    found.table = found.test
+    del found.metrics["valid"]
+    found.about |= {"split": "external", "left_out": 3}
+    text = told(report.html(found))
+    assert "How far is this data from the training data?" in text
+    assert "3 slices that the model was trained on are left out" in text
+
+
+@pytest.mark.slow
+def test_the_same_evaluation_gives_the_same_page(full: Evaluation, page: str) -> None:
+    assert report.html(full) == page
+
+
+def test_a_file_name_that_is_no_utf_8_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    undefined = ("scores", "roc", "precision_recall", "reliability", "decision_curve", "risk_coverage")
+    monkeypatch.setattr(plots, "figures", lambda found: dict.fromkeys(undefined, "n/a: not drawn"))
+    found = made_up(audit={**AUDIT, "findings": [{**AUDIT["findings"][0], "text": "test/\udcff.png"}]})
+    report.write(found, tmp_path)
+    assert "\\udcff" in (tmp_path / "report.html").read_text()
+    assert "\\udcff" in (tmp_path / "MODEL_CARD.md").read_text()
