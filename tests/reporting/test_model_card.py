@@ -6,7 +6,7 @@ from chestct.evaluation.evaluate import Row
 from chestct.reporting.model_card import literal, model_card
 from chestct.reporting.text import headline, interval
 from tests.evaluation.evaluations import made_up
-from tests.evaluation.test_report import AUDIT, EXPLANATION
+from tests.reporting.test_render import AUDIT, EXPLANATION
 
 HEADINGS = ["Intended use", "Not for clinical use", "Training data and its faults", "Evaluation", "Operating point"]
 HEADINGS += ["Calibration", "Explanation", "Novelty and refusal", "Limits", "Ethical notes", "How it was made"]
