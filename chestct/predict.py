@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestct.errors import ChestCTError, Interrupted
+from chestct.imaging.slice_files import describe_skipped
 
 if TYPE_CHECKING:
     from chestct.serving.batch import Summary
@@ -28,7 +29,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     began = time.perf_counter()
     try:
-        done = _predict(arguments)
+        skipped: list[tuple[str, str]] = []
+        done = _predict(arguments, skipped)
     except (KeyboardInterrupt, Interrupted):
         print(f"\nInterrupted. The same command goes on from {arguments.out}.partial.", file=sys.stderr)
         return 130
@@ -36,17 +38,19 @@ def main(argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(_told(done, arguments.out, time.perf_counter() - began))
+    if skipped:
+        print(f"{describe_skipped(skipped)}.")
     return 2 if not done.scored else 1 if done.unreadable else 0
 
 
-def _predict(arguments: argparse.Namespace) -> "Summary":
+def _predict(arguments: argparse.Namespace, skipped: list[tuple[str, str]]) -> "Summary":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from chestct.serving.batch import find_files, predict_files  # torch takes a second: not before --help
 
     left_out = [arguments.out, *([arguments.overlays] if arguments.overlays else [])]
-    paths = find_files(arguments.sources, left_out)
+    paths = find_files(arguments.sources, left_out, skipped)
     console = Console(stderr=True)
     shown = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*shown, console=console, disable=not console.is_terminal) as progress:

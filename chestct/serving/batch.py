@@ -17,6 +17,7 @@ from pathlib import Path
 
 from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import read
+from chestct.imaging.slice_files import describe_skipped, walk
 from chestct.serving.pictures import overlay
 from chestct.serving.predictor import Prediction, Predictor
 from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns
@@ -56,38 +57,39 @@ class Summary:
         return self.decisions[UNREADABLE]
 
 
-def find_files(sources: list[Path], left_out: Iterable[Path] = ()) -> list[Path]:
+def find_files(
+    sources: list[Path], left_out: Iterable[Path] = (), skipped: list[tuple[str, str]] | None = None
+) -> list[Path]:
     """The files given and those in the folders given, each folder's sorted, none twice.
 
-    Hidden files are left out, and links to folders are not followed: they may loop. What a file is, its content says.
-    A folder that cannot be listed stands for itself, so that the table tells of it. left_out: files and folders that
-    the program itself writes. Raises DataError where something given is not there, or where there is no file at all.
+    What a file is, its content says; what is skipped by its name (see `slice_files`) is appended to `skipped` with the
+    reason. A folder that cannot be listed stands for itself, so that the table tells of it. left_out: files and folders
+    that the program itself writes. Raises DataError where something given is not there, or where there is no file.
     """
     if missing := next((source for source in sources if not os.path.lexists(source)), None):
         raise DataError(f"No such file or folder: {missing}.")
     absolute = [os.path.abspath(path) for path in left_out]  # noqa: PTH100  Path.resolve would follow links
     own = {*absolute, *(f"{path}.partial" for path in absolute)}
-    found = list(dict.fromkeys(path for source in sources for path in _below(source, own)))
-    if not found:
-        raise DataError(f"No files in {', '.join(map(str, sources))}. Give slices, or folders that hold some.")
-    return found
+    skipped = [] if skipped is None else skipped
+    paths = list(dict.fromkeys(path for source in sources for path in _below(source, own, skipped)))
+    if not paths:
+        names = f" {describe_skipped(skipped)}." if skipped else ""
+        raise DataError(f"No files in {', '.join(map(str, sources))}.{names} Give slices, or folders that hold some.")
+    return paths
 
 
-def _below(source: Path, own: set[str]) -> Iterator[Path]:
+def _below(source: Path, own: set[str], skipped: list[tuple[str, str]]) -> Iterator[Path]:
     if not source.is_dir():
         yield source
         return
     closed: list[Path] = []
-
-    def shown(here: str, names: list[str]) -> list[Path]:
-        paths = [Path(here) / name for name in sorted(names) if not name.startswith(".")]
-        return [path for path in paths if os.path.abspath(path) not in own]  # noqa: PTH100
-
-    for here, folders, names in os.walk(source, onerror=lambda error: closed.append(Path(error.filename))):
+    for path, reason in walk(source, lambda error: closed.append(Path(error.filename)), own):
         yield from closed
         closed.clear()
-        folders[:] = [path.name for path in shown(here, folders)]
-        yield from shown(here, names)
+        if reason:
+            skipped.append((str(path), reason))
+        else:
+            yield path
     yield from closed
 
 

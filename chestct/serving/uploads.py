@@ -17,6 +17,7 @@ import pydicom
 
 from chestct.errors import ChestCTError
 from chestct.imaging import headers
+from chestct.imaging.slice_files import is_slice_name
 
 ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
 """How an archive begins, and an empty one."""
@@ -66,7 +67,7 @@ def too_many(count: int, most: int) -> UploadError:
 
 
 def unzip(data: bytes, max_files: int, max_bytes: int) -> list[tuple[str, bytes]]:
-    """(name, bytes) of each file in an archive; folders, hidden files and DICOMDIR are left out.
+    """(name, bytes) of each file in an archive; folders and what `slice_files` skips are left out.
 
     Raises UploadError for what is damaged, encrypted, or more than it may be.
     """
@@ -74,7 +75,7 @@ def unzip(data: bytes, max_files: int, max_bytes: int) -> list[tuple[str, bytes]
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if len(archive.infolist()) > MAX_LISTED:
                 raise too_many(len(archive.infolist()), max_files)
-            entries = [entry for entry in archive.infolist() if _is_slice(entry)]
+            entries = [entry for entry in archive.infolist() if is_slice_name(entry.filename)]
             if len(entries) > max_files:
                 raise too_many(len(entries), max_files)
             found, left = [], max_bytes
@@ -91,13 +92,6 @@ def unzip(data: bytes, max_files: int, max_bytes: int) -> list[tuple[str, bytes]
         raise UploadError("The zip archive asks for a password. Send one without.") from None
     except NotImplementedError:
         raise UploadError("The zip archive uses a compression that is not read here. Make it with deflate.") from None
-
-
-def _is_slice(entry: zipfile.ZipInfo) -> bool:
-    name = entry.filename.rsplit("/", 1)[-1]
-    return (
-        bool(name) and not entry.is_dir() and name[0] != "." and name != "DICOMDIR" and "__MACOSX" not in entry.filename
-    )
 
 
 def _inflated(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> bytes:

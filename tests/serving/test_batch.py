@@ -205,6 +205,17 @@ def test_own_outputs_hidden_files_and_loops_are_not_looked_at(scans):
     assert [path.name for path in found] == ["notes.txt", "s0.png", "s2.png", "s4.png", "s1.png", "s3.png", "s5.png"]
 
 
+def test_what_systems_leave_behind_is_skipped_and_listed(bundle, tmp_path, capsys):
+    for name in ("a.png", "Thumbs.db", "@eaDir/a.png", ".ipynb_checkpoints/a.png"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_bytes(png(0))
+    assert call(tmp_path / "d", "--bundle", bundle, "--out", tmp_path / "s.csv") == 0
+    assert [Path(row["path"]).name for row in rows(tmp_path / "s.csv")] == ["a.png"]
+    printed = capsys.readouterr().out
+    assert "3 skipped" in printed
+    assert "Thumbs.db (left by Windows)" in printed
+
+
 def test_broken_links_and_pipes_get_a_row(bundle, tmp_path):
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "gone.png").symlink_to("nowhere")
