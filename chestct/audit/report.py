@@ -20,9 +20,9 @@ from markupsafe import Markup, escape
 from chestct.audit import findings as rules
 from chestct.audit import inventory, leakage, pictures, shortcuts
 from chestct.audit.findings import Audit
-from chestct.audit.shift import shift
 from chestct.data.splits import SPLITS
 from chestct.errors import DataError
+from chestct.stats.drift import split_shift
 
 
 def audit(
@@ -51,6 +51,7 @@ def audit(
     policies = {str(policy): column.loc[manifest.index].reset_index(drop=True) for policy, column in splits.items()}
     manifest = manifest.reset_index(drop=True)
     in_force = policies[split]
+    shifts = split_shift(shortcuts.columns(manifest), in_force, manifest["group"])
     result = Audit(
         name=name,
         split=split,
@@ -64,7 +65,7 @@ def audit(
         leakage={policy: leakage.leaks(manifest, column, pairs) for policy, column in policies.items()},
         conflicts=leakage.conflicts(manifest, pairs),
         shortcuts=shortcuts.shortcuts(manifest, policies, images, seed=seed),
-        shift=shift(manifest, in_force),
+        shift=[row | {"title": shortcuts.TITLES[row["name"]]} for row in shifts],
         contacts=pictures.contacts(manifest, in_force, seed=seed),
     )
     result = replace(result, examples=pictures.examples(result, manifest, pairs))

@@ -71,6 +71,7 @@ SIGNIFICANT = 0.05 / len(BASELINES)
 """Bonferroni: at this level, two-sided, a shortcut's interval must leave out 0.5."""
 STATISTICS = tuple(baseline.name for baseline in BASELINES if not baseline.model and baseline.family != "seen")
 """Single numbers of a slice that stand in the manifest or follow from it."""
+TITLES = {baseline.name: baseline.title for baseline in BASELINES}
 
 
 def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:

@@ -20,6 +20,11 @@ LABEL_NAMES = (*SUBTYPES, "cancer", "ignore")
 """What a class folder may map to: a subtype, cancer of unknown subtype, or nothing (`ignore`)."""
 
 
+def classes_of(task: str) -> tuple[str, ...]:
+    """Class names in the order of the targets 0, 1, ...: the positive class of the binary task is `cancer`."""
+    return ("normal", "cancer") if task == "binary" else SUBTYPES
+
+
 def setting(
     default: Any,
     help: str,

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from chestct.config.schema import Config
+from chestct.config.schema import Config, classes_of
 from chestct.data.augment import make_views
 from chestct.data.prepare import prepare_store, prepared_folder
-from chestct.data.splits import classes_of, load_splits
+from chestct.data.splits import load_splits
 from chestct.data.store import Store, open_store
 from chestct.ranks import place
 

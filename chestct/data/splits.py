@@ -7,7 +7,7 @@ data set it does so for 46 of 54 normal test slices. Every split made here is ch
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import SUBTYPES, Config, DataConfig
+from chestct.config.schema import SUBTYPES, Config, DataConfig, classes_of
 from chestct.errors import DataError
 
 SPLITS = ("train", "valid", "test")
@@ -15,11 +15,6 @@ LEFT_OUT = ""
 
 LARGE = 1 / 3
 """Share of a class in validation or test that one group should not exceed."""
-
-
-def classes_of(task: str) -> tuple[str, ...]:
-    """Class names in the order of the targets 0, 1, ...: the positive class of the binary task is `cancer`."""
-    return ("normal", "cancer") if task == "binary" else SUBTYPES
 
 
 def targets(manifest: pd.DataFrame, task: str) -> pd.Series:

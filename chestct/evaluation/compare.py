@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import Config
-from chestct.data.splits import classes_of
+from chestct.config.schema import Config, classes_of
 from chestct.errors import DataError
 from chestct.stats.bootstrap import MIN_GROUPS, draws, percentiles
 from chestct.stats.metrics import Sample, missing, proportions_of, sample_of, statistics

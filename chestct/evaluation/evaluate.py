@@ -22,13 +22,11 @@ from scipy.stats import rankdata
 import chestct
 from chestct.audit.shortcuts import shortcut_scores
 from chestct.audit.stage import kept_audit
-from chestct.config.schema import Config
+from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import classes_of
 from chestct.errors import ChestCTError, DataError
 from chestct.evaluation.compare import compare
-from chestct.evaluation.shift import shift, training_facts
 from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle
 from chestct.models.features import attach
@@ -37,6 +35,7 @@ from chestct.models.novelty import Reference, channel_means, fit_reference
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_evidence
+from chestct.stats.drift import differences, training_facts
 from chestct.stats.metrics import Estimate, measure
 from chestct.tracking import code_version
 
@@ -255,7 +254,7 @@ def _sections(found: Evaluation) -> dict[str, Any]:
     asked, seed = cfg.evaluation, cfg.data.split_seed
     return {
         "subgroups": subgroups(found.test, cancer, found.point.threshold, resamples=asked.resamples, seed=seed),
-        "shift": shift(training, manifest, found.test),
+        "shift": differences(training, manifest, found.test),
         "audit": json.loads((kept_audit(cfg, data.store) / "report.json").read_text()),
         "made": made(),
     }

@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 from rich.progress import track
 
-from chestct.config.schema import Config
+from chestct.config.schema import Config, classes_of
 from chestct.data.prepare import is_synthetic, prepare_store
-from chestct.data.splits import classes_of, load_splits
+from chestct.data.splits import load_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, Row, decided, made, measured
-from chestct.evaluation.shift import shift
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
+from chestct.stats.drift import differences
 
 CHUNK = 64
 """Slices between two steps of the progress bar."""
@@ -55,7 +55,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
             "bundle": bundle.id,
             "left_out": left_out,
         },
-        sections={"shift": shift(bundle.facts, manifest, table), "made": made()},
+        sections={"shift": differences(bundle.facts, manifest, table), "made": made()},
         manifest=manifest,
         images=store.images,
     )

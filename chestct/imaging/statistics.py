@@ -24,13 +24,6 @@ def image_statistics(gray: np.ndarray) -> dict[str, float]:
     }
 
 
-def holm(p: np.ndarray) -> np.ndarray:
-    """p-values [K] of K such numbers looked at together, after Holm's step-down correction (Holm 1979)."""
-    order = np.argsort(p)
-    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return np.minimum(adjusted, 1.0)[np.argsort(order)]
-
-
 def _mean_std(gray: np.ndarray) -> tuple[float, float]:
     if gray.dtype != np.uint8:
         return float(gray.mean()), float(gray.std())

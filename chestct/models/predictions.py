@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.stats.calibration import to_scores
 
 KEPT = ["source", "path", "split", "label", "subtype", "target", "group", "content", "leaked"]

@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 from sklearn import metrics as sk
 
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.reporting.canvas import CANCER, INK, NORMAL, PLAIN, SOFT, TEST, VALID, canvas
 from chestct.reporting.text import cancer, interval, known
-from chestct.stats.calibration import expected_calibration_error, reliability_table, risk_coverage
-from chestct.stats.metrics import Estimate, confusion, decision_curve
+from chestct.stats.calibration import decision_curve, expected_calibration_error, reliability_table, risk_coverage
+from chestct.stats.metrics import Estimate, confusion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

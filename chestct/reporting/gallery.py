@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.models.bundle import Bundle
 from chestct.models.saliency import Placement, excess, explained_output, heat, overlay

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.novelty import FOREIGN
 from chestct.reporting.text import beside, called, cancer, counted, doubts, headline, interval, known, sections

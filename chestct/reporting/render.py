@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import chestct.audit
 from chestct.audit.pictures import save
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.novelty import FOREIGN
 from chestct.reporting import figures as plots

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from chestct.audit.findings import FEW_GROUPS
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, Row
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson

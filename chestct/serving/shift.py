@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from chestct.errors import ChestCTError
-from chestct.imaging.statistics import STATISTICS, holm
+from chestct.imaging.statistics import STATISTICS
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import CANCER, NORMAL, REFUSED, UNCERTAIN
-from chestct.stats.drift import MEASURED, PSI_LARGE, PSI_MODERATE, difference
+from chestct.stats.drift import MEASURED, PSI_LARGE, PSI_MODERATE, difference, holm
 
 FEWEST = 50
 """Slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2."""

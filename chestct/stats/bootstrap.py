@@ -17,19 +17,27 @@ UNDEFINED = 0.05
 """Share of resamples in which a metric may be undefined before its interval is."""
 
 
-def draws(group: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def draws(group: np.ndarray, resamples: int, seed: int, strata: np.ndarray | None = None) -> Iterator[np.ndarray]:
     """How often each slice is drawn, float [r, N] in blocks of bounded memory: groups [N] = 0..G-1, with replacement.
 
     The whole group comes or stays away (Field & Welsh 2007): slices of a patient are no independent evidence.
+    strata: int [N] >= 0; groups are then drawn within the largest stratum of their slices, so that none is ever empty.
     """
     groups = int(group.max()) + 1
+    stratum = np.zeros(groups, int)
+    if strata is not None:
+        np.maximum.at(stratum, group, strata.astype(int))
+    parts = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
     generator = np.random.default_rng(seed)
     block = max(1, 1_000_000 // len(group))
     for at in range(0, resamples, block):
         rows = min(block, resamples - at)
-        picked = generator.integers(0, groups, (rows, groups)) + groups * np.arange(rows)[:, None]
-        counts = np.bincount(picked.ravel(), minlength=rows * groups).reshape(rows, groups)
-        yield counts[:, group].astype(float)
+        counts = np.empty((rows, groups))
+        for members in parts:
+            n = len(members)
+            drawn = generator.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+            counts[:, members] = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+        yield counts[:, group]
 
 
 def percentiles(drawn: np.ndarray, value: float) -> tuple[float | None, float | None, str]:
@@ -38,9 +46,9 @@ def percentiles(drawn: np.ndarray, value: float) -> tuple[float | None, float | 
     (None, None, reason) if it is undefined in more than 5 % of them.
     """
     defined = drawn[~np.isnan(drawn)]
-    missing = 1 - len(defined) / len(drawn)
-    if missing > UNDEFINED:
-        return None, None, f"no interval: undefined in {missing:.0%} of the resamples, for want of groups"
+    undefined = 1 - len(defined) / len(drawn)
+    if undefined > UNDEFINED:
+        return None, None, f"no interval: undefined in {undefined:.0%} of the resamples, for want of groups"
     low, high = np.quantile(defined, [0.025, 0.975])
     if 1 < high < 1 + 1e-9:  # sums of weights round
         high = 1.0

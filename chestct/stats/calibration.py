@@ -82,13 +82,13 @@ def parse_policy(policy: str) -> tuple[str, float]:
     """
     if policy in ("youden", "cost", "half"):
         return policy, 0.0
-    found = re.fullmatch(r"(sensitivity|specificity)\s*>=\s*(\d*\.?\d+)", policy.strip())
-    if not found or not 0 < float(found[2]) <= 1:
+    match = re.fullmatch(r"(sensitivity|specificity)\s*>=\s*(\d*\.?\d+)", policy.strip())
+    if not match or not 0 < float(match[2]) <= 1:
         raise ConfigError(
             f"Unknown threshold policy '{policy}'. Use youden, sensitivity>=0.95, specificity>=0.95 (any share above "
             "0, at most 1), cost or half."
         )
-    return found[1], float(found[2])
+    return match[1], float(match[2])
 
 
 def choose_threshold(scores: np.ndarray, targets: np.ndarray, policy: str, cost_ratio: float = 1.0) -> float:
@@ -104,6 +104,8 @@ def choose_threshold(scores: np.ndarray, targets: np.ndarray, policy: str, cost_
     Between equals the more sensitive wins, that is the lower threshold; with specificity>=X the more specific.
     Raises ConfigError for another policy, and DataError if validation lacks a class, except with half.
     """
+    from sklearn.metrics import roc_curve
+
     kind, least = parse_policy(policy)
     if kind == "half":
         return 0.5
@@ -113,19 +115,16 @@ def choose_threshold(scores: np.ndarray, targets: np.ndarray, policy: str, cost_
             f"Validation has {cancers} cancer and {normals} normal slices; a threshold by {policy} needs both. Use "
             "another split, or evaluation.threshold=half."
         )
-    candidates = _between(np.unique(scores))
-    called = np.searchsorted(candidates, scores, side="right")  # how many candidates call the slice cancer
-    found = cancers - np.cumsum(np.bincount(called[targets == 1], minlength=len(candidates) + 1))[:-1]
-    alarms = normals - np.cumsum(np.bincount(called[targets == 0], minlength=len(candidates) + 1))[:-1]
-    sensitivity, specificity = found / cancers, 1 - alarms / normals
+    false_alarms, sensitivity, levels = (values[::-1] for values in roc_curve(targets, scores, drop_intermediate=False))
+    specificity = 1 - false_alarms
     worth = {
         "youden": sensitivity + specificity,
-        "cost": -(cost_ratio * (cancers - found) + alarms),
-        "sensitivity": np.where(sensitivity >= least, specificity, -1.0),
-        "specificity": np.where(specificity >= least, sensitivity, -1.0),
+        "cost": -(cost_ratio * cancers * (1 - sensitivity) + normals * false_alarms),
+        "sensitivity": np.where(sensitivity >= least - 1e-12, specificity, -1.0),
+        "specificity": np.where(specificity >= least - 1e-12, sensitivity, -1.0),
     }[kind]
     best = np.flatnonzero(worth >= worth.max() - 1e-12)
-    return float(candidates[best[-1] if kind == "specificity" else best[0]])
+    return float(_between(levels[:-1])[best[-1] if kind == "specificity" else best[0]])
 
 
 def _between(levels: np.ndarray) -> np.ndarray:
@@ -231,3 +230,21 @@ def risk_coverage(scores: np.ndarray, targets: np.ndarray, threshold: float) -> 
     decided = np.bincount(step).cumsum()
     wrong = np.bincount(step, (scores >= threshold) != targets).cumsum()
     return decided / len(scores), wrong / decided
+
+
+def decision_curve(scores: np.ndarray, targets: np.ndarray, thresholds: np.ndarray) -> dict[str, np.ndarray]:
+    """Net benefit a slice of calling cancer by the model, always and never (Vickers & Elkin 2006).
+
+    scores: float [N], calibrated P(cancer); targets: int [N] in {0, 1}; thresholds: in (0, 1), each the P(cancer) at
+    which a reader would be indifferent. Returns threshold, model, treat_all and treat_none, each of their length.
+    """
+    odds = thresholds / (1 - thresholds)  # a false alarm, in missed cancers
+    called = scores[:, None] >= thresholds
+    hits, alarms = ((called & (targets == k)[:, None]).mean(0) for k in (1, 0))
+    treat_all = targets.mean() - (1 - targets.mean()) * odds
+    return {
+        "threshold": thresholds,
+        "model": hits - alarms * odds,
+        "treat_all": treat_all,
+        "treat_none": np.zeros_like(odds),
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.errors import DataError
 from chestct.stats.bootstrap import MIN_GROUPS, draws, effective_size, percentiles
 from chestct.stats.calibration import calibration_bins, wilson
@@ -81,22 +81,21 @@ def measure(
     proportions = proportions_of(sample)
     extremes = _unseen(sample)
     few = any(0 < len(np.unique(sample.group[sample.target == k])) < MIN_GROUPS for k in range(len(sample.names)))
-    found = {}
+    estimates = {}
     for name, value in values.items():
         hit, base, empty = proportions.get(name, (None, everything, ""))
         slices, groups = int(base.sum()), len(np.unique(sample.group[base]))
-        low, high, reason = None, None, ""
         if np.isnan(value):
-            reason = empty or missing(sample)
+            estimates[name] = Estimate(None, None, None, slices, groups, empty or missing(sample))
         elif hit is not None:
             n = effective_size(hit[base], sample.group[base])
-            low, high = wilson(value * n, n)
+            estimates[name] = Estimate(value, *wilson(value * n, n), slices, groups)
         else:
             low, high, reason = percentiles(np.concatenate([part[name] for part in drawn]), value)
             if low is not None and high is not None and (few or high - low < 1e-9):
                 low, high = min(low, float(extremes[name].min())), max(high, float(extremes[name].max()))
-        found[name] = Estimate(None if np.isnan(value) else value, low, high, slices, groups, reason)
-    return found
+            estimates[name] = Estimate(value, low, high, slices, groups, reason)
+    return estimates
 
 
 def to_plain(estimates: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
@@ -125,7 +124,10 @@ def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray | None, thresho
 
 
 def statistics(sample: Sample, weights: np.ndarray) -> Statistics:
-    """Every metric under each of R weightings: weights float [R, N] -> {name: float [R]}, NaN where undefined."""
+    """Every metric under each of R weightings: weights float [R, N] -> {name: float [R]}, NaN where undefined.
+
+    The tests compare each with scikit-learn's, which takes one weighting at a time: 2,000 of them take it minutes.
+    """
     s, K = sample, len(sample.names)
     proportions = proportions_of(sample)
     hits = weights @ np.column_stack([hit & base for hit, base, _ in proportions.values()]).astype(float)
@@ -134,62 +136,68 @@ def statistics(sample: Sample, weights: np.ndarray) -> Statistics:
     actual, called, right = confusion.sum(2), confusion.sum(1), np.diagonal(confusion, axis1=1, axis2=2)
     total = weights.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = dict(zip(proportions, (hits / bases).T, strict=True))
+        values = dict(zip(proportions, (hits / bases).T, strict=True))
         sensitivity = right / actual
         f1 = np.where(actual > 0, 2 * right / (actual + called), np.nan)
-        found["balanced_accuracy"] = sensitivity.mean(1)
-        found["mcc"] = _mcc(actual, called, right)
+        values["balanced_accuracy"] = sensitivity.mean(1)
+        # Matthews' correlation for K classes (Gorodkin 2004); NaN if one class takes all.
+        covariance = right.sum(1) * total - (actual * called).sum(1)
+        spread = (total**2 - (actual**2).sum(1)) * (total**2 - (called**2).sum(1))
+        values["mcc"] = covariance / np.sqrt(spread)
         if s.binary:
-            found["f1"] = f1[:, 1]
-            found |= _ranking(s.scores[:, 1], s.target == 1, weights, LEVELS)
+            values["f1"] = f1[:, 1]
+            values |= _ranking(s.scores[:, 1], s.target == 1, weights, LEVELS)
         else:
             outside = total[:, None] - actual
-            found["sensitivity"] = sensitivity.mean(1)
-            found["specificity"] = ((outside - called + right) / outside).mean(1)
-            found["precision"] = (right / called).mean(1)
-            found["f1"] = f1.mean(1)
+            values["sensitivity"] = sensitivity.mean(1)
+            values["specificity"] = ((outside - called + right) / outside).mean(1)
+            values["precision"] = (right / called).mean(1)
+            values["f1"] = f1.mean(1)
             by_class = [_ranking(s.scores[:, k], s.target == k, weights) for k in range(K)]
             for name in by_class[0]:
-                found[name] = np.mean([ranking[name] for ranking in by_class], axis=0)
-            found |= {f"auroc/{name}": r["auroc"] for name, r in zip(s.names, by_class, strict=True)}
-            found["cancer/auroc"] = _ranking(-s.scores[:, 0], s.target > 0, weights)["auroc"]
+                values[name] = np.mean([ranking[name] for ranking in by_class], axis=0)
+            values |= {f"auroc/{name}": r["auroc"] for name, r in zip(s.names, by_class, strict=True)}
+            values["cancer/auroc"] = auroc(-s.scores[:, 0], s.target > 0, weights)
         truth = s.scores[np.arange(len(s.target)), s.target].clip(np.finfo(float).eps, 1)
-        found["brier"] = weights @ ((s.scores - np.eye(K)[s.target]) ** 2).sum(1) / total / (2 if s.binary else 1)
-        found["log_loss"] = weights @ -np.log(truth) / total
+        values["brier"] = weights @ ((s.scores - np.eye(K)[s.target]) ** 2).sum(1) / total / (2 if s.binary else 1)
+        values["log_loss"] = weights @ -np.log(truth) / total
         confidence = s.scores[:, 1] if s.binary else s.scores.max(1)
         member = np.eye(15)[calibration_bins(confidence, 15)]
         gap = confidence - (s.target if s.binary else s.target == s.decision)
-        found["ece"] = np.abs(weights @ (member * gap[:, None])).sum(1) / total
-    return found
+        values["ece"] = np.abs(weights @ (member * gap[:, None])).sum(1) / total
+    return values
+
+
+def auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+    """Area under the ROC curve under each of R weightings, ties counted half: float [R], NaN where a class is missing.
+
+    scores: float [N]; targets: bool [N]; weights: float [R, N], how often each slice counts; left out: once, [1]. The
+    probability that a random positive scores above a random negative (Hanley & McNeil 1982).
+    """
+    weights = np.ones((1, len(scores))) if weights is None else weights
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _ranking(scores, targets.astype(bool), weights)["auroc"]
 
 
 def proportions_of(sample: Sample) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
     """Metrics that are a share of slices: (which count, out of which, what it means if there are none)."""
     s = sample
-    found = {"accuracy": (s.target == s.decision, np.ones(len(s.target), bool), "")}
+    shares = {"accuracy": (s.target == s.decision, np.ones(len(s.target), bool), "")}
 
     def add(sensitivity: str, precision: str, k: int) -> None:
         actual, called = s.target == k, s.decision == k
-        found[sensitivity] = (called, actual, f"no {s.names[k]} slices in this split")
-        found[precision] = (actual, called, f"no slice was called {s.names[k]}")
+        shares[sensitivity] = (called, actual, f"no {s.names[k]} slices in this split")
+        shares[precision] = (actual, called, f"no slice was called {s.names[k]}")
 
     if s.binary:
         add("sensitivity", "precision", 1)
         add("specificity", "npv", 0)
-        return found
+        return shares
     for k, name in enumerate(s.names):
         add(f"sensitivity/{name}", f"precision/{name}", k)
-    found["cancer/sensitivity"] = (s.flagged, s.target > 0, "no cancer slices in this split")
-    found["cancer/specificity"] = (~s.flagged, s.target == 0, "no normal slices in this split")
-    return found
-
-
-def _mcc(actual: np.ndarray, called: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Matthews' correlation for K classes (Gorodkin 2004) from weights per class [R, K]; NaN if one class takes all."""
-    total = actual.sum(1)
-    covariance = right.sum(1) * total - (actual * called).sum(1)
-    spread = (total**2 - (actual**2).sum(1)) * (total**2 - (called**2).sum(1))
-    return covariance / np.sqrt(spread)
+    shares["cancer/sensitivity"] = (s.flagged, s.target > 0, "no cancer slices in this split")
+    shares["cancer/specificity"] = (~s.flagged, s.target == 0, "no normal slices in this split")
+    return shares
 
 
 def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray, levels: tuple[int, ...] = ()) -> Statistics:
@@ -205,17 +213,17 @@ def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray, leve
     lost = np.add.reduceat(sorted_weights * ~positive[order], starts, axis=1)
     tp, fp = gained.cumsum(1), lost.cumsum(1)
     P, N = tp[:, -1:], fp[:, -1:]
-    found = {
+    values = {
         "auroc": (gained * (N - fp + lost / 2)).sum(1) / (P * N)[:, 0],
         "average_precision": (gained * tp / np.maximum(tp + fp, 1e-300)).sum(1) / P[:, 0],
     }
     for level in levels:
         allowed = fp <= (1 - level / 100) * N + 1e-9
         enough = tp >= level / 100 * P - 1e-9
-        found[f"sensitivity_at_{level}_specificity"] = np.where(allowed, tp, 0).max(1) / P[:, 0]
-        found[f"specificity_at_{level}_sensitivity"] = 1 - np.where(enough, fp, np.inf).min(1) / N[:, 0]
+        values[f"sensitivity_at_{level}_specificity"] = np.where(allowed, tp, 0).max(1) / P[:, 0]
+        values[f"specificity_at_{level}_sensitivity"] = 1 - np.where(enough, fp, np.inf).min(1) / N[:, 0]
     both = (P * N)[:, 0] > 0
-    return {name: np.where(both, values, np.nan) for name, values in found.items()}
+    return {name: np.where(both, value, np.nan) for name, value in values.items()}
 
 
 def _unseen(sample: Sample) -> Statistics:
@@ -282,24 +290,3 @@ def predictive_values(
         }
         for p in prevalences
     }
-
-
-def decision_curve(scores: np.ndarray, targets: np.ndarray, thresholds: np.ndarray) -> pd.DataFrame:
-    """Net benefit a slice of calling cancer by the model, always and never (Vickers & Elkin 2006).
-
-    scores: float [N], calibrated P(cancer); targets: int [N] in {0, 1}; thresholds: in (0, 1), each the P(cancer) at
-    which a reader would be indifferent. Columns: threshold, model, treat_all, treat_none.
-    """
-    odds = thresholds / (1 - thresholds)  # a false alarm, in missed cancers
-    called = scores[:, None] >= thresholds
-    found = (called & (targets == 1)[:, None]).mean(0)
-    alarms = (called & (targets == 0)[:, None]).mean(0)
-    prevalence = targets.mean()
-    return pd.DataFrame(
-        {
-            "threshold": thresholds,
-            "model": found - alarms * odds,
-            "treat_all": prevalence - (1 - prevalence) * odds,
-            "treat_none": 0.0,
-        }
-    )

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from chestct.config.schema import Config
-from chestct.data.splits import classes_of
+from chestct.config.schema import Config, classes_of
 from chestct.evaluation.evaluate import Evaluation, Row, decided, measured
 from chestct.models.bundle import Bundle
 from chestct.models.operating_point import OperatingPoint

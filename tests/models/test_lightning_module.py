@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from chestct import ranks
-from chestct.data.splits import classes_of
+from chestct.config.schema import classes_of
 from chestct.errors import WeightsError
 from chestct.models.lightning_module import Classifier, check_fits, metric_collection, read_checkpoint
 

@@ -13,12 +13,12 @@ import pytest
 from scipy.stats import fisher_exact
 
 from chestct import drift as program
-from chestct.imaging.statistics import STATISTICS, holm
+from chestct.imaging.statistics import STATISTICS
 from chestct.models.bundle import FACTS, Bundle, _digest, load_bundle
 from chestct.reporting import drift_report
 from chestct.serving.monitor import COLUMNS, NUMBERS, _opened
 from chestct.serving.shift import TITLES, compare
-from chestct.stats.drift import kolmogorov_smirnov
+from chestct.stats.drift import holm, kolmogorov_smirnov
 from tests.models.test_bundle import make
 
 ROOT = Path(__file__).parents[2]
