@@ -44,20 +44,20 @@ params: $(READY) ## write conf/defaults.yaml and params.yaml anew from the schem
 	$(BIN)/python -m chestct.config.compose
 
 audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct data.root=...")
-	$(BIN)/python -m chestct.data validate $(ARGS)
+	$(BIN)/python -m chestct audit $(ARGS)
 
 repro: $(READY) ## run the DVC pipeline as far as something changed
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro $(ARGS)
 
 dagshub-remote: $(READY) ## let DVC keep data on DagsHub (OWNER=... REPO=..., token in DAGSHUB_USER_TOKEN)
-	@$(BIN)/python -m chestct.tracking dagshub-remote tracking.owner=$(or $(OWNER),null) tracking.repo=$(or $(REPO),null)
+	@$(BIN)/python -m chestct dagshub-remote tracking.owner=$(or $(OWNER),null) tracking.repo=$(or $(REPO),null)
 
 demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDER serve.port=...")
 	$(BIN)/python serve.py $(ARGS)
 
 bundle: $(READY) ## make the packaged bundle again (DATA=../shared/data/chest-ct)
 	$(BIN)/python train.py data=chest_ct data.root=$(DATA) tracking=off hydra.run.dir=runs/bundle
-	$(BIN)/python -m chestct.export ckpt=runs/bundle/checkpoints/best.ckpt bundle=chestct/models/bundle \
+	$(BIN)/python -m chestct export ckpt=runs/bundle/checkpoints/best.ckpt bundle=chestct/models/bundle \
 		hydra.run.dir=runs/bundle/export evaluation.policies=true evaluation.folds=5 evaluation.permuted=true \
 		evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
 

@@ -1,148 +1,371 @@
-"""The command line of train.py, evaluate.py and `python -m chestct.data`: Hydra in, plain dataclasses out.
+"""The commands: `chestct COMMAND`, also as `python -m chestct COMMAND`, train.py, evaluate.py and serve.py.
 
-Hydra composes; this module answers `--help` before anything is imported, turns every error that a user can mend into
-one message without a traceback, and gives the task its settings and the folder to write to.
+Each command's steps stand here; whatever they need is imported when the settings are known to be right, so that
+`--help` and a misspelt key are answered at once.
 """
 
 import dataclasses
-import errno
-import functools
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from chestct.config.checks import explain, resolve
-from chestct.config.compose import CONF, PIPELINE, help_text, opened_tables, overlay
+from chestct.config.compose import PIPELINE, change_params, merge_settings
 from chestct.config.schema import Config, TrackingConfig
-from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.ranks import launched
+from chestct.errors import ChestCTError, ConfigError, DataError
+from chestct.program import errors_for_people, program
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-"""What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
+if TYPE_CHECKING:
+    from chestct.evaluation.evaluate import Evaluation
+    from chestct.tracking import Run
+    from chestct.training import Result
+
+TRAIN = """
+Trains VGG16 on chest CT slices and tests the best checkpoint.
+
+  python train.py                                       phantoms, frozen convolutions
+  python train.py data=chest_ct data.root=FOLDER        your class folders
+  python train.py model.freeze=true optim.lr=1e-4       single settings
+  python train.py experiment=two_stage                  a named experiment
+  python train.py -m optim.lr=1e-3,1e-4 model.freeze=true,false    all combinations
+  python train.py -m sweep=head                         a search; the same command goes on with it
+  python train.py tracking.register=NAME                bundle=models:/NAME@champion then finds the bundle
+  python train.py ckpt=last                             goes on with the newest run
+  python train.py trainer=ddp trainer.devices=2         two processes, one training; see docs/clusters.md
+"""
+
+EVALUATE = """
+Scores the valid and test slices of a checkpoint's data, or other data, and writes report, metrics, plots, model card.
+
+  python evaluate.py ckpt=last                                 the newest run
+  python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
+  python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    with other splits and folds
+  python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
+                                                               heat maps, refusals and robustness checked
+  python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
+                                                               a bundle on slices that it never saw
+  python evaluate.py bundle=models:/NAME@champion              a bundle by its name in MLflow
+  python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
+
+Settings that are not given come from the checkpoint.
+"""
+
+EXPORT = """
+Evaluates a checkpoint and writes its bundle: weights, preprocessing, threshold, calibration, model card.
+
+  chestct export ckpt=last bundle=FOLDER
+
+Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point, and the other
+checks that evaluation.* switches on go into the model card.
+"""
+
+SERVE = """
+Opens a web page that reads chest CT slices, at http://127.0.0.1:7860, with an API next to it.
+
+  python serve.py                                   the model in the package
+  python serve.py bundle=FOLDER                     another bundle
+  python serve.py bundle=models:/NAME@champion      one that is registered in MLflow
+  python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
+  python serve.py --hash-password                   makes the hash of a password or token (see docs/api.md)
+
+CHESTCT_USERS='name:HASH' or CHESTCT_TOKENS='HASH' in the environment ask visitors for a password or token. SIGHUP
+loads the bundle again, and asks MLflow where its name points by now; SIGTERM ends the service when requests under way
+are answered.
+"""
+
+AUDIT = """
+Audits the data: report.html for people, report.json for machines. data.audit.fail_on makes findings fail it.
+
+  chestct audit data=chest_ct data.root=FOLDER
+"""
+
+INGEST = """
+Decodes every slice once into the store and finds copies and near-copies.
+
+  chestct ingest data=chest_ct data.root=FOLDER
+"""
+
+PHANTOM = """
+Draws the synthetic slices.
+
+  chestct phantom data.phantom.slices=1000 data.phantom.defects=[exact,near]
+"""
+
+SHOW = """
+Prints slices and groups by split and class.
+
+  chestct show data=chest_ct data.root=FOLDER
+"""
+
+SYNC = """
+Copies finished runs of the local MLflow store to a server; the same command again goes on, nothing is copied twice.
+
+  chestct sync tracking.uri=https://SERVER
+  chestct sync tracking=dagshub tracking.owner=OWNER tracking.repo=REPO
+
+User and token come from the environment: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or DAGSHUB_USER_TOKEN.
+"""
+
+DAGSHUB = """
+Writes DVC's remotes for a DagsHub repository; the token comes from DAGSHUB_USER_TOKEN.
+
+  chestct dagshub-remote tracking.owner=OWNER tracking.repo=REPO
+"""
 
 
-def door(config_name: str, usage: str) -> Callable[[Callable[[Config, Path], Any]], Callable[[], None]]:
-    """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
-
-    usage: the first part of `--help`. The program exits with 0, with 2 after an error that the user can mend, with
-    130 when it was interrupted.
-    """
-
-    def decorate(task: Callable[[Config, Path], Any]) -> Callable[[], None]:
-        @functools.wraps(task)
-        def program() -> None:
-            if {"-h", "--help"} & set(sys.argv[1:]):
-                print(help_text(usage))
-                return
-            if launched().rank:
-                _take_part(config_name)
-                return
-            os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
-            failures: list[str] = []
-            try:
-                signal.signal(signal.SIGTERM, _terminate)
-                _refuse_several(config_name, sys.argv[1:])
-                _refuse_passwords(sys.argv[1:])
-                sys.argv[1:] = _ordered(sys.argv[1:])
-                if config_name == "train":
-                    sys.argv += _resumed_folder(sys.argv[1:])
-                _run(task, config_name, failures)
-            except Interrupted as stop:
-                print(f"\n{stop}", file=sys.stderr)
-                sys.exit(130)
-            except KeyboardInterrupt:
-                print("\nInterrupted.", file=sys.stderr)
-                sys.exit(130)
-            except ChestCTError as error:
-                failures.append(str(error))
-            except Exception as error:
-                failures.append(_explained(error))
-            if failures:
-                print(f"error: {failures[0]}", file=sys.stderr)
-                sys.exit(2)
-
-        return program
-
-    return decorate
+def _resumed_folder(cfg: Config) -> Path | None:
+    """Where a resumed run began, and goes on."""
+    path = find_checkpoint(cfg.ckpt, cfg.runs_dir, cfg.tracking).resolve() if cfg.ckpt else None
+    return path.parent.parent if path and path.parent.name == "checkpoints" else None
 
 
-def _explained(error: Exception) -> str:
-    """What a user has to know of an error from outside this package; raises it again where it is a bug of ours."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    raised_by = (type(error).__module__, frame.f_globals.get("__name__", ""))  # Hydra raises plain ValueErrors, too
-    if any(name.startswith(("hydra.", "omegaconf.", "antlr4.")) for name in raised_by):  # one of Hydra's is an OSError
-        return explain(error)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
-        return (
-            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space there, or choose other folders "
-            "with runs_dir=FOLDER and cache_dir=FOLDER."
-        )
-    raise error
+@program("train", TRAIN, _resumed_folder)
+def train(cfg: Config, out: Path) -> float:
+    from chestct.tracking import open_run, sole_writer
+    from chestct.training import train as fit
+
+    if cfg.ckpt:
+        cfg = from_checkpoint(cfg)
+    with sole_writer(out), open_run(cfg, out) as run:
+        result = fit(cfg, out, run)
+        run.artifacts(out / "settings.yaml", "config")
+        if cfg.tracking.log_model:
+            run.artifacts(result.best, "checkpoints")
+        message = _report(cfg, out, run, result) if cfg.evaluation.report else ""
+    objective = result.metrics[cfg.trainer.monitor]
+    print(f"{message}best checkpoint  {result.best}  ({cfg.trainer.monitor} {objective:.4f})")
+    if run.run_id:
+        print(f"MLflow run       {run.run_id} in {run.uri} (make ui)")
+    return objective
 
 
-def _run(task: Callable[[Config, Path], Any], config_name: str, failures: list[str]) -> None:
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
+    """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns a summary."""
+    import pandas as pd
 
-    # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
-    def job(composed: DictConfig) -> Any:
-        try:
-            return task(resolve(composed), Path(HydraConfig.get().runtime.output_dir))
-        except ChestCTError as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the sweep, maybe in another process, tells of it
-            failures.append(str(error))  # Hydra would print a line of its own
-            return None
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.export import export
+    from chestct.pyfunc import log_bundle
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat, write
+    from chestct.reporting.text import summary
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
+    write(evaluation, out / "evaluation")
+    export(evaluation, out / "bundle")
+    draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
+    values = flat(evaluation)
+    run.evaluation("best", {split: values[split] for split in evaluation.metrics}, out / "evaluation")
+    if cfg.tracking.log_model:
+        log_bundle(run, out / "bundle")
+    return (
+        f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n"
+        f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})\n"
+    )
 
 
-def _take_part(config_name: str) -> None:
-    """What a process that torchrun or srun started beside the first does: it has its settings from the first."""
-    if config_name == "train":
-        from chestct.training.train import join
+@program("evaluate", EVALUATE)
+def evaluate(cfg: Config, out: Path) -> None:
+    import pandas as pd
 
-        join(launched())
+    from chestct.evaluation.asked import asked_for
+    from chestct.evaluation.compare import compare_runs
+    from chestct.evaluation.external import evaluate_bundle
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat, write
+    from chestct.reporting.text import summary
+    from chestct.tracking import fetch_bundle, run_of
 
-
-def _refuse_several(config_name: str, argv: list[str]) -> None:
-    """Raises ConfigError where torchrun or srun started several processes for what one does."""
-    here = launched()
-    if here.size == 1:
+    if cfg.compare:
+        print(compare_runs(cfg, out))
         return
-    if config_name != "train":
-        raise ConfigError(f"{here.launcher} started {here.size} processes; only train.py takes several.")
-    if {"-m", "--multirun"} & set(argv):
-        raise ConfigError(
-            f"{here.launcher} started {here.size} processes of a sweep. Start it once, without {here.launcher}: with "
-            "trainer=ddp each job starts its own processes, and launcher=... spreads jobs over machines."
-        )
+    if cfg.bundle:
+        evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
+    else:
+        cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
+        evaluation = _evaluate_with_refits(cfg, out)
+    evaluation.sections |= asked_for(evaluation)
+    write(evaluation, out)
+    print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
+    if cfg.ckpt and _as_trained(evaluation):
+        if (history := Path(cfg.ckpt).parent.parent / "history.csv").is_file():
+            draw_history(pd.read_csv(history), out / "curves.png")
+        values = flat(evaluation)
+        with run_of(cfg, Path(cfg.ckpt)) as run:
+            run.evaluation(Path(cfg.ckpt).stem, {split: values[split] for split in evaluation.metrics}, out)
 
 
-def _refuse_passwords(argv: list[str]) -> None:
-    """Stops before Hydra writes a password that stands in an override beside the run."""
-    for override in argv:
-        if override.startswith("tracking.uri="):
-            from chestct.tracking.server import refuse_password
+def _evaluate_with_refits(cfg: Config, out: Path) -> "Evaluation":
+    """The checkpoint's evaluation, with a row for each other split, fold or permutation that the settings ask for."""
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.split_policies import beside
+    from chestct.training import train as fit
 
-            refuse_password(override.split("=", 1)[1])
-
-
-def _terminate(signum: int, _: object) -> None:
-    raise Interrupted("Terminated.")
+    evaluation = evaluate(cfg)
+    evaluation.rows += beside(cfg, lambda name, cfg, data: fit(cfg, out / "refits" / name, data=data).predictions)
+    return evaluation
 
 
-def _ordered(argv: list[str]) -> list[str]:
-    """Flags before overrides: argparse, under Hydra, does not admit them in between."""
-    overrides = [arg for arg in argv if "=" in arg and not arg.startswith("-")]
-    return [arg for arg in argv if arg not in overrides] + [opened_tables(arg) for arg in overrides]
+def _as_trained(evaluation: "Evaluation") -> bool:
+    """Whether the checkpoint was measured on its own run's data and split, so that the numbers belong to the run."""
+    assert evaluation.model is not None
+    splitting = {name: getattr(evaluation.model.cfg.data, name) for name in evaluation.about["splitting"]}
+    same_data = evaluation.model.hparams["data"]["hash"] == evaluation.about["data_hash"]
+    return same_data and splitting == evaluation.about["splitting"]
+
+
+@program("evaluate", EXPORT)
+def export(cfg: Config, out: Path) -> None:
+    from chestct.evaluation.asked import asked_for
+    from chestct.evaluation.export import export
+    from chestct.tracking import run_of
+
+    if not cfg.ckpt:
+        raise ConfigError("Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt.")
+    cfg = from_checkpoint(cfg)
+    folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
+    evaluation = _evaluate_with_refits(cfg, out)
+    evaluation.sections |= asked_for(evaluation)
+    bundle = export(evaluation, folder)
+    if cfg.tracking.log_model:
+        from chestct.pyfunc import log_bundle
+
+        with run_of(cfg, Path(cfg.ckpt or "")) as run:
+            log_bundle(run, folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
+
+
+@program("serve", SERVE)
+def serve(cfg: Config, out: Path) -> None:
+    from chestct.serving.monitor import Monitor
+    from chestct.serving.service import serve
+
+    def locate() -> str:
+        source = cfg.bundle or "packaged"
+        if not source.startswith(("models:/", "runs:/")):
+            return source
+        try:
+            from chestct.tracking.bundle import fetch_bundle  # MLflow takes seconds to import
+
+            return fetch_bundle(source, cfg)
+        except ModuleNotFoundError as error:  # as in the image
+            raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None
+
+    monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
+    try:
+        serve(cfg, locate, monitor.record if monitor else None)
+    finally:
+        if monitor:
+            monitor.close()
+
+
+@program("stage", AUDIT)
+def audit(cfg: Config, out: Path) -> None:
+    from chestct.audit.stage import validate
+
+    validate(cfg, out)
+
+
+@program("stage", INGEST)
+def ingest(cfg: Config, out: Path) -> None:
+    from chestct.data.prepare import prepare_store
+
+    store = prepare_store(cfg, cfg.trainer.progress)
+    copies = len(store.manifest) - store.manifest["content"].nunique()
+    print(
+        f"{len(store.manifest)} slices, {copies} of them copies, {store.manifest['group'].nunique()} groups, "
+        f"{len(store.unreadable)} unreadable: {store.folder}"
+    )
+
+
+@program("stage", PHANTOM)
+def phantom(cfg: Config, out: Path) -> None:
+    from chestct.data.prepare import draws_phantoms, located
+    from chestct.phantom.dataset import write
+
+    if not draws_phantoms(cfg.data) and cfg.data.name != "phantom":
+        raise DataError(f"data={cfg.data.name} is not drawn. Use data=phantom.")
+    root = Path(located(cfg).root or "")
+    write(root, cfg.data.phantom, cfg.trainer.progress)
+    print(f"Phantoms (synthetic): {root}")
+
+
+@program("stage", SHOW)
+def show(cfg: Config, out: Path) -> None:
+    from chestct.data.datamodule import SliceModule
+
+    data = SliceModule(cfg)
+    data.prepare_data()
+    data.setup()
+    columns = {"slices": ("path", "size"), "groups": ("group", "nunique"), "leaked": ("leaked", "sum")}
+    print(data.manifest.groupby(["source", "split", "subtype"]).agg(**columns).to_string())
+    assert data.store is not None
+    print(f"\nstore  {data.store.folder}")
+
+
+@program("stage", SYNC)
+def sync(cfg: Config, out: Path) -> None:
+    from chestct.tracking.push import push
+
+    push(cfg)
+
+
+@program("stage", DAGSHUB)
+def dagshub_remote(cfg: Config, out: Path) -> None:
+    from chestct.tracking.storage import dagshub_remotes
+
+    dagshub_remotes(cfg.tracking)
+
+
+def params() -> None:
+    """Changes params.yaml, which DVC's stages read, by overrides; groups such as data=chest_ct are opened."""
+    with errors_for_people():
+        for key, old, new in change_params(sys.argv[1:]):
+            print(f"{key}: {old} -> {new}")
+
+
+def predict() -> None:
+    from chestct.predict import main
+
+    sys.exit(main(sys.argv[1:]))
+
+
+def drift() -> None:
+    from chestct.drift import main
+
+    sys.exit(main(sys.argv[1:]))
+
+
+COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
+    "train": (train, "train a model and test it"),
+    "evaluate": (evaluate, "measure a checkpoint or a bundle, or compare two"),
+    "predict": (predict, "score files and folders into a table"),
+    "serve": (serve, "open the web page"),
+    "audit": (audit, "find out what is wrong with the data"),
+    "export": (export, "write the bundle of a checkpoint"),
+    "drift": (drift, "compare what the service saw with what the model was trained on"),
+    "sync": (sync, "copy local MLflow runs to a server"),
+    "ingest": (ingest, "decode slices into a store, and group copies"),
+    "phantom": (phantom, "draw synthetic slices"),
+    "show": (show, "count slices and groups by split and class"),
+    "params": (params, "change params.yaml, the settings of DVC's pipeline"),
+    "dagshub-remote": (dagshub_remote, "let DVC keep data on DagsHub"),
+}
+
+
+def main() -> None:
+    """The command `chestct`."""
+    with errors_for_people():
+        name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+        if name in ("-h", "--help"):
+            print("chestct COMMAND [key=value ...]; COMMAND --help explains every setting.\n")
+            print("\n".join(f"  {command:15} {text}" for command, (_, text) in COMMANDS.items()))
+        elif name in COMMANDS:
+            sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+            COMMANDS[name][0]()
+        else:
+            raise ChestCTError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}")
 
 
 def find_checkpoint(ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig | None = None) -> Path:
@@ -172,35 +395,15 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig 
     return path
 
 
-def _resumed_folder(argv: list[str]) -> list[str]:
-    """Hydra's override that lets a resumed run write to the folder it began in."""
-    given = dict(arg.split("=", 1) for arg in argv if "=" in arg)
-    if given.get("ckpt", "null") in ("null", "") or "hydra.run.dir" in given:
-        return []
-    named = {key: given[f"tracking.{key}"] for key in ("uri", "local", "owner", "repo") if f"tracking.{key}" in given}
-    tracking = TrackingConfig(given.get("tracking", "mlflow"), **named)  # type: ignore[arg-type]
-    path = find_checkpoint(given["ckpt"], given.get("runs_dir", "runs"), tracking).resolve()
-    return [f"hydra.run.dir={_quoted(path.parent.parent)}"] if path.parent.name == "checkpoints" else []
-
-
-def _quoted(path: Path) -> str:
-    """A path as Hydra's override grammar reads it, whatever it contains."""
-    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
 def from_checkpoint(cfg: Config) -> Config:
-    """The settings in the checkpoint cfg.ckpt with what was said on the command line laid over them.
-
-    Only for tasks that run behind a door: what was said is Hydra's list of overrides.
-    """
+    """The settings in the checkpoint cfg.ckpt, with those given on the command line laid over them."""
     from hydra.core.hydra_config import HydraConfig
 
     from chestct.models.lightning_module import read_checkpoint
 
     path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking)
-    settings = read_checkpoint(path)["hyper_parameters"]["settings"]
+    stored = read_checkpoint(path)["hyper_parameters"]["settings"]
     overrides = list(HydraConfig.get().overrides.task)
-    if HydraConfig.get().job.config_name == PIPELINE:  # what params.yaml says of evaluation is said, too
+    if HydraConfig.get().job.config_name == PIPELINE:  # params.yaml decides how the pipeline evaluates
         overrides.append("evaluation=params")
-    said = overlay(cfg, overrides, settings)
-    return dataclasses.replace(said, ckpt=str(path))
+    return dataclasses.replace(merge_settings(cfg, overrides, stored), ckpt=str(path))

@@ -1,4 +1,4 @@
-"""python -m chestct.drift COMMAND: whether what the service sees still looks like what the model was trained on."""
+"""chestct drift COMMAND: whether what the service sees still looks like what the model was trained on."""
 
 import argparse
 import importlib.util
@@ -57,7 +57,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m chestct.drift",
+        prog="chestct drift",
         description=__doc__.split(": ", 1)[1].capitalize(),
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""python -m chestct.predict: answers for files and folders, as a table. Options only; chestct.serving.batch does it."""
+"""chestct predict: answers for files and folders, as a table. Options only; chestct.serving.batch does it."""
 
 import argparse
 import signal
@@ -104,7 +104,7 @@ def _terminate(signum: int, _: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m chestct.predict",
+        prog="chestct predict",
         description="Scores chest CT slices (PNG, JPEG, TIFF, BMP, WebP, DICOM) into a table. Research use only.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -226,7 +226,7 @@ def test_an_unreachable_server_is_said_quickly_and_the_run_goes_on_locally(small
         assert run.uri == uri
     told = capsys.readouterr().out
     assert "cannot be reached" in told
-    assert "python -m chestct.tracking push tracking.uri=http://127.0.0.1:9" in told
+    assert "chestct sync tracking.uri=http://127.0.0.1:9" in told
     with (
         pytest.raises(TrackingError, match=r"tracking\.required=false"),
         open_run(small(*asked, "tracking.required=true"), tmp_path / "b"),

@@ -58,7 +58,7 @@ def kept_audit(cfg: Config, store: Store) -> Path:
 
 
 def validate(cfg: Config, out: Path) -> Audit:
-    """What `python -m chestct.data validate` does: ingest, audit, summary on the terminal.
+    """What `chestct audit` does: ingest, audit, summary on the terminal.
 
     Raises DataError where a finding is of a kind that data.audit.fail_on names; the report is written all the same.
     """

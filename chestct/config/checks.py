@@ -3,13 +3,14 @@
 import difflib
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from chestct.config.schema import LABEL_NAMES, Config, TrainerConfig, leaves
+from chestct.config.schema import LABEL_NAMES, Config, TrainerConfig, leaves, type_name
 from chestct.errors import ConfigError
 
 THRESHOLD_POLICY = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
@@ -99,31 +100,105 @@ def _misplaced(trainer: TrainerConfig) -> Iterator[str]:
         yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
 
 
+OTHER_NAMES = {
+    "optim.lr": ("learning_rate", "lr", "base_lr", "eta"),
+    "optim.name": ("optimizer", "optimiser"),
+    "optim.schedule": ("scheduler", "lr_scheduler"),
+    "optim.weight_decay": ("wd", "decay", "l2"),
+    "optim.class_weights": ("class_weight", "pos_weight"),
+    "data.root": ("path", "dir", "data_dir", "data_path", "dataset", "folder", "root_dir", "data_root"),
+    "data.size": ("img_size", "image_size", "input_size", "resolution", "resize"),
+    "data.batch_size": ("bs", "batch"),
+    "data.workers": ("num_workers", "n_workers"),
+    "data.augment": ("augmentation", "augmentations", "transforms"),
+    "trainer.max_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
+    "trainer.patience": ("early_stopping", "early_stop"),
+    "trainer.devices": ("gpus", "num_gpus", "ngpu"),
+    "trainer.accelerator": ("device", "cuda", "gpu"),
+    "model.freeze": ("frozen", "freeze_backbone", "freeze_features", "train_backbone"),
+    "model.weights": ("pretrained", "backbone_weights"),
+    "evaluation.threshold": ("cutoff", "thresh"),
+    "tracking.experiment": ("experiment_name",),
+    "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir"),
+    "ckpt": ("checkpoint", "ckpt_path", "resume", "resume_from", "resume_from_checkpoint"),
+    "seed": ("random_seed", "random_state", "seed_everything"),
+}
+"""What other projects of the field call a setting."""
+
+WORDS = {"bool": "true or false", "int": "a whole number", "float": "a number", "str": "text", "None": "null"}
+
+
 def explain(error: Exception) -> str:
     """Hydra's or OmegaConf's message in one or two lines, with the nearest key where one was misspelt."""
-    text = str(error)
-    cause = error.__cause__
-    key = getattr(error, "full_key", None) or getattr(cause, "full_key", None)
-    named = re.search(r"Could not override '([^']+)'", text)
-    key = named.group(1) if named else key
+    text, cause = str(error), error.__cause__
     first = str(cause or error).strip().splitlines()[0]
+    named = re.search(r"Could not override '([^']+)'", text)
+    key = named[1] if named else getattr(error, "full_key", None) or getattr(cause, "full_key", None)
     option = re.search(r"Could not find '(\w+)/([^']+)'", text)
     if option:
         return f"There is no {option[1]}={option[2]}: the options are the files in conf/{option[1]}/, see --help."
-    if "parsing override" in text:
-        return f"{first}: settings are given as key=value, for example optim.lr=1e-4."
-    if key and ("not in struct" in text or "not in '" in text or "not in struct" in first or "not in '" in first):
-        keys = [k for k, _, _ in leaves(Config)]
-        groups = {k.rsplit(".", 1)[0] for k in keys if "." in k}
-        hint = _did_you_mean(key, [*keys, *groups])
-        return f"There is no setting {key!r}.{hint} All settings: --help."
+    override = (
+        getattr(error, "override", None) or (re.findall(r"Ambiguous value for argument '(.*)'", text) or [None])[0]
+    )
+    if override:
+        return _unparsed(override.lstrip("+"), first)
+    if key and any("not in struct" in part or "not in '" in part for part in (text, first)):
+        near = suggest(key)
+        return f"There is no setting {key!r}.{f' Did you mean {near}?' if near else ''} All settings: --help."
+    wanted = _wanted(key) if key else ""
+    if wanted:
+        value = re.search(r"Value '(.*?)' of type", first)
+        return f"{key}={value[1]}: give {wanted}." if value else f"{key}: give {wanted}."
     return f"{key}: {first}" if key and key not in first else first
 
 
+def suggest(key: str) -> str:
+    """The setting or group that a misspelt key most likely means; empty where none is near."""
+    keys = [known for known, _, _ in leaves(Config)]
+    group, _, name = key.lstrip("+~").rpartition(".")
+    same = [known for known in keys if name == known.rpartition(".")[2] or name in OTHER_NAMES.get(known, ())]
+    same.sort(key=lambda known: not known.startswith(f"{group}."))  # of the same group first
+    near = same or difflib.get_close_matches(
+        key, [*keys, *{k.rpartition(".")[0] for k in keys} - {""}], n=1, cutoff=0.6
+    )
+    if not near and not group:  # `lrr` for `optim.lr`
+        last = {k.rpartition(".")[2]: k for k in reversed(keys)}
+        near = [last[match] for match in difflib.get_close_matches(name, last, n=1, cutoff=0.6)]
+    return near[0] if near else ""
+
+
+def _wanted(key: str) -> str:
+    """What a setting takes, in words, with its meaning; empty where the schema does not know it."""
+    for known, _, item in leaves(Config):
+        if key.split("[")[0] == known:
+            kind = type_name(item)
+            kinds = re.sub(r"\b(list|dict)\[.*\]", "", kind).split("|")
+            words = [WORDS[part.strip()] for part in kinds if part.strip() in WORDS]
+            if kind.startswith("list"):
+                words.append("a list, as in [1,2]" if "int" in kind or "float" in kind else "a list, as in [a,b]")
+            if kind.startswith("dict"):
+                words.append("a table, as in {key: value}")
+            return f"{' or '.join(words)} ({item.metadata['help']})"
+    return ""
+
+
+def _unparsed(override: str, message: str) -> str:
+    """How an override is written that Hydra's grammar does not take."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} is no setting: settings are given as key=value, for example optim.lr=1e-4."
+    if message.startswith("Ambiguous"):
+        return f"{override} names several values: add -m to run each of them, or give a list as in {key}=[{value}]."
+    if value.startswith(("{", "[")):
+        return (
+            f"{override}: Hydra cannot read this value. Names with spaces, parentheses or other scripts go into a "
+            "YAML file; for class folders: data.labels_file=FILE."
+        )
+    return (
+        f"{override}: Hydra cannot read this value. Quote it for Hydra and the shell: {key}={shlex.quote(repr(value))}"
+    )
+
+
 def _did_you_mean(word: str, options: Any) -> str:
-    options = [str(option) for option in options]
-    near = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
-    if not near and "." not in word:  # `lrr` for `optim.lr`
-        last = {option.rsplit(".", 1)[-1]: option for option in reversed(options)}
-        near = [last[match] for match in difflib.get_close_matches(word, last, n=1, cutoff=0.6)]
+    near = difflib.get_close_matches(word, [str(option) for option in options], n=1, cutoff=0.6)
     return f" Did you mean {near[0]}?" if near else ""

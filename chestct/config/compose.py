@@ -8,13 +8,33 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from chestct.config.checks import explain, resolve
-from chestct.config.schema import Config, leaves
+from chestct.config.schema import Config, leaves, type_name
 from chestct.errors import ConfigError
+from chestct.files import write_atomic
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE / "conf")
+"""Hydra's files: at the top of the repository; inside the package where it was installed from a wheel."""
 
 PIPELINE = "params"
 """Name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes."""
+
+HERE = (
+    *(
+        "ckpt",
+        "cache_dir",
+        "runs_dir",
+        "bundle",
+        "compare",
+        "tracking",
+        "serve",
+        "monitor",
+        "data.store",
+        "data.workers",
+    ),
+    *("trainer.strategy", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.progress"),
+)
+"""Settings that describe this machine, never taken from a file that may come from elsewhere."""
 
 MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "deterministic")
 """What the files of conf/trainer set."""
@@ -30,38 +50,75 @@ def compose(*overrides: str, config_name: str = "train") -> Config:
 
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose(config_name, [opened_tables(override) for override in overrides])
+            composed = hydra_compose(config_name, [readable(override) for override in overrides])
     except Exception as error:
-        if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
+        if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")) and not isinstance(
+            error, ValueError
+        ):
             raise
         raise ConfigError(explain(error)) from None
     return resolve(composed)
 
 
-def overlay(cfg: Config, overrides: list[str], base: dict[str, Any]) -> Config:
-    """`base` with the overridden keys of `cfg` laid over it.
+def readable(override: str, sweep: bool = False) -> str:
+    """An override as Hydra's grammar takes it.
 
+    Tables such as data.labels take new keys, which Hydra admits only where the override begins with ++. A text setting
+    is quoted where its value would not be read as typed: a path with `=`, spaces, parentheses or, unless `sweep`,
+    a comma.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    key, equals, value = override.partition("=")
+    kinds = {name: type_name(item) for name, _, item in leaves(Config)}
+    if any(kind.startswith("dict") and (key == name or key.startswith(f"{name}.")) for name, kind in kinds.items()):
+        override = f"++{override}"
+    if equals and kinds.get(key.lstrip("+"), "").startswith("str"):
+        try:
+            (parsed,) = OverridesParser.create().parse_overrides([override])
+            return quoted(key, value) if parsed.is_sweep_override() and not sweep else override
+        except OverrideParseException:
+            return quoted(key, value)
+    return override
+
+
+def quoted(key: str, value: str) -> str:
+    """An override whose value Hydra's grammar reads as this text, whatever it contains."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) -> Config:
+    """The settings in a checkpoint, with the overridden keys of `cfg` laid over them.
+
+    stored: what the checkpoint holds. It describes a model and its data; where this machine keeps things, what it runs
+    on and whom it talks to (HERE) comes from `cfg`, since a file from elsewhere does not decide that.
     overrides: Hydra's override strings, such as `data.root=/x` or `data=chest_ct`; their values are read from `cfg`,
     where groups are opened and types are right.
+    Raises ConfigError where the stored settings hold an interpolation, which could read this machine's environment.
     """
-    merged, source = OmegaConf.create(base), OmegaConf.structured(cfg)
-    for override in overrides:
-        key = override.split("=", 1)[0].lstrip("+~").split("@")[0]
-        if key == "experiment":
-            raise ConfigError(
-                "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."
-            )
+    _refuse_interpolation(stored)
+    merged, source = OmegaConf.create(stored), OmegaConf.structured(cfg)
+    keys = [override.split("=", 1)[0].lstrip("+~").split("@")[0] for override in overrides]
+    if "experiment" in keys:
+        raise ConfigError(
+            "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."
+        )
+    for key in [*HERE, *keys]:
         # trainer=NAME says on what to train; how long is the checkpoint's.
-        for said in [f"trainer.{name}" for name in MACHINE] if key == "trainer" else [key]:
-            OmegaConf.update(merged, said, OmegaConf.select(source, said), merge=False, force_add=True)
+        for part in [f"trainer.{name}" for name in MACHINE] if key == "trainer" else [key]:
+            OmegaConf.update(merged, part, OmegaConf.select(source, part), merge=False, force_add=True)
     return resolve(merged)
 
 
-def opened_tables(override: str) -> str:
-    """Lets tables such as data.labels take new keys, which Hydra admits only where the override begins with ++."""
-    key = override.split("=", 1)[0]
-    tables = {name for name, default, _ in leaves(Config) if isinstance(default, dict)}
-    return f"++{override}" if any(key == table or key.startswith(f"{table}.") for table in tables) else override
+def _refuse_interpolation(value: Any, key: str = "") -> None:
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"The checkpoint's setting {key}={value!r} is an expression, which files may not hold.")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        _refuse_interpolation(str(name), key)
+        _refuse_interpolation(item, f"{key}.{name}".lstrip("."))
 
 
 def help_text(usage: str) -> str:
@@ -101,13 +158,33 @@ def as_yaml() -> str:
     return "".join(lines)
 
 
-def made_files() -> dict[Path, str]:
+def change_params(overrides: list[str], path: Path = Path("params.yaml")) -> list[tuple[str, Any, Any]]:
+    """Changes params.yaml by overrides as train.py takes them, and keeps what else stands in it.
+
+    DVC's own `-S` changes single settings; a group such as `data=chest_ct` or an experiment is opened here. Returns
+    (key, old value, new value) of each setting that changed; raises ConfigError for an override that is wrong.
+    """
+    default, wanted = OmegaConf.structured(compose()), OmegaConf.structured(compose(*overrides))
+    stored = OmegaConf.load(path) if path.is_file() else OmegaConf.create()
+    before = resolve(stored)  # type: ignore[arg-type]
+    merged = OmegaConf.structured(before)
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    for key, _, _ in leaves(Config):
+        value = OmegaConf.select(wanted, key)
+        if key in given or value != OmegaConf.select(default, key):
+            OmegaConf.update(merged, key, value, merge=False)
+    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(resolve(merged))))
+    old, new = ({key: value for key, value, _ in leaves(cfg)} for cfg in (before, resolve(merged)))
+    return [(key, old[key], new[key]) for key in new if old[key] != new[key]]
+
+
+def derived_files() -> dict[Path, str]:
     """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml."""
     composed = OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it, so that git sees no change
     return {CONF / "defaults.yaml": as_yaml(), CONF.parent / "params.yaml": composed}
 
 
 if __name__ == "__main__":  # `make params`; the defaults first, since params.yaml is composed on top of them
-    (CONF / "defaults.yaml").write_text(as_yaml())
-    for made, text in made_files().items():
-        made.write_text(text)
+    write_atomic(CONF / "defaults.yaml", as_yaml())
+    for derived, text in derived_files().items():
+        write_atomic(derived, text)

@@ -357,3 +357,8 @@ def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.F
             yield from leaves(default, f"{key}.")
         else:
             yield key, default, item
+
+
+def type_name(item: dataclasses.Field) -> str:
+    """The type of a setting as it is written in the schema, for example `str | None`."""
+    return item.type.__name__ if type(item.type) is type else str(item.type)

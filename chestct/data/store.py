@@ -112,7 +112,7 @@ def open_store(folder: Path) -> Store:
     """Opens what `ingest` wrote. Raises DataError where there is none, or one of another version."""
     path = folder / "manifest.parquet"
     if not path.is_file():
-        raise DataError(f"No store in {folder}. Make it with `python -m chestct.data ingest`.")
+        raise DataError(f"No store in {folder}. Make it with `chestct ingest`.")
     table = _read_table(path)
     meta = json.loads((table.schema.metadata or {}).get(b"chestct", b"{}"))
     if meta.get("format") != FORMAT:

@@ -198,7 +198,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     path = folder / FACTS
     if not path.is_file():
         raise BundleError(
-            f"No bundle in {folder}: there is no {FACTS}. Make one with `python -m chestct.export ckpt=last`, or use "
+            f"No bundle in {folder}: there is no {FACTS}. Make one with `chestct export ckpt=last`, or use "
             "bundle=packaged."
         )
     try:
@@ -209,9 +209,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is damaged. Export the bundle again.") from None
     if schema != SCHEMA:
         newer = not isinstance(schema, int) or schema > SCHEMA
-        way_out = (
-            "Update chestct." if newer else "Export it again from its checkpoint: python -m chestct.export ckpt=..."
-        )
+        way_out = "Update chestct." if newer else "Export it again from its checkpoint: chestct export ckpt=..."
         raise BundleError(f"The bundle {folder} has schema {schema}; this version of chestct reads {SCHEMA}. {way_out}")
     if digest != _digest(facts):
         raise BundleError(f"{path} was altered after it was written. Export the bundle again.")

@@ -1,4 +1,4 @@
-"""Scores folders of slices into a table: `python -m chestct.predict`.
+"""Scores folders of slices into a table: `chestct predict`.
 
 A few files are read and decoded ahead while the network works, and answers are written in order as they come, so that
 memory does not grow with the number of files and a killed run loses seconds. A file whose bytes are in the table with

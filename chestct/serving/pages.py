@@ -22,7 +22,7 @@ clipboard.</li><li><b>Read</b> the decision, how probable cancer is, and what th
 </article>"""
 
 API_HELP = """<article class="prose"><h2>For programs</h2>
-<p>One slice a request, JSON back. For folders use the command line: <code>python -m chestct.predict FOLDER</code>.</p>
+<p>One slice a request, JSON back. For folders use the command line: <code>chestct predict FOLDER</code>.</p>
 <h3>curl</h3><pre tabindex="0"><code>curl --data-binary @slice.png ADDRESS/predict
 curl -F file=@slice.dcm "ADDRESS/predict?overlay=true"</code></pre>
 <h3>Python, gradio_client</h3><pre tabindex="0"><code>from gradio_client import Client, handle_file

@@ -62,7 +62,7 @@ def expand(files: Sequence[tuple[str, bytes]], max_files: int, max_bytes: int) -
 def too_many(count: int, most: int) -> UploadError:
     return UploadError(
         f"{count} slices at once; this service takes up to {most}. Send fewer, or use the command line for whole "
-        "folders: python -m chestct.predict."
+        "folders: chestct predict."
     )
 
 

@@ -239,7 +239,7 @@ def _push_command(cfg: TrackingConfig) -> str:
         else f"tracking.uri={cfg.uri}"
     )
     where += "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
-    return f"python -m chestct.tracking push {where}"
+    return f"chestct sync {where}"
 
 
 def _say_how_it_ended(mirror: Mirror, cfg: TrackingConfig) -> bool:

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from chestct.config.checks import check, resolve
-from chestct.config.compose import CONF, compose, made_files, overlay
+from chestct.config.compose import CONF, compose, derived_files, merge_settings
 from chestct.config.schema import Config, leaves
 from chestct.errors import ConfigError
 
@@ -82,7 +82,7 @@ def test_frozen_ends_where_convolutions_join_in():
 
 
 def test_committed_files_follow_from_the_schema():
-    for path, text in made_files().items():
+    for path, text in derived_files().items():
         assert path.read_text() == text, f"{path.name}: run `make params`"
 
 
@@ -98,7 +98,7 @@ def test_settings_survive_a_checkpoint():
 
 def test_overlay_changes_only_what_was_said():
     base = dataclasses.asdict(compose("experiment=seed_recipe", "data=chest_ct", "data.root=/there"))
-    said = overlay(compose("optim.lr=0.5"), ["optim.lr=0.5"], base)
+    said = merge_settings(compose("optim.lr=0.5"), ["optim.lr=0.5"], base)
     assert said.optim.lr == 0.5
     assert said.optim.name == "sgd"
     assert said.data.root == "/there"
@@ -106,4 +106,4 @@ def test_overlay_changes_only_what_was_said():
 
 def test_overlay_takes_a_whole_group():
     base = dataclasses.asdict(compose("data=chest_ct", "data.root=/there", "data.batch_size=7"))
-    assert overlay(compose("data=phantom"), ["data=phantom"], base).data == compose().data
+    assert merge_settings(compose("data=phantom"), ["data=phantom"], base).data == compose().data

@@ -3,4 +3,4 @@
 from tests.e2e.loopback import plain_http as plain_http
 from tests.e2e.loopback import s3 as s3
 from tests.e2e.loopback import server as server
-from tests.e2e.test_doors import call as call
+from tests.e2e.test_commands import call as call

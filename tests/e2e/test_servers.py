@@ -156,7 +156,7 @@ def test_a_server_that_hangs_neither_slows_the_run_nor_loses_anything(recorded, 
     server.signal(signal.SIGCONT)
     assert took < 6
     assert "does not answer" in told
-    assert "chestct.tracking push" in capsys.readouterr().out
+    assert "chestct sync" in capsys.readouterr().out
     time.sleep(12)  # until the request that hung is given up
     push(cfg)
     assert_same(server, cfg)

@@ -107,7 +107,7 @@ def test_a_copy_in_another_source_stays_in_its_originals_split(run, tmp_path, so
     from chestct.data.splits import make_splits
 
     setting, copies = sources
-    status, out, err = run("chestct.data", "ingest", setting)
+    status, out, err = run("chestct", "ingest", setting)
     assert status == 0, err
     assert out.startswith("76 slices, 4 of them copies")
     manifest = pd.read_parquet(the(tmp_path, "cache/store/*/manifest.parquet"))
@@ -123,7 +123,7 @@ def test_a_copy_in_another_source_stays_in_its_originals_split(run, tmp_path, so
 
 def test_a_source_whose_folders_map_to_nothing_is_named(run, sources):
     setting, _ = sources
-    status, out, err = run("chestct.data", "ingest", setting.replace("tumour: cancer", "lump: cancer"))
+    status, out, err = run("chestct", "ingest", setting.replace("tumour: cancer", "lump: cancer"))
     assert status == 2
     assert "tumour_T1" in err
     assert "Traceback" not in out + err

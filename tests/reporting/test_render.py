@@ -152,7 +152,7 @@ def test_the_first_screen_says_result_doubts_and_rows(page: str) -> None:
         ("explanation", "evaluation.phantoms="),
         ("novelty", "evaluation.novelty="),
         ("robustness", "evaluation.robustness="),
-        ("audit", "chestct.data validate"),
+        ("audit", "chestct audit"),
     ],
 )
 def test_what_was_not_asked_for_is_said_with_the_setting(bare: str, page: str, section: str, setting: str) -> None:

@@ -69,7 +69,7 @@ def guarded(app=echo, gate: Gate | None = None, max_upload: int = 1000, rate: in
         ("PUT", "/"),
     ],
 )
-def test_doors_that_the_page_does_not_need_are_shut(method: str, path: str) -> None:
+def test_commands_that_the_page_does_not_need_are_shut(method: str, path: str) -> None:
     assert ask(guarded(), method, path).status_code == 404
 
 

@@ -12,7 +12,7 @@ import torch
 
 from chestct import ranks
 from chestct.config.checks import check
-from chestct.config.compose import CONF, overlay
+from chestct.config.compose import CONF, merge_settings
 from chestct.data.datamodule import Batches, SliceModule
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.models.vgg16 import Dropout
@@ -122,9 +122,9 @@ def test_a_resumed_run_may_move_to_other_processes_and_stays_as_long(small):
     import dataclasses
 
     base = dataclasses.asdict(small("trainer.max_epochs=7", *TWO))
-    assert overlay(small(), ["trainer=default"], base).trainer.strategy == "single"
-    assert overlay(small(), ["trainer=default"], base).trainer.max_epochs == 7
-    assert overlay(small(), ["optim.lr=1"], base).trainer.devices == "2"
+    assert merge_settings(small(), ["trainer=default"], base).trainer.strategy == "single"
+    assert merge_settings(small(), ["trainer=default"], base).trainer.max_epochs == 7
+    assert merge_settings(small(), ["optim.lr=1"], base).trainer.devices == "2"
 
 
 @pytest.mark.slow

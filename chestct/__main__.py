@@ -1,0 +1,3 @@
+from chestct.cli import main
+
+main()

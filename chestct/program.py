@@ -1,0 +1,172 @@
+"""What every command with settings has in common: Hydra in, a checked `Config` out, and errors for people.
+
+Settings are composed and checked once before Hydra starts, so that a mistake leaves no run folder behind; Hydra then
+makes the folder, logs, and runs one job or many.
+"""
+
+import contextlib
+import errno
+import functools
+import io
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from chestct.config.checks import explain, resolve, suggest
+from chestct.config.compose import CONF, compose, help_text, quoted, readable
+from chestct.config.schema import Config
+from chestct.errors import ChestCTError, ConfigError, Interrupted
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+"""What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
+
+WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
+"""Hydra's own options; everything else is a setting, `key=value`."""
+
+HYDRAS_FILES = {".hydra", ".lock", "settings.yaml", "train.log", "evaluate.log"}
+"""What lies in a run folder before anything was computed."""
+
+Task = Callable[[Config, Path], Any]
+
+
+def program(
+    config_name: str, usage: str, run_folder: Callable[[Config], Path | None] = lambda cfg: None
+) -> Callable[[Task], Callable[[], None]]:
+    """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
+
+    usage: the first part of `--help`. run_folder: the folder that a run goes on in; None for a new one. The program
+    exits with 0, with 2 after an error that the user can mend, with 130 when it was interrupted.
+    """
+
+    def decorate(task: Task) -> Callable[[], None]:
+        @functools.wraps(task)
+        def run() -> None:
+            with errors_for_people():
+                arguments = sys.argv[1:]
+                if {"-h", "--help"} & set(arguments):
+                    print(help_text(usage))
+                    return
+                os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
+                signal.signal(signal.SIGTERM, _terminate)
+                flags, overrides = split_arguments(arguments)
+                overrides = [readable(override, bool(flags.keys() & {"-m", "--multirun"})) for override in overrides]
+                _refuse_passwords(overrides)
+                if not flags.keys() & {"-m", "--multirun", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c"}:
+                    folder = run_folder(_check(config_name, flags, overrides))
+                    if folder and not any(override.startswith("hydra.run.dir=") for override in overrides):
+                        overrides.append(quoted("hydra.run.dir", str(folder)))
+                options = [
+                    part for flag, value in flags.items() for part in ([flag] if value is None else [flag, value])
+                ]
+                sys.argv[1:] = [*options, *overrides]
+                _run(task, config_name)
+
+        return run
+
+    return decorate
+
+
+@contextlib.contextmanager
+def errors_for_people() -> Iterator[None]:
+    """Ends the program with one message and a status, without a traceback, for whatever a user can mend."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a finished training
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def split_arguments(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Hydra's options, each with its value or None, and the overrides, which Hydra wants behind them.
+
+    Raises ConfigError for an option that Hydra does not have, such as `--lr 1e-3`.
+    """
+    flags: dict[str, str | None] = {}
+    overrides = []
+    rest = iter(arguments)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag in WITH_VALUE:
+            flags[flag] = value if equals else next(rest, "")
+        elif flag in ALONE:
+            flags[flag] = None
+        elif argument.startswith("-"):
+            meant = suggest(flag.lstrip("-").replace("-", "_")) or "optim.lr"
+            given = value or "VALUE"
+            raise ConfigError(f"{flag}: settings are given as key=value, without dashes: {meant}={given}. See --help.")
+        else:
+            overrides.append(argument)
+    return flags, overrides
+
+
+def _check(config_name: str, flags: dict[str, str | None], overrides: list[str]) -> Config:
+    folder = flags.get("--config-dir") or flags.get("-cd")
+    name = flags.get("--config-name") or flags.get("-cn") or config_name
+    search = [f"hydra.searchpath=['{Path(folder).resolve()}']"] if folder else []
+    return compose(*overrides, *search, config_name=name)
+
+
+def _run(task: Task, config_name: str) -> None:
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    failures: list[ChestCTError] = []
+
+    # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
+    def job(composed: DictConfig) -> Any:
+        out = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            return task(resolve(composed), out)
+        except ChestCTError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # the sweep, maybe in another process, reports it
+            failures.append(error)  # Hydra would print a line of its own
+            if out != Path.cwd() and {path.name for path in out.iterdir()} <= HYDRAS_FILES:
+                shutil.rmtree(out)  # a mistake leaves no empty run
+            return None
+
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    if failures:
+        raise failures[0]
+
+
+def _explained(error: Exception) -> str:
+    """What a user has to know of an error from outside this package; raises it again where it is a bug of ours."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_by = (type(error).__module__, frame.f_globals.get("__name__", ""))  # Hydra raises plain ValueErrors, too
+    if any(name.startswith(("hydra.", "omegaconf.", "antlr4.")) for name in raised_by):  # one of Hydra's is an OSError
+        return explain(error)
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return (
+            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space there, or choose other folders "
+            "with runs_dir=FOLDER and cache_dir=FOLDER."
+        )
+    raise error
+
+
+def _refuse_passwords(overrides: list[str]) -> None:
+    """Stops before Hydra writes a password that stands in an override into the run's folder."""
+    for override in overrides:
+        if override.startswith("tracking.uri="):
+            from chestct.tracking.server import refuse_password
+
+            refuse_password(override.split("=", 1)[1])
+
+
+def _terminate(signum: int, _: object) -> None:
+    raise Interrupted("Terminated.")
