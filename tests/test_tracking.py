@@ -16,7 +16,6 @@ from chestct.config.compose import CONF
 from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError, Interrupted
 from chestct.tracking import TrackingError, open_run, probe, sole_writer
-from chestct.tracking.__main__ import main
 from chestct.tracking.push import push
 from chestct.tracking.server import local_uri, server_uri
 from chestct.tracking.storage import dagshub_remotes
@@ -338,14 +337,6 @@ def test_a_run_without_a_checkpoint_says_so(small, uri, tmp_path):
 def test_push_without_a_server_says_how(small):
     with pytest.raises(ConfigError, match="tracking=dagshub"):
         push(small("tracking=mlflow"))
-
-
-def test_the_command_line_of_tracking_explains_itself(capsys):
-    assert main([]) == 0
-    assert "push" in capsys.readouterr().out
-    assert main(["pull"]) == 2
-    assert main(["push", "tracking.urll=x"]) == 2
-    assert "Did you mean tracking.uri" in capsys.readouterr().err
 
 
 @pytest.mark.slow
