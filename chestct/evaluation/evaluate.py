@@ -31,7 +31,7 @@ from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle
 from chestct.models.features import attach
 from chestct.models.lightning_module import Classifier, load_classifier
-from chestct.models.novelty import Reference, channel_means, fit_reference
+from chestct.models.novelty import NoveltyModel, channel_means, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_evidence
@@ -67,7 +67,7 @@ class Evaluation:
     cfg: Config
     table: pd.DataFrame  # one row a valid or test slice; columns: docs/manifest.md
     point: OperatingPoint
-    reference: Reference
+    novelty_model: NoveltyModel
     metrics: dict[str, dict[str, Estimate]]  # split -> name -> estimate
     rows: list[Row]
     about: dict[str, Any]
@@ -98,7 +98,7 @@ class Evaluation:
     def bundle(self) -> Bundle:
         """What answers for squares; it has no facts as yet, which come with the export."""
         assert self.model is not None
-        return Bundle(self.model.net, self.point, self.reference, self.baseline, {})
+        return Bundle(self.model.net, self.point, self.novelty_model, self.baseline, {})
 
     @property
     def headline(self) -> Row:
@@ -124,16 +124,16 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     logits, pooled = outputs(model, data, cfg)
     valid = data.manifest.loc[data.manifest["split"] == "valid", "target"].to_numpy()
     point = OperatingPoint.fit(logits["valid"], valid, cfg.evaluation)
-    reference = fit_reference(pooled["train"], pooled["valid"])
+    novelty_model = fit_novelty(pooled["train"], pooled["valid"])
     parts = [prediction_table(data.manifest, split, logits[split], cfg.task) for split in ("valid", "test")]
-    novelty = torch.cat([reference.distance(pooled[split]) for split in ("valid", "test")]).numpy()
+    novelty = torch.cat([novelty_model.distance(pooled[split]) for split in ("valid", "test")]).numpy()
     table = decided(pd.concat(parts, ignore_index=True), point, novelty, cfg.task)
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
     headline = row(cfg, cfg.data.split, test, metrics["test"], data)
     assert data.store is not None
     found = Evaluation(
-        *(cfg, table, point, reference, metrics, [headline], _about(cfg, data)),
+        *(cfg, table, point, novelty_model, metrics, [headline], _about(cfg, data)),
         model=model,
         data=data,
         manifest=data.manifest,

@@ -22,7 +22,7 @@ def export(found: Evaluation, folder: Path) -> Bundle:
         folder,
         found.model.net,
         found.point,
-        found.reference,
+        found.novelty_model,
         found.baseline,
         facts(found),
         model_card(found),

@@ -42,7 +42,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         cfg,
         table,
         bundle.point,
-        bundle.reference,
+        bundle.novelty_model,
         metrics := {"test": measured(table, cfg, bundle.point.threshold)},
         [_row(table, metrics["test"], cfg)],
         {

@@ -4,8 +4,9 @@ Safetensors and JSON only, with the hash of every file, so that a bundle from a 
 one is noticed. A head on the packaged convolutions makes a bundle of some kilobytes; torch is all that loading needs.
 """
 
-import hashlib
+import contextlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -16,14 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
 import chestct
 from chestct.config.schema import ModelConfig, WindowConfig
 from chestct.errors import BundleError, WeightsError
+from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
-from chestct.models.novelty import Reference, channel_means
+from chestct.models.bundle_schema import check_facts
+from chestct.models.novelty import NoveltyModel, channel_means
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import excess, explained_output, heat
 from chestct.models.vgg16 import VGG16
@@ -33,9 +37,16 @@ SCHEMA = 2
 """Version of bundle.json; any other is refused. 2: the baseline of heat maps has a mean and a spread."""
 
 PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
-"""The bundle in the package, trained on real slices; its model card tells on which."""
+"""The bundle in the package, trained on real slices; its model card says on which."""
 
 TENSORS, FACTS, CARD = "model.safetensors", "bundle.json", "MODEL_CARD.md"
+
+LOCK = ".lock"
+"""In the temporary folder of an export, held as long as its process lives."""
+
+LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
+"""Bytes of each file beyond which it is not read: a head on flattened maps with wide layers takes 0.4 GB, a million
+slices in `data.seen` 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Bundle:
 
     net: VGG16
     point: OperatingPoint
-    reference: Reference
+    novelty_model: NoveltyModel
     baseline: torch.Tensor  # what normal training slices show as evidence, see chestct.models.saliency
     facts: dict[str, Any]
     card: str = ""
@@ -113,14 +124,14 @@ class Bundle:
         shown = np.empty(0)
         if explain:
             shown = heat(excess(self.net, fine, explained_output(logits), self.baseline)[1]).numpy()
-        return logits, self.reference.distance(channel_means(maps)).numpy(), shown
+        return logits, self.novelty_model.distance(channel_means(maps)).numpy(), shown
 
 
 def save_bundle(
     folder: Path,
     net: VGG16,
     point: OperatingPoint,
-    reference: Reference,
+    novelty_model: NoveltyModel,
     baseline: torch.Tensor,
     facts: dict[str, Any],
     card: str,
@@ -134,13 +145,16 @@ def save_bundle(
     tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
     if own:
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
-    tensors |= {f"novelty.{key}": value for key, value in reference.to_tensors().items()}
+    tensors |= {f"novelty.{key}": value for key, value in novelty_model.to_tensors().items()}
     tensors["saliency.baseline"] = baseline
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_overs(folder)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    lock = FileLock(temporary / LOCK)
     try:
+        lock.acquire()
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / TENSORS)
-        (temporary / CARD).write_text(card)
+        (temporary / CARD).write_bytes(card.encode())
         facts = {
             "schema": SCHEMA,
             "chestct": chestct.__version__,
@@ -152,15 +166,19 @@ def save_bundle(
                 "digest": net.digest,
             },
             "operating_point": point.to_dict(),
-            "files": {name: _sha256((temporary / name).read_bytes()) for name in (TENSORS, CARD)},
+            "files": {name: digest((temporary / name).read_bytes()) for name in (TENSORS, CARD)},
         }
-        facts = json.loads(json.dumps(facts))
-        (temporary / FACTS).write_text(json.dumps(facts | {"digest": _digest(facts)}, indent=1) + "\n")
+        facts = json.loads(json.dumps(facts, allow_nan=False))
+        check_facts(facts)
+        text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
+        (temporary / FACTS).write_bytes(text.encode())
         temporary.chmod(0o755)  # mkdtemp's folders, and safetensors' files, are for one user
         (temporary / TENSORS).chmod(0o644)
         _swap(temporary, folder)
     finally:
+        lock.release()
         shutil.rmtree(temporary, ignore_errors=True)
+    (folder / LOCK).unlink(missing_ok=True)
     return load_bundle(folder)
 
 
@@ -173,65 +191,86 @@ def _swap(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _remove_left_overs(folder: Path) -> None:
+    """Removes what killed exports left next to `folder`: not locked by anyone, with nothing but a bundle in it."""
+    for left in folder.parent.glob(f".{folder.name}-*"):
+        named = re.fullmatch(rf"\.{re.escape(folder.name)}-\w{{8}}(\.old)?", left.name) and left.is_dir()
+        if named and {entry.name for entry in left.iterdir()} <= {TENSORS, FACTS, CARD, LOCK}:
+            with contextlib.suppress(Timeout), FileLock(left / LOCK, timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def load_bundle(source: str | Path) -> Bundle:
     """The bundle in a folder; `packaged` is the one in the package.
 
-    Raises BundleError where something is missing, altered, unexpected or of a newer version.
+    Raises BundleError where something is missing, altered, unexpected, out of bounds or of a newer version.
     """
     folder = PACKAGED_BUNDLE if str(source) == "packaged" else Path(source)
     facts = _read_facts(folder)
-    files = {name: _read(folder, name, digest) for name, digest in facts["files"].items()}
+    files = {name: _read(folder, name, facts["files"][name]) for name in (TENSORS, CARD)}
     try:
         tensors = load(files[TENSORS])
         net = _network(facts, tensors, folder)
-        reference = Reference.from_tensors(_part(tensors, "novelty."))
+        novelty_model = NoveltyModel.from_tensors(_part(tensors, "novelty."))
         baseline = tensors["saliency.baseline"]
+        if baseline.shape[:2] != (2, net.head[-1].out_features):
+            raise ValueError(f"saliency.baseline is shaped {list(baseline.shape)}")
         point = OperatingPoint.from_dict(facts["operating_point"])
+        card = files[CARD].decode()
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BundleError(
             f"The bundle {folder} cannot be used: {str(error).splitlines()[0]}. Export it again."
         ) from None
-    return Bundle(net.eval().requires_grad_(False), point, reference, baseline, facts, files[CARD].decode())
+    return Bundle(net.eval().requires_grad_(False), point, novelty_model, baseline, facts, card)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
+    """bundle.json, checked."""
     path = folder / FACTS
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(
             f"No bundle in {folder}: there is no {FACTS}. Make one with `chestct export ckpt=last`, or use "
             "bundle=packaged."
         )
     try:
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(_read(folder, FACTS), parse_constant=_refuse)
         schema = facts["schema"]
-        digest = facts.pop("digest")
-    except (ValueError, KeyError, TypeError):
+        stated = facts.pop("digest")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{path} is damaged. Export the bundle again.") from None
     if schema != SCHEMA:
         newer = not isinstance(schema, int) or schema > SCHEMA
         way_out = "Update chestct." if newer else "Export it again from its checkpoint: chestct export ckpt=..."
         raise BundleError(f"The bundle {folder} has schema {schema}; this version of chestct reads {SCHEMA}. {way_out}")
-    if digest != _digest(facts):
+    if stated != json_digest(facts):
         raise BundleError(f"{path} was altered after it was written. Export the bundle again.")
+    try:
+        check_facts(facts)
+    except ValueError as error:
+        raise BundleError(f"{path} is not a bundle's: {error}. Export the bundle again.") from None
     unexpected = sorted(
-        entry.name for entry in folder.iterdir() if entry.name not in {FACTS, *facts["files"]} and entry.name[0] != "."
+        entry.name for entry in folder.iterdir() if entry.name not in (TENSORS, FACTS, CARD) and entry.name[0] != "."
     )
     if unexpected:
         raise BundleError(
             f"The bundle {folder} holds a file that does not belong to it: {unexpected[0]}. A bundle is {TENSORS}, "
             f"{FACTS} and {CARD}; remove anything else."
         )
-    return facts | {"digest": digest}
+    return facts | {"digest": stated}
 
 
-def _read(folder: Path, name: str, digest: str) -> bytes:
-    path = folder / Path(name).name  # a name with a path in it would lead out of the folder
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _read(folder: Path, name: str, expected: str = "") -> bytes:
     try:
-        data = path.read_bytes()
+        data = read_regular(folder / name, LARGEST[name])
     except OSError as error:
-        raise BundleError(f"The bundle lacks {path} ({error.strerror}). Export it again.") from None
-    if _sha256(data) != digest:
-        raise BundleError(f"{path} was altered after the bundle was written (wrong SHA-256). Export it again.")
+        what = "lacks" if isinstance(error, FileNotFoundError) else "cannot be read:"
+        raise BundleError(f"The bundle {what} {folder / name} ({error.strerror}). Export it again.") from None
+    if expected and digest(data) != expected:
+        raise BundleError(f"{folder / name} was altered after the bundle was written (wrong SHA-256). Export it again.")
     return data
 
 
@@ -245,20 +284,16 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
         mean, scale = tuple(about["mean"]), tuple(about["scale"])
         weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"])
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
+    head = _part(tensors, "head.")
     cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"])
+    layers = sorted((int(key.split(".")[0]), tensor) for key, tensor in head.items() if key.endswith(".weight"))
+    widths = [len(tensor) for _, tensor in layers]
+    if widths != [*model["hidden"], outputs]:  # before memory is taken for what bundle.json says
+        raise ValueError(f"the head's layers are {widths} wide, not {[*model['hidden'], outputs]}")
     net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
-    net.head.load_state_dict(_part(tensors, "head."))
+    net.head.load_state_dict(head)
     return net
 
 
 def _part(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _digest(facts: Mapping[str, Any]) -> str:
-    """Hash of everything in bundle.json but the hash itself."""
-    return _sha256(json.dumps(facts, sort_keys=True).encode())

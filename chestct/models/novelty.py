@@ -8,7 +8,7 @@ public chest CT set against Euclidean, cosine and k-nearest distances). 1 is the
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -30,7 +30,7 @@ modalities 1.6 to 3.2; head CT and MR of the abdomen from 1.3; none of 158 test 
 
 
 @dataclass(frozen=True)
-class Reference:
+class NoveltyModel:
     """What is kept of the training slices' features; D features, k directions.
 
     mean: float32 [D] of the roots of shares; directions: float16 [k, D], orthonormal; variances: float32 [k] along
@@ -55,12 +55,19 @@ class Reference:
         return {name: tensor.contiguous() for name, tensor in asdict(self).items()}
 
     @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "Reference":
-        return cls(**tensors)
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "NoveltyModel":
+        """The inverse of `to_tensors`; raises TypeError or ValueError for others."""
+        model = cls(**tensors)
+        (k, d), single = model.directions.shape, torch.Size([])
+        shapes = {"mean": (d,), "variances": (k,), "rest": single, "threshold": single}
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"novelty.{name} is shaped {list(tensors[name].shape)}, not {list(shape)}")
+        return model
 
 
-def fit_reference(features_train: torch.Tensor, features_valid: torch.Tensor, quantile: float = 0.99) -> Reference:
-    """The reference of a training set, with the threshold that validation slices set.
+def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quantile: float = 0.99) -> NoveltyModel:
+    """The novelty model of a training set, with the threshold that validation slices set.
 
     features_*: float [N, D] >= 0, pooled by the mean over places, of plain views. The threshold is the given quantile
     of the validation distances, or of the log-normal distribution fitted to them where that is higher: the quantile of
@@ -77,15 +84,15 @@ def fit_reference(features_train: torch.Tensor, features_valid: torch.Tensor, qu
     variances = spread**2 / (len(x) - 1)
     # The floor keeps slices that are all alike from dividing by zero.
     rest = (variances[k:].sum() / (x.shape[1] - k)).clamp(min=1e-12)
-    reference = Reference(
+    model = NoveltyModel(
         mean=mean.float(),
         directions=directions[:k].half(),
         variances=variances[:k].clamp(min=rest.item()).float(),
         rest=rest.float(),
         threshold=torch.tensor(1.0),
     )
-    threshold = _upper(_distance(reference, features_valid).double(), quantile)
-    return Reference(**(asdict(reference) | {"threshold": torch.tensor(threshold, dtype=torch.float32)}))
+    threshold = _upper(_distance(model, features_valid).double(), quantile)
+    return replace(model, threshold=torch.tensor(threshold, dtype=torch.float32))
 
 
 def channel_means(features: torch.Tensor) -> torch.Tensor:
@@ -99,12 +106,12 @@ def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:
     return (features / features.sum(1, keepdim=True).clamp(min=1e-12)).sqrt()
 
 
-def _distance(reference: Reference, features: torch.Tensor) -> torch.Tensor:
-    offset = _roots_of_shares(features) - reference.mean.double()
-    directions = reference.directions.double()
+def _distance(model: NoveltyModel, features: torch.Tensor) -> torch.Tensor:
+    offset = _roots_of_shares(features) - model.mean.double()
+    directions = model.directions.double()
     along = offset @ directions.T  # (N, k)
     beyond = offset - along @ directions
-    squared = (along**2 / reference.variances.double()).sum(1) + (beyond**2).sum(1) / reference.rest.double()
+    squared = (along**2 / model.variances.double()).sum(1) + (beyond**2).sum(1) / model.rest.double()
     return squared.sqrt().float()
 
 

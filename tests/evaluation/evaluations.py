@@ -97,5 +97,5 @@ def with_images(found: Evaluation, net: Any, size: int) -> Evaluation:
     found.manifest, found.images = manifest, images
     zeros = torch.zeros(net.head[-1].out_features, size // 16, size // 16)
     baseline = torch.stack([zeros, zeros + 1])
-    found.bundle = Bundle(net, found.point, found.reference, baseline, {})
+    found.bundle = Bundle(net, found.point, found.novelty_model, baseline, {})
     return found

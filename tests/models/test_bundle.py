@@ -1,24 +1,32 @@
 import json
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 from chestct.config.schema import EvaluationConfig, ModelConfig
 from chestct.errors import BundleError
-from chestct.models.bundle import CARD, FACTS, TENSORS, Bundle, load_bundle, save_bundle
-from chestct.models.novelty import channel_means, fit_reference
+from chestct.files import file_digest, json_digest
+from chestct.models.bundle import CARD, FACTS, PACKAGED_BUNDLE, TENSORS, Bundle, load_bundle, save_bundle
+from chestct.models.novelty import channel_means, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores
 from chestct.models.saliency import normal_evidence
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
+ROOT = Path(__file__).parents[2]
 SIZE = 32
 
 
@@ -46,7 +54,7 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
     }
     with torch.no_grad():
         baseline = normal_evidence(net, net.fine_maps(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
-    return save_bundle(folder, net, point, fit_reference(pooled, pooled), baseline, facts, "# Card\n")
+    return save_bundle(folder, net, point, fit_novelty(pooled, pooled), baseline, facts, "# Card\n")
 
 
 @pytest.fixture
@@ -144,11 +152,123 @@ def test_another_schema_is_refused_with_the_way_out(folder: Path, schema: int, w
         load_bundle(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 1}', '{"schema": "x", "digest": "0"}', "\xff"])
+NESTED = '{"a":' * 100_000 + "1" + "}" * 100_000
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[1]", '{"schema": 1}', '{"schema": "x", "digest": "0"}', "\xff",
+                                  NESTED, '{"schema": 2, "digest": "", "score": NaN}'])  # fmt: skip
 def test_damaged_facts_are_refused(folder: Path, text: str) -> None:
     (folder / FACTS).write_text(text, "latin-1")
     with pytest.raises(BundleError):
         load_bundle(folder)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes bundle.json as somebody would who knows how its digest is made."""
+    facts = json.loads((folder / FACTS).read_text("utf-8"))
+    del facts["digest"]
+    change(facts)
+    (folder / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}), "utf-8")
+
+
+FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "classes is missing": lambda facts: facts.pop("classes"),
+    "window is missing": lambda facts: facts.pop("window"),
+    "files is missing": lambda facts: facts.pop("files"),
+    r"files\.MODEL_CARD\.md is missing": lambda facts: facts["files"].pop(CARD),
+    r"files\.run\.sh is unknown": lambda facts: facts["files"].update({"run.sh": "0" * 64}),
+    "preprocess.size is '32', not a whole number": lambda facts: facts["preprocess"].update(size="32"),
+    "preprocess.size is True, not a whole number": lambda facts: facts["preprocess"].update(size=True),
+    "preprocess.size is 100000, out of range: 32 to 1024": lambda facts: facts["preprocess"].update(size=100_000),
+    "preprocess.fit is 'crop', not one of pad": lambda facts: facts["preprocess"].update(fit="crop"),
+    "preprocess.resize is unknown": lambda facts: facts["preprocess"].update(resize=1),
+    r"window\.width is 0\.0, out of range": lambda facts: facts["window"].update(width=0.0),
+    "model is 'vgg16', not an object": lambda facts: facts.update(model="vgg16"),
+    "head's layers are .* wide": lambda facts: facts["model"].update(hidden=[50_000, 50_000]),
+    r"model\.hidden\[0\] is -1": lambda facts: facts["model"].update(hidden=[-1]),
+    "classes=.* are not those of task=binary": lambda facts: facts.update(classes=["normal", "benign"]),
+    "quantiles has 3 values for 2 classes": lambda facts: facts["operating_point"].update(quantiles=[0.1, 0.2, 0.3]),
+    r"operating_point\.threshold is None": lambda facts: facts["operating_point"].update(threshold=None),
+    r"data\.seen is 5, not a list": lambda facts: facts["data"].update(seen=5),
+    r"statistics\.mean\[1\] is '<b>'": lambda facts: facts.update(statistics={"mean": [0.1, "<b>"]}),
+    r"auroc\.value is 'high'": lambda facts: facts.update(
+        metrics={"test": {"auroc": {"value": "high", "low": None, "high": None, "slices": 1}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_facts_that_break_the_schema_are_refused_by_the_key(folder: Path, message: str) -> None:
+    rewrite(folder, FAULTS[message])
+    with pytest.raises(BundleError, match=message):
+        load_bundle(folder)
+
+
+def test_what_else_is_worth_knowing_may_stand_in_the_facts(folder: Path) -> None:
+    rewrite(folder, lambda facts: facts.update(note={"trained by": ["somebody"]}))
+    assert load_bundle(folder).facts["note"] == {"trained by": ["somebody"]}
+
+
+@pytest.mark.parametrize("name", [FACTS, TENSORS, CARD])
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BundleError, match=rf"{name} \(not a regular file\)"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("name", [FACTS, TENSORS, CARD])
+def test_a_file_larger_than_any_bundle_s_is_not_read(folder: Path, name: str) -> None:
+    os.truncate(folder / name, 10**10)  # takes no space on the disk
+    with pytest.raises(BundleError, match=rf"{name} \(10,000,000,000 bytes, more than"):
+        load_bundle(folder)
+
+
+def test_tensors_of_other_shapes_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / TENSORS)
+    tensors["novelty.mean"] = tensors["novelty.mean"][:-1].clone()
+    save_file(tensors, folder / TENSORS)
+    rewrite(folder, lambda facts: facts["files"].update({TENSORS: file_digest(folder / TENSORS)}))
+    with pytest.raises(BundleError, match=r"novelty\.mean is shaped \[511\]"):
+        load_bundle(folder)
+
+
+def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal; from pathlib import Path; from chestct.models import bundle; "
+        "from tests.models.test_bundle import make; "
+        "bundle._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        f"make(Path({str(tmp_path / 'one')!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".one-")
+    foreign = [tmp_path / ".one-ofaholiday", tmp_path / ".one-holidays"]
+    for other in foreign:
+        other.mkdir()
+        (other / "photo.jpg").touch()
+    make(tmp_path / "one")
+    assert set(tmp_path.iterdir()) == {tmp_path / "one", *foreign}
+
+
+def test_an_export_that_still_runs_is_left_alone(tmp_path: Path) -> None:
+    running = tmp_path / ".one-abcdefgh"
+    running.mkdir()
+    with FileLock(running / ".lock"):
+        make(tmp_path / "one")
+        assert running.is_dir()
+
+
+def test_a_checkout_that_changes_line_ends_leaves_the_packaged_bundle_whole(tmp_path: Path) -> None:
+    made = tmp_path / "repository"
+    shutil.copytree(PACKAGED_BUNDLE, made / "chestct/models/bundle")
+    shutil.copy(ROOT / ".gitattributes", made)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "core.autocrlf=false", "-C", str(made)]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], check=True)
+    subprocess.run(["git", "clone", "-q", "-c", "core.autocrlf=true", str(made), str(tmp_path / "clone")], check=True)
+    assert b"\r\n" in (tmp_path / "clone/.gitattributes").read_bytes()
+    assert load_bundle(tmp_path / "clone/chestct/models/bundle").id == load_bundle("packaged").id
 
 
 def test_a_pickle_inside_is_refused_and_not_run(folder: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load, save
 
 from chestct.errors import DataError
-from chestct.models.novelty import Reference, channel_means, fit_reference
+from chestct.models.novelty import NoveltyModel, channel_means, fit_novelty
 
 
 def population(n, seed, pattern_seed=0, width=512):
@@ -17,52 +17,52 @@ def population(n, seed, pattern_seed=0, width=512):
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return fit_reference(population(300, 1), population(100, 2))
+def model():
+    return fit_novelty(population(300, 1), population(100, 2))
 
 
-def test_slices_of_another_kind_lie_beyond_the_threshold(reference):
-    assert (reference.distance(population(500, 3)) > 1).float().mean() < 0.04
-    assert (reference.distance(population(50, 3, pattern_seed=9)) > 1).all()
-    assert (reference.distance(torch.rand(50, 512)) > 1).all()
+def test_slices_of_another_kind_lie_beyond_the_threshold(model):
+    assert (model.distance(population(500, 3)) > 1).float().mean() < 0.04
+    assert (model.distance(population(50, 3, pattern_seed=9)) > 1).all()
+    assert (model.distance(torch.rand(50, 512)) > 1).all()
 
 
 def test_one_is_the_quantile_of_the_validation_distances():
     train, valid = population(300, 1), population(2000, 2)
     for quantile in (0.9, 0.99):
-        share = (fit_reference(train, valid, quantile).distance(valid) > 1).float().mean()
+        share = (fit_novelty(train, valid, quantile).distance(valid) > 1).float().mean()
         assert share == pytest.approx(1 - quantile, abs=0.006)
 
 
 def test_few_validation_slices_do_not_set_the_threshold_at_their_largest_distance():
     train = population(60, 1)
-    refused = [(fit_reference(train, population(8, 10 + i)).distance(population(200, 3)) > 1) for i in range(20)]
+    refused = [(fit_novelty(train, population(8, 10 + i)).distance(population(200, 3)) > 1) for i in range(20)]
     assert torch.stack(refused).float().mean() < 0.08  # a share of 1 / 9 lies beyond the largest of 8
 
 
-def test_brightness_alone_is_not_novel(reference):
+def test_brightness_alone_is_not_novel(model):
     slices = population(5, 4)
-    assert torch.allclose(reference.distance(slices), reference.distance(slices * 7), rtol=1e-4)
+    assert torch.allclose(model.distance(slices), model.distance(slices * 7), rtol=1e-4)
 
 
 def test_distance_is_mahalanobis_under_the_fitted_gaussian():
     train = population(400, 1, width=40)
-    reference = fit_reference(train, population(50, 2, width=40))
+    model = fit_novelty(train, population(50, 2, width=40))
     roots = (train / train.sum(1, keepdim=True)).sqrt().double()
     values, vectors = np.linalg.eigh(np.cov(roots.numpy().T))
-    k = len(reference.variances)
+    k = len(model.variances)
     values[: 40 - k] = values[: 40 - k].mean()
     covariance = vectors @ np.diag(values) @ vectors.T
     offset = roots.numpy() - roots.mean(0).numpy()
     expected = np.sqrt(np.einsum("nd,de,ne->n", offset, np.linalg.inv(covariance), offset))
-    found = reference.distance(train) * reference.threshold
+    found = model.distance(train) * model.threshold
     assert np.allclose(found.numpy(), expected, rtol=5e-3)
 
 
 @pytest.mark.parametrize("n", [4, 12, 60])
 def test_few_training_slices_are_enough(n):
-    reference = fit_reference(population(n, 1), population(max(4, n // 4), 2))
-    distances = reference.distance(torch.cat([population(20, 3), population(20, 3, pattern_seed=9)]))
+    model = fit_novelty(population(n, 1), population(max(4, n // 4), 2))
+    distances = model.distance(torch.cat([population(20, 3), population(20, 3, pattern_seed=9)]))
     assert distances.isfinite().all()
     assert distances[:20].max() < distances[20:].min()
 
@@ -70,35 +70,35 @@ def test_few_training_slices_are_enough(n):
 @pytest.mark.parametrize(("n", "valid", "named"), [(3, 9, "training"), (9, 1, "validation"), (0, 0, "training")])
 def test_too_few_slices_are_named(n, valid, named):
     with pytest.raises(DataError, match=f"{named} slices at least; there are"):
-        fit_reference(population(n, 1), population(valid, 2))
+        fit_novelty(population(n, 1), population(valid, 2))
 
 
 def test_slices_that_are_all_alike_give_finite_distances():
     same = torch.ones(20, 512)
-    distances = fit_reference(same, same).distance(torch.cat([same, torch.rand(1, 512), torch.zeros(1, 512)]))
+    distances = fit_novelty(same, same).distance(torch.cat([same, torch.rand(1, 512), torch.zeros(1, 512)]))
     assert distances.isfinite().all()
     assert (distances[-2:] > 1).all()
 
 
-def test_reference_survives_a_bundle_and_fits_in_100_kilobytes(reference):
-    data = save(reference.to_tensors())
+def test_reference_survives_a_bundle_and_fits_in_100_kilobytes(model):
+    data = save(model.to_tensors())
     assert len(data) <= 100_000
-    again = Reference.from_tensors(load(data))
+    again = NoveltyModel.from_tensors(load(data))
     slices = population(20, 3)
-    assert torch.equal(again.distance(slices), reference.distance(slices))
+    assert torch.equal(again.distance(slices), model.distance(slices))
 
 
-def test_fitting_twice_gives_the_same_numbers(reference):
-    again = fit_reference(population(300, 1), population(100, 2))
-    assert all(torch.equal(tensor, reference.to_tensors()[name]) for name, tensor in again.to_tensors().items())
+def test_fitting_twice_gives_the_same_numbers(model):
+    again = fit_novelty(population(300, 1), population(100, 2))
+    assert all(torch.equal(tensor, model.to_tensors()[name]) for name, tensor in again.to_tensors().items())
 
 
-def test_distance_of_a_slice_does_not_depend_on_its_batch(reference):
+def test_distance_of_a_slice_does_not_depend_on_its_batch(model):
     slices = population(20, 3)
-    alone = torch.cat([reference.distance(row[None]) for row in slices])
+    alone = torch.cat([model.distance(row[None]) for row in slices])
     assert alone.dtype == torch.float32
-    assert torch.allclose(alone, reference.distance(slices), rtol=1e-6)
-    assert reference.distance(slices[:0]).shape == (0,)
+    assert torch.allclose(alone, model.distance(slices), rtol=1e-6)
+    assert model.distance(slices[:0]).shape == (0,)
 
 
 def test_channel_means_of_flattened_maps_are_the_pooled_features():

@@ -15,7 +15,7 @@ from chestct.config.schema import Config, EvaluationConfig, ModelConfig, ServeCo
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import save_bundle
-from chestct.models.novelty import channel_means, fit_reference
+from chestct.models.novelty import channel_means, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_evidence
 from chestct.models.vgg16 import VGG16
@@ -65,7 +65,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         logits = net.head(maps).numpy()
         baseline = normal_evidence(net, net.fine_maps(torch.from_numpy(squares).unsqueeze(1).float() / 255))
     point = OperatingPoint.fit(logits, targets, EvaluationConfig())
-    reference = fit_reference(channel_means(maps), channel_means(maps))
+    model = fit_novelty(channel_means(maps), channel_means(maps))
     scores = 1 - point.probabilities(logits)[:, 0]
     estimate = {"value": 0.93, "low": 0.88, "high": 0.97, "slices": 60, "groups": 60, "reason": ""}
     facts = {
@@ -79,7 +79,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         "reliability": {"test": reliability_table(scores, targets > 0)},
         "statistics": {"score": np.quantile(scores, np.linspace(0, 1, 101)).tolist()},
     }
-    save_bundle(folder, net, point, reference, baseline, facts, CARD)
+    save_bundle(folder, net, point, model, baseline, facts, CARD)
 
 
 @pytest.fixture(scope="session")

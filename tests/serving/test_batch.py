@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from chestct import predict
-from chestct.models.bundle import FACTS, _digest
+from chestct.files import json_digest
+from chestct.models.bundle import FACTS
 from chestct.serving import batch
 from chestct.serving.batch import find_files, overlay_name, predict_files
 from chestct.serving.predictor import Predictor
@@ -135,7 +136,7 @@ def test_another_bundle_answers_everything_anew_and_with_its_own_columns(bundle,
     other = Path(shutil.copytree(bundle, tmp_path / "other"))
     facts = json.loads((other / FACTS).read_text()) | {"note": "trained again"}
     del facts["digest"]
-    (other / FACTS).write_text(json.dumps(facts | {"digest": _digest(facts)}))
+    (other / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}))
     call(scans / "b", "--bundle", other, "--out", out)
     assert len(asked) == 3
     asked.clear()

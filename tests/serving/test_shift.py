@@ -13,8 +13,9 @@ import pytest
 from scipy.stats import fisher_exact
 
 from chestct import drift as program
+from chestct.files import json_digest
 from chestct.imaging.statistics import STATISTICS
-from chestct.models.bundle import FACTS, Bundle, _digest, load_bundle
+from chestct.models.bundle import FACTS, Bundle, load_bundle
 from chestct.reporting import drift_report
 from chestct.serving.monitor import COLUMNS, NUMBERS, _opened
 from chestct.serving.shift import TITLES, compare
@@ -69,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flagged = int((valid["score"] >= facts["operating_point"]["threshold"]).sum())
     facts["operating_point"]["validation"] = {"cancers": 60, "found": 0, "normals": 60, "flagged": flagged}
     del facts["digest"]
-    (folder / FACTS).write_text(json.dumps(facts | {"digest": _digest(facts)}))
+    (folder / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}))
     return folder
 
 
