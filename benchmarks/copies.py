@@ -19,8 +19,9 @@ from rich.table import Table
 
 from chestct.config.schema import PhantomConfig, WindowConfig
 from chestct.data.duplicates import find_pairs, group
-from chestct.imaging.decode import decode, pixel_hash
+from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import thumbnail
+from chestct.imaging.slice import pixel_hash
 from chestct.phantom.thorax import display, draw
 
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]

@@ -28,8 +28,9 @@ from rich.status import Status
 from chestct.config.schema import DataConfig
 from chestct.data.sources import SliceFile, list_slices
 from chestct.errors import DataError, DecodeError
-from chestct.imaging.decode import Limits, decode, pixel_hash, read
+from chestct.imaging.decode import decode, read
 from chestct.imaging.preprocess import THUMBNAIL, Preprocess, thumbnail
+from chestct.imaging.slice import Limits, pixel_hash
 from chestct.imaging.statistics import image_statistics
 
 FORMAT = 5

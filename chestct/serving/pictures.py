@@ -13,8 +13,8 @@ from PIL import Image
 
 from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
-from chestct.imaging.decode import Limits, decode, decode_frames
-from chestct.imaging.headers import sniff
+from chestct.imaging.decode import decode, decode_frames, sniff
+from chestct.imaging.slice import Limits
 from chestct.models.saliency import blend, colors
 from chestct.serving.predictor import Prediction
 

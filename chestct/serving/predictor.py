@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from chestct.errors import ChestCTError, DecodeError
-from chestct.imaging.decode import Limits, Slice, decode, decode_frames, pixel_hash
+from chestct.imaging.decode import decode, decode_frames
+from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.imaging.statistics import image_statistics
 from chestct.models.bundle import Bundle, Outputs, load_bundle
 from chestct.models.novelty import FOREIGN
@@ -25,7 +26,7 @@ from chestct.models.operating_point import REFUSED, UNCERTAIN
 from chestct.models.saliency import heat_to_slice, placement
 
 COLOR = 0.05
-"""Mean chroma (see chestct.imaging.decode.Slice) above which an image is a colour photograph, not CT."""
+"""Mean chroma (see chestct.imaging.slice.Slice) above which an image is a colour photograph, not CT."""
 
 SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""

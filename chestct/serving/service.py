@@ -166,7 +166,7 @@ class Service:
         """Predictor, page and routes. What takes long to import is imported here, in two threads."""
         warm = threading.Thread(target=_import_gradio, daemon=True)
         warm.start()
-        from chestct.imaging.decode import Limits
+        from chestct.imaging.slice import Limits
         from chestct.serving.predictor import Predictor
 
         serve = self.cfg.serve

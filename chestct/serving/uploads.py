@@ -10,13 +10,13 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import pydicom
 
-from chestct.errors import ChestCTError
-from chestct.imaging import headers
+from chestct.errors import ChestCTError, DecodeError
+from chestct.imaging.decode import declared_size, sniff
+from chestct.imaging.slice import BudgetedFile
 from chestct.imaging.slice_files import is_slice_name
 
 ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
@@ -108,7 +108,7 @@ def _inflated(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int) -> by
 
 def scan_position(data: bytes) -> float | None:
     """Where a DICOM slice lies along the scan: millimetres along its normal, else InstanceNumber, else None."""
-    if headers.sniff(data) != "DICOM":
+    if sniff(data) != "DICOM":
         return None
     try:
         tags = ["ImagePositionPatient", "ImageOrientationPatient", "InstanceNumber"]
@@ -137,21 +137,16 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def frame_count(data: bytes, most: int) -> int:
-    """How many slices a file holds, from its headers alone: frames of a DICOM, pages of a TIFF; counted up to most + 1.
+    """How many slices a file holds, from its headers alone: frames of a DICOM, pages of a TIFF; at most most + 1.
 
     1 for what cannot be read: decoding will say why.
     """
     try:
-        format = headers.sniff(data)
-        if format == "TIFF":
-            return max(1, sum(1 for _ in islice(headers.tiff_pages(data), most + 1)))
-        if format == "DICOM":
-            return max(1, int(_header(data, ["NumberOfFrames"]).get("NumberOfFrames") or 1))
-    except Exception:  # as above
+        return min(most + 1, declared_size(data).frames)
+    except DecodeError:
         return 1
-    return 1
 
 
 def _header(data: bytes, tags: list[str]) -> pydicom.Dataset:
-    file = headers.BudgetedFile(data, MAX_READS)
+    file = BudgetedFile(data, MAX_READS)
     return pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)

@@ -21,7 +21,8 @@ from pydicom.encaps import encapsulate
 
 from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
-from chestct.imaging.decode import Limits, Slice, decode_frames
+from chestct.imaging.decode import decode_frames
+from chestct.imaging.slice import Limits, Slice
 
 CASES = 40_000
 SECONDS = 5

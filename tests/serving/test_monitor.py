@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.imaging.decode import Slice
+from chestct.imaging.slice import Slice
 from chestct.serving import monitor
 from chestct.serving.monitor import Monitor, MonitorError, read_records
 from chestct.serving.predictor import Prediction, Predictor

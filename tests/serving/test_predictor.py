@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from chestct.errors import BundleError, DecodeError
-from chestct.imaging.decode import Limits, Slice, decode, pixel_hash
+from chestct.imaging.decode import decode
+from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.models.bundle import FACTS
 from chestct.serving.predictor import FRAMES_AHEAD, BusyError, Predictor, why_refused
 from tests.models.test_bundle import make

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from chestct.imaging.decode import Slice
+from chestct.imaging.slice import Slice
 from chestct.models.operating_point import OperatingPoint
 from chestct.serving import sentences as text
 from chestct.serving.predictor import Prediction
