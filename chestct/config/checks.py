@@ -1,9 +1,9 @@
 """From composed settings to checked plain dataclasses, with errors that name the key that was meant."""
 
+import dataclasses
 import difflib
 import math
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +22,12 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     Raises ConfigError for a key that the schema does not know, a wrong type, a value out of bounds, or settings that
     contradict each other.
     """
+    for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.type) and isinstance(value := cfg.get(field.name), str):
+            raise ConfigError(
+                f"{field.name}={value} names a group of settings; params.yaml holds the settings themselves. "
+                f"Write them there with: chestct params {field.name}={value}"
+            )
     try:
         result = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg))
     except OmegaConfBaseException as error:
@@ -189,13 +195,9 @@ def _unparsed(override: str, message: str) -> str:
         return f"{override!r} is no setting: settings are given as key=value, for example optim.lr=1e-4."
     if message.startswith("Ambiguous"):
         return f"{override} names several values: add -m to run each of them, or give a list as in {key}=[{value}]."
-    if value.startswith(("{", "[")):
-        return (
-            f"{override}: Hydra cannot read this value. Names with spaces, parentheses or other scripts go into a "
-            "YAML file; for class folders: data.labels_file=FILE."
-        )
     return (
-        f"{override}: Hydra cannot read this value. Quote it for Hydra and the shell: {key}={shlex.quote(repr(value))}"
+        f"{override}: Hydra cannot read this value. Names with spaces, parentheses or other scripts go into a YAML "
+        "file; for class folders: data.labels_file=FILE."
     )
 
 

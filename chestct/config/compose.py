@@ -63,9 +63,8 @@ def compose(*overrides: str, config_name: str = "train") -> Config:
 def readable(override: str, sweep: bool = False) -> str:
     """An override as Hydra's grammar takes it.
 
-    Tables such as data.labels take new keys, which Hydra admits only where the override begins with ++. A text setting
-    is quoted where its value would not be read as typed: a path with `=`, spaces, parentheses or, unless `sweep`,
-    a comma.
+    Tables such as data.labels take new keys, which Hydra admits only where the override begins with ++. A value is
+    quoted where it would not be read as typed: a path with `=`, parentheses or, unless `sweep`, a comma.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
@@ -73,14 +72,15 @@ def readable(override: str, sweep: bool = False) -> str:
     key, equals, value = override.partition("=")
     kinds = {name: type_name(item) for name, _, item in leaves(Config)}
     if any(kind.startswith("dict") and (key == name or key.startswith(f"{name}.")) for name, kind in kinds.items()):
-        override = f"++{override}"
-    if equals and kinds.get(key.lstrip("+"), "").startswith("str"):
-        try:
-            (parsed,) = OverridesParser.create().parse_overrides([override])
-            return quoted(key, value) if parsed.is_sweep_override() and not sweep else override
-        except OverrideParseException:
-            return quoted(key, value)
-    return override
+        key, override = f"++{key}", f"++{override}"
+    if not equals or value.startswith(("{", "[")):
+        return override
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([override])
+    except OverrideParseException:
+        return quoted(key, value)
+    one_text = kinds.get(key.lstrip("+"), "").startswith("str") and not sweep
+    return quoted(key, value) if one_text and parsed.is_sweep_override() else override
 
 
 def quoted(key: str, value: str) -> str:

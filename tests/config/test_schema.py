@@ -107,3 +107,43 @@ def test_overlay_changes_only_what_was_said():
 def test_overlay_takes_a_whole_group():
     base = dataclasses.asdict(compose("data=chest_ct", "data.root=/there", "data.batch_size=7"))
     assert merge_settings(compose("data=phantom"), ["data=phantom"], base).data == compose().data
+
+
+def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine():
+    stored = dataclasses.asdict(compose("optim.lr=0.5"))
+    stored["tracking"]["uri"] = "https://elsewhere.example"
+    stored["data"]["store"] = "/home/somebody"
+    stored["cache_dir"] = stored["runs_dir"] = "/somewhere"
+    stored["trainer"]["accelerator"] = "gpu"
+    stored["serve"]["host"] = "0.0.0.0"
+    here = compose("tracking=off")
+    cfg = merge_settings(here, [], stored)
+    assert cfg.optim.lr == 0.5
+    assert (cfg.tracking, cfg.serve, cfg.monitor) == (here.tracking, here.serve, here.monitor)
+    assert (cfg.cache_dir, cfg.runs_dir, cfg.data.store) == (here.cache_dir, here.runs_dir, None)
+    assert cfg.trainer.accelerator == "auto"
+
+
+@pytest.mark.parametrize(
+    "where", [("tracking", "uri"), ("data", "root"), ("data", "labels", "normal"), ("model", "weights")]
+)
+def test_an_expression_in_a_checkpoint_is_refused(where, monkeypatch):
+    monkeypatch.setenv("SECRET", "word")
+    stored = dataclasses.asdict(compose())
+    part = stored
+    for name in where[:-1]:
+        part = part[name]
+    part[where[-1]] = "https://elsewhere.example/${oc.env:SECRET}"
+    with pytest.raises(ConfigError, match="expression") as error:
+        merge_settings(compose(), [], stored)
+    assert "word" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["a b", "a=b", "a,b", "runs (1)/x", "it's", "健康", "back\\slash", "'quoted, (1)'"])
+def test_a_path_is_read_as_typed(value):
+    assert compose(f"data.root={value}").data.root == value.strip("'").replace("\\'", "'")
+
+
+def test_a_pipeline_with_a_group_in_place_of_its_settings_says_how():
+    with pytest.raises(ConfigError, match=r"chestct params data=chest_ct"):
+        resolve({"data": "chest_ct"})

@@ -1,0 +1,96 @@
+"""The package as others get it: a wheel in an environment of its own, far from the repository, on an odd terminal."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL
+from tests.e2e.test_commands import ROOT
+
+
+def test_every_package_is_in_the_wheel():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    there = {f"chestct.{path.parent.name}" for path in (ROOT / "chestct").glob("*/__init__.py")}
+    assert there | {"chestct", "chestct.conf"} == {name for name in listed if name.startswith("chestct")}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that holds the wheel, and the dependencies of this one; returns its folder of programs."""
+    folder = tmp_path_factory.mktemp("installed")
+    files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "source" / name)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "wheels",
+        "./source",
+    ]
+    subprocess.run(build, cwd=folder, check=True)
+    (wheel,) = (folder / "wheels").glob("*.whl")
+    venv.create(folder / "env", with_pip=False)
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    # A path alone: the editable installation of this environment stays out of it.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    python = folder / "env" / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True
+    )
+    return python.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_evaluates_and_predicts_anywhere(installed, tmp_path, phantoms):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def chestct(*arguments: str) -> str:
+        command = [str(installed / "chestct"), *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = [str(installed / "python"), "-c", "import chestct; print(chestct.__file__)"]
+    assert str(installed.parent) in subprocess.check_output(where, cwd=tmp_path, env=environment, text=True)
+    assert "learning rate of the head" in chestct("train", "--help")
+    assert "SYNTHETIC" in chestct(
+        "train", *SMALL, f"data.root={phantoms}", "hydra.run.dir=run", "evaluation.resamples=100"
+    )
+    assert "AUROC" in chestct("evaluate", "ckpt=run", "hydra.run.dir=again")
+    table = chestct("predict", str(phantoms / "test"), "--bundle", "run/bundle", "--out", "scores.csv")
+    assert "not a medical device" in table.lower()
+    assert len((tmp_path / "scores.csv").read_text(encoding="utf-8").splitlines()) > 10
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text(encoding="utf-8"))["test"]
+
+
+@pytest.mark.slow
+def test_a_terminal_that_lacks_characters_does_not_end_a_finished_training(tmp_path, phantoms):
+    name = tmp_path / "Größe → 健康"  # no cp1252 terminal shows the last two words
+    name.symlink_to(phantoms)
+    environment = os.environ | {
+        "PYTHONIOENCODING": "cp1252",
+        "PYTHONUTF8": "0",
+        "LC_ALL": "C.UTF-8",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"data.root={name}", "hydra.run.dir=健康"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=500)
+    assert done.returncode == 0, done.stderr.decode("cp1252")
+    assert "SYNTHETIC" in done.stdout.decode("cp1252")
+    assert (tmp_path / "健康" / "bundle" / "bundle.json").is_file()
