@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-fast lint format params repro audit bench bench-runs bench-data bench-evaluation bench-serve bundle demo dagshub-remote ui clean
+.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-runs bench-data bench-evaluation bench-serve bundle demo dagshub-remote ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,12 @@ lint: $(READY) ## style, types and the direction of imports
 format: $(READY) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## build the documentation site into site/, strictly
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+
+hooks: $(READY) ## check style, types and imports before each commit
+	$(BIN)/pre-commit install
 
 params: $(READY) ## write conf/defaults.yaml and params.yaml anew from the schema
 	$(BIN)/python -m chestct.config.compose
