@@ -18,7 +18,7 @@ from benchmarks.speed import alternate, seconds
 from chestct.config.checks import resolve
 from chestct.config.schema import ModelConfig
 from chestct.evaluation.evaluate import evaluate
-from chestct.models.lightning_module import read_checkpoint
+from chestct.models.checkpoint import read_checkpoint
 from chestct.models.saliency import excess, heat, normal_evidence
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights

@@ -177,7 +177,6 @@ BARE = """
 import sys, time, torch
 from chestct.models.bundle import load_bundle
 net = load_bundle("packaged").net
-net.pack()
 x = torch.rand(16, 1, net.size, net.size)
 with torch.inference_mode():
     net(x)

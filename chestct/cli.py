@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestct.config.compose import PIPELINE, change_params, merge_settings
-from chestct.config.schema import Config, TrackingConfig
+from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError
+from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import errors_for_people, program
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _evaluate_with_refits(cfg: Config, out: Path) -> "Evaluation":
     from chestct.training import train as fit
 
     evaluation = evaluate(cfg)
-    evaluation.rows += beside(cfg, lambda name, cfg, data: fit(cfg, out / "refits" / name, data=data).predictions)
+    evaluation.rows += beside(cfg, lambda name, cfg, data: fit(cfg, out / REFITS / name, data=data).predictions)
     return evaluation
 
 
@@ -368,38 +369,9 @@ def main() -> None:
             raise ChestCTError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}")
 
 
-def find_checkpoint(ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig | None = None) -> Path:
-    """The checkpoint file that `ckpt` names.
-
-    A file, a run folder (its last), `last` (of the newest run), or runs:/RUN_ID (the best of an MLflow run, in the
-    stores that `tracking` names). Raises ConfigError where there is none.
-    """
-    if ckpt.startswith("runs:/"):
-        from chestct.tracking import checkpoint_of_run
-
-        return checkpoint_of_run(ckpt, tracking or TrackingConfig(), runs_dir)
-    path = Path(ckpt)
-    if ckpt == "last":
-        found = sorted(Path(runs_dir).glob("**/checkpoints/last.ckpt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ConfigError(f"ckpt=last: no run with a checkpoint under {runs_dir}. Train first: python train.py")
-        path = found[-1]
-    elif path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
-    if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no .ckpt file"
-        raise ConfigError(
-            f"ckpt={ckpt}: no checkpoint {path} (in that folder: {near}). Give a .ckpt file, a run folder, or "
-            "ckpt=last for the newest run, or ckpt=runs:/ID for an MLflow run."
-        )
-    return path
-
-
 def from_checkpoint(cfg: Config) -> Config:
     """The settings in the checkpoint cfg.ckpt, with those given on the command line laid over them."""
     from hydra.core.hydra_config import HydraConfig
-
-    from chestct.models.lightning_module import read_checkpoint
 
     path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking)
     stored = read_checkpoint(path)["hyper_parameters"]["settings"]

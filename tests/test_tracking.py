@@ -11,10 +11,10 @@ import pytest
 from mlflow import MlflowClient
 
 from chestct import tracking
-from chestct.cli import find_checkpoint
 from chestct.config.compose import CONF
 from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError, Interrupted
+from chestct.models.checkpoint import find_checkpoint
 from chestct.tracking import TrackingError, open_run, probe, sole_writer
 from chestct.tracking.push import push
 from chestct.tracking.server import local_uri, server_uri

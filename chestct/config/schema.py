@@ -159,6 +159,7 @@ class DataConfig:
 class ModelConfig:
     """VGG16's convolutions and the head that stands on them."""
 
+    backbone: str = setting("vgg16", "convolutions: vgg16, or another network of torchvision's that has `features`")
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks from the input")
     pool: str = setting(

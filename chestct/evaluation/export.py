@@ -41,6 +41,7 @@ def facts(found: Evaluation) -> dict[str, Any]:
         "classes": list(classes_of(cfg.task)),
         "reliability": reliability(found),
         "model": {
+            "backbone": cfg.model.backbone,
             "pool": cfg.model.pool,
             "hidden": list(cfg.model.hidden),
             "dropout": cfg.model.dropout,

@@ -20,7 +20,7 @@ from chestct.config.schema import WindowConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import BODY_LEVEL, Preprocess
 from chestct.models.saliency import excess, heat, heat_to_square, mask_to_square, placement
-from chestct.models.vgg16 import BLOCK_STARTS, VGG16
+from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import read_truth
 
 TOLERANCE = 15 / 224
@@ -155,7 +155,7 @@ def _randomisation(
 ) -> dict[str, float]:
     """Mean absolute rank correlation, within the body, of a map with that of a network whose weights are drawn anew."""
     x = (torch.cat(list(net.batches(images))) - net.mean) * net.scale
-    last = BLOCK_STARTS[4]
+    last = net.first_trainable(4)
     trunk = net.features[:last](x)
 
     def map_of(block: nn.Sequential, head: nn.Sequential) -> np.ndarray:

@@ -119,7 +119,7 @@ class Bundle:
     def _seen(self, x: torch.Tensor, explain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits, novelty and heat (without `explain`: nothing) of slices float [B, 1, S, S]."""
         fine = self.net.fine_maps(x)
-        maps = self.net.features[-1](fine)
+        maps = self.net.pool(fine)
         logits = self.net.head(maps).numpy()
         shown = np.empty(0)
         if explain:
@@ -282,7 +282,9 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
             raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
     else:
         mean, scale = tuple(about["mean"]), tuple(about["scale"])
-        weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"])
+        weights = Weights(
+            "bundle", _part(tensors, "features."), mean, scale, about["digest"], model.get("backbone", "vgg16")
+        )
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
     head = _part(tensors, "head.")
     cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"])

@@ -19,9 +19,9 @@ from torchmetrics import MetricCollection
 from torchmetrics import classification as tm
 
 from chestct.config.checks import resolve
-from chestct.config.schema import Config
 from chestct.errors import WeightsError
-from chestct.models.vgg16 import BLOCK_STARTS, VGG16, Dropout, count_parameters
+from chestct.models.checkpoint import read_checkpoint
+from chestct.models.vgg16 import VGG16, count_parameters
 from chestct.models.weights import load_weights
 from chestct.ranks import gather, place
 
@@ -46,7 +46,7 @@ class Classifier(L.LightningModule):
         self.save_hyperparameters(logger=False)  # tracking records the settings itself
         self.cfg = cfg = resolve(settings)
         self.class_names = tuple(class_names)
-        weights = load_weights(cfg.model.weights)
+        weights = load_weights(cfg.model.weights, cfg.model.backbone)
         outputs = 1 if cfg.task == "binary" else len(class_names)
         self.net = VGG16(cfg.model, outputs, cfg.data.size, weights)
         self.net.set_frozen(cfg.model.freeze)
@@ -90,9 +90,6 @@ class Classifier(L.LightningModule):
 
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
         size = len(batch["batch_y"])
-        for layer in self.net.head:
-            if isinstance(layer, Dropout):
-                layer.batch = size
         logits = self(batch["x"])
         loss = self.loss(logits, batch["y"], batch["batch_y"])
         # Weighed with the whole batch: each process's part of it is in its loss already.
@@ -139,7 +136,7 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optim
         # Convolutions that join in later are in the optimiser from the start: without gradients it leaves them alone.
-        later = self.net.features[_first_layer(self.cfg) :].parameters()
+        later = self.net.features[self._first_layer() :].parameters()
         groups = [
             {"params": list(self.net.head.parameters()), "lr": cfg.lr},
             {"params": list(later), "lr": cfg.lr * cfg.backbone_lr_ratio},
@@ -172,10 +169,15 @@ class Classifier(L.LightningModule):
 
         return lr_scheduler.LambdaLR(optimizer, factor)
 
+    def _first_layer(self) -> int:
+        """Index of the first layer of the convolutions that trains at any time in the run."""
+        later = self.cfg.trainer
+        return self.net.first_trainable(5 - later.unfreeze_blocks if later.unfreeze_epoch else self.cfg.model.freeze)
+
     def parameter_counts(self) -> dict[str, int]:
         """Trainable and all parameters, as the settings leave them after the last unfreezing."""
         head, _ = count_parameters(list(self.net.head.parameters()))
-        _, later = count_parameters(list(self.net.features[_first_layer(self.cfg) :].parameters()))
+        _, later = count_parameters(list(self.net.features[self._first_layer() :].parameters()))
         _, everything = count_parameters(list(self.net.parameters()))
         return {"parameters/trainable": head + later, "parameters/all": everything}
 
@@ -190,15 +192,6 @@ class Classifier(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_fits(checkpoint, self)
-
-
-def _first_layer(cfg: Config) -> int:
-    """Index of the first layer of the convolutions that trains at any time in the run."""
-    if cfg.starts_frozen:
-        blocks = 5 - cfg.trainer.unfreeze_blocks if cfg.trainer.unfreeze_epoch else 5
-    else:
-        blocks = int(cfg.model.freeze)
-    return (*BLOCK_STARTS, 31)[blocks]
 
 
 def metric_collection(outputs: int, stage: str) -> MetricCollection:
@@ -233,28 +226,6 @@ class BinaryBalancedAccuracy(tm.BinaryStatScores):
     def compute(self) -> torch.Tensor:
         tp, fp, tn, fn = (getattr(self, name).float() for name in ("tp", "fp", "tn", "fn"))
         return (tp / (tp + fn).clamp(min=1) + tn / (tn + fp).clamp(min=1)) / 2
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The checkpoint in a file, without running anything that is in it.
-
-    Raises WeightsError where the file is missing, damaged, unsafe, or not a checkpoint of this project.
-    """
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise WeightsError(
-            f"No checkpoint {path}. "
-            + (f"In that folder: {', '.join(near)}. " if near else "")
-            + "Give the path of a .ckpt file, a run folder, or ckpt=last for the newest run under runs_dir."
-        )
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its unpickler and its zip reader happen to raise
-        reason = "it holds more than plain data and tensors" if "weights_only" in str(error) else "it is damaged"
-        raise WeightsError(f"The checkpoint {path} cannot be read: {reason}.") from None
-    if not isinstance(checkpoint, dict) or "chestct" not in checkpoint:
-        raise WeightsError(f"{path} is not a checkpoint of this project.")
-    return checkpoint
 
 
 def load_classifier(path: Path) -> Classifier:

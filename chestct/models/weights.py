@@ -1,9 +1,9 @@
-"""Where VGG16's convolutions come from. Each source knows the mean and scale that its weights were trained with.
+"""Where the convolutions and their weights come from: torchvision's networks, the file in the package, or one's own.
 
-Only safetensors and `weights_only=True` are ever loaded, and a packaged file is checked against its hash before use.
+Each source knows the mean and scale that its weights were trained with. Only safetensors and `weights_only=True` are
+ever loaded, and a packaged file is checked against its hash before use.
 """
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
+from torch import nn
+from torchvision.models import get_model, get_model_weights
 
-from chestct.errors import WeightsError
+from chestct.errors import ConfigError, WeightsError
+from chestct.files import digest, file_digest
 
 PACKAGED = Path(__file__).with_name("vgg16_features.fp16.safetensors")
 PACKAGED_SHA256 = "608705a5e8e9a7d5d75e2eb4a72185943564b134fca29f49123ae440f73775ed"
@@ -31,25 +34,50 @@ class Weights:
     mean: tuple[float, float, float]
     scale: tuple[float, float, float]
     digest: str  # identity of the tensors
+    backbone: str = "vgg16"  # the name of torchvision's network
 
 
-def load_weights(name: str) -> Weights:
+def convolutions(backbone: str = "vgg16") -> nn.Sequential:
+    """`features` of a network of torchvision's, on the meta device: shapes without numbers.
+
+    Raises ConfigError where torchvision has no network of that name, or it has no such part.
+    """
+    try:
+        with torch.device("meta"):  # drawing VGG16's classifier, which is thrown away, would take a second
+            features = getattr(get_model(backbone, weights=None), "features", None)
+    except ValueError:
+        features = None
+    if not isinstance(features, nn.Sequential):
+        raise ConfigError(
+            f"model.backbone={backbone} is not a network of torchvision's with `features`. Those that have it are "
+            "alexnet, convnext_*, densenet*, efficientnet_*, mobilenet_*, squeezenet* and vgg*."
+        )
+    return features
+
+
+def load_weights(name: str, backbone: str = "vgg16") -> Weights:
     """oxford (packaged), imagenet1k_v1 (torchvision's hub), none (random), or a file (safetensors, or a state dict).
 
     A file is taken to expect the same input as `oxford` unless its name contains `imagenet1k`, as torchvision's do.
-    Raises WeightsError for a file that is missing, altered, unsafe or not VGG16's, and for a hub out of reach.
+    Raises WeightsError for a file that is missing, altered, unsafe or of another network, and for a hub out of reach.
     """
+    mean, scale = OXFORD_MEAN, OXFORD_SCALE
+    if backbone != "vgg16" or "imagenet1k" in Path(name).name.lower():
+        mean, scale = TORCHVISION_MEAN, TORCHVISION_SCALE
     if name == "none":
-        return Weights(name, None, OXFORD_MEAN, OXFORD_SCALE, "none")
+        return Weights(name, None, mean, scale, "none", backbone)
     if name == "oxford":
-        return Weights(name, _convolutions(_packaged(), name), OXFORD_MEAN, OXFORD_SCALE, PACKAGED_SHA256)
-    if name == "imagenet1k_v1":
-        tensors, digest = _torchvision()
+        if backbone != "vgg16":
+            raise WeightsError(
+                f"model.weights=oxford are VGG16's. For model.backbone={backbone} give model.weights=imagenet1k_v1 "
+                "(downloaded) or a file of torchvision's."
+            )
+        tensors, identity = _packaged(), PACKAGED_SHA256
+    elif name == "imagenet1k_v1":
+        tensors, identity = _torchvision(backbone)
     else:
-        tensors, digest = _file(Path(name))
-    torchvision_input = "imagenet1k" in Path(name).name.lower()
-    mean, scale = (TORCHVISION_MEAN, TORCHVISION_SCALE) if torchvision_input else (OXFORD_MEAN, OXFORD_SCALE)
-    return Weights(name, _convolutions(tensors, name), mean, scale, digest)
+        tensors, identity = _file(Path(name))
+    return Weights(name, _checked(tensors, name, backbone), mean, scale, identity, backbone)
 
 
 def _packaged() -> dict[str, torch.Tensor]:
@@ -57,22 +85,21 @@ def _packaged() -> dict[str, torch.Tensor]:
         raw = PACKAGED.read_bytes()
     except FileNotFoundError:
         raise WeightsError(f"The packaged weights {PACKAGED} are missing. Install chestct again.") from None
-    if hashlib.sha256(raw).hexdigest() != PACKAGED_SHA256:
+    if digest(raw) != PACKAGED_SHA256:
         raise WeightsError(f"The packaged weights {PACKAGED} were altered (wrong SHA-256). Install chestct again.")
     return load(raw)
 
 
-def _torchvision() -> tuple[dict[str, torch.Tensor], str]:
-    from torchvision.models import VGG16_Weights
-
+def _torchvision(backbone: str) -> tuple[dict[str, torch.Tensor], str]:
+    weights: Any = get_model_weights(backbone)
     try:
-        tensors = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        tensors = weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"model.weights=imagenet1k_v1 is downloaded from torchvision's hub, which cannot be reached ({error}). "
             "Use model.weights=oxford, which is in the package, or a file."
         ) from None
-    return dict(tensors), VGG16_Weights.IMAGENET1K_V1.url.rsplit("-", 1)[-1]
+    return dict(tensors), weights.IMAGENET1K_V1.url.rsplit("-", 1)[-1]
 
 
 def _file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
@@ -97,18 +124,17 @@ def _file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         ) from None
     if not isinstance(tensors, Mapping):
         raise WeightsError(f"model.weights={path} holds a {type(tensors).__name__}, not a state dict.")
-    return dict(tensors), hashlib.sha256(path.read_bytes()).hexdigest()
+    return dict(tensors), file_digest(path)
 
 
-def _convolutions(tensors: Mapping[str, Any], name: str) -> dict[str, torch.Tensor]:
-    """The 13 convolutions as float32, keyed `{i}.weight|bias`; raises WeightsError where one does not fit."""
-    from chestct.models.vgg16 import convolution_shapes
-
-    found = {}
-    for key, shape in convolution_shapes().items():
+def _checked(tensors: Mapping[str, Any], name: str, backbone: str) -> dict[str, torch.Tensor]:
+    """The tensors of the convolutions, in float32; raises WeightsError where one is missing or misshapen."""
+    checked = {}
+    for key, wanted in convolutions(backbone).state_dict().items():
         tensor = tensors.get(f"features.{key}")
+        shape = tuple(wanted.shape)
         if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
             what = "missing" if tensor is None else f"shaped {tuple(getattr(tensor, 'shape', ()))} instead of {shape}"
-            raise WeightsError(f"model.weights={name} are not VGG16's convolutions: features.{key} is {what}.")
-        found[key] = tensor.float()
-    return found
+            raise WeightsError(f"model.weights={name} are not the weights of {backbone}: features.{key} is {what}.")
+        checked[key] = tensor.to(wanted.dtype)
+    return checked

@@ -210,9 +210,7 @@ class Predictor:
 
 
 def _load(source: str | Path) -> Bundle:
-    bundle = load_bundle(source)
-    bundle.net.pack()
-    return bundle
+    return load_bundle(source)
 
 
 def _answer(jobs: list[_Job]) -> None:

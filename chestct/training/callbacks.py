@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
 import pandas as pd
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config.schema import TrainerConfig
@@ -23,22 +23,9 @@ if TYPE_CHECKING:
     import optuna
 
 
-def checkpoints(cfg: TrainerConfig, folder: Path) -> ModelCheckpoint:
-    """best.ckpt by `trainer.monitor` and last.ckpt, both written at the end of an epoch, when all of it is known."""
-    return ModelCheckpoint(
-        folder,
-        "best",
-        monitor=cfg.monitor,
-        mode=cfg.mode,
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-
-
-def all_callbacks(cfg: TrainerConfig, out: Path, keeper: ModelCheckpoint) -> list[Callback]:
-    """Every callback of a training run."""
-    found: list[Callback] = [History(out / "history.csv"), StopWhenTold(), keeper]
+def all_callbacks(cfg: TrainerConfig, out: Path) -> list[Callback]:
+    """Every callback of a training run but those that keep checkpoints."""
+    found: list[Callback] = [History(out / "history.csv"), StopWhenTold()]
     if trial := trial_of(out):
         found.append(Prune(trial, cfg.monitor))
     if cfg.unfreeze_epoch:

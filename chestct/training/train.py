@@ -20,12 +20,14 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
+from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach
-from chestct.models.lightning_module import Classifier, check_fits, read_checkpoint
+from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
 from chestct.ranks import Place, is_first, on_first, place, share, together
 from chestct.tracking import Run
-from chestct.training.callbacks import StopWhenTold, all_callbacks, checkpoints, stop_on_signals
+from chestct.training.callbacks import StopWhenTold, all_callbacks, stop_on_signals
+from chestct.training.checkpoints import SealedCheckpoints, keepers
 from chestct.training.processes import connected, devices, environment, processes
 
 
@@ -85,8 +87,8 @@ def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | N
     L.seed_everything(cfg.seed, verbose=False)
     data = data or SliceModule(cfg)
     on_first(data.prepare_data)
-    keeper = checkpoints(cfg.trainer, out / "checkpoints")
-    callbacks = all_callbacks(cfg.trainer, out, keeper)
+    keeper, last = keepers(cfg.trainer, out / "checkpoints")
+    callbacks = [*all_callbacks(cfg.trainer, out), keeper, last]
     model, resume, trainer = together(lambda: _set_up(cfg, out, data, callbacks, run))
     if cfg.features.cache and cfg.starts_frozen:
         model.to(trainer.strategy.root_device)
@@ -109,7 +111,7 @@ def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | N
     return Result(
         out,
         best,
-        Path(keeper.last_model_path),
+        Path(last.best_model_path),
         trainer.current_epoch,
         metrics,
         predictions,
@@ -167,7 +169,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
             devices=devices(cfg.trainer),
             num_nodes=cfg.trainer.num_nodes,
             strategy=strategy,
-            plugins=[environment()],
+            plugins=[environment(), SealedCheckpoints()],
             precision=cfg.trainer.precision,  # type: ignore[arg-type]
             deterministic=cfg.trainer.deterministic,
             logger=[logger] if logger else False,
@@ -245,5 +247,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     # A resumed run writes into the folder it began in.
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")
+    # Frozen convolutions stay in eval mode, on purpose.
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
     # An epoch of a few dozen steps is logged once, at its end.
     warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")

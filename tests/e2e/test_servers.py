@@ -232,7 +232,7 @@ def test_a_training_is_shared_whole_and_no_file_holds_a_password(recorded, serve
     assert [path for path in places if PASSWORDS["writer"].encode() in path.read_bytes()] == []
     assert PASSWORDS["writer"] not in printed
 
-    from chestct.cli import find_checkpoint
+    from chestct.models.checkpoint import find_checkpoint
 
     cfg = small(*recorded)
     run, _ = copies(server, cfg)

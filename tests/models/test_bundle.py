@@ -109,7 +109,7 @@ def test_a_bundle_is_replaced_whole(folder: Path) -> None:
 def test_loading_imports_nothing_that_trains_or_serves(small_bundle: Path) -> None:
     code = (
         f"from chestct.models.bundle import load_bundle; load_bundle({str(small_bundle)!r}); import sys; "
-        "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas', 'torchvision', "
+        "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas', "
         "'scipy', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

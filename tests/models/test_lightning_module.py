@@ -7,7 +7,7 @@ from torch.nn import functional
 from chestct import ranks
 from chestct.config.schema import classes_of
 from chestct.errors import WeightsError
-from chestct.models.lightning_module import Classifier, check_fits, metric_collection, read_checkpoint
+from chestct.models.lightning_module import Classifier, check_fits, metric_collection
 
 BATCH = {"x": torch.rand(4, 512), "y": torch.tensor([0, 1, 1, 1]), "i": torch.arange(4)}
 BATCH["batch_y"] = BATCH["y"]
@@ -127,17 +127,3 @@ def test_a_head_trained_on_other_convolutions_is_refused(small):
     saved["chestct"]["weights"] = "other"
     with pytest.raises(WeightsError, match="other convolution weights"):
         check_fits(saved, make(small()))
-
-
-@pytest.mark.parametrize("what", ["missing", "text", "not ours", "truncated"])
-def test_what_is_no_checkpoint_is_one_clear_error(small, tmp_path, what):
-    path = tmp_path / "x.ckpt"
-    if what == "text":
-        path.write_text("hello")
-    if what == "not ours":
-        torch.save({"state_dict": {}}, path)
-    if what == "truncated":
-        torch.save(checkpoint_of(make(small())), path)
-        path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=r"x\.ckpt"):
-        read_checkpoint(path)

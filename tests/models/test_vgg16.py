@@ -3,6 +3,7 @@ import torch
 from torchvision.models import vgg16
 
 from chestct.config.schema import ModelConfig
+from chestct.errors import ConfigError, WeightsError
 from chestct.models.vgg16 import VGG16, count_parameters
 from chestct.models.weights import PACKAGED, load_weights
 
@@ -84,10 +85,29 @@ def test_parameter_counts(oxford):
     assert count_parameters(list(net.parameters())) == (513, 513 + 14_714_688)  # table 2 of the paper, convolutions
 
 
-def test_packed_convolutions_give_the_same_bits(oxford):
-    net, x = make(oxford), torch.rand(3, 1, 64, 64)
-    with torch.no_grad():
-        before = net.fine_maps(x), net(x)
-        net.pack()
-        assert not any(isinstance(layer, torch.nn.Conv2d) for layer in net.features)
-        assert all(torch.equal(a, b) for a, b in zip(before, (net.fine_maps(x), net(x)), strict=True))
+@pytest.mark.parametrize(("backbone", "width"), [("mobilenet_v3_small", 576), ("densenet121", 1024), ("vgg11", 512)])
+def test_other_convolutions_of_torchvision_take_the_place_of_vgg16(backbone, width):
+    torch.manual_seed(0)
+    net = VGG16(ModelConfig(backbone=backbone, weights="none"), 1, 64, load_weights("none", backbone))
+    net.set_frozen(True)
+    net.train()
+    before = {key: value.clone() for key, value in net.features.state_dict().items()}
+    x = torch.rand(2, 1, 64, 64)
+    assert net(x).shape == (2, 1)
+    assert net.maps(x).shape[1] == net.head[-1].in_features == width
+    # frozen means that the running means of batch norms stay, too
+    assert all(torch.equal(before[key], value) for key, value in net.features.state_dict().items())
+
+
+def test_a_backbone_without_features_is_refused_with_those_that_have_them():
+    for name in ("resnet18", "vgg17"):
+        with pytest.raises(ConfigError, match=rf"model\.backbone={name}.*mobilenet"):
+            load_weights("none", name).tensors or VGG16(ModelConfig(), 1, 64, load_weights("none", name))
+    with pytest.raises(WeightsError, match=r"are VGG16's.*imagenet1k_v1"):
+        load_weights("oxford", "vgg11")
+
+
+def test_blocks_are_counted_in_vggs_alone():
+    net = VGG16(ModelConfig(), 1, 64, load_weights("none", "mobilenet_v3_small"))
+    with pytest.raises(ConfigError, match=r"model\.freeze=3.*true or false"):
+        net.set_frozen(3)

@@ -230,3 +230,20 @@ def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms
     assert recorded.info.status == "FINISHED"
     assert os.environ.get("MLFLOW_RUN_ID") is None
     assert Path(run / "checkpoints" / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
+
+
+def epoch_in(path):
+    return torch.load(path, weights_only=True)["epoch"]
+
+
+def test_the_last_checkpoint_is_of_the_last_epoch_even_where_the_first_was_best(small, tmp_path):
+    result = train(small("optim.lr=1000", "trainer.max_epochs=4", "trainer.patience=0"), tmp_path)
+    assert losses(tmp_path)["valid/loss"].idxmin() == epoch_in(result.best) < 3
+    assert epoch_in(result.last) == 3
+    before = losses(tmp_path)["valid/loss"]
+    # a resume goes on after it, and nothing that was trained is trained again
+    longer = train(
+        small("optim.lr=1000", "trainer.max_epochs=6", "trainer.patience=0", f"ckpt={result.last}"), tmp_path
+    )
+    assert losses(tmp_path)["valid/loss"].iloc[:4].equals(before)
+    assert epoch_in(longer.last) == 5
