@@ -85,6 +85,9 @@ def errors_for_people() -> Iterator[None]:
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `chestct train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except Exception as error:
         print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
         sys.exit(2)

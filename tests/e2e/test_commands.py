@@ -226,6 +226,13 @@ def test_help_explains_every_setting_without_importing_anything_heavy(program):
     assert "experiment=" in done.stdout
 
 
+def test_a_reader_that_stops_reading_ends_the_command_quietly():
+    command = f"'{sys.executable}' train.py --help | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Trains")
+    assert done.stderr == ""
+
+
 @pytest.mark.slow
 def test_history_has_a_row_an_epoch(call, tmp_path):
     assert call("train.py", "trainer.max_epochs=2")[0] == 0
