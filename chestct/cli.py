@@ -67,11 +67,9 @@ Opens a web page that reads chest CT slices, at http://127.0.0.1:7860, with an A
   python serve.py bundle=FOLDER                     another bundle
   python serve.py bundle=models:/NAME@champion      one that is registered in MLflow
   python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
-  python serve.py --hash-password                   makes the hash of a password or token (see docs/api.md)
 
-CHESTCT_USERS='name:HASH' or CHESTCT_TOKENS='HASH' in the environment ask visitors for a password or token. SIGHUP
-loads the bundle again, and asks MLflow where its name points by now; SIGTERM ends the service when requests under way
-are answered.
+CHESTCT_USERNAME and CHESTCT_PASSWORD in the environment ask visitors for them. SIGHUP loads the bundle again, and asks
+MLflow where its name points by now; SIGTERM ends the service when requests under way are answered.
 """
 
 AUDIT = """
@@ -240,7 +238,7 @@ def export(cfg: Config, out: Path) -> None:
 @program("serve", SERVE)
 def serve(cfg: Config, out: Path) -> None:
     from chestct.serving.monitor import Monitor
-    from chestct.serving.service import serve
+    from chestct.serving.server import serve
 
     def locate() -> str:
         source = cfg.bundle or "packaged"

@@ -276,12 +276,24 @@ class ServeConfig:
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
     port: int = setting(7860, "port to listen on", low=1, high=65535)
-    max_upload: int = setting(200_000_000, "bytes that one request may send", low=1_000)
-    max_slices: int = setting(128, "slices that one request may ask about", low=1, high=2000)
-    queue: int = setting(64, "requests that may wait or run at once; more are told to come back", low=1)
-    seconds: float = setting(60.0, "longest time that one request may take", low=1, high=3600)
-    rate: int = setting(240, "requests for answers a minute from one address; 0: any number", low=0)
-    batch: int = setting(8, "slices that share a forward pass at most; each takes some 30 MB", low=1)
+    hosts: list[str] = setting(
+        [],
+        "names under which the service is reached, beside localhost and IPv4 addresses, such as [ct.example.org]; "
+        "['*']: any",
+    )
+    proxies: list[str] = setting(
+        [], "addresses or networks of reverse proxies, whose word (X-Forwarded-For) for a client's address is believed"
+    )
+    max_upload_bytes: int = setting(80_000_000, "bytes that one request may send", low=1_000)
+    max_slices: int = setting(128, "slices that one request may hold", low=1, high=2000)
+    max_pixels: int = setting(20_000_000, "largest image that is decoded, in pixels", low=1)
+    max_pixels_in_flight: int = setting(
+        40_000_000, "pixels of all images that are worked on at once; each takes some 16 bytes", low=1
+    )
+    max_requests_per_address: int = setting(64, "requests at once from one address, open pages included", low=1)
+    queue_size: int = setting(64, "requests for an answer that may wait or run at once; more are turned away", low=1)
+    request_timeout_s: float = setting(60.0, "longest time that one answer may take, in seconds", low=1, high=3600)
+    batch_size: int = setting(8, "slices that share a forward pass at most; each takes some 30 MB", low=1)
 
 
 @dataclass

@@ -14,12 +14,12 @@ from typing import Any
 from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError
 from chestct.serving import about, answer, history
-from chestct.serving.api import as_json
+from chestct.serving.api import answer as answer_one
 from chestct.serving.examples import Example
 from chestct.serving.pages import BANNER, EMPTY, HEADER, api_help, example_buttons
 from chestct.serving.predictor import Predictor
 from chestct.serving.quiet_gradio import File, UploadBox, gr
-from chestct.serving.reading import OnAnswer, Reading, read_all, tell
+from chestct.serving.reading import OnAnswer, Reading, read_all
 from chestct.serving.uploads import UploadError, expand
 
 logger = logging.getLogger("chestct.serving")
@@ -52,11 +52,11 @@ def make_page(
     def _read(
         files: list[tuple[str, bytes]], rows: list[history.Row], told: OnAnswer | None
     ) -> Iterator[tuple[Any, ...]]:
-        found = expand(files, cfg.max_slices, cfg.max_upload)
+        found = expand(files, cfg.max_slices, cfg.max_upload_bytes)
         readings: list[Reading] = []
         yield answer.waiting(0, len(found)), gr.skip(), gr.skip(), gr.skip()
         shown = time.monotonic()
-        for done, part in enumerate(read_all(predictor, found, cfg.max_slices, cfg.seconds, told), start=1):
+        for done, part in enumerate(read_all(predictor, found, cfg.max_slices, cfg.request_timeout_s, told), start=1):
             readings += part
             if time.monotonic() - shown > 0.5 and done < len(found):
                 shown = time.monotonic()
@@ -68,11 +68,9 @@ def make_page(
         """Scores one slice. file: PNG, JPEG, TIFF or DICOM; overlay: add the slice with its heat as a PNG data URI."""
         try:
             ((_, data),) = taken(file, most=1)
-            found = predictor.predict(data, name="file", explain=overlay)
+            return answer_one(predictor, data, overlay, on_answer)
         except ChestCTError as error:
             raise gr.Error(getattr(error, "reason", None) or str(error), print_exception=False) from None
-        tell(found, on_answer)
-        return as_json(found, overlay)
 
     with gr.Blocks(title="chestct: cancer or normal on chest CT", analytics_enabled=False, fill_width=True) as page:
         rows = gr.State([], time_to_live=SESSION_SECONDS)
@@ -110,32 +108,16 @@ def make_page(
         gr.Button(visible=False).click(
             predict, [one, overlay], told, api_name="predict", concurrency_limit=4, api_description=predict.__doc__
         )
-    page.queue(max_size=cfg.queue, default_concurrency_limit=4)
+    page.queue(max_size=cfg.queue_size, default_concurrency_limit=4)
     return page
 
 
-def mount(app: Any, page: gr.Blocks, cfg: ServeConfig) -> Any:
-    """Puts the page at / of a FastAPI app; returns Gradio's own app within."""
-    gr.mount_gradio_app(
-        app,
-        page,
-        path="/",
-        server_name=cfg.host,
-        server_port=cfg.port,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        mcp_server=False,
-        pwa=False,
-        show_error=True,
-        max_file_size=cfg.max_upload,
-        theme=gr.themes.Base(font=SYSTEM_FONTS, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"]),
-        head='<link rel="stylesheet" href="page/page.css"><script src="page/page.js" defer></script>'
-        '<meta name="color-scheme" content="light dark">',
-    )
-    page.has_launched = True  # else Gradio takes paths outside its folder from clients when it is mounted
-    return app.routes[-1].app
+LOOKS: dict[str, Any] = {
+    "theme": gr.themes.Base(font=SYSTEM_FONTS, font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"]),
+    "head": '<link rel="stylesheet" href="page/page.css"><script src="page/page.js" defer></script>'
+    '<meta name="color-scheme" content="light dark">',
+}
+"""What `gr.mount_gradio_app` is given for this page."""
 
 
 def taken(files: list[File], most: int | None = None) -> list[tuple[str, bytes]]:

@@ -1,7 +1,7 @@
 """From a file to an answer: decode, preprocess, network, decision, heat map. Imports torch, and nothing that trains.
 
 One thread runs the network for everybody: requests that wait at the same time share a forward pass, and two passes
-never fight for the same cores. Everything else happens in the caller's thread.
+never fight for the same cores. Everything else happens in the caller's thread, within a budget of pixels.
 """
 
 import queue
@@ -9,7 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import CancelledError, Future, TimeoutError
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from chestct.errors import ChestCTError, DecodeError
-from chestct.imaging.decode import decode, decode_frames
+from chestct.imaging.decode import declared_size, decode, decode_frames
 from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.imaging.statistics import image_statistics
 from chestct.models.bundle import Bundle, Outputs, load_bundle
@@ -38,15 +39,19 @@ thousand frames takes no more memory than one of four."""
 NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagnosis or treatment."
 
 CLOSING = "The service is shutting down. Try again in a minute."
+BUSY = "The service is busy: too many slices are waiting. Try again in a minute."
+
+NEVER = threading.Event()
+"""A request that nobody cancels."""
 
 
 class BusyError(ChestCTError):
-    """More requests wait than the service takes on, or one took too long."""
+    """More requests wait than the service takes on, or one took too long, or was given up by whoever sent it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What is said of one slice."""
+    """The answer for one slice."""
 
     score: float  # calibrated P(cancer), in [0, 1]; given for refused slices too, where it means little
     decision: str  # cancer, normal, uncertain or refused
@@ -68,6 +73,7 @@ class _Job:
     bundle: Bundle
     square: np.ndarray
     explain: bool
+    cancelled: threading.Event
     answer: "Future[Outputs]"
 
 
@@ -75,7 +81,8 @@ class Predictor:
     """Answers for files. Safe to call from any number of threads; `close` ends its own.
 
     source: a bundle folder or `packaged`. limits: what a file may cost. batch: slices a forward pass at most; waiting:
-    slices that may wait at once; seconds: how long one may take before the caller gets a BusyError.
+    slices that may wait at once; seconds: how long one may take before the caller gets a BusyError; pixels: how many
+    may be decoded at once within `room`, each of which takes some 16 bytes until its answer is drawn.
     """
 
     def __init__(
@@ -86,46 +93,78 @@ class Predictor:
         batch: int = 8,
         waiting: int = 256,
         seconds: float = 60.0,
+        pixels: int = 128_000_000,
     ) -> None:
-        self.source, self.limits, self.batch, self.seconds = source, limits, batch, seconds
+        self.source, self.limits, self.batch, self.seconds, self.pixels = source, limits, batch, seconds, pixels
         self.bundle = _load(source)
+        self._free_pixels, self._pixels_changed = pixels, threading.Condition()
         self._closed = False
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
         self._thread = threading.Thread(target=self._work, name="predictor", daemon=True)
         self._thread.start()
 
-    def predict(self, source: Path | bytes, *, name: str | None = None, explain: bool = True) -> Prediction:
+    @contextmanager
+    def room(self, data: bytes, *, every: bool = False, cancelled: threading.Event = NEVER) -> Iterator[None]:
+        """Waits until there is room for a file's pixels, and holds it: predict, draw and drop the arrays within.
+
+        every: room for the frames that `predict_frames` holds. Raises DecodeError where the file's header is wrong or
+        announces more than `limits`, and BusyError.
+        """
+        width, height, frames = declared_size(data, self.limits, name="file")
+        pixels = min(self.pixels, width * height * (min(frames, FRAMES_AHEAD) if every else 1))
+        ends = time.monotonic() + self.seconds
+        with self._pixels_changed:
+            while self._free_pixels < pixels:
+                if cancelled.is_set() or time.monotonic() > ends:
+                    raise BusyError(BUSY)
+                self._pixels_changed.wait(0.1)
+            self._free_pixels -= pixels
+        try:
+            yield
+        finally:
+            with self._pixels_changed:
+                self._free_pixels += pixels
+                self._pixels_changed.notify_all()
+
+    def predict(
+        self, source: Path | bytes, *, name: str | None = None, explain: bool = True, cancelled: threading.Event = NEVER
+    ) -> Prediction:
         """The answer for a file; of one with several frames or pages, for the one that `decode` chooses.
 
-        name: what the file is called in errors. DICOM is seen through the bundle's window, whatever a viewer shows.
-        Raises DecodeError for whatever is wrong with the file, and BusyError.
+        name: what the file is called in errors; cancelled: once set, no more work is done for this request. DICOM is
+        seen through the bundle's window, whatever a viewer shows. Raises DecodeError for whatever is wrong with the
+        file, and BusyError.
         """
         window = self.bundle.window
-        return next(self._answers(lambda: iter([decode(source, window, self.limits, name=name)]), explain))
+        return next(self._answers(lambda: iter([decode(source, window, self.limits, name=name)]), explain, cancelled))
 
     def predict_frames(
-        self, source: Path | bytes, *, name: str | None = None, explain: bool = True
+        self, source: Path | bytes, *, name: str | None = None, explain: bool = True, cancelled: threading.Event = NEVER
     ) -> Iterator[Prediction]:
         """The answer for each frame or page of a file in turn, as `predict` gives it; FRAMES_AHEAD are held at most."""
         window = self.bundle.window
-        return self._answers(lambda: decode_frames(source, window, self.limits, name=name), explain)
+        return self._answers(lambda: decode_frames(source, window, self.limits, name=name), explain, cancelled)
 
-    def _answers(self, slices: Callable[[], Iterator[Slice]], explain: bool) -> Iterator[Prediction]:
+    def _answers(
+        self, slices: Callable[[], Iterator[Slice]], explain: bool, cancelled: threading.Event
+    ) -> Iterator[Prediction]:
         bundle = self.bundle  # one for the whole file, though `reload` may come in between
-        asked: deque[tuple[Slice, _Job, float]] = deque()
+        ahead: deque[tuple[Slice, _Job, float]] = deque()
         broken: DecodeError | None = None
         begun = time.perf_counter()
         try:
-            for found in slices():
-                job = self._ask(bundle, bundle.preprocess(found.gray), explain)
-                asked.append((found, job, time.perf_counter() - begun))
-                if len(asked) == FRAMES_AHEAD:
-                    yield self._told(bundle, *asked.popleft())
+            for decoded in slices() if not cancelled.is_set() else ():
+                job = self._submit(_Job(bundle, bundle.preprocess(decoded.gray), explain, cancelled, Future()))
+                ahead.append((decoded, job, time.perf_counter() - begun))
+                if len(ahead) == FRAMES_AHEAD:
+                    yield self._prediction(*ahead.popleft())
                 begun = time.perf_counter()
         except DecodeError as error:
             broken = error  # the frames before it are good
-        while asked:
-            yield self._told(bundle, *asked.popleft())
+        while ahead:
+            yield self._prediction(*ahead.popleft())
+        if cancelled.is_set():
+            raise BusyError(BUSY)
         if broken:
             raise broken
 
@@ -139,7 +178,7 @@ class Predictor:
         return self.bundle.id
 
     def close(self) -> None:
-        """Lets what is waiting be answered, then ends the thread; who asks afterwards gets a BusyError."""
+        """Lets what is waiting be answered, then ends the thread; later requests get a BusyError."""
         self._closed = True
         self._jobs.put(None)
         self._thread.join()
@@ -147,32 +186,33 @@ class Predictor:
             if job := self._jobs.get():
                 job.answer.set_exception(BusyError(CLOSING))
 
-    def _ask(self, bundle: Bundle, square: np.ndarray, explain: bool) -> _Job:
+    def _submit(self, job: _Job) -> _Job:
         if self._closed:
             raise BusyError(CLOSING)
-        job = _Job(bundle, square, explain, Future())
         try:
             self._jobs.put(job, timeout=self.seconds)
         except queue.Full:
-            raise BusyError("The service is busy: too many slices are waiting. Try again in a minute.") from None
+            raise BusyError(BUSY) from None
         return job
 
-    def _told(self, bundle: Bundle, found: Slice, job: _Job, decoded: float) -> Prediction:
-        begun = time.perf_counter()
+    def _prediction(self, decoded: Slice, job: _Job, decode_seconds: float) -> Prediction:
+        begun, bundle = time.perf_counter(), job.bundle
         try:
             answer = job.answer.result(self.seconds)
+        except CancelledError:
+            raise BusyError(BUSY) from None
         except TimeoutError:
             job.answer.cancel()
             raise BusyError(f"No answer within {self.seconds:.0f} s: the service is busy. Try again.") from None
         answered = time.perf_counter()
-        gray = (found.gray * 255 + 0.5).astype(np.uint8)
+        gray = (decoded.gray * 255 + 0.5).astype(np.uint8)
         heat = None
         if answer.heat is not None:
             heat = heat_to_slice(torch.from_numpy(answer.heat[0]), gray.shape, placement(gray, bundle.preprocess))
         novelty = float(answer.novelty[0])
         sets = bundle.point.sets(answer.probabilities)[0]
         possible = tuple(name for name, held in zip(bundle.classes, sets, strict=True) if held)
-        refusal = why_refused(found, novelty)
+        refusal = why_refused(decoded, novelty)
         decision = REFUSED if refusal else str(answer.decision[0])
         return Prediction(
             score=float(answer.score[0]),
@@ -181,12 +221,12 @@ class Predictor:
             probabilities=dict(zip(bundle.classes, answer.probabilities[0].tolist(), strict=True)),
             possible=possible,
             novelty=novelty,
-            known=pixel_hash(found.levels)[:16] in bundle.seen,
+            known=pixel_hash(decoded.levels)[:16] in bundle.seen,
             gray=gray,
             heat=heat,
-            slice=found,
-            statistics=image_statistics(found.gray),
-            seconds={"decode": decoded, "wait": answered - begun, "draw": time.perf_counter() - answered},
+            slice=decoded,
+            statistics=image_statistics(decoded.gray),
+            seconds={"decode": decode_seconds, "wait": answered - begun, "draw": time.perf_counter() - answered},
             bundle=bundle.id,
         )
 
@@ -203,6 +243,9 @@ class Predictor:
                 last = job is None
                 if job is not None:
                     jobs.append(job)
+            for job in jobs:
+                if job.cancelled.is_set():
+                    job.answer.cancel()
             for bundle in {id(job.bundle): job.bundle for job in jobs}.values():
                 _answer([job for job in jobs if job.bundle is bundle and job.answer.set_running_or_notify_cancel()])
             if last:
@@ -218,27 +261,29 @@ def _answer(jobs: list[_Job]) -> None:
     if not jobs:
         return
     try:
-        found = jobs[0].bundle.predict(np.stack([job.square for job in jobs]), any(job.explain for job in jobs))
-    except Exception as error:  # whatever it is belongs to those who asked, not to this thread
+        outputs = jobs[0].bundle.predict(np.stack([job.square for job in jobs]), any(job.explain for job in jobs))
+    except Exception as error:  # whatever it is belongs to the callers, not to this thread
         for job in jobs:
             job.answer.set_exception(error)
         return
     for i, job in enumerate(jobs):
-        heat = found.heat[i : i + 1] if found.heat is not None and job.explain else None
+        heat = outputs.heat[i : i + 1] if outputs.heat is not None and job.explain else None
         part = slice(i, i + 1)
         job.answer.set_result(
-            Outputs(found.logits[part], found.probabilities[part], found.decision[part], found.novelty[part], heat)
+            Outputs(
+                outputs.logits[part], outputs.probabilities[part], outputs.decision[part], outputs.novelty[part], heat
+            )
         )
 
 
-def why_refused(found: Slice, novelty: float) -> str:
+def why_refused(decoded: Slice, novelty: float) -> str:
     """Why no answer is given for a slice, in a sentence; "" where one is."""
-    if found.modality not in ("", "CT"):
-        return f"This DICOM file is not CT: its modality is {found.modality}."
-    if found.color > COLOR:
+    if decoded.modality not in ("", "CT"):
+        return f"This DICOM file is not CT: its modality is {decoded.modality}."
+    if decoded.color > COLOR:
         return "This is a colour image, and CT slices are grey."
-    if min(found.gray.shape) < SMALLEST:
-        height, width = found.gray.shape
+    if min(decoded.gray.shape) < SMALLEST:
+        height, width = decoded.gray.shape
         return f"This image is too small: {width} x {height} pixels, at least {SMALLEST} a side are needed."
     if novelty > FOREIGN:
         return (

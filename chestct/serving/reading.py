@@ -6,6 +6,7 @@ as soon as its pictures are drawn.
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,55 +57,73 @@ def read_all(
         raise too_many(sum(counts), max_slices)
     ends = time.monotonic() + seconds
     side = 384 if sum(counts) >= MANY else 768
+    cancelled = threading.Event()
     with ThreadPoolExecutor(AT_ONCE, "reading") as pool:
-        yield from pool.map(lambda upload: _read(predictor, upload, side, ends, on_answer), uploads)
+        try:
+            yield from pool.map(lambda upload: _read(predictor, upload, side, ends, on_answer, cancelled), uploads)
+        finally:
+            cancelled.set()  # where a visitor leaves before the last one
 
 
-def _read(predictor: Predictor, upload: Upload, side: int, ends: float, on_answer: OnAnswer | None) -> list[Reading]:
+def _read(
+    predictor: Predictor,
+    upload: Upload,
+    side: int,
+    ends: float,
+    on_answer: OnAnswer | None,
+    cancelled: threading.Event,
+) -> list[Reading]:
     """The readings of one file. A frame that cannot be read ends it, and those before it stay."""
     read: list[Reading] = []
     try:
-        units = hounsfield_pictures(upload.data, predictor.limits, side)
-        for found in _in_time(predictor.predict_frames(upload.data, name="file"), ends):
-            read.append(_drawn(f"{upload.name}, frame {len(read) + 1}", found, side, next(units, ""), on_answer))
+        with predictor.room(upload.data, every=True, cancelled=cancelled):
+            units = hounsfield_pictures(upload.data, predictor.limits, side)
+            for prediction in _in_time(predictor.predict_frames(upload.data, name="file", cancelled=cancelled), ends):
+                name = f"{upload.name}, frame {len(read) + 1}"
+                read.append(_drawn(name, prediction, side, next(units, ""), on_answer))
         if len(read) == 1:
             read = [dataclasses.replace(read[0], name=upload.name)]
         return read
     except DecodeError as error:
         logger.info("unreadable file")
-        said = f"This file cannot be read: {error.reason}."
+        message = f"This file cannot be read: {error.reason}."
     except ChestCTError as error:
         logger.warning("no answer: %s", error)
-        said = str(error)
+        message = str(error)
     except Exception:
         logger.exception("an answer failed")
-        said = "Something went wrong with this file on our side. It was noted in the log."
-    return [*read, Reading(upload.name, error=said)]
+        message = "Something went wrong with this file on our side. It was noted in the log."
+    return [*read, Reading(upload.name, error=message)]
 
 
 def _in_time(answers: Iterator[Prediction], ends: float) -> Iterator[Prediction]:
     while True:
         if time.monotonic() > ends:
             raise BusyError("No time was left for this slice. Send fewer at once.")
-        if (found := next(answers, None)) is None:
+        if (prediction := next(answers, None)) is None:
             return
-        yield found
+        yield prediction
 
 
-def _drawn(name: str, found: Prediction, side: int, hounsfield: str, on_answer: OnAnswer | None) -> Reading:
-    tell(found, on_answer)
+def _drawn(name: str, prediction: Prediction, side: int, hounsfield: str, on_answer: OnAnswer | None) -> Reading:
+    record(prediction, on_answer)
     light = dataclasses.replace(
-        found, gray=NOTHING, heat=None, slice=dataclasses.replace(found.slice, levels=NOTHING, patient="", study="")
+        prediction,
+        gray=NOTHING,
+        heat=None,
+        slice=dataclasses.replace(prediction.slice, levels=NOTHING, patient="", study=""),
     )
-    return Reading(name, light, "", slice_picture(found, side), heat_picture(found), hounsfield, heat_meaning(found))
+    return Reading(
+        name, light, "", slice_picture(prediction, side), heat_picture(prediction), hounsfield, heat_meaning(prediction)
+    )
 
 
-def tell(found: Prediction, on_answer: OnAnswer | None) -> None:
+def record(prediction: Prediction, on_answer: OnAnswer | None) -> None:
     """Passes an answer on to whoever counts or records it; their trouble is not the asker's."""
     if on_answer is None:
         return
     try:
-        on_answer(found)
+        on_answer(prediction)
     except Exception:
         logger.exception("an answer could not be recorded")
 
@@ -113,7 +132,7 @@ def most_suspicious(readings: list[Reading]) -> int:
     """Index of the slice to show first: the highest score among those answered, then among the refused."""
 
     def rank(i: int) -> tuple[int, float]:
-        found = readings[i].prediction
-        return (0, 0.0) if found is None else (1 if found.decision == "refused" else 2, found.score)
+        prediction = readings[i].prediction
+        return (0, 0.0) if prediction is None else (1 if prediction.decision == "refused" else 2, prediction.score)
 
     return max(range(len(readings)), key=lambda i: (rank(i), -i))

@@ -6,10 +6,17 @@ little as any header: entries, their inflated size and the time are counted whil
 
 import io
 import re
+import secrets
+import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -30,6 +37,10 @@ MAX_LISTED = 10_000
 
 class UploadError(ChestCTError):
     """A request that asks for more than the service gives, or an archive that cannot be opened."""
+
+
+class FormError(UploadError):
+    """A form that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -150,3 +161,65 @@ def frame_count(data: bytes, most: int) -> int:
 def _header(data: bytes, tags: list[str]) -> pydicom.Dataset:
     file = BudgetedFile(data, MAX_READS)
     return pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=tags)
+
+
+def files_in_form(body: bytes, content_type: str) -> list[bytes]:
+    """The content of each file in a body of multipart/form-data (RFC 7578), fields left out.
+
+    Starlette's parser takes a part whose name comes as `filename*=` (RFC 5987, as older clients write names that are
+    not ASCII) for a field; hence the standard library's for the headers of a part. Raises FormError.
+    """
+    head = Message()
+    head["content-type"] = content_type
+    boundary = head.get_boundary()
+    if not boundary:
+        raise FormError("The form cannot be read: its content type names no boundary.")
+    delimiter = b"--" + boundary.encode("latin-1", "replace")
+    parts = body.split(b"\r\n" + delimiter, MAX_LISTED)
+    if parts[0].startswith(delimiter):
+        parts[0] = parts[0].removeprefix(delimiter)
+    else:
+        del parts[0]  # what may stand before the first part
+    if not parts or not parts.pop().startswith(b"--"):
+        raise FormError("The form cannot be read: it is cut off, or its boundary is another.")
+    files = []
+    for part in parts:
+        headers, _, content = part.partition(b"\r\n\r\n")
+        disposition = message_from_bytes(headers.strip())
+        if disposition.get_param("filename", header="content-disposition") is not None:
+            files.append(content)
+    return files
+
+
+def keep(files: list[bytes], folder: Path, max_files: int, max_bytes: int) -> list[Path]:
+    """Writes uploads to FOLDER/RANDOM/RANDOM: names and paths of other visitors tell nothing and never meet.
+
+    max_bytes: in the folder, everybody's together. Raises UploadError.
+    """
+    if len(files) > max_files:
+        raise too_many(len(files), max_files)
+    size = sum(map(len, files))
+    for path in folder.glob("*/*"):
+        with suppress(OSError):  # removed by its request meanwhile
+            size += path.stat().st_size
+    if size > max_bytes:
+        raise UploadError("Too many uploads wait to be read. Try again in a minute.")
+    kept = []
+    for content in files:
+        path = folder / secrets.token_hex(16) / secrets.token_hex(16)
+        path.parent.mkdir(mode=0o700)
+        path.write_bytes(content)
+        kept.append(path)
+    return kept
+
+
+def sweep(folder: Path, seconds: float) -> int:
+    """Removes what has lain in the folder of uploads for longer than that. Returns how many."""
+    oldest = time.time() - seconds
+    removed = 0
+    for path in folder.iterdir():
+        with suppress(OSError):  # as above
+            if path.stat().st_mtime < oldest:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed += 1
+    return removed

@@ -20,9 +20,8 @@ from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_evidence
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
-from chestct.serving.auth import Gate
 from chestct.serving.predictor import Predictor
-from chestct.serving.service import Service, listen, upload_folder
+from chestct.serving.server import GracefulServer, bind, make_server, predictor_for, upload_folder
 from chestct.stats.calibration import reliability_table
 
 SIZE = 64
@@ -96,34 +95,36 @@ class Served:
 
     url: str
     uploads: Path
-    service: Service
+    predictor: Predictor
+    server: GracefulServer
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
 
     def left(self) -> list[Path]:
         """What lies in the upload folder, but for one that Gradio makes anew for every service of this process."""
         return [path for path in self.uploads.iterdir() if path.name != "vibe_edit_history"]
 
-    @property
-    def predictor(self) -> Predictor:
-        return self.service.predictor
-
 
 @contextlib.contextmanager
-def serving(bundle: Path, gate: Gate | None = None, on_answer=None, **settings: int) -> Iterator[Served]:
-    """settings: of ServeConfig; without a limit to the rate, since all tests come from one address."""
-    cfg = Config(bundle=str(bundle), serve=ServeConfig(**{"rate": 0} | settings))
-    listening = listen("127.0.0.1", 0)
-    with upload_folder() as uploads:
-        service = Service(cfg, gate or Gate(), uploads, lambda: str(bundle), on_answer)
-        thread = threading.Thread(target=service.run, args=(listening,))
+def serving(bundle: Path, on_answer=None, login=None, **settings) -> Iterator[Served]:
+    """settings: of ServeConfig."""
+    cfg = Config(bundle=str(bundle), serve=ServeConfig(**settings))
+    listening = bind("127.0.0.1", 0)
+    with upload_folder() as uploads, predictor_for(cfg, str(bundle)) as predictor:
+        server = make_server(cfg, predictor, uploads, on_answer, login)
+        thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         try:
-            deadline = time.monotonic() + 120
-            while not service.ready.wait(0.1) and thread.is_alive():
-                assert time.monotonic() < deadline
-            assert not service.failure, service.failure
-            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", uploads, service)
+            deadline = time.monotonic() + 60
+            while not server.started and thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert server.started
+            yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", uploads, predictor, server)
         finally:
-            service.server.should_exit = True
+            server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
 
@@ -131,7 +132,7 @@ def serving(bundle: Path, gate: Gate | None = None, on_answer=None, **settings: 
 @pytest.fixture(scope="session")
 def served(bundle_folder: Path) -> Iterator[Served]:
     """The service with the small bundle, for all tests that change nothing in it."""
-    with serving(bundle_folder, max_upload=3_000_000, max_slices=20) as found:
+    with serving(bundle_folder, max_upload_bytes=3_000_000, max_slices=20) as found:
         yield found
 
 

@@ -1,17 +1,17 @@
-"""What /metrics tells: counts and distributions for Prometheus, with nothing in them that names a person or a file."""
+"""The numbers of /metrics: counts and distributions for Prometheus; nothing in them names a person or a file."""
 
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-if TYPE_CHECKING:  # it imports torch, and the port is to answer before that
+if TYPE_CHECKING:
     from chestct.serving.predictor import Prediction
 
 SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
 TENTHS = tuple(i / 10 for i in range(1, 11))
 
 
-class Counters:
+class Metrics:
     """The service's counters. Safe to use from any thread."""
 
     def __init__(self) -> None:
@@ -38,12 +38,12 @@ class Counters:
         for name in ("cancer", "normal", "uncertain", "refused"):
             self.slices.labels(name)
 
-    def answered(self, found: "Prediction") -> None:
+    def answered(self, prediction: "Prediction") -> None:
         """Counts one slice."""
-        self.slices.labels(found.decision).inc()
-        self.novelty.observe(found.novelty)
-        if found.decision != "refused":
-            self.score.observe(found.score)
+        self.slices.labels(prediction.decision).inc()
+        self.novelty.observe(prediction.novelty)
+        if prediction.decision != "refused":
+            self.score.observe(prediction.score)
 
     def requested(self, route: str, status: int, seconds: float) -> None:
         """Counts one request."""
