@@ -78,7 +78,7 @@ def service(*settings: str) -> Iterator[Service]:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
         free.close()
-        command = [sys.executable, str(ROOT / "serve.py"), f"serve.port={port}", "serve.rate=0", *settings]
+        command = [sys.executable, str(ROOT / "serve.py"), f"serve.port={port}", *settings]
         began = time.perf_counter()
         environment = os.environ | {"TMPDIR": folder, "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.DEVNULL)
@@ -246,7 +246,7 @@ SOAK = {"slice": 0.08, "photo": 0.02, "rubbish": 0.3, "cut": 0.3, "empty": 0.3}
 def load(clients: int, requests: int) -> bool:
     """Many clients at once: what came back wrong, memory, and slices a second beside a bare loop of forward passes."""
     before = bare()
-    with service("serve.queue=256") as running:
+    with service("serve.queue_size=256", "serve.max_requests_per_address=256") as running:
         mix = Mix(running, slices(40), SHARES, seed=0)
         mix.run(clients, 2)  # warm
         mix.seen.clear()

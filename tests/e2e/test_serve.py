@@ -15,7 +15,6 @@ import pytest
 
 from chestct.config.compose import CONF
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
-from chestct.serving.auth import verify
 from chestct.tracking.bundle import register
 from tests.serving.conftest import bundle_folder, examples, files
 from tests.serving.visitor import Visitor
@@ -123,14 +122,20 @@ def test_a_bundle_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_password_becomes_a_hash() -> None:
+def test_a_login_that_would_not_hold_stops_the_start(tmp_path: Path) -> None:
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "serve.py"), "--hash-password"], input="secret\n", capture_output=True, text=True
+        [sys.executable, str(ROOT / "serve.py"), f"serve.port={free_port()}"],
+        cwd=tmp_path,
+        env=os.environ | {"CHESTCT_USERNAME": "ann", "CHESTCT_PASSWORD": "short"},
+        capture_output=True,
+        text=True,
     )
-    assert verify("secret", ended.stdout.strip())
+    assert ended.returncode == 2
+    assert "CHESTCT_PASSWORD" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_help_names_every_setting_of_the_service() -> None:
     ended = subprocess.run([sys.executable, str(ROOT / "serve.py"), "--help"], capture_output=True, text=True)
-    for said in ("127.0.0.1:7860", "max_upload", "--hash-password", "SIGHUP"):
+    for said in ("127.0.0.1:7860", "max_upload_bytes", "CHESTCT_PASSWORD", "SIGHUP"):
         assert said in ended.stdout
