@@ -261,7 +261,7 @@ def serve(cfg: Config, out: Path) -> None:
 
 @program("stage", AUDIT)
 def audit(cfg: Config, out: Path) -> None:
-    from chestct.audit.stage import validate
+    from chestct.reporting.audit_report import validate
 
     validate(cfg, out)
 

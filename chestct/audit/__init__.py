@@ -1,6 +1,6 @@
-"""What is wrong with the data: unreadable files, copies, leakage, label conflicts, shortcuts, shift."""
+"""What is wrong with the data, as data: copies, leakage, label conflicts, shortcuts, shift. Reporting writes it up."""
 
 from chestct.audit.findings import Audit, Finding
-from chestct.audit.report import audit, summary, write
+from chestct.audit.stage import audit
 
-__all__ = ["Audit", "Finding", "audit", "summary", "write"]
+__all__ = ["Audit", "Finding", "audit"]

@@ -1,11 +1,12 @@
 """From numbers to plain sentences: what is wrong, how bad it is, and what to do about it.
 
-One small rule for each kind of fault, all with their thresholds beside them, so that a verdict can be argued with. Only
-the split policy in force can be in error; what other policies would leak is said as information.
+One small rule for each kind of fault, each with its thresholds next to it, so that a verdict can be argued with. Only
+the split policy in force can be in error; what other policies would leak is information.
 """
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chestct.audit.inventory import Table
@@ -15,7 +16,7 @@ KINDS = (
     "leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance", "shift", "duplicates",
     "baseline",
 )  # fmt: skip
-"""What can be found, worst first within a severity."""
+"""Kinds of finding, worst first within a severity."""
 
 FEW_GROUPS = 30
 """Fewer independent slices of a class in test than this: at 30, a recall of 0.8 has a 95 % interval of about +-0.15."""
@@ -65,12 +66,19 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """The worst severity, or "clean", and what it means, in one plain sentence."""
+
+    severity: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Audit:
-    """Everything the audit found, in plain Python values that go into JSON as they are.
+    """Everything that the audit measured and found, in plain Python values that go into JSON as they are.
 
     `leakage` is keyed by split policy, and `split` names the one in force; the other tables are described where they
-    are made (inventory, leakage, shortcuts, shift). `contacts` holds a few positions of each split and class,
-    `examples` the pairs worth showing, `thumbnails` a small JPEG (base64) of every position that either mentions.
+    are made (inventory, leakage, shortcuts, examples, chestct.stats.drift).
     """
 
     name: str
@@ -87,29 +95,39 @@ class Audit:
     shortcuts: Table
     shift: Table
     contacts: Table
-    examples: Table = field(default_factory=list)
-    thumbnails: dict[int, str] = field(default_factory=dict, repr=False)
+    examples: Table
     findings: list[Finding] = field(default_factory=list)
 
     @property
-    def verdict(self) -> tuple[str, str]:
-        """How bad it is (the worst severity, or "clean") and what that means, in one plain sentence."""
+    def verdict(self) -> Verdict:
+        """How bad it is and what that means for a score."""
         worst = self.findings[0] if self.findings else None
         if worst is None or worst.severity == "info":
-            return "clean", "Nothing was found that would make a score on this split misleading."
+            return Verdict("clean", "Nothing was found that would make a score on this split misleading.")
         if worst.severity == "warning":
-            return "warning", "Usable, with reservations that belong beside every score."
-        return "error", VERDICTS[worst.kind]
+            return Verdict("warning", "Usable, with reservations that belong next to every score.")
+        return Verdict("error", VERDICTS[worst.kind])
+
+    def to_json(self) -> str:
+        """The audit and its verdict; undefined numbers are None with a reason next to them."""
+        # allow_nan=False: a NaN that slips through is a bug.
+        return json.dumps({"verdict": asdict(self.verdict), **asdict(self)}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Audit":
+        """The audit that `to_json` gave."""
+        fields = {name: value for name, value in json.loads(text).items() if name != "verdict"}
+        return cls(**fields | {"findings": [Finding(**finding) for finding in fields["findings"]]})
 
 
 def findings(audit: Audit) -> list[Finding]:
     """All findings, worst first."""
     rules = (_leakage, _conflicts, _unreadable, _shortcuts, _sample_size, _imbalance, _shift, _duplicates)
-    found = [finding for rule in rules for finding in rule(audit)]
-    return sorted(found, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
+    listed = [finding for rule in rules for finding in rule(audit)]
+    return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
 
 
-def known(tally: dict[str, int]) -> int:
+def leaked(tally: dict[str, int]) -> int:
     """How many slices of a tally of `leakage.leaks` are known from an earlier split."""
     return tally["copies"] + tally["related"]
 
@@ -124,7 +142,7 @@ def _leakage(audit: Audit) -> Iterator[Finding]:
         text += f" copies, {related} as near-copies or slices of the same patient." if related else " copies."
         if policy == audit.split:
             action = "Use data.split=grouped, or official_clean to keep the official test set without its copies."
-            yield Finding("leakage", "error" if known(leaks["test"]) else "warning", text, action)
+            yield Finding("leakage", "error" if leaked(leaks["test"]) else "warning", text, action)
         else:
             text = f"Under the {policy} split, which is not in force, {text}"
             yield Finding("leakage", "info", text, "Do not compare scores with ones published on that split.")
@@ -132,11 +150,11 @@ def _leakage(audit: Audit) -> Iterator[Finding]:
 
 def _leaked(name: str, tally: dict[str, Any]) -> str:
     """`47 of 259 test slices (47 of 54 normal)`, naming the class that is hit worst."""
-    if not known(tally):
+    if not leaked(tally):
         return ""
-    worst, counts = max(tally["by_class"].items(), key=lambda item: known(item[1]) / item[1]["slices"])
-    detail = f"{known(counts)} of {counts['slices']} {called(worst)}"
-    return f"{known(tally)} of {tally['slices']} {name} slices ({detail})"
+    worst, counts = max(tally["by_class"].items(), key=lambda item: leaked(item[1]) / item[1]["slices"])
+    detail = f"{leaked(counts)} of {counts['slices']} {_class(worst)}"
+    return f"{leaked(tally)} of {tally['slices']} {name} slices ({detail})"
 
 
 def _conflicts(audit: Audit) -> Iterator[Finding]:
@@ -148,7 +166,7 @@ def _conflicts(audit: Audit) -> Iterator[Finding]:
             yield Finding(
                 "label_conflict",
                 "error" if labels else "warning",
-                f"{plural(len(rows), 'image carries', 'images carry')} {what}: {listing(rows[0]['paths'])}"
+                f"{_plural(len(rows), 'image carries', 'images carry')} {what}: {_listing(rows[0]['paths'])}"
                 f"{', and others' if len(rows) > 1 else ''}.",
                 action,
             )
@@ -157,15 +175,15 @@ def _conflicts(audit: Audit) -> Iterator[Finding]:
         yield Finding(
             "label_conflict",
             "warning" if any(row["labels"] for row in near) else "info",
-            f"{plural(len(near), 'pair of near-copies has', 'pairs of near-copies have')} different classes: "
-            f"{listing(near[0]['paths'])}{', and others' if len(near) > 1 else ''}.",
+            f"{_plural(len(near), 'pair of near-copies has', 'pairs of near-copies have')} different classes: "
+            f"{_listing(near[0]['paths'])}{', and others' if len(near) > 1 else ''}.",
             "Look at them side by side: neighbouring slices may differ, copies may not.",
         )
 
 
 def _unreadable(audit: Audit) -> Iterator[Finding]:
     if audit.unreadable:
-        count = plural(len(audit.unreadable), "file is", "files are")
+        count = _plural(len(audit.unreadable), "file is", "files are")
         first = audit.unreadable[0]
         text = f"{count} unreadable and left out, for example {first['path']} ({first['reason']})."
         yield Finding("unreadable", "warning", text, "Fetch what is damaged again (dvc pull), or delete it.")
@@ -181,7 +199,7 @@ def _shortcuts(audit: Audit) -> Iterator[Finding]:
         yield Finding(
             "shortcut",
             "error" if best["auroc"] >= STRONG_SHORTCUT else "warning",
-            f"{FAMILIES[family]} cancer from normal without a look at the lesion: {lower(best['title'])} alone gives "
+            f"{FAMILIES[family]} cancer from normal without a look at the lesion: {_lower(best['title'])} alone gives "
             f"AUROC {estimate(best)}.",
             SHORTCUT_ACTIONS[family],
         )
@@ -231,9 +249,9 @@ def _shift(audit: Audit) -> Iterator[Finding]:
         yield Finding(
             "shift",
             "warning",
-            f"Test slices do not look like training slices: {lower(flagged[0]['title'])} differs most "
+            f"Test slices do not look like training slices: {_lower(flagged[0]['title'])} differs most "
             f"(KS distance {flagged[0]['distance']:.2f}){others}.",
-            "Find out whether test comes from elsewhere; if so, say so beside the score, else split again by groups.",
+            "Find out whether test comes from elsewhere; if so, say so next to the score, else split again by groups.",
         )
 
 
@@ -244,12 +262,12 @@ def _duplicates(audit: Audit) -> Iterator[Finding]:
     share = {name: 1 - row["contents"] / row["files"] for name, row in copies["by_class"].items()}
     worst = max(share, key=lambda name: share[name])
     by_class = copies["by_class"][worst]
-    detail = f", most of all in {called(worst)}: {by_class['files']} files are {by_class['contents']} different images"
+    detail = f", most of all in {_class(worst)}: {by_class['files']} files are {by_class['contents']} different images"
     yield Finding(
         "duplicates",
         "warning" if share[worst] >= MANY_COPIES else "info",
         f"{copies['redundant']} of {copies['files']} files are copies of another one, and "
-        f"{plural(copies['near_pairs'], 'pair is', 'pairs are')} nearly the same"
+        f"{_plural(copies['near_pairs'], 'pair is', 'pairs are')} nearly the same"
         f"{detail if copies['redundant'] else ''}.",
         "Count groups, not files; data.split=grouped keeps copies together and uses each image once.",
     )
@@ -263,18 +281,17 @@ def estimate(row: dict[str, Any]) -> str:
     return f"{row['auroc']:.2f} {interval}"
 
 
-def called(subtype: str) -> str:
-    """A class as it is written in a sentence."""
-    return {"large_cell": "large-cell", "squamous": "squamous-cell"}.get(subtype, subtype)
+def _class(subtype: str) -> str:
+    return subtype.replace("_", " ")
 
 
-def plural(n: int, one: str, many: str) -> str:
+def _plural(n: int, one: str, many: str) -> str:
     return f"{n} {one if n == 1 else many}"
 
 
-def lower(title: str) -> str:
+def _lower(title: str) -> str:
     return title[0].lower() + title[1:]
 
 
-def listing(paths: list[str]) -> str:
+def _listing(paths: list[str]) -> str:
     return " and ".join(paths[:2])

@@ -1,34 +1,85 @@
-"""The audit as a stage of the pipeline: of a store, under every split policy that its folders admit."""
+"""The audit as a whole: of any set of slices, or of a store under every split policy that its folders admit."""
 
-import hashlib
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from chestct.audit.findings import Audit
-from chestct.audit.pictures import pictures
-from chestct.audit.report import audit, summary, write
+from chestct.audit import examples, inventory, leakage, shortcuts
+from chestct.audit.findings import Audit, findings
 from chestct.config.schema import Config
-from chestct.data.prepare import prepare_store
 from chestct.data.splits import make_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
+from chestct.files import digest, json_digest, write_atomic
+from chestct.stats.drift import split_shift
 
 POLICIES = ("official", "official_clean", "grouped")
 
 
-def audit_store(cfg: Config, store: Store, out: Path) -> Audit:
-    """Audits a store under the split policy of the settings, beside the others, and writes report and pictures.
+def audit(
+    manifest: pd.DataFrame,
+    splits: Mapping[str, pd.Series],
+    images: np.ndarray,
+    unreadable: pd.DataFrame,
+    pairs: pd.DataFrame,
+    *,
+    name: str,
+    split: str,
+    seed: int = 0,
+) -> Audit:
+    """Everything that is wrong with a set of slices, with the split policy `split` in force.
+
+    manifest: one row a slice; splits: for each policy "train" | "valid" | "test" | "" for every slice (index as the
+    manifest's); images: uint8 [M, S, S], found through the manifest's `row`; unreadable: columns source, path, reason;
+    pairs: columns a, b (positions in the manifest), similarity, kind "exact" | "near" | "series". name: what the data
+    is called. Raises DataError if there are no slices, KeyError if `split` is not among the policies.
+    """
+    if manifest.empty:
+        raise DataError(
+            f"Nothing to audit: {name} has no readable slices ({len(unreadable)} unreadable files). "
+            "Check data.root, or run 'dvc pull'."
+        )
+    policies = {str(policy): column.loc[manifest.index].reset_index(drop=True) for policy, column in splits.items()}
+    manifest = manifest.reset_index(drop=True)
+    in_force = policies[split]
+    leaks = {policy: leakage.leaks(manifest, column, pairs) for policy, column in policies.items()}
+    conflicts = leakage.conflicts(manifest, pairs)
+    shifts = split_shift(shortcuts.columns(manifest), in_force, manifest["group"])
+    shown: inventory.Table = next((leaks[policy]["list"] for policy in (split, *leaks) if leaks[policy]["list"]), [])
+    result = Audit(
+        name=name,
+        split=split,
+        seed=seed,
+        counts=inventory.counts(manifest, in_force),
+        balance=inventory.balance(manifest, in_force),
+        formats=inventory.formats(manifest),
+        sizes=inventory.sizes(manifest),
+        unreadable=inventory.records(unreadable[["source", "path", "reason"]]),
+        duplicates=leakage.duplicates(manifest, policies, pairs),
+        leakage=leaks,
+        conflicts=conflicts,
+        shortcuts=shortcuts.shortcuts(manifest, policies, images, seed=seed),
+        shift=[row | {"title": shortcuts.TITLES[row["name"]]} for row in shifts],
+        contacts=examples.contacts(manifest, in_force, seed=seed),
+        examples=examples.examples(manifest, pairs, conflicts, shown),
+    )
+    return replace(result, findings=findings(result))
+
+
+def audit_store(cfg: Config, store: Store) -> Audit:
+    """Audits a store under the split policy of the settings, and under the others for comparison.
 
     Raises DataError where data.split does not fit the data.
     """
-    in_force = make_splits(store.manifest, cfg.task, cfg.data)
-    others = {policy: _splits(cfg, store, policy) for policy in POLICIES if policy != cfg.data.split}
-    policies = {cfg.data.split: in_force} | {policy: split for policy, split in others.items() if split is not None}
-    found = audit(
+    policies = {cfg.data.split: make_splits(store.manifest, cfg.task, cfg.data)}
+    for policy in POLICIES:
+        if policy != cfg.data.split and (split := _splits(cfg, store, policy)) is not None:
+            policies[policy] = split
+    return audit(
         store.manifest,
         policies,
         store.images,
@@ -38,40 +89,27 @@ def audit_store(cfg: Config, store: Store, out: Path) -> Audit:
         split=cfg.data.split,
         seed=cfg.data.split_seed,
     )
-    pictures(found, out / "pictures")
-    write(found, out)
-    return found
 
 
-def kept_audit(cfg: Config, store: Store) -> Path:
-    """The folder under cache_dir with the audit of this store under this split; made where it is not there yet."""
+def kept_audit(cfg: Config, store: Store) -> Audit:
+    """The audit of this store under this split from `kept_folder`; made, and kept there, where it is missing."""
+    kept = kept_folder(cfg, store) / "report.json"
+    if kept.is_file():
+        return Audit.from_json(kept.read_text(encoding="utf-8"))
+    made = audit_store(cfg, store)
+    write_atomic(kept, made.to_json())
+    return made
+
+
+def kept_folder(cfg: Config, store: Store) -> Path:
+    """The folder under cache_dir for the audit of this store under this split, by this code."""
     data = cfg.data
-    code = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.iterdir()) if f.is_file()))
-    what: list[Any] = [code.hexdigest(), store.data_hash, store.settings, store.manifest["group"].tolist()]
+    code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist()]
     what += [make_splits(store.manifest, cfg.task, data).tolist()]
-    what += [cfg.task, data.split, data.split_seed, data.folds, data.fold]
+    what += [cfg.task, data.name, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
-    out = cfg.cache / "audit" / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    if not (out / "report.html").is_file():  # written last
-        audit_store(cfg, store, out)
-    return out
-
-
-def validate(cfg: Config, out: Path) -> Audit:
-    """What `chestct audit` does: ingest, audit, summary on the terminal.
-
-    Raises DataError where a finding is of a kind that data.audit.fail_on names; the report is written all the same.
-    """
-    store = prepare_store(cfg, cfg.trainer.progress)
-    found = audit_store(cfg, store, out)
-    print(summary(found))
-    print(f"\nreport  {out / 'report.html'}")
-    failed = sorted({f.kind for f in found.findings if f.severity != "info"} & set(cfg.data.audit.fail_on))
-    if failed:
-        raise DataError(
-            f"The audit found {', '.join(failed)}, which data.audit.fail_on forbids. See {out / 'report.html'}."
-        )
-    return found
+    return cfg.cache / "audit" / json_digest(what)[:12]
 
 
 def _splits(cfg: Config, store: Store, policy: str) -> pd.Series | None:

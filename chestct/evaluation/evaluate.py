@@ -5,7 +5,6 @@ A checkpoint knows its settings, so the data it was made for is made again unles
 """
 
 import dataclasses
-import json
 import platform
 import sys
 from dataclasses import dataclass, field
@@ -255,7 +254,7 @@ def _sections(found: Evaluation) -> dict[str, Any]:
     return {
         "subgroups": subgroups(found.test, cancer, found.point.threshold, resamples=asked.resamples, seed=seed),
         "shift": differences(training, manifest, found.test),
-        "audit": json.loads((kept_audit(cfg, data.store) / "report.json").read_text()),
+        "audit": kept_audit(cfg, data.store),
         "made": made(),
     }
 

@@ -8,7 +8,7 @@ from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.reporting.model_card import model_card
+from chestct.reporting.render import model_card
 from chestct.stats.calibration import reliability_table
 from chestct.stats.drift import training_facts
 from chestct.stats.metrics import to_plain

@@ -27,7 +27,7 @@ KINDS = ("errors", "uncertain", "novel", "right")
 
 @dataclass(frozen=True)
 class Picture:
-    """A slice in a gallery: two JPEGs (base64) and what is known of it."""
+    """A slice in a gallery: two JPEGs (base64) and what is known about it."""
 
     plain: str
     heat: str
@@ -41,23 +41,26 @@ class Picture:
     novelty: float
 
 
-def gallery(found: Evaluation) -> dict[str, list[Picture]]:
+def gallery(evaluation: Evaluation) -> dict[str, list[Picture]]:
     """Up to cfg.evaluation.gallery pictures of each of KINDS from the test slices; nothing without the network.
 
     errors: the surest first. uncertain: nearest to the threshold first. novel: the most unlike first. right: drawn at
     random, so that nobody picked them.
     """
-    if found.images is None or not found.cfg.evaluation.gallery:
+    if evaluation.images is None or not evaluation.cfg.evaluation.gallery:
         return {}
-    test = described(found)
-    picked = {kind: _one_a_group(part, found.cfg.evaluation.gallery) for kind, part in _kinds(test, found).items()}
-    return {kind: _pictures(part, found) for kind, part in picked.items()}
+    test = described(evaluation)
+    most = evaluation.cfg.evaluation.gallery
+    return {
+        kind: _pictures(part.drop_duplicates("group").head(most), evaluation)
+        for kind, part in _kinds(test, evaluation).items()
+    }
 
 
-def described(found: Evaluation) -> pd.DataFrame:
+def described(evaluation: Evaluation) -> pd.DataFrame:
     """The test slices with `score` (P(cancer)), `truth` and `called` (class names) and `sureness` (float, >= 0)."""
-    task, threshold = found.cfg.task, found.point.threshold
-    test, names = found.test.reset_index(drop=True), np.array(classes_of(task))
+    task, threshold = evaluation.cfg.task, evaluation.point.threshold
+    test, names = evaluation.test.reset_index(drop=True), np.array(classes_of(task))
     scores = calibrated(test, task)
     called = names[sample_of(test, task, scores, threshold).decision]
     score = 1 - test["probability_normal"].to_numpy()
@@ -69,40 +72,36 @@ def described(found: Evaluation) -> pd.DataFrame:
     return test.assign(score=score, truth=names[test["target"]], called=called, sureness=sureness)
 
 
-def _kinds(test: pd.DataFrame, found: Evaluation) -> dict[str, pd.DataFrame]:
+def _kinds(test: pd.DataFrame, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     wrong = test["called"] != test["truth"]
     uncertain, novel = test["decision"] == "uncertain", test["novelty"] > 1
     return {
         "errors": test[wrong].sort_values("sureness", ascending=False),
         "uncertain": test[uncertain].sort_values("sureness"),
         "novel": test[novel].sort_values("novelty", ascending=False),
-        "right": test[~wrong & ~uncertain & ~novel].sample(frac=1, random_state=found.cfg.data.split_seed),
+        "right": test[~wrong & ~uncertain & ~novel].sample(frac=1, random_state=evaluation.cfg.data.split_seed),
     }
 
 
-def _one_a_group(part: pd.DataFrame, most: int) -> pd.DataFrame:
-    return part.drop_duplicates("group").head(most)
-
-
 @torch.no_grad()
-def _pictures(part: pd.DataFrame, found: Evaluation) -> list[Picture]:
+def _pictures(part: pd.DataFrame, evaluation: Evaluation) -> list[Picture]:
     if part.empty:
         return []
-    assert found.images is not None
-    assert found.manifest is not None
-    manifest = found.manifest
+    assert evaluation.images is not None
+    assert evaluation.manifest is not None
+    manifest = evaluation.manifest
     rows = dict(zip(zip(manifest["source"], manifest["path"], strict=True), manifest["row"], strict=True))
-    bundle = found.bundle
+    bundle = evaluation.bundle
     pictures = []
     for row in part.to_dict("records"):
-        gray = np.array(found.images[rows[row["source"], row["path"]]])
+        gray = np.array(evaluation.images[rows[row["source"], row["path"]]])
         maps = bundle.net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
         # The evidence for what the slice was called: an error is understood by what led to it.
         output, against = _explained(row["called"], bundle, maps)
         shown = heat(excess(bundle.net, maps, output, bundle.baseline, against)[1])[0]
         place = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
-        known = {name: row[name] for name in ("path", "truth", "called", "decision", "score", "set", "novelty")}
-        pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, shown, place)), not bool(shown.any()), **known))
+        facts = {name: row[name] for name in ("path", "truth", "called", "decision", "score", "set", "novelty")}
+        pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, shown, place)), not bool(shown.any()), **facts))
     return pictures
 
 

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import OmegaConf
 
-from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
@@ -25,6 +24,7 @@ from chestct.models.features import attach
 from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
 from chestct.ranks import Place, is_first, on_first, place, share, together
+from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
 from chestct.training.callbacks import StopWhenTold, all_callbacks, stop_on_signals
 from chestct.training.checkpoints import SealedCheckpoints, keepers
@@ -212,7 +212,7 @@ def _record_data(cfg: Config, data: SliceModule, run: Run) -> None:
     assert data.store is not None
     slices = {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()}
     leaks = int(data.manifest["leaked"].sum())
-    run.artifacts(kept_audit(cfg, data.store), "audit")
+    run.artifacts(kept_report(cfg, data.store), "audit")
     run.data(cfg.data.name, data.store.data_hash, str(data.store.folder.resolve()), slices)
     run.tags(
         {

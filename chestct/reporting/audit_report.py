@@ -1,0 +1,126 @@
+"""The audit of the data for people (HTML), for machines (JSON) and for terminals."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from chestct.audit import inventory, shortcuts
+from chestct.audit.findings import FEW_GROUPS, Audit, estimate, leaked
+from chestct.audit.stage import audit_store, kept_audit, kept_folder
+from chestct.config.schema import Config
+from chestct.data.prepare import prepare_store
+from chestct.data.splits import LEFT_OUT, SPLITS
+from chestct.data.store import Store
+from chestct.errors import DataError
+from chestct.files import write_atomic
+from chestct.reporting.environment import render
+
+SIDE = 144
+"""Side of a thumbnail in pixels."""
+COLUMNS, HEIGHT = 160, 24
+"""Sets of copies on the duplicate map, the largest first, and squares in the column of one."""
+
+
+def validate(cfg: Config, out: Path) -> Audit:
+    """What `chestct audit` does: ingest, audit, report in `out`, summary on the terminal.
+
+    Raises DataError where a finding is of a kind that data.audit.fail_on names; the report is written all the same.
+    """
+    store = prepare_store(cfg, cfg.trainer.progress)
+    audit = audit_store(cfg, store)
+    write(audit, store.manifest, store.images, out)
+    print(f"{summary(audit)}\n\nreport  {out / 'report.html'}")
+    failed = sorted({f.kind for f in audit.findings if f.severity != "info"} & set(cfg.data.audit.fail_on))
+    if failed:
+        raise DataError(
+            f"The audit found {', '.join(failed)}, which data.audit.fail_on forbids. See {out / 'report.html'}."
+        )
+    return audit
+
+
+def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -> None:
+    """Writes report.json, pictures/ (contact sheets) and report.html (one file, nothing fetched) into `out`.
+
+    manifest, images: what was audited; images uint8 [M, S, S], by the manifest's `row`.
+    """
+    rows = manifest["row"].to_numpy()
+    sheets = {(row["split"], row["subtype"]): _jpeg(images[rows[row["slices"]]]) for row in audit.contacts}
+    for (split, subtype), sheet in sheets.items():
+        write_atomic(out / "pictures" / f"contact_{split}_{subtype}.jpg", sheet)
+    shown = sorted({pair[side] for pair in audit.examples for side in "ab"})
+    write_atomic(out / "report.json", audit.to_json())
+    page = render(
+        "audit.html.j2",
+        audit=audit,
+        sheets={name: _base64(sheet) for name, sheet in sheets.items()},
+        thumbnails={position: _base64(_jpeg(images[rows[[position]]])) for position in shown},
+        worst=max(audit.leakage, key=lambda policy: len(audit.leakage[policy]["list"])),
+        baselines=sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0)),
+        classes=[name for name in inventory.CLASSES if name in audit.duplicates["by_class"]],
+        clusters=audit.duplicates["clusters"][:COLUMNS],
+        height=HEIGHT,
+        few=FEW_GROUPS,
+        material=shortcuts.MATERIAL,
+        min_groups=shortcuts.MIN_GROUPS,
+        estimate=estimate,
+        leaked=leaked,
+        stack=stack,
+    )
+    write_atomic(out / "report.html", page)
+
+
+def kept_report(cfg: Config, store: Store) -> Path:
+    """The folder with the report of the kept audit of this store under this split."""
+    folder = kept_folder(cfg, store)
+    write(kept_audit(cfg, store), store.manifest, store.images, folder)
+    return folder
+
+
+def summary(audit: Audit) -> str:
+    """The audit for a terminal: verdict, findings, leakage under each policy, the strongest baselines."""
+    copies = audit.duplicates
+    lines = [
+        f"Audit of {audit.name}, split {audit.split}: {audit.verdict.severity}. {audit.verdict.text}",
+        f"{copies['files']} files, {copies['contents']} different images, {len(audit.unreadable)} unreadable.",
+        "",
+    ]
+    for finding in audit.findings:
+        lines += [f"{finding.severity.upper():<8}{finding.kind}: {finding.text}", f"{'':8}-> {finding.action}"]
+    lines += ["", "Held-out slices known from an earlier split:"]
+    for policy, leaks in audit.leakage.items():
+        parts = [f"{part} {leaked(leaks[part])} of {leaks[part]['slices']}" for part in ("test", "valid")]
+        lines.append(f"  {policy:<16}{', '.join(parts)}{'  (in force)' if policy == audit.split else ''}")
+    lines += ["", "AUROC of rules that see no lesion, with 95 % intervals:"]
+    for row in sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))[:5]:
+        lines.append(f"  {row['title']:<55}{estimate(row)}{'  shortcut' if row['flagged'] else ''}")
+    return "\n".join(lines)
+
+
+def stack(splits: list[str]) -> list[str]:
+    """The column of a set of copies on the duplicate map, from the bottom: one square a file, by split.
+
+    A larger set keeps its proportions in HEIGHT squares: neighbouring slices of a whole scan may all be near-copies.
+    """
+    ordered = sorted(splits, key=[*SPLITS, LEFT_OUT].index)
+    squares = min(len(ordered), HEIGHT)
+    return [ordered[i * len(ordered) // squares] for i in range(squares)]
+
+
+def _jpeg(squares: np.ndarray, across: int = 4) -> bytes:
+    """uint8 squares [n, S, S], small and in rows of `across`, as one JPEG."""
+    across = min(across, len(squares))
+    sheet = Image.new("L", (across * SIDE, -(-len(squares) // across) * SIDE), 255)
+    for i, square in enumerate(squares):
+        small = Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX)
+        sheet.paste(small, (i % across * SIDE, i // across * SIDE))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
