@@ -1,10 +1,11 @@
 """How well things that no radiologist would look at tell cancer from normal.
 
-A score means something only as a margin over these. Resampling is over groups throughout, and the bootstrap is one
-matrix of weights that all baselines share. Choosing a direction on the data, and the best of many baselines, biases an
+A score means something only as a margin over these. Resampling is over groups throughout, and all baselines share the
+draws. Choosing a direction on the data, and the best of many baselines, biases an
 AUROC upwards on small sets: a shortcut must therefore be both material and significant after correction.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +15,16 @@ from PIL import Image
 from sklearn.base import ClassifierMixin
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from chestct.audit.inventory import Table
+from chestct.stats.bootstrap import MIN_GROUPS, draws
+from chestct.stats.metrics import auroc
 
 MATERIAL = 0.60
-"""A shortcut's 95 % interval begins above this: less would not be noticed beside what a model is expected to reach."""
-
-MIN_GROUPS = 10
-"""Fewer groups of a class than this, and a bootstrap interval is too narrow to be believed."""
+"""A shortcut's 95 % interval begins above this: less would not be noticed next to what a model is expected to reach."""
 
 RESAMPLES, FOLDS, TREES = 2000, 5, 50
 
@@ -77,25 +77,23 @@ TITLES = {baseline.name: baseline.title for baseline in BASELINES}
 def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:
     """AUROC (cancer against normal) of every baseline, over all slices and on the test set of every split policy.
 
-    manifest: index 0..N-1; images: uint8 [M, S, S], found through the manifest's `row`. One row for each baseline:
+    manifest: index 0..N-1; images: uint8 [M, S, S], by the manifest's `row`. One row for each baseline:
     `auroc`, `low`, `high` (95 %, bootstrap over groups) on distinct contents, direction-free for single numbers,
     cross-validated over groups for models; `flagged`; and `test`: for each policy the same figures on its test files,
     with the direction or the model learned on its train files. Undefined figures are None with a `reason`.
     """
     target = (manifest["label"] == "cancer").to_numpy()
-    group = manifest["group"].to_numpy()
+    group = np.unique(manifest["group"], return_inverse=True)[1]
     features = _features(manifest, images)
     # A content with two labels is no evidence either way.
     clear = manifest.groupby("content")["label"].transform("nunique").eq(1) & ~manifest.duplicated("content")
     everywhere = np.flatnonzero(clear)
+    tests = {name: np.flatnonzero(split == "test") for name, split in splits.items()}
     few = _few_groups(group[everywhere], target[everywhere])
-    weights = _resample(group[everywhere], target[everywhere], seed)
+    weights = _resampled(group[everywhere], target[everywhere], seed)
+    test_weights = {name: _resampled(group[test], target[test], seed) for name, test in tests.items()}
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     folds = [] if few else list(splitter.split(everywhere, target[everywhere], group[everywhere]))
-    parts = {
-        name: (np.flatnonzero(split == "train"), np.flatnonzero(split == "test")) for name, split in splits.items()
-    }
-    test_weights = {name: _resample(group[test], target[test], seed) for name, (_, test) in parts.items()}
     rows = []
     for baseline in BASELINES:
         X = np.column_stack([features[name] for name in baseline.features])
@@ -103,17 +101,24 @@ def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.n
         if not overall["reason"]:
             scores = _cross_validated(baseline, X[everywhere], target[everywhere], folds, seed)
             overall = _estimate(scores, target[everywhere], weights)
-        tests = {}
-        for name, (train, test) in parts.items():
-            tests[name] = _nothing(_undefined(X[train], target[train]) or _undefined(X[test], target[test]))
-            if not tests[name]["reason"]:
+        row: dict[str, Any] = {
+            "name": baseline.name,
+            "title": baseline.title,
+            "family": baseline.family,
+            "model": baseline.model,
+        }
+        row |= overall | {"test": {}}
+        row["flagged"] = overall["significant"] and overall["low"] > MATERIAL and baseline.family != "picture"
+        for name, test in tests.items():
+            train = np.flatnonzero(splits[name] == "train")
+            result = _nothing(_undefined(X[train], target[train]) or _undefined(X[test], target[test]))
+            if not result["reason"]:
                 scores = _learn(baseline, X[train], target[train], seed)(X[test])
-                tests[name] = _estimate(scores, target[test], test_weights[name])
+                result = _estimate(scores, target[test], test_weights[name])
                 if too_few := _few_groups(group[test], target[test]):
-                    tests[name] |= _nothing(too_few) | {"auroc": tests[name]["auroc"]}
-        flagged = overall["significant"] and overall["low"] > MATERIAL and baseline.family != "picture"
-        about = {"name": baseline.name, "title": baseline.title, "family": baseline.family, "model": baseline.model}
-        rows.append(about | overall | {"flagged": flagged, "test": tests})
+                    result = _nothing(too_few) | {"auroc": result["auroc"]}
+            row["test"][name] = result
+        rows.append(row)
     return rows
 
 
@@ -135,33 +140,13 @@ def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) ->
     y = (manifest["label"] == "cancer").to_numpy()
     features = _features(manifest, images)
     train, test = (np.flatnonzero(manifest["split"] == name) for name in ("train", "test"))
-    found = []
+    learned = []
     for baseline in BASELINES:
         X = np.column_stack([features[name] for name in baseline.features])
         if not (_undefined(X[train], y[train]) or _undefined(X[test], y[test])):
             scores = _learn(baseline, X[train], y[train], seed)(X[test])
-            found.append(
-                ShortcutScores(baseline.title, scores, float(auroc(scores, y[test], np.ones((1, len(test))))[0]))
-            )
-    return found
-
-
-def auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted area under the ROC curve, ties counted half, for many weightings at once.
-
-    scores: float [N]; targets: bool [N]; weights: [B, N], how often each slice is drawn. Returns float [B]. The
-    probability that a random positive scores above a random negative (Hanley & McNeil 1982).
-    """
-    order = np.argsort(scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
-    result = []
-    for block in np.array_split(weights, max(1, weights.size // 5_000_000)):  # bounds the memory
-        drawn = block[:, order].astype(float)
-        positive = np.add.reduceat(drawn * targets[order], starts, axis=1)
-        negative = np.add.reduceat(drawn * ~targets[order], starts, axis=1)
-        below = np.cumsum(negative, axis=1) - negative / 2
-        result.append((positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1)))
-    return np.concatenate(result)
+            learned.append(ShortcutScores(baseline.title, scores, float(auroc(scores, y[test])[0])))
+    return learned
 
 
 def columns(manifest: pd.DataFrame) -> pd.DataFrame:
@@ -191,18 +176,18 @@ def _features(manifest: pd.DataFrame, images: np.ndarray) -> dict[str, np.ndarra
     return features | {"ring": small[:, ring][which], "thumbnail": thumbnail[which]}
 
 
-def _learn(baseline: Baseline, X: np.ndarray, y: np.ndarray, seed: int) -> Any:
+def _model(baseline: Baseline, seed: int) -> ClassifierMixin:
+    if baseline.model == "forest":  # two slices a leaf: single ones would let copies vote for themselves
+        return RandomForestClassifier(TREES, min_samples_leaf=2, random_state=seed)
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+
+
+def _learn(baseline: Baseline, X: np.ndarray, y: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
     """What turns features [N, k] into scores [N], learned on X [M, k] and y [M]."""
     if not baseline.model:
-        value = auroc(X[:, 0], y, np.ones((1, len(y))))[0]
-        return lambda new: new[:, 0] if value >= 0.5 else -new[:, 0]
-    model: ClassifierMixin = (
-        # Two slices a leaf: single ones would let copies vote for themselves.
-        RandomForestClassifier(TREES, min_samples_leaf=2, random_state=seed)
-        if baseline.model == "forest"
-        else make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    )
-    model.fit(X, y)
+        sign = 1 if auroc(X[:, 0], y)[0] >= 0.5 else -1
+        return lambda new: sign * new[:, 0]
+    model = _model(baseline, seed).fit(X, y)
     return lambda new: model.predict_proba(new)[:, 1]
 
 
@@ -210,27 +195,15 @@ def _cross_validated(baseline: Baseline, X: np.ndarray, y: np.ndarray, folds: li
     """Scores [N] of models that have not seen the slice's group; a single number is only turned the right way round."""
     if not baseline.model:
         return _learn(baseline, X, y, seed)(X)
-    scores = np.empty(len(y))
-    for train, test in folds:
-        scores[test] = _learn(baseline, X[train], y[train], seed)(X[test])
-    return scores
+    return cross_val_predict(_model(baseline, seed), X, y, cv=folds, method="predict_proba")[:, 1]
 
 
-def _resample(group: np.ndarray, target: np.ndarray, seed: int) -> np.ndarray:
-    """How often each slice is drawn in each resample, [RESAMPLES, N]: groups with replacement, by class.
-
-    Classes are kept at their number of groups, so that no resample lacks one.
-    """
-    names, which = np.unique(group, return_inverse=True)
-    positive = np.bincount(which, target, len(names)) > 0
-    weights = np.zeros((RESAMPLES, len(names)), np.uint8)
-    generator = np.random.default_rng(seed)
-    for stratum in (np.flatnonzero(positive), np.flatnonzero(~positive)):
-        if len(stratum):
-            weights[:, stratum] = generator.multinomial(
-                len(stratum), np.full(len(stratum), 1 / len(stratum)), RESAMPLES
-            )
-    return weights[:, which]
+def _resampled(group: np.ndarray, target: np.ndarray, seed: int) -> list[np.ndarray]:
+    """How often each slice is drawn, uint8 [r, N] in blocks, RESAMPLES in all: groups are drawn within their class."""
+    if not len(group):
+        return []
+    group = np.unique(group, return_inverse=True)[1]
+    return [block.astype(np.uint8) for block in draws(group, RESAMPLES, seed, strata=target)]
 
 
 def _undefined(X: np.ndarray, y: np.ndarray) -> str:
@@ -256,9 +229,9 @@ def _nothing(reason: str) -> dict[str, Any]:
     return {"auroc": None, "low": None, "high": None, "significant": False, "reason": reason}
 
 
-def _estimate(scores: np.ndarray, y: np.ndarray, weights: np.ndarray) -> dict[str, Any]:
+def _estimate(scores: np.ndarray, y: np.ndarray, weights: list[np.ndarray]) -> dict[str, Any]:
     """AUROC with its 95 % percentile interval, and whether it is above 0.5 after correction."""
-    value = float(auroc(scores, y, np.ones((1, len(y))))[0])
-    resampled = auroc(scores, y, weights)
-    low, high, corrected = (float(np.quantile(resampled, q)) for q in (0.025, 0.975, SIGNIFICANT / 2))
+    resampled = np.concatenate([auroc(scores, y, block.astype(float)) for block in weights])
+    low, high, corrected = np.quantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
+    value = float(auroc(scores, y)[0])
     return {"auroc": value, "low": low, "high": high, "significant": corrected > 0.5, "reason": ""}

@@ -34,7 +34,7 @@ def audit(
     """Everything that is wrong with a set of slices, with the split policy `split` in force.
 
     manifest: one row a slice; splits: for each policy "train" | "valid" | "test" | "" for every slice (index as the
-    manifest's); images: uint8 [M, S, S], found through the manifest's `row`; unreadable: columns source, path, reason;
+    manifest's); images: uint8 [M, S, S], by the manifest's `row`; unreadable: columns source, path, reason;
     pairs: columns a, b (positions in the manifest), similarity, kind "exact" | "near" | "series". name: what the data
     is called. Raises DataError if there are no slices, KeyError if `split` is not among the policies.
     """

@@ -18,6 +18,7 @@ from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import write_atomic
 from chestct.reporting.environment import render
+from chestct.stats.bootstrap import MIN_GROUPS
 
 SIDE = 144
 """Side of a thumbnail in pixels."""
@@ -43,21 +44,18 @@ def validate(cfg: Config, out: Path) -> Audit:
 
 
 def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -> None:
-    """Writes report.json, pictures/ (contact sheets) and report.html (one file, nothing fetched) into `out`.
+    """Writes report.json and report.html (one file, pictures too, nothing fetched from anywhere) into `out`.
 
     manifest, images: what was audited; images uint8 [M, S, S], by the manifest's `row`.
     """
+    shown = {position for row in audit.contacts for position in row["slices"]}
+    shown |= {pair[side] for pair in audit.examples for side in "ab"}
     rows = manifest["row"].to_numpy()
-    sheets = {(row["split"], row["subtype"]): _jpeg(images[rows[row["slices"]]]) for row in audit.contacts}
-    for (split, subtype), sheet in sheets.items():
-        write_atomic(out / "pictures" / f"contact_{split}_{subtype}.jpg", sheet)
-    shown = sorted({pair[side] for pair in audit.examples for side in "ab"})
     write_atomic(out / "report.json", audit.to_json())
     page = render(
         "audit.html.j2",
         audit=audit,
-        sheets={name: _base64(sheet) for name, sheet in sheets.items()},
-        thumbnails={position: _base64(_jpeg(images[rows[[position]]])) for position in shown},
+        thumbnails={position: _thumbnail(images[rows[position]]) for position in shown},
         worst=max(audit.leakage, key=lambda policy: len(audit.leakage[policy]["list"])),
         baselines=sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0)),
         classes=[name for name in inventory.CLASSES if name in audit.duplicates["by_class"]],
@@ -65,7 +63,7 @@ def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -
         height=HEIGHT,
         few=FEW_GROUPS,
         material=shortcuts.MATERIAL,
-        min_groups=shortcuts.MIN_GROUPS,
+        min_groups=MIN_GROUPS,
         estimate=estimate,
         leaked=leaked,
         stack=stack,
@@ -110,17 +108,8 @@ def stack(splits: list[str]) -> list[str]:
     return [ordered[i * len(ordered) // squares] for i in range(squares)]
 
 
-def _jpeg(squares: np.ndarray, across: int = 4) -> bytes:
-    """uint8 squares [n, S, S], small and in rows of `across`, as one JPEG."""
-    across = min(across, len(squares))
-    sheet = Image.new("L", (across * SIDE, -(-len(squares) // across) * SIDE), 255)
-    for i, square in enumerate(squares):
-        small = Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX)
-        sheet.paste(small, (i % across * SIDE, i // across * SIDE))
+def _thumbnail(square: np.ndarray) -> str:
+    """A small grey JPEG, in base64."""
     buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
+    Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX).save(buffer, "JPEG", quality=80)
+    return base64.b64encode(buffer.getvalue()).decode()
