@@ -14,7 +14,7 @@ PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
 ENTRIES = {
     "ingest": ["data/prepare.py"],
-    "validate": ["audit/stage.py"],
+    "validate": ["audit/stage.py", "reporting/audit_report.py"],
     "train": ["training/train.py"],
     "evaluate": [
         "evaluation/evaluate.py",

@@ -1,6 +1,7 @@
 """Figures of predictions and of training, by scikit-learn's displays and matplotlib, with their points for `dvc plots`.
 
-Each is drawn once, as SVG; the report and MLflow get the same bytes, and the report's style sheet turns them dark. A curve that these slices do not define is a sentence that says why.
+Each is drawn once, as SVG; the report and MLflow get the same bytes, and the report's style sheet turns them dark. A
+curve that these slices do not define is a sentence that says why.
 """
 
 import io

@@ -101,7 +101,10 @@ def rate(hit: np.ndarray, group: np.ndarray) -> Estimate:
 def summary(evaluation: Evaluation) -> str:
     """The evaluation for a terminal: headline, caveats, metrics with intervals, other split policies."""
     listed, first = caveats(evaluation), len(list(_data(evaluation)))
-    lines = [f"{caveat.kind.upper()}: {caveat.text}" for caveat in listed[:first]]
+    lines = []
+    for caveat in listed[:first]:
+        kind, bracket, rest = caveat.kind.partition(" (")
+        lines.append(f"{kind.upper()}{bracket}{rest}: {caveat.text}")
     lines += [headline(evaluation), *(f"- {caveat.text}" for caveat in listed[first:]), ""]
     splits = [name for name in ("valid", "test") if name in evaluation.metrics]
     tables = [evaluation.table[evaluation.table["split"] == name] for name in splits]
@@ -151,8 +154,10 @@ def _data(evaluation: Evaluation) -> Iterator[Caveat]:
         text = "Trained and tested on phantoms; these numbers say nothing about patients."
         yield Caveat("error", "Synthetic", text)
     if about["leaked"]:
-        text = f"Under {about['split']}, {about['leaked']} validation and test slices have copies in an earlier split"
-        yield Caveat("error", "Leaky split", f"{text}; these numbers are too good.")
+        text = (
+            f"{about['leaked']} validation and test slices have copies in an earlier split; these numbers are too good."
+        )
+        yield Caveat("error", f"Leaky split ({about['split']})", text)
 
 
 def _few(evaluation: Evaluation) -> Iterator[Caveat]:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chestct.audit import shortcuts
+from chestct.audit import Audit, audit, shortcuts
 
 
 @dataclass
@@ -70,3 +70,29 @@ def quick() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_data() -> Callable[..., Data]:
     return make
+
+
+def run(data: Data, split: str = "grouped") -> Audit:
+    return audit(data.manifest, data.splits, data.images, data.unreadable, data.pairs, name="made_up", split=split)
+
+
+@pytest.fixture(scope="session")
+def faulty(make_data: Callable[..., Data]) -> Data:
+    """Slice 1 is a copy of slice 0 across splits with another label; slice 2 is nearly slice 3; one file is broken."""
+    data = make_data(120)
+    data.manifest.loc[1, ["content", "row", "group"]] = data.manifest.loc[0, ["content", "row", "group"]]
+    data.manifest.loc[3, "group"] = 2
+    data.manifest.loc[[0, 1], "label"] = data.manifest.loc[[0, 1], "subtype"] = ["normal", "cancer"]
+    data.manifest.loc[2, "path"] = "train/<script>alert('x')</script>.png"
+    official = data.splits["grouped"].copy()
+    official[:4] = ["train", "test", "train", "test"]
+    data.splits["official"] = official
+    data.splits["grouped"][:4] = ["train", "train", "test", "test"]
+    data.pairs = pd.DataFrame({"a": [0, 2], "b": [1, 3], "similarity": [1.0, 0.996], "kind": ["exact", "near"]})
+    data.unreadable = pd.DataFrame({"source": ["s"], "path": ["<b>broken</b>.png"], "reason": ["truncated & short"]})
+    return data
+
+
+@pytest.fixture(scope="module")
+def official(faulty: Data) -> Audit:
+    return run(faulty, "official")

@@ -1,30 +1,19 @@
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
-import pytest
 
 from chestct.audit import stage
 from chestct.config.schema import Config
+from tests.audit.conftest import run
 
 
-def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_data: Callable[..., Any]
-) -> None:
-    made = []
-
-    def audit_store(cfg: Config, store: Any, out: Path) -> None:
-        made.append(out)
-        out.mkdir(parents=True)
-        (out / "report.html").touch()
-
-    monkeypatch.setattr(stage, "audit_store", audit_store)
+def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monkeypatch, make_data):
+    audit, made = run(make_data(30)), []
+    monkeypatch.setattr(stage, "audit_store", lambda cfg, store: made.append(store) or audit)
     cfg = Config(cache_dir=str(tmp_path))
     store = SimpleNamespace(data_hash="a", settings={"fit": "pad"}, manifest=make_data(30).manifest)
-    assert stage.kept_audit(cfg, store) == stage.kept_audit(cfg, store)
+    assert stage.kept_audit(cfg, store) == stage.kept_audit(cfg, store) == audit
     assert len(made) == 1
     joined = store.manifest.assign(group=store.manifest["group"] // 2)
     for other in (
@@ -37,7 +26,7 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(
     with monkeypatch.context() as patch:  # the same settings, dealt by another rule
         patch.setattr(stage, "make_splits", lambda manifest, task, data: pd.Series("train", index=manifest.index))
         stage.kept_audit(cfg, store)
-    (tmp_path / "stage.py").write_text("another audit")
+    (tmp_path / "stage.py").write_text("another audit", encoding="utf-8")
     monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
     stage.kept_audit(cfg, store)
-    assert len(set(made)) == len(made) == 7
+    assert len(made) == 7

@@ -14,7 +14,7 @@ from tests.evaluation.evaluations import made_up, with_images
 
 
 @pytest.fixture(scope="module", params=["binary", "subtype"])
-def found(request):
+def evaluation(request):
     torch.manual_seed(0)
     net = VGG16(ModelConfig(), 1 if request.param == "binary" else 4, 32, load_weights("oxford")).eval()
     evaluation = with_images(made_up(request.param), net, 32)
@@ -22,8 +22,8 @@ def found(request):
     return evaluation
 
 
-def test_each_gallery_holds_what_its_name_says(found):
-    galleries = gallery(found)
+def test_each_gallery_holds_what_its_name_says(evaluation):
+    galleries = gallery(evaluation)
     assert tuple(galleries) == KINDS
     assert all(len(pictures) <= 2 for pictures in galleries.values())
     assert galleries["errors"]
@@ -37,28 +37,28 @@ def test_each_gallery_holds_what_its_name_says(found):
         assert picture.novelty <= 1
 
 
-def test_errors_come_surest_first(found):
-    test = described(found).set_index("path")["sureness"]
-    sure = [test[picture.path] for picture in gallery(found)["errors"]]
-    wrong = described(found).query("called != truth")["sureness"]
+def test_errors_come_surest_first(evaluation):
+    test = described(evaluation).set_index("path")["sureness"]
+    sure = [test[picture.path] for picture in gallery(evaluation)["errors"]]
+    wrong = described(evaluation).query("called != truth")["sureness"]
     assert sure[0] == wrong.max()
     assert sure == sorted(sure, reverse=True)
 
 
-def test_pictures_are_the_slices_and_the_heat_colours_them(found):
-    picture = gallery(found)["right"][0]
+def test_pictures_are_the_slices_and_the_heat_colours_them(evaluation):
+    picture = gallery(evaluation)["right"][0]
     plain, heat = (np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in (picture.plain, picture.heat))
     assert plain.ndim == 2
     assert heat.shape == (*plain.shape, 3)
-    manifest = found.manifest.set_index("path")
-    square = found.images[manifest["row"][picture.path]]
+    manifest = evaluation.manifest.set_index("path")
+    square = evaluation.images[manifest["row"][picture.path]]
     wanted = np.asarray(Image.fromarray(square).resize(plain.shape[::-1], Image.Resampling.BICUBIC)).astype(float)
     assert np.corrcoef(plain.ravel(), wanted.ravel())[0, 1] > 0.9
 
 
-def test_one_slice_of_a_group_is_shown(found):
-    found.table.loc[:, "group"] = 0
-    assert {len(pictures) for pictures in gallery(found).values()} <= {0, 1}
+def test_one_slice_of_a_group_is_shown(evaluation):
+    evaluation.table.loc[:, "group"] = 0
+    assert {len(pictures) for pictures in gallery(evaluation).values()} <= {0, 1}
 
 
 def test_without_a_network_there_is_no_gallery():

@@ -219,7 +219,8 @@ def test_the_page_shows_all_that_was_compared_and_fetches_nothing(bundle):
     assert "script" not in page.tags
     assert not re.search(r"https?://|url\(", html)
     assert set(TITLES) <= set(page.ids)
-    assert page.tags.count("svg") == len(TITLES)
+    assert page.tags.count("svg") == len(TITLES) - 2  # two are shares, drawn as bars
+    assert html.count("this window: ") == 2
     assert "nan" not in html
     for shift in drift.shifts:
         assert shift.sentence in html
@@ -231,14 +232,13 @@ def test_an_empty_window_makes_a_page_too(bundle):
 
 
 def test_what_is_drawn_has_the_masses_of_what_was_seen(bundle):
-    """The heights of both step lines add up to one distribution each."""
+    """Both histograms add up to one distribution each."""
     found = records(bundle, np.random.default_rng(5), 400)
-    shift = next(shift for shift in compare(bundle, found).shifts if shift.name == "mean")
-    paths = re.findall(r' d="([^"]+)"', drift_report.picture(shift))
-    heights = [[drift_report.HEIGHT - float(y) for y in re.findall(r"[ML][\d.]+ ([\d.]+)", path)] for path in paths]
-    before, now = heights[0][1:-1:2], heights[1][::2]
-    assert len(before) == len(now) == drift_report.BINS
-    assert sum(before) == pytest.approx(sum(now), rel=0.01)
+    drawn = {shift.name: drift_report.histogram(shift) for shift in compare(bundle, found).shifts}
+    assert drawn["refused"] is None  # a share
+    assert drawn["mean"]["before"].sum() == pytest.approx(1)
+    assert drawn["mean"]["now"].sum() == pytest.approx(1)
+    assert drawn["mean"]["low"] < found["mean"].mean() < drawn["mean"]["high"]
 
 
 def test_records_are_exported_for_other_tools(bundle, tmp_path):
