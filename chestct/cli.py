@@ -245,7 +245,7 @@ def serve(cfg: Config, out: Path) -> None:
         if not source.startswith(("models:/", "runs:/")):
             return source
         try:
-            from chestct.tracking.bundle import fetch_bundle  # MLflow takes seconds to import
+            from chestct.tracking.registry import fetch_bundle  # MLflow takes seconds to import
 
             return fetch_bundle(source, cfg)
         except ModuleNotFoundError as error:  # as in the image
@@ -305,14 +305,14 @@ def show(cfg: Config, out: Path) -> None:
 
 @program("stage", SYNC)
 def sync(cfg: Config, out: Path) -> None:
-    from chestct.tracking.push import push
+    from chestct.tracking import sync
 
-    push(cfg)
+    sync(cfg)
 
 
 @program("stage", DAGSHUB)
 def dagshub_remote(cfg: Config, out: Path) -> None:
-    from chestct.tracking.storage import dagshub_remotes
+    from chestct.tracking.dagshub import dagshub_remotes
 
     dagshub_remotes(cfg.tracking)
 

@@ -166,7 +166,7 @@ def _refuse_passwords(overrides: list[str]) -> None:
     """Stops before Hydra writes a password that stands in an override into the run's folder."""
     for override in overrides:
         if override.startswith("tracking.uri="):
-            from chestct.tracking.server import refuse_password
+            from chestct.tracking.remote_store import refuse_password
 
             refuse_password(override.split("=", 1)[1])
 

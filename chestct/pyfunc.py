@@ -14,7 +14,7 @@ import pandas as pd
 
 import chestct
 from chestct.models.bundle import Bundle, load_bundle
-from chestct.tracking.bundle import BUNDLE
+from chestct.tracking.registry import BUNDLE
 
 if TYPE_CHECKING:
     from chestct.tracking import Run

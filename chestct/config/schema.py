@@ -256,8 +256,10 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     name: str = setting("mlflow", "mlflow, dagshub or off", choices=("mlflow", "dagshub", "off"))
-    uri: str = setting("sqlite:///mlflow.db", "MLflow tracking URI: sqlite:///FILE or http(s)://SERVER")
-    local: str = setting("sqlite:///mlflow.db", "store on this machine that a run is written to where uri is a server")
+    uri: str | None = setting(
+        None, "MLflow tracking URI: http(s)://SERVER or sqlite:///FILE; empty: MLFLOW_TRACKING_URI, else local"
+    )
+    local: str = setting("sqlite:///mlflow.db", "store on this machine, which every run is written to")
     owner: str | None = setting(None, "owner of the repository on DagsHub (tracking=dagshub)")
     repo: str | None = setting(None, "name of the repository on DagsHub (tracking=dagshub)")
     experiment: str = setting("chestct", "MLflow experiment")

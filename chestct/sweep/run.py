@@ -40,6 +40,7 @@ def sweep(sweeper: "ChestCTSweeper", arguments: list[str]) -> None:
         _grid(sweeper, overrides, outcomes)
     else:
         with sole_writer(folder), _orderly(folder), open_run(cfg, folder, sweep=True) as run:
+            run.begin()
             try:
                 if sweeper.trials:
                     search(sweeper, cfg, overrides, outcomes)

@@ -1,15 +1,16 @@
 """The run that a training or an evaluation writes to.
 
-Everything goes through one `Run`, which always writes to the store on this machine; open_run says whether a server gets
-a copy while it lasts. A run belongs to a folder, where its id is noted, so that a resumed training goes on with it.
+A run belongs to a folder, where its id is noted, so that a resumed training goes on with it. It begins when settings
+and data are known to be usable, so that a mistake leaves no failed run behind.
 """
 
 import json
 import logging
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,61 +18,60 @@ from urllib.parse import quote
 
 from chestct.config.schema import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
-from chestct.tracking.bundle import ALIAS, BUNDLE, register
-from chestct.tracking.mirror import ORIGIN, PARENT, Copy, DeletedThereError, Mirror, experiment_id, first_line
-from chestct.tracking.server import TrackingError, local_uri, probe, server_uri, store_file
+from chestct.files import write_atomic
+from chestct.tracking.local_store import TrackingError, first_line, local_uri, prepare, store_file
+from chestct.tracking.registry import ALIAS, BUNDLE, RUN_ID_FILE, register, remembered_run
+from chestct.tracking.remote_store import probe, server_uri
+from chestct.tracking.sync import FOLDER, LOCK_FILE, ORIGIN, PARENT, experiment_id, send
 
 if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
     from mlflow import MlflowClient
 
-    from chestct.tracking.logger import RunLogger
-
-RUN_ID_FILE = "mlflow_run_id.txt"
-LOCK_FILE = ".lock"
-FOLDER = "folder"  # tag: the run folder on the machine that trained
+BEGIN_SECONDS, END_SECONDS = 20.0, 300.0
+"""How long the beginning and the end of a run wait for a server; what it has not got then, `sync` sends."""
 
 
 class Run:
-    """One MLflow run; without a client (tracking=off) every method does nothing."""
+    """One MLflow run; without a client (tracking=off, or not begun) every method does nothing."""
 
     def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", uri: str = "") -> None:
         self.client, self.run_id, self.uri = client, run_id, uri
 
-    def logger(self) -> "RunLogger | None":
-        """For Lightning's Trainer: writes what modules log into this run."""
-        if self.client is None:
-            return None
-        from chestct.tracking.logger import RunLogger
+    def begin(self) -> None:
+        """Records the run from here on; for a run of open_run."""
 
-        return RunLogger(self.client, self.run_id)
+    def loggers(self) -> "list[Logger]":
+        """For Lightning's Trainer: write what modules log into this run, here and on the server."""
+        return []
 
     def tags(self, tags: Mapping[str, object]) -> None:
-        from mlflow.entities import RunTag
-
         if self.client:
+            from mlflow.entities import RunTag
+
             self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
 
     def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        from mlflow.entities import Metric
-
         if self.client:
+            from mlflow.entities import Metric
+
             now = int(time.time() * 1000)
             self.client.log_batch(self.run_id, [Metric(k, float(v), now, step) for k, v in metrics.items()])
 
     def settings(self, cfg: Config) -> None:
         """Every resolved setting as a parameter; MLflow keeps the first value if a resumed run changes one."""
-        from mlflow.entities import Param
-
         if self.client:
-            there = self.client.get_run(self.run_id).data.params
-            flat = {key: str(value)[:6000] for key, value, _ in leaves(cfg) if key not in there}
-            self.client.log_batch(self.run_id, params=[Param(key, value) for key, value in flat.items()])
+            from mlflow.entities import Param
+
+            known = self.client.get_run(self.run_id).data.params
+            params = [Param(key, str(value)[:6000]) for key, value, _ in leaves(cfg) if key not in known]
+            self.client.log_batch(self.run_id, params=params)
 
     def artifacts(self, path: Path, folder: str | None = None) -> None:
         """A file, or everything in a folder."""
         if self.client:
-            send = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-            send(self.run_id, str(path), folder)
+            record = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            record(self.run_id, str(path), folder)
 
     def evaluation(self, which: str, values: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
         """The report's folder, and the numbers of each split as `WHICH/SPLIT/NAME`.
@@ -84,68 +84,155 @@ class Run:
 
     def data(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
         """The data that the run used: their hash, where they lie and how many slices stand in which split."""
-        from mlflow.entities import Dataset, DatasetInput
-
         if self.client:
+            from mlflow.entities import Dataset, DatasetInput
+
             # MLflow keeps 36 characters of a digest.
-            found = Dataset(name, digest[:36], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
-            self.client.log_inputs(self.run_id, [DatasetInput(found)])
+            dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
+            self.client.log_inputs(self.run_id, [DatasetInput(dataset)])
+
+    def register(self, name: str | None) -> None:
+        """Gives the run's bundle its name, where it has both; the run stands if that fails, with a line about it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if self.client is None or not name or not self.client.list_artifacts(self.run_id, BUNDLE):
+                return
+            version = register(self.client, self.run_id, name)
+        except MlflowException as error:
+            print(f"Not registered as {name} in {self.uri}: {first_line(error)}.")
+        else:
+            print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {self.uri}")
+
+
+class _OpenRun(Run):
+    """The run of open_run: in the local store, and a copy on the server while that answers."""
+
+    def __init__(self, cfg: Config, out: Path, sweep: bool, uri: str, server: str | None) -> None:
+        super().__init__(uri=uri)
+        self.cfg, self.out, self.sweep, self.server = cfg, out, sweep, server
+        self.copy = Run()
+        self.monitor: Any = None
+
+    def begin(self) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client = MlflowClient(self.uri)
+            self.run_id = _start(client, self.cfg, self.uri, self.out, self.sweep)
+        except MlflowException as error:
+            raise TrackingError(f"MLflow cannot use {self.uri}: {first_line(error)}.") from None
+        self.client = client
+        self.settings(self.cfg)
+        self.tags(code_version() | _called_by() | {FOLDER: self.out.resolve()})
+        if self.server:
+            remote = MlflowClient(self.server)
+            copy_id = _attempt(lambda: send(client, remote, self.run_id, artifacts=False), BEGIN_SECONDS)
+            if isinstance(copy_id, str):
+                self.copy = Run(remote, copy_id, self.server)
+        if self.cfg.tracking.system_metrics:
+            self._monitor()
+
+    def loggers(self) -> "list[Logger]":
+        from chestct.tracking.logger import RunLogger
+
+        runs = [run for run in (self, self.copy) if run.client]
+        return [RunLogger(run.client, run.run_id, shared=run is self.copy) for run in runs if run.client]
+
+    def end(self, status: str) -> None:
+        """Ends the run in the local store, and brings the server's copy up to date."""
+        if self.client is None:
+            return
+        if self.monitor:
+            self.monitor.finish()
+        if status == "FINISHED":
+            self.register(self.cfg.tracking.register)
+        self.client.set_terminated(self.run_id, status)  # waits for MLflow's threads
+        if self.server is None:
+            return
+        problem = self._complete(status)
+        if problem is None:
+            print(f"MLflow copy      {self.copy.run_id} on {self.server}")
+            return
+        print(
+            f"The MLflow server {self.server} has not all of this run ({problem}). Nothing is lost: it is in "
+            f"{self.uri}; send the rest with: {_sync_command(self.cfg.tracking)}"
+        )
+
+    def _complete(self, status: str) -> str | None:
+        """Sends what the server has not got; why that failed, if it did."""
+        from mlflow import MlflowClient
+
+        assert self.client is not None
+        assert self.server is not None
+        client, remote = self.client, MlflowClient(self.server)
+        if problem := probe(self.server, self.cfg.tracking.experiment):
+            return problem.rstrip(".")
+
+        def work() -> str:
+            if self.copy.client:  # waits for MLflow's threads, so that no metric is sent twice
+                self.copy.client.set_terminated(self.copy.run_id, status)
+            return send(client, remote, self.run_id)
+
+        copy_id = _attempt(work, END_SECONDS)
+        if not isinstance(copy_id, str):
+            return first_line(copy_id)
+        self.copy = Run(remote, copy_id, self.server)
+        if status == "FINISHED":
+            self.copy.register(self.cfg.tracking.register)
+        return None
+
+    def _monitor(self) -> None:
+        """MLflow's own record of processor, memory, disk, network and GPU."""
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
+        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
+        self.monitor.start()
 
 
 @contextmanager
 def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
-    """The run that belongs to the folder `out`: the one noted there if it is resumed, else a new one.
+    """The run that belongs to the folder `out`: the one noted there if it is resumed, else a new one; see Run.begin.
 
     A training is resumed with cfg.ckpt or by its sweep; a sweep (whose jobs have folders in `out`) always.
 
-    Ends as FINISHED, as KILLED when it was interrupted, as FAILED on any error. Raises TrackingError where a server
-    cannot be used and tracking.required=true.
+    Ends as FINISHED, as KILLED when it was interrupted, as FAILED on any error. Raises TrackingError where the local
+    store cannot be used, or a server cannot and tracking.required=true.
     """
     if cfg.tracking.name == "off":
         yield Run()
         return
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
     server = _usable_server(cfg.tracking)
     uri = local_uri(cfg.tracking)
-    try:
-        run = _start(cfg, uri, out, sweep)
-    except MlflowException as error:
-        raise TrackingError(f"MLflow cannot use {uri}: {first_line(error)} Set tracking.uri or tracking=off.") from None
-    assert run.client is not None
-    run.settings(cfg)
-    run.tags(code_version() | _called_by() | {FOLDER: out.resolve()})
-    mirror = Mirror(Copy(run.client, MlflowClient(server), run.run_id)) if server else None
+    prepare(uri)
+    run = _OpenRun(cfg, out, sweep, uri, server)
     status = "FAILED"
     try:
-        with _system_metrics(cfg.tracking, run):
-            yield run
+        yield run
         status = "FINISHED"
-        _register(run, cfg.tracking.register)
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        run.client.set_terminated(run.run_id, status)
-        if mirror and _say_how_it_ended(mirror, cfg.tracking) and status == "FINISHED":
-            _register(Run(mirror.copy.remote, mirror.copy.copy_id, str(server)), cfg.tracking.register)
+        run.end(status)
 
 
 @contextmanager
 def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
     """The run that a checkpoint belongs to, which may long have ended, to add something to it.
 
-    Says so; where the run or its store is not there, it says that, and gives a run that records nothing.
+    Prints which; where the run or its store is gone, it prints that, and gives a run that records nothing.
     """
-    note = ckpt.resolve().with_name(RUN_ID_FILE)
-    if cfg.tracking.name == "off" or not note.is_file():
+    run_id = remembered_run(ckpt.resolve().parent)
+    if cfg.tracking.name == "off" or run_id is None:
         yield Run()
         return
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    run_id, uri, run = note.read_text().strip(), cfg.tracking.local, Run()
+    uri, run = cfg.tracking.local, Run()
     try:
         uri = local_uri(cfg.tracking)
         if (file := store_file(uri)) and not file.is_file():
@@ -155,121 +242,88 @@ def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
             raise TrackingError("it was deleted")
         run = Run(client, run_id, uri)
         yield run
-        _register(run, cfg.tracking.register)
+        run.register(cfg.tracking.register)
         if server := _usable_server(cfg.tracking):
-            copy = Copy(client, MlflowClient(server), run_id)
-            copy.send(artifacts=True)
-            _register(Run(copy.remote, copy.copy_id, server), cfg.tracking.register)
+            remote = MlflowClient(server)
+            Run(remote, send(client, remote, run_id), server).register(cfg.tracking.register)
         print(f"MLflow run {run_id} in {uri} (make ui)")
-    except (MlflowException, ChestCTError, DeletedThereError, OSError) as error:
-        print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}")
+    except (MlflowException, ChestCTError, OSError) as error:
+        print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
         if run.client is None:
             yield run
 
 
-def _register(run: Run, name: str | None) -> None:
-    """Gives the run's bundle its name, where it has both; a name that cannot be given is said, and the run stands."""
+def _start(client: "MlflowClient", cfg: Config, uri: str, out: Path, sweep: bool) -> str:
+    """Id of the run of the folder."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        if run.client is None or not name or not run.client.list_artifacts(run.run_id, BUNDLE):
-            return
-        version = register(run.client, run.run_id, name)
-    except MlflowException as error:
-        print(f"Not registered as {name} in {run.uri}: {first_line(error)}")
-    else:
-        print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {run.uri}")
-
-
-def _start(cfg: Config, uri: str, out: Path, sweep: bool) -> Run:
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient(uri)
-    # Beside the checkpoints, so that it goes where they go: DVC removes, restores and shares them as one.
-    note = (out if sweep else out / "checkpoints") / RUN_ID_FILE
-    parent = out.parent / RUN_ID_FILE
+    # Next to the checkpoints, so that it goes where they go: DVC removes, restores and shares them as one.
+    folder = out if sweep else out / "checkpoints"
+    known, parent = remembered_run(folder), None if sweep else remembered_run(out.parent)
     tags = {}
-    if note.is_file() and (sweep or cfg.ckpt or parent.is_file()):
-        run_id = note.read_text().strip()
+    if known and (sweep or cfg.ckpt or parent):
         try:
-            client.update_run(run_id, status="RUNNING")
-            return Run(client, run_id, uri)
+            client.update_run(known, status="RUNNING")
+            return known
         except MlflowException:
-            print(f"The MLflow run {run_id} of this folder is not in {uri}, or was deleted; a new run is recorded.")
-            tags[ORIGIN] = run_id
+            print(f"The MLflow run {known} of this folder is not in {uri}, or was deleted; a new run is recorded.")
+            tags[ORIGIN] = known
     name = cfg.tracking.experiment
-    found = client.get_experiment_by_name(name)
-    if found is not None and found.lifecycle_stage == "deleted":
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
         raise TrackingError(
             f"The MLflow experiment '{name}' was deleted in {uri}. Restore it, or choose another with "
             "tracking.experiment=NAME."
         )
     file = store_file(uri)  # MLflow would keep artifacts in the working directory, which DVC may remove
     artifacts = str(file.resolve().parent / "mlruns" / quote(name, safe="")) if file else None
-    experiment = experiment_id(client, name, artifacts)
-    given = out.name if sweep else os.environ.get("DVC_EXP_NAME")
-    if not sweep and parent.is_file():
-        tags[PARENT] = parent.read_text().strip()
-        given = f"{out.parent.name} {out.name}"
-    run_id = client.create_run(experiment, tags=tags, run_name=cfg.tracking.run_name or given).info.run_id
-    note.parent.mkdir(parents=True, exist_ok=True)
-    fresh = note.with_suffix(".new")
-    fresh.write_text(run_id + "\n")
-    fresh.replace(note)
-    return Run(client, run_id, uri)
+    run_name = out.name if sweep else os.environ.get("DVC_EXP_NAME")
+    if parent:
+        tags[PARENT] = parent
+        run_name = f"{out.parent.name} {out.name}"
+    run = client.create_run(
+        experiment_id(client, name, artifacts), tags=tags, run_name=cfg.tracking.run_name or run_name
+    )
+    write_atomic(folder / RUN_ID_FILE, f"{run.info.run_id}\n")
+    return str(run.info.run_id)
+
+
+def _attempt(work: Callable[[], str], seconds: float) -> str | Exception:
+    """What `work` returns, or why it failed or was not done in time. Whatever a server does, the run goes on."""
+    results: list[str | Exception] = []
+
+    def attempt() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else TimeoutError(f"it takes longer than {seconds:.0f} s")
 
 
 def _usable_server(cfg: TrackingConfig) -> str | None:
-    """The server that gets a copy; None where none is asked for, or it cannot be used and need not be."""
+    """The server that gets a copy; None where none is named, or it cannot be used and need not be."""
     server = server_uri(cfg)
     problem = probe(server, cfg.experiment) if server else None
     if problem is None:
         return server
     if cfg.required:
         raise TrackingError(f"{problem} Set tracking.required=false to go on with the local store {cfg.local}.")
-    print(f"{problem} This run is recorded in {cfg.local}; send it later with: {_push_command(cfg)}")
+    print(f"{problem} This run is recorded in {cfg.local}; send it later with: {_sync_command(cfg)}")
     return None
 
 
-def _push_command(cfg: TrackingConfig) -> str:
+def _sync_command(cfg: TrackingConfig) -> str:
     where = (
         f"tracking=dagshub tracking.owner={cfg.owner} tracking.repo={cfg.repo}"
         if cfg.name == "dagshub"
-        else f"tracking.uri={cfg.uri}"
+        else f"tracking.uri={server_uri(cfg)}"
     )
     where += "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
     return f"chestct sync {where}"
-
-
-def _say_how_it_ended(mirror: Mirror, cfg: TrackingConfig) -> bool:
-    """Whether all of the run is on the server, which is told too."""
-    server = server_uri(cfg)
-    if mirror.finish():
-        print(f"MLflow copy      {mirror.copy.copy_id} on {server}")
-        return True
-    print(
-        f"The MLflow server {server} has not all of this run ({mirror.problem}). Nothing is lost: it is in "
-        f"{cfg.local}; send the rest with: {_push_command(cfg)}"
-    )
-    return False
-
-
-@contextmanager
-def _system_metrics(cfg: TrackingConfig, run: Run) -> Iterator[None]:
-    """MLflow's own monitor of processor, memory, disk, network and GPU, where it is asked for."""
-    if not cfg.system_metrics:
-        yield
-        return
-    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-    monitor = SystemMetricsMonitor(run.run_id, resume_logging=True, tracking_uri=run.uri)
-    monitor.start()
-    try:
-        yield
-    finally:
-        monitor.finish()
 
 
 @contextmanager

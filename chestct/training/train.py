@@ -89,7 +89,9 @@ def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | N
     on_first(data.prepare_data)
     keeper, last = keepers(cfg.trainer, out / "checkpoints")
     callbacks = [*all_callbacks(cfg.trainer, out), keeper, last]
-    model, resume, trainer = together(lambda: _set_up(cfg, out, data, callbacks, run))
+    model, resume, trainer = together(lambda: _set_up(cfg, out, data, callbacks))
+    run.begin()
+    trainer.loggers = run.loggers()
     if cfg.features.cache and cfg.starts_frozen:
         model.to(trainer.strategy.root_device)
         splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
@@ -120,7 +122,7 @@ def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | N
 
 
 def _set_up(
-    cfg: Config, out: Path, data: SliceModule, callbacks: list[Callback], run: Run
+    cfg: Config, out: Path, data: SliceModule, callbacks: list[Callback]
 ) -> tuple[Classifier, Path | None, L.Trainer]:
     """What can go wrong before anything is computed: data, model, the checkpoint to go on from, the trainer."""
     data.setup()
@@ -130,7 +132,7 @@ def _set_up(
             f"{place().size} processes share batches and splits, the smallest of which has {smallest} slices."
         )
     model = _classifier(cfg, data)
-    return model, _resumable(cfg, model), _trainer(cfg, out, callbacks, run)
+    return model, _resumable(cfg, model), _trainer(cfg, out, callbacks)
 
 
 def _classifier(cfg: Config, data: SliceModule) -> Classifier:
@@ -158,8 +160,7 @@ def _resumable(cfg: Config, model: Classifier) -> Path | None:
     return Path(cfg.ckpt)
 
 
-def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
-    logger = run.logger()
+def _trainer(cfg: Config, out: Path, callbacks: list) -> L.Trainer:
     # Buffers here are constants.
     strategy = DDPStrategy(forward_sync_buffers=False) if cfg.trainer.strategy == "ddp" else "auto"
     try:
@@ -172,7 +173,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list, run: Run) -> L.Trainer:
             plugins=[environment(), SealedCheckpoints()],
             precision=cfg.trainer.precision,  # type: ignore[arg-type]
             deterministic=cfg.trainer.deterministic,
-            logger=[logger] if logger else False,
+            logger=False,  # the run begins when all this has proved usable
             callbacks=callbacks,
             default_root_dir=out,
             num_sanity_val_steps=0,

@@ -21,7 +21,7 @@ from chestct.errors import ConfigError
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.pyfunc import save_model
 from chestct.tracking import fetch_bundle
-from chestct.tracking.bundle import register
+from chestct.tracking.registry import register
 from tests.e2e.test_commands import only_run
 
 ROOT = CONF.parent

@@ -15,7 +15,7 @@ import pytest
 
 from chestct.config.compose import CONF
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
-from chestct.tracking.bundle import register
+from chestct.tracking.registry import register
 from tests.serving.conftest import bundle_folder, examples, files
 from tests.serving.visitor import Visitor
 

@@ -17,7 +17,7 @@ import torch
 from chestct.config.compose import CONF
 from chestct.config.schema import TrackingConfig
 from chestct.models.bundle import load_bundle
-from chestct.tracking.storage import dagshub_remotes
+from chestct.tracking.dagshub import dagshub_remotes
 from tests.e2e.loopback import PASSWORDS, TOKEN, log_in
 
 pytestmark = pytest.mark.slow
@@ -196,7 +196,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     # Share: runs, data, code.
     run(ada, "git", "checkout", "-q", ".")
     run(ada, "dvc", "checkout")
-    told = run(ada, "python", "-m", "chestct.tracking", "push", shared)
+    told = run(ada, "python", "-m", "chestct", "sync", shared)
     assert f"{len(runs)} runs are on {server.uri}" in told
     remotes(ada, s3, plain_http, monkeypatch)
     for remote in ("dagshub", "dagshub-http"):

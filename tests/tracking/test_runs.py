@@ -1,0 +1,200 @@
+"""Runs in the local store: what they keep, when they begin, how they end, and which one a folder goes on with."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from chestct.config.compose import CONF
+from chestct.errors import Interrupted
+from chestct.tracking import TrackingError, open_run, sole_writer
+from chestct.tracking.registry import RUN_ID_FILE
+from tests.conftest import SMALL
+from tests.tracking.conftest import fit, recorded, runs
+
+ROOT = CONF.parent
+
+
+def test_a_run_keeps_settings_metrics_data_and_code(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "tracking.run_name=first", "data.labels={a.b: cancer}")
+    with recorded(cfg, tmp_path / "out") as run:
+        run.metrics({"best/test/auroc": 0.9})
+        run.tags({"data.split": "grouped"})
+        run.data("phantom", "f" * 64, "somewhere", {"train": 3})
+        (tmp_path / "plot.png").write_bytes(b"x")
+        run.artifacts(tmp_path / "plot.png", "evaluation")
+    (made,) = runs(uri)
+    assert made.info.status == "FINISHED"
+    assert made.info.run_name == "first"
+    assert made.data.params["optim.lr"] == "0.01"
+    assert made.data.params["data.augment.flip"] == "0.5"
+    assert made.data.metrics["best/test/auroc"] == 0.9
+    assert "git.commit" in made.data.tags
+    assert made.inputs.dataset_inputs[0].dataset.name == "phantom"
+    assert [a.path for a in MlflowClient(uri).list_artifacts(made.info.run_id, "evaluation")] == ["evaluation/plot.png"]
+
+
+def test_every_metric_of_a_training_is_in_its_run_and_no_variable_of_the_environment_changes(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    before = dict(os.environ)
+    with recorded(cfg, tmp_path / "out") as run:
+        fit(run, range(3))
+        assert runs(uri)[0].info.status == "RUNNING"  # evaluation and report are to come
+    history = MlflowClient(uri).get_metric_history(run.run_id, "valid/loss")
+    assert sorted((metric.step, metric.value) for metric in history) == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
+    assert runs(uri)[0].info.status == "FINISHED"
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (Interrupted, "KILLED")])
+def test_a_run_that_does_not_finish_is_marked(small, uri, tmp_path, error, status):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    with pytest.raises(error), recorded(cfg, tmp_path / "out"):
+        raise error
+    assert runs(uri)[0].info.status == status
+
+
+def test_an_error_before_the_run_begins_leaves_no_run(small, uri, tmp_path):
+    with (
+        pytest.raises(ValueError, match="mistake"),
+        open_run(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path),
+    ):
+        raise ValueError("mistake")
+    assert runs(uri) == []
+
+
+def test_a_resumed_run_is_the_same_run(small, uri, tmp_path):
+    for lr, more in (("0.1", ()), ("0.2", ("ckpt=last.ckpt",))):
+        cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"optim.lr={lr}", *more)
+        with recorded(cfg, tmp_path / "out") as run:
+            run.metrics({"m": float(lr)})
+    (made,) = runs(uri)
+    assert made.data.params["optim.lr"] == "0.1"
+    assert made.data.metrics["m"] == 0.2
+
+
+def test_a_training_that_begins_anew_in_the_same_folder_is_another_run(small, uri, tmp_path):
+    for lr in ("0.1", "0.2"):
+        with recorded(small("tracking=mlflow", f"tracking.uri={uri}", f"optim.lr={lr}"), tmp_path / "out"):
+            pass
+    assert [made.data.params["optim.lr"] for made in runs(uri)] == ["0.2", "0.1"]
+
+
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_run_that_is_gone_is_replaced_with_a_message(small, uri, tmp_path, capsys, deleted):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "ckpt=last.ckpt")
+    note = tmp_path / "out" / "checkpoints" / RUN_ID_FILE
+    with recorded(cfg, tmp_path / "out"):
+        pass
+    gone = note.read_text().strip()
+    if deleted:
+        MlflowClient(uri).delete_run(gone)
+    else:
+        note.write_text("0123456789abcdef0123456789abcdef")
+    with recorded(cfg, tmp_path / "out") as run:
+        assert run.run_id != gone
+    assert "or was deleted; a new run" in capsys.readouterr().out
+    assert note.read_text().strip() == run.run_id
+
+
+def test_a_note_that_holds_no_run_id_is_not_believed(small, uri, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / RUN_ID_FILE).write_text("../' OR 1=1")
+    with recorded(small("tracking=mlflow", f"tracking.uri={uri}", "ckpt=last.ckpt"), tmp_path) as run:
+        assert [made.info.run_id for made in runs(uri)] == [run.run_id]
+
+
+def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_store, tmp_path, monkeypatch):
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    for folder in (home, copy):
+        folder.mkdir()
+    shutil.copy(empty_store, home / "mlflow.db")
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(home))  # what DVC tells the stages of a queued experiment
+    cfg = small("tracking=mlflow", "cache_dir=.cache")
+    with recorded(cfg, copy / "out") as run:
+        run.artifacts(Path(__file__))
+    assert cfg.cache == home / ".cache"
+    (made,) = runs(f"sqlite:///{home}/mlflow.db")
+    assert made.info.artifact_uri.startswith(f"{home}/mlruns/chestct/")
+    assert list(copy.iterdir()) == [copy / "out"]
+
+
+def test_off_records_nothing(small, tmp_path):
+    with recorded(small("tracking=off"), tmp_path) as run:
+        run.metrics({"m": 1.0})
+        run.tags({"a": 1})
+        run.artifacts(tmp_path)
+        assert run.loggers() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def train(tmp_path, phantoms, cache, *settings, before=""):
+    """train.py in a process of its own, on the small phantoms; `before` is Python that it runs first."""
+    code = f"import runpy, sys\n{before}\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    given = {setting.split("=")[0] for setting in settings}
+    more = [s for s in (*SMALL, f"data.root={phantoms}", f"cache_dir={cache}") if s.split("=")[0] not in given]
+    command = [sys.executable, "-c", code, *more, *settings]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_off_needs_no_mlflow(tmp_path, phantoms, cache):
+    done = train(tmp_path, phantoms, cache, "trainer.max_epochs=1", before="sys.modules['mlflow'] = None")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/*/bundle/bundle.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["data.root=nowhere", "data.split=official_cleaner", "ckpt=nowhere.ckpt"])
+def test_a_mistake_leaves_neither_a_run_folder_nor_a_run(tmp_path, uri, phantoms, cache, mistake):
+    done = train(tmp_path, phantoms, cache, "tracking=mlflow", f"tracking.uri={uri}", "data=chest_ct", mistake)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.glob("runs/*")) == []
+    assert runs(uri) == []
+
+
+def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("chestct"))
+    with (
+        pytest.raises(TrackingError, match=r"tracking\.experiment=NAME"),
+        recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path),
+    ):
+        pass
+
+
+def test_two_trainings_cannot_write_to_one_folder(tmp_path):
+    code = (
+        f"from chestct.tracking import sole_writer\nwith sole_writer(__import__('pathlib').Path({str(tmp_path)!r})):\n"
+    )
+    with sole_writer(tmp_path):
+        done = subprocess.run([sys.executable, "-c", code + "    pass"], capture_output=True, text=True, cwd=ROOT)
+        assert f"Another training is writing to {tmp_path}" in done.stderr
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_the_dvc_experiment_and_the_folder_are_on_the_run(small, uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
+    with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out"):
+        pass
+    (made,) = runs(uri)
+    assert made.data.tags["dvc.experiment"] == made.info.run_name == "brave-fox"
+    assert made.data.tags["folder"] == str(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_system_metrics_are_recorded_if_set(small, uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    for name, value in (("a", "true"), ("b", "false")):
+        cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"tracking.system_metrics={value}")
+        with recorded(cfg, tmp_path / name):
+            time.sleep(2)
+        assert any(key.startswith("system/") for key in runs(uri)[0].data.metrics) is (value == "true")
