@@ -23,7 +23,7 @@ from rich.table import Table
 
 from chestct.config.compose import compose
 from chestct.config.schema import DataConfig
-from chestct.data import store
+from chestct.data.ingest import ingest
 from chestct.data.sources import list_slices
 
 
@@ -48,7 +48,7 @@ def plain(paths: list[Path]) -> None:
 
 
 def cold(cfg: DataConfig, folder: Path) -> None:
-    store.ingest(cfg, folder / "store")
+    ingest(cfg, folder / "store")
 
 
 def ungrouped(cfg: DataConfig, folder: Path) -> None:
@@ -81,7 +81,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cfg = compose("data=chest_ct", f"data.root={arguments.root}", "data.max_unreadable=1000000").data
     padded = replace(cfg, fit="pad", contrast="keep")
-    paths = [file.root / file.path for file in list_slices(cfg)]
+    paths = [file.root / file.path for file in list_slices(cfg).slices]
     tasks: dict[str, Callable[[Path], None]] = {
         "plain": lambda _: plain(paths),
         "padded, without near-copies": partial(ungrouped, padded),

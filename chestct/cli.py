@@ -268,14 +268,10 @@ def audit(cfg: Config, out: Path) -> None:
 
 @program("stage", INGEST)
 def ingest(cfg: Config, out: Path) -> None:
+    from chestct.data.ingest import describe
     from chestct.data.prepare import prepare_store
 
-    store = prepare_store(cfg, cfg.trainer.progress)
-    copies = len(store.manifest) - store.manifest["content"].nunique()
-    print(
-        f"{len(store.manifest)} slices, {copies} of them copies, {store.manifest['group'].nunique()} groups, "
-        f"{len(store.unreadable)} unreadable: {store.folder}"
-    )
+    print(describe(prepare_store(cfg, cfg.trainer.progress)))
 
 
 @program("stage", PHANTOM)

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from chestct.audit.inventory import Table
+from chestct.imaging.slice_files import describe_skipped
 
 SEVERITIES = ("error", "warning", "info")
 KINDS = (
-    "leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance", "shift", "duplicates",
-    "baseline",
+    "leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance", "identifiers", "shift",
+    "duplicates", "baseline", "skipped",
 )  # fmt: skip
 """Kinds of finding, worst first within a severity."""
 
@@ -96,6 +97,8 @@ class Audit:
     shift: Table
     contacts: Table
     examples: Table
+    skipped: Table = field(default_factory=list)
+    disbelieved: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -122,8 +125,8 @@ class Audit:
 
 def findings(audit: Audit) -> list[Finding]:
     """All findings, worst first."""
-    rules = (_leakage, _conflicts, _unreadable, _shortcuts, _sample_size, _imbalance, _shift, _duplicates)
-    listed = [finding for rule in rules for finding in rule(audit)]
+    cautions = (_leakage, _conflicts, _unreadable, _shortcuts, _sample_size, _imbalance, _identifiers, _shift)
+    listed = [finding for rule in (*cautions, _duplicates, _skipped) for finding in rule(audit)]
     return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
 
 
@@ -240,6 +243,18 @@ def _imbalance(audit: Audit) -> Iterator[Finding]:
             f"({groups[common]}) as of {rare} ({groups[rare]}).",
             "Keep optim.class_weights=true, and judge by AUROC and balanced accuracy, not by accuracy.",
         )
+
+
+def _identifiers(audit: Audit) -> Iterator[Finding]:
+    for text in audit.disbelieved:
+        action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
+        yield Finding("identifiers", "warning", text, f"{action}pseudonyms for them, when files are anonymised.")
+
+
+def _skipped(audit: Audit) -> Iterator[Finding]:
+    if audit.skipped:
+        text = f"{describe_skipped([(row['path'], row['reason']) for row in audit.skipped])}."
+        yield Finding("skipped", "info", text, "If slices are among them, put them into class folders.")
 
 
 def _shift(audit: Audit) -> Iterator[Finding]:

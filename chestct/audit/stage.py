@@ -1,6 +1,6 @@
 """The audit as a whole: of any set of slices, or of a store under every split policy that its folders admit."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,16 @@ def audit(
     name: str,
     split: str,
     seed: int = 0,
+    skipped: pd.DataFrame | None = None,
+    disbelieved: Sequence[str] = (),
 ) -> Audit:
     """Everything that is wrong with a set of slices, with the split policy `split` in force.
 
     manifest: one row a slice; splits: for each policy "train" | "valid" | "test" | "" for every slice (index as the
     manifest's); images: uint8 [M, S, S], by the manifest's `row`; unreadable: columns source, path, reason;
     pairs: columns a, b (positions in the manifest), similarity, kind "exact" | "near" | "series". name: what the data
-    is called. Raises DataError if there are no slices, KeyError if `split` is not among the policies.
+    is called; skipped: columns source, path, reason; disbelieved: sentences about identifiers. Raises DataError if
+    there are no slices, KeyError if `split` is not among the policies.
     """
     if manifest.empty:
         raise DataError(
@@ -66,6 +69,8 @@ def audit(
         shift=[row | {"title": shortcuts.TITLES[row["name"]]} for row in shifts],
         contacts=examples.contacts(manifest, in_force, seed=seed),
         examples=examples.examples(manifest, pairs, conflicts, shown),
+        skipped=[] if skipped is None else inventory.records(skipped),
+        disbelieved=list(disbelieved),
     )
     return replace(result, findings=findings(result))
 
@@ -88,6 +93,8 @@ def audit_store(cfg: Config, store: Store) -> Audit:
         name=cfg.data.name,
         split=cfg.data.split,
         seed=cfg.data.split_seed,
+        skipped=store.skipped,
+        disbelieved=store.disbelieved,
     )
 
 
@@ -107,6 +114,7 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist()]
     what += [make_splits(store.manifest, cfg.task, data).tolist()]
+    what += [store.skipped.to_dict("records"), store.disbelieved]
     what += [cfg.task, data.name, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
     return cfg.cache / "audit" / json_digest(what)[:12]

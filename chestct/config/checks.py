@@ -5,6 +5,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -33,8 +34,30 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from None
     assert isinstance(result, Config)
+    if result.data.labels_file:
+        # What the file says becomes part of the settings: a checkpoint then needs the file no more.
+        result.data.labels |= read_labels(Path(result.data.labels_file))
+        result.data.labels_file = None
     check(result)
     return result
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """The table `class folder: label` in a YAML file. Raises ConfigError, which says what to write."""
+    example = 'Write one line a class folder, as in\n\n"Class A (new)": normal\n"Class B": cancer'
+    try:
+        table = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # whatever a YAML parser can say
+        raise ConfigError(f"data.labels_file={path} cannot be read: {error}. {example}") from None
+    if not isinstance(table, dict) or not table:
+        raise ConfigError(f"data.labels_file={path} holds no table of labels. {example}")
+    for folder, label in table.items():
+        if not isinstance(folder, str):
+            raise ConfigError(f"data.labels_file={path}: put {folder!r} in quotes; YAML takes it for no text.")
+        if label not in LABEL_NAMES:
+            problem = "has no label" if label is None else f"maps to {label!r}"
+            raise ConfigError(f"data.labels_file={path}: {folder!r} {problem}; give one of {', '.join(LABEL_NAMES)}.")
+    return {str(folder): str(label) for folder, label in table.items()}
 
 
 def check(cfg: Config) -> None:

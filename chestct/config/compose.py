@@ -101,6 +101,7 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
     _refuse_interpolation(stored)
     merged, source = OmegaConf.create(stored), OmegaConf.structured(cfg)
     keys = [override.split("=", 1)[0].lstrip("+~").split("@")[0] for override in overrides]
+    keys = [{"data.labels_file": "data.labels"}.get(key, key) for key in keys]  # `resolve` read the file
     if "experiment" in keys:
         raise ConfigError(
             "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."

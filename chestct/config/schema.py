@@ -96,7 +96,7 @@ class AuditConfig:
     fail_on: list[str] = setting(
         [],
         "findings that fail the validate stage: leakage, label_conflict, unreadable, shortcut, sample_size, "
-        "imbalance, shift, duplicates",
+        "imbalance, identifiers, shift, duplicates",
     )
 
 
@@ -105,7 +105,7 @@ class SourceConfig:
     """One collection of slices in class folders."""
 
     root: str = setting("", "folder that holds the class folders, or train/valid/test folders with class folders")
-    labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label; empty: as data.labels")
+    labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label, before those of data.labels")
 
 
 @dataclass
@@ -116,6 +116,9 @@ class DataConfig:
     root: str | None = setting(None, "folder with the class folders; empty for phantoms: they are drawn when needed")
     sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
     labels: dict[str, str] = setting({}, f"class folder (or how its name begins) -> one of {', '.join(LABEL_NAMES)}")
+    labels_file: str | None = setting(
+        None, "YAML file with more of `labels`, one a line: for folder names that a command line cannot hold"
+    )
     store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
     size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
     fit: str = setting(

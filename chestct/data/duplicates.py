@@ -81,35 +81,35 @@ DISTORTION = 0.12
 """Largest log ratio of the zooms along rows and columns; a crop of 5 % a side, stretched to a square, makes 0.11."""
 
 
-def find_pairs(
-    thumbs: np.ndarray,
-    content: Sequence[str],
-    *,
-    series: Sequence[str] | None = None,
-    threshold: float = THRESHOLD,
-) -> pd.DataFrame:
-    """Pairs of slices that belong together, enough to connect each group.
+def find_pairs(thumbs: np.ndarray, content: Sequence[str], threshold: float = THRESHOLD) -> pd.DataFrame:
+    """Copies and near-copies, enough pairs to connect each group.
 
     thumbs: uint8 [N, THUMBNAIL, THUMBNAIL], grey, letterboxed or not; may be memory-mapped; content: a hash of each
-    slice's pixels at full resolution; series: a key of each slice's patient, study or series, "" where unknown;
-    threshold: similarity in [0, 1] from which slices are near-copies. Returns columns a < b (positions), similarity in
-    [0, 1] and kind: "exact" (same content), "series" (same key), "near". Exact and series mates are chained, each to
-    the one before; of each content only the first slice is compared. Constant slices have no near-copies.
+    slice's pixels at full resolution; threshold: similarity in [0, 1] from which slices are near-copies. Returns
+    columns a < b (positions), similarity in [0, 1] and kind: "exact" (same content) or "near". Of each content only
+    the first slice is compared. Constant slices have no near-copies.
     Raises ValueError if the lengths differ or thumbs have another shape or type.
     """
     n = len(content)
     if thumbs.dtype != np.uint8 or thumbs.shape[1:] != (THUMBNAIL, THUMBNAIL):
         raise ValueError(f"thumbs must be uint8 [N, {THUMBNAIL}, {THUMBNAIL}], got {thumbs.dtype} {list(thumbs.shape)}")
-    if len(thumbs) != n or (series is not None and len(series) != n):
-        raise ValueError(f"{len(thumbs)} thumbs, {n} contents and {n if series is None else len(series)} series")
-    exact = _chain(content, "exact")
-    mates = _chain([""] * n if series is None else series, "series")
+    if len(thumbs) != n:
+        raise ValueError(f"{len(thumbs)} thumbs and {n} contents")
     position = pd.Series(np.arange(n), index=list(content), dtype=np.int64)  # of the first slice with that content
     position = position[~position.index.duplicated()].sort_index()
     reuse_memory()
     with threadpool_limits(1, "blas"):  # matrices are small and all cores busy: threads of its own would only wait
         near = _near(thumbs, position.to_numpy(), threshold)
-    return pd.concat([exact, mates, near]).sort_values(["a", "b", "kind"], ignore_index=True)
+    return pd.concat([link(content, "exact"), near]).sort_values(["a", "b", "kind"], ignore_index=True)
+
+
+def link(keys: Sequence[str], kind: str) -> pd.DataFrame:
+    """Pairs of the given kind, as `find_pairs` returns them, that chain all slices with one key; "" links nothing."""
+    key = pd.Series(list(keys), dtype=object)
+    b = np.arange(len(key))
+    a = pd.Series(b).groupby(key, sort=False).shift().to_numpy()
+    linked = (key != "").to_numpy() & ~np.isnan(a)
+    return _table(a[linked], b[linked], np.ones(linked.sum()), kind)
 
 
 def group(n: int, pairs: pd.DataFrame) -> np.ndarray:
@@ -122,15 +122,6 @@ def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     _, component = connected_components(links, directed=False)
     _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse].astype(np.int64)
-
-
-def _chain(keys: Sequence[str], kind: str) -> pd.DataFrame:
-    """Each slice linked to the one before it with the same key; n - 1 links join n slices."""
-    key = pd.Series(list(keys), dtype=object)
-    b = np.arange(len(key))
-    a = pd.Series(b).groupby(key, sort=False).shift().to_numpy()
-    linked = (key != "").to_numpy() & ~np.isnan(a)
-    return _table(a[linked], b[linked], np.ones(linked.sum()), kind)
 
 
 def _table(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, kind: str) -> pd.DataFrame:

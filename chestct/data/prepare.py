@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from chestct.config.schema import Config, DataConfig
-from chestct.data.store import Store, ingest, store_folder
+from chestct.data.ingest import ingest
+from chestct.data.store import Store, store_folder
 
 
 def prepare_store(cfg: Config, progress: bool = False) -> Store:

@@ -7,8 +7,8 @@ import pytest
 
 from chestct.audit import Audit, audit
 from chestct.config.schema import SUBTYPES, DataConfig, PhantomConfig
+from chestct.data.ingest import ingest
 from chestct.data.splits import make_splits
-from chestct.data.store import ingest
 from chestct.phantom import dataset
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,10 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
     audit, made = run(make_data(30)), []
     monkeypatch.setattr(stage, "audit_store", lambda cfg, store: made.append(store) or audit)
     cfg = Config(cache_dir=str(tmp_path))
-    store = SimpleNamespace(data_hash="a", settings={"fit": "pad"}, manifest=make_data(30).manifest)
+    skipped = pd.DataFrame({"source": ["s"], "path": ["Thumbs.db"], "reason": ["left by Windows"]})
+    store = SimpleNamespace(
+        data_hash="a", settings={"fit": "pad"}, manifest=make_data(30).manifest, skipped=skipped, disbelieved=[]
+    )
     assert stage.kept_audit(cfg, store) == stage.kept_audit(cfg, store) == audit
     assert len(made) == 1
     joined = store.manifest.assign(group=store.manifest["group"] // 2)
@@ -20,6 +23,8 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
         {"settings": {"fit": "body"}},  # other pixels
         {"manifest": joined},  # other groups, and so another split
         {"data_hash": "b"},
+        {"skipped": skipped[:0]},
+        {"disbelieved": ["PatientID is the same"]},
     ):
         stage.kept_audit(cfg, SimpleNamespace(**(vars(store) | other)))
     stage.kept_audit(replace(cfg, data=replace(cfg.data, split_seed=1)), store)
@@ -29,4 +34,4 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
     (tmp_path / "stage.py").write_text("another audit", encoding="utf-8")
     monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
     stage.kept_audit(cfg, store)
-    assert len(made) == 7
+    assert len(made) == 9

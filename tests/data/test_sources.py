@@ -1,12 +1,15 @@
 import errno
 import os
+import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 
+from chestct.config.compose import compose
 from chestct.config.schema import DataConfig, SourceConfig
-from chestct.data.sources import list_slices
-from chestct.errors import DataError
+from chestct.data.sources import label_of, list_slices
+from chestct.errors import ConfigError, DataError
 
 LABELS = {
     "normal": "normal",
@@ -16,19 +19,26 @@ LABELS = {
 }
 
 
-def fill(root, *paths):
+def fill(root: Path, *paths: str, labels: dict[str, str] = LABELS) -> DataConfig:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(b"x")
-    return DataConfig(name="s", root=str(root), labels=LABELS)
+    return DataConfig(name="s", root=str(root), labels=dict(labels))
+
+
+def read(cfg: DataConfig) -> dict[str, tuple[str, str]]:
+    return {f.path: (f.folder_split, f.subtype) for f in list_slices(cfg).slices}
+
+
+def skipped(cfg: DataConfig) -> dict[str, str]:
+    return {row["path"]: row["reason"] for row in list_slices(cfg).skipped}
 
 
 def test_split_folders_and_suffixed_class_names_are_read(tmp_path):
     cfg = fill(
         tmp_path, "train/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib/a.png", "test/normal/b.png", "valid/Normal/c.png"
     )
-    found = {f.path: (f.folder_split, f.subtype) for f in list_slices(cfg)}
-    assert found == {
+    assert read(cfg) == {
         "train/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib/a.png": ("train", "adenocarcinoma"),
         "test/normal/b.png": ("test", "normal"),
         "valid/Normal/c.png": ("valid", "normal"),
@@ -37,25 +47,148 @@ def test_split_folders_and_suffixed_class_names_are_read(tmp_path):
 
 def test_class_folders_without_splits_are_read_with_everything_below_them(tmp_path):
     cfg = fill(tmp_path, "normal/patient1/a.png", "cancer/b.png")
-    assert [(f.folder_split, f.subtype) for f in list_slices(cfg)] == [("", "cancer"), ("", "normal")]
+    assert read(cfg) == {"cancer/b.png": ("", "cancer"), "normal/patient1/a.png": ("", "normal")}
 
 
-def test_a_folder_that_maps_to_nothing_is_an_error_that_names_it_and_the_key(tmp_path):
-    cfg = fill(tmp_path, "normal/a.png", "sarcoma/b.png")
-    with pytest.raises(DataError, match=r"sarcoma.*data\.labels"):
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("Training", "train"), ("TESTING", "test"), ("Validation", "valid"), ("val", "valid"), ("Test", "test")],
+)
+def test_split_folders_have_many_names(tmp_path, name, split):
+    cfg = fill(tmp_path, f"{name}/normal/a.png", "train/normal/b.png")
+    assert read(cfg) == {f"{name}/normal/a.png": (split, "normal"), "train/normal/b.png": ("train", "normal")}
+
+
+@pytest.mark.parametrize("stray", ["validation2", "normal_more", "extra", "test_old"])
+def test_a_folder_with_files_next_to_split_folders_is_an_error_and_the_advice_works(tmp_path, stray):
+    cfg = fill(tmp_path, "train/normal/a.png", "test/normal/b.png", f"{stray}/c/d.png")
+    with pytest.raises(DataError, match=f"would be missing: {stray}") as error:
         list_slices(cfg)
+    pasted = re.search(r"'(data\.labels=.*)'", str(error.value))
+    cfg.labels |= compose(pasted[1]).data.labels
+    assert len(read(cfg)) == 2
+    assert skipped(cfg) == {f"{stray}/": "data.labels says ignore"}
 
 
-def test_a_name_that_only_continues_a_label_is_not_that_label(tmp_path):
-    cfg = fill(tmp_path, "normalised/a.png")
-    with pytest.raises(DataError, match="normalised"):
+def test_whatever_is_not_used_is_listed_with_its_reason(tmp_path):
+    used = ["test/normal/b.png", "train/normal/a.png", "train/normal/deep/c.png"]
+    left = {
+        "README.md": "not in a class folder",
+        "train/boxes.csv": "not in a class folder",
+        "train/normal/Thumbs.db": "left by Windows",
+        "train/normal/.DS_Store": "hidden",
+        "train/normal/@eaDir/": "left by a file server",
+        "train/normal/.ipynb_checkpoints/": "hidden",
+        "__MACOSX/": "left by macOS",
+        "train/normal/loop/": "a link to a folder, which is not followed",
+        "empty/": "no files in it",
+    }
+    cfg = fill(
+        tmp_path, *used, *(f"{path}a.png" if path.endswith("/") else path for path in left if "loop" not in path)
+    )
+    (tmp_path / "empty" / "a.png").unlink()
+    (tmp_path / "train" / "normal" / "loop").symlink_to(tmp_path / "train")
+    assert list(read(cfg)) == used
+    assert skipped(cfg) == left
+
+
+def test_split_folders_in_a_folder_that_stands_alone_are_read_and_it_is_said(tmp_path):
+    cfg = fill(tmp_path, "Data/train/normal/a.png", "Data/test/cancer/b.png", "__MACOSX/Data/train/normal/._a.png", "x")
+    assert read(cfg) == {
+        "Data/test/cancer/b.png": ("test", "cancer"),
+        "Data/train/normal/a.png": ("train", "normal"),
+    }
+    assert "Data/" in list_slices(cfg).notes[0]
+    assert skipped(cfg) == {"__MACOSX/": "left by macOS", "x": "not in a class folder"}
+
+
+def test_split_folders_one_too_deep_among_others_are_pointed_at(tmp_path):
+    cfg = fill(tmp_path, "Data/train/normal/a.png", "docs/b.txt")
+    with pytest.raises(DataError, match=rf"data\.root={tmp_path}/Data$") as error:
         list_slices(cfg)
+    assert ": cancer" not in str(error.value)
+    cfg.root = str(error.value).rsplit("data.root=", 1)[1]
+    assert read(cfg) == {"train/normal/a.png": ("train", "normal")}
 
 
-def test_a_folder_can_be_ignored_explicitly(tmp_path):
-    cfg = fill(tmp_path, "normal/a.png", "sarcoma/b.png")
-    cfg.labels = LABELS | {"sarcoma": "ignore"}
-    assert [f.path for f in list_slices(cfg)] == ["normal/a.png"]
+def test_a_label_is_suggested_only_where_the_name_says_it(tmp_path):
+    said = {
+        "Malignant cases": "cancer",
+        "healthy": "normal",
+        "tumour_T1": "cancer",
+        "squamous cell carcinoma": "squamous",
+        "large_cell": "large_cell",
+    }
+    unsaid = ["Data", "Bengin cases", "Krebs (alt)", "abnormal", "cancer free", "no_tumor", "健康", "3", "sarcoma"]
+    cfg = fill(tmp_path, *(f"{name}/a.png" for name in [*said, *unsaid]), labels={})
+    with pytest.raises(DataError) as error:
+        list_slices(cfg)
+    lines = dict(re.findall(r'^"(.+)": (.*)$', str(error.value), re.MULTILINE))
+    assert {name: lines[name] for name in said} == said
+    assert all(lines[name].startswith(" #") for name in unsaid)
+
+
+def test_the_advice_for_names_that_cannot_be_typed_works_when_it_is_pasted_and_completed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = fill(tmp_path / "d", "Krebs (alt)/a.png", "健康/b.png", "tumour, left/c.png", 'a "b": c/d.png', labels={})
+    with pytest.raises(DataError, match=r"data\.labels_file=labels\.yaml") as error:
+        list_slices(cfg)
+    pasted = str(error.value).split("\n\n", 1)[1]
+    Path("labels.yaml").write_text(pasted, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"has no label; give one of normal, .*ignore"):
+        compose("data.labels_file=labels.yaml")
+    for name, label in {"Krebs (alt)": "cancer", "健康": "normal", "tumour, left": "cancer", "a \\": "ignore"}.items():
+        pasted = re.sub(rf'("{re.escape(name)}.*"): .*', rf"\1: {label}", pasted)
+    Path("labels.yaml").write_text(pasted, encoding="utf-8")
+    cfg.labels = compose("data.labels_file=labels.yaml").data.labels
+    assert read(cfg) == {
+        "Krebs (alt)/a.png": ("", "cancer"),
+        "tumour, left/c.png": ("", "cancer"),
+        "健康/b.png": ("", "normal"),
+    }
+
+
+def test_the_advice_for_plain_names_works_when_it_is_pasted(tmp_path):
+    cfg = fill(tmp_path, "healthy/a.png", "tumour_T1.3-4b/b.png", labels={})
+    with pytest.raises(DataError) as error:
+        list_slices(cfg)
+    cfg.labels = compose(re.search(r"'(data\.labels=.*)'", str(error.value))[1]).data.labels
+    assert read(cfg) == {"healthy/a.png": ("", "normal"), "tumour_T1.3-4b/b.png": ("", "cancer")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no table"),
+        ("- a", "no table"),
+        ("a: [", "cannot be read"),
+        ("no: normal", "put False in quotes"),
+        ("a: ${oc.env:HOME}", r"maps to '\${oc.env:HOME}'"),
+        (None, "No such file"),
+    ],
+)
+def test_a_labels_file_with_a_mistake_is_one_clear_error(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "labels.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        compose(f"data.labels_file={tmp_path}/labels.yaml")
+
+
+@pytest.mark.parametrize(
+    ("folder", "label"),
+    [
+        ("Cancer_T2", "cancer"),
+        ("cancer", "cancer"),
+        ("cancerous", None),
+        ("cancer free", None),
+        ("cancer-or-normal", None),
+        ("tumör", "normal"),
+    ],
+)
+def test_a_label_belongs_to_the_whole_beginning_of_a_name(folder, label):
+    keys = {"cancer": "cancer", unicodedata.normalize("NFD", "Tumör"): "normal"}  # as macOS writes it
+    assert label_of(folder, keys) == label
+    assert label_of("cancer free", keys | {"cancer free": "normal"}) == "normal"
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "no class folders"])
@@ -72,26 +205,21 @@ def test_a_root_without_slices_is_an_error_with_a_way_out(tmp_path, what):
 
 
 def test_several_sources_keep_their_own_mapping(tmp_path):
-    fill(tmp_path / "a", "healthy/a.png")
+    fill(tmp_path / "a", "healthy/a.png", "other/c.png")
     fill(tmp_path / "b", "normal/b.png")
-    sources = {"a": SourceConfig(str(tmp_path / "a"), {"healthy": "normal"}), "b": SourceConfig(str(tmp_path / "b"))}
-    found = list_slices(DataConfig(sources=sources, labels=LABELS))
-    assert [(f.source, f.path, f.subtype) for f in found] == [
+    own = {"healthy": "normal", "other": "ignore"}
+    sources = {"a": SourceConfig(str(tmp_path / "a"), own), "b": SourceConfig(str(tmp_path / "b"))}
+    listing = list_slices(DataConfig(sources=sources, labels=LABELS))
+    assert [(f.source, f.path, f.subtype) for f in listing.slices] == [
         ("a", "healthy/a.png", "normal"),
         ("b", "normal/b.png", "normal"),
     ]
-
-
-def test_links_that_loop_are_not_followed(tmp_path):
-    cfg = fill(tmp_path, "normal/a.png")
-    (tmp_path / "normal" / "loop").symlink_to(tmp_path / "normal")
-    assert [f.path for f in list_slices(cfg)] == ["normal/a.png"]
+    assert listing.skipped == [{"source": "a", "path": "other/", "reason": "data.labels says ignore"}]
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path):
     cfg = fill(tmp_path, "normal/b.png", "normal/a/z.png", "normal/a.png", "cancer/q.png")
-    paths = [f.path for f in list_slices(cfg)]
-    assert paths == ["cancer/q.png", "normal/a.png", "normal/b.png", "normal/a/z.png"]
+    assert list(read(cfg)) == ["cancer/q.png", "normal/a.png", "normal/b.png", "normal/a/z.png"]
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):
@@ -118,7 +246,7 @@ def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path):
 def test_names_in_any_script_and_as_long_as_can_be_are_read(tmp_path):
     names = ["胸部 CT – ü.png", "x" * 251 + ".png", "a b'\"\n.png"]
     cfg = fill(tmp_path, *(f"normal/{name}" for name in names))
-    assert sorted(f.path for f in list_slices(cfg)) == sorted(f"normal/{name}" for name in names)
+    assert sorted(read(cfg)) == sorted(f"normal/{name}" for name in names)
 
 
 def test_links_to_nowhere_and_to_themselves_are_listed_for_ingest_to_refuse(tmp_path):
@@ -126,4 +254,4 @@ def test_links_to_nowhere_and_to_themselves_are_listed_for_ingest_to_refuse(tmp_
     (tmp_path / "normal" / "nowhere.png").symlink_to("missing")
     (tmp_path / "normal" / "self.png").symlink_to("self.png")
     (tmp_path / "loop").symlink_to("loop")
-    assert [f.path for f in list_slices(cfg)] == ["normal/a.png", "normal/nowhere.png", "normal/self.png"]
+    assert list(read(cfg)) == ["normal/a.png", "normal/nowhere.png", "normal/self.png"]

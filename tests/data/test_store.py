@@ -1,22 +1,27 @@
 import dataclasses
-import errno
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from chestct.config.schema import DataConfig
 from chestct.data import duplicates as groups
+from chestct.data import ingest as ingest_module
 from chestct.data import store as store_module
-from chestct.data.store import ingest, open_store, store_folder
+from chestct.data.ingest import ingest
+from chestct.data.store import open_store, store_folder
 from chestct.errors import DataError
 
 LABELS = {"normal": "normal", "cancer": "cancer"}
@@ -40,8 +45,8 @@ def draw(path, rng):
 
 def count_decodes(monkeypatch):
     seen = []
-    real = store_module.read
-    monkeypatch.setattr(store_module, "read", lambda path, *rest: (seen.append(path), real(path, *rest))[1])
+    real = ingest_module.read
+    monkeypatch.setattr(ingest_module, "read", lambda path, *rest: (seen.append(path), real(path, *rest))[1])
     return seen
 
 
@@ -142,13 +147,96 @@ def test_a_folder_without_a_store_says_how_to_make_one(tmp_path):
         open_store(tmp_path)
 
 
-def test_a_damaged_store_is_made_anew(cfg, tmp_path):
-    ingest(cfg, tmp_path / "store")
-    (tmp_path / "store" / "manifest.parquet").write_bytes(b"PAR1 nothing PAR1")
-    assert len(ingest(cfg, tmp_path / "store").manifest) == 12
-    for path in (tmp_path / "store").glob("images*"):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Settings of two slices, and the folder of their store. Copied before it is changed."""
+    root = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(4)
+    for name in ("normal", "cancer"):
+        (root / "data" / name).mkdir(parents=True)
+        draw(root / "data" / name / "a.png", rng)
+    cfg = DataConfig(name="s", root=str(root / "data"), labels=LABELS, size=64)
+    ingest(cfg, root / "store")
+    return cfg, root / "store"
+
+
+@pytest.mark.parametrize("piece", ["images", "thumbs", "manifest", "pairs", "chestct-store"])
+@pytest.mark.parametrize("damage", ["first bit", "header", "middle bit", "last bit", "cut", "empty", "gone"])
+def test_a_damaged_store_is_never_believed_and_made_anew_with_one_line(made, tmp_path, capsys, piece, damage):
+    cfg, original = made
+    folder = shutil.copytree(original, tmp_path / "store")
+    (path,) = folder.glob(f"{piece}*")
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
         path.unlink()
-    assert len(ingest(cfg, tmp_path / "store").manifest) == 12
+    elif damage in ("cut", "empty"):
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+    else:
+        data[{"first bit": 0, "header": 12, "middle bit": len(data) // 2, "last bit": -1}[damage]] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=r"ingest"):
+        open_store(folder)
+    store = ingest(cfg, folder)
+    assert store.manifest.equals(open_store(original).manifest)
+    assert np.array_equal(store.images, open_store(original).images)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    if (piece, damage) != ("chestct-store", "gone"):
+        assert err.count("\n") == 1
+        assert "decoded again" in err
+
+
+def test_a_piece_is_checked_once_in_a_process(made, monkeypatch):
+    _, folder = made
+    store_module._file_digest.cache_clear()
+    read = []
+    real = store_module.file_digest
+    monkeypatch.setattr(store_module, "file_digest", lambda path: (read.append(path), real(path))[1])
+    for _ in range(3):
+        open_store(folder)
+    assert len(read) == len(set(read)) == 4
+
+
+def test_a_folder_with_other_files_is_refused_and_they_stay(cfg, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("images-of-holiday.txt", "manifesto.docx", "pairs.xlsx", "manifest.parquet"):
+        (folder / name).write_text("mine")
+    with pytest.raises(DataError, match=r"holds other files \(images-of-holiday\.txt, .*data\.store=FOLDER"):
+        ingest(cfg, folder)
+    assert {path.read_text() for path in folder.iterdir()} == {"mine"}
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_files_that_come_to_lie_in_a_store_stay(cfg, tmp_path):
+    ingest(cfg, tmp_path / "store")
+    others = {"images-of-holiday.txt", "manifesto.docx", "pairs.xlsx", "thumbs.5.tmp.png", "images-0123.npy"}
+    for name in others:
+        (tmp_path / "store" / name).write_text("mine")
+    draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 13
+    assert {path.name for path in (tmp_path / "store").iterdir() if path.read_bytes() == b"mine"} == others
+
+
+def test_a_store_of_an_earlier_version_is_replaced(cfg, tmp_path):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    table = pa.table({"path": ["a"]}).replace_schema_metadata({"chestct": "{}"})
+    pq.write_table(table, folder / "manifest.parquet")
+    (folder / "images-0123456789abcdef.npy").write_bytes(b"old")
+    assert len(ingest(cfg, folder).manifest) == 12
+    assert len(list(folder.iterdir())) == 5
+
+
+def test_what_is_skipped_is_kept_with_the_store_and_never_stops_it(cfg, tmp_path):
+    assert ingest(cfg, tmp_path / "store").skipped.empty
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "data" / "normal" / name).write_bytes(b"x")
+    store = ingest(cfg, tmp_path / "store")
+    assert len(store.manifest) == 12
+    assert sorted(store.skipped["path"]) == ["normal/.DS_Store", "normal/Thumbs.db", "normal/desktop.ini"]
+    (tmp_path / "data" / "normal" / "Thumbs.db").unlink()
+    assert len(ingest(cfg, tmp_path / "store").skipped) == len(open_store(tmp_path / "store").skipped) == 2
 
 
 def test_an_unwritable_folder_is_one_clear_error(cfg, tmp_path):
@@ -157,48 +245,52 @@ def test_an_unwritable_folder_is_one_clear_error(cfg, tmp_path):
         ingest(cfg, tmp_path / "file" / "store")
 
 
-def test_a_full_disk_is_one_clear_error_and_the_old_state_stays(cfg, tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [0, 2_000, 50_000])  # for nothing, for headers, for some pixels
+def test_a_full_disk_is_one_clear_error_and_the_old_state_stays(cfg, tmp_path, room):
     before = ingest(cfg, tmp_path / "store").manifest
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(DataError, match=r"No space left.*cache_dir=FOLDER"):
-        ingest(cfg, tmp_path / "store")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"File too large.*cache_dir=FOLDER"):
+            ingest(cfg, tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert open_store(tmp_path / "store").manifest.equals(before)
     assert not list((tmp_path / "store").glob("*.tmp"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-@pytest.mark.parametrize("room", ["64k", "640k"])  # not enough for the pixels; for them, but not for the tables
-def test_a_disk_that_really_fills_up_is_one_clear_error(cfg, tmp_path, room):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk)], capture_output=True
-    ).returncode:
-        pytest.skip("this machine does not let a test mount a small disk")
-    try:
-        cfg.size = 224
-        with pytest.raises(DataError, match=r"cache_dir=FOLDER"):
-            ingest(cfg, disk / "store")
-        assert not list(disk.glob("store/*"))
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+def test_macos_needs_no_call_that_it_lacks(cfg, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os\nfor name in ('posix_fallocate', 'fdatasync'):\n    hasattr(os, name) and delattr(os, name)\n"
+    )
+    labels = "data.labels={normal: normal, cancer: cancer}"
+    command = [
+        sys.executable,
+        "-m",
+        "chestct",
+        "ingest",
+        f"data.root={cfg.root}",
+        labels,
+        "cache_dir=cache",
+        "trainer.progress=false",
+    ]
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])])
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("12 slices")
 
 
 def _slow_ingest(cfg, folder, reached):
-    real = store_module._measure
+    real = ingest_module._measure
 
     def measure(*args):
         reached.set()
         time.sleep(0.2)
         return real(*args)
 
-    store_module._measure = measure
+    ingest_module._measure = measure
     ingest(cfg, folder)
 
 
@@ -227,7 +319,7 @@ def _dying_ingest(cfg, folder, owner, name):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(groups, "find_pairs"), (pd.DataFrame, "to_parquet"), (store_module.pq, "write_table"), (Path, "replace")],
+    [(groups, "find_pairs"), (pd.DataFrame, "to_parquet"), (Path, "replace"), (store_module, "write_atomic")],
 )
 def test_a_run_that_dies_while_it_writes_leaves_the_old_state(cfg, tmp_path, owner, name):
     before = ingest(cfg, tmp_path / "store").manifest
@@ -240,7 +332,7 @@ def test_a_run_that_dies_while_it_writes_leaves_the_old_state(cfg, tmp_path, own
     assert process.exitcode == 9
     assert open_store(tmp_path / "store").manifest.equals(before)
     assert len(ingest(cfg, tmp_path / "store").manifest) == 13
-    assert len(list((tmp_path / "store").iterdir())) == 4
+    assert len(list((tmp_path / "store").iterdir())) == 5
 
 
 def test_files_with_the_same_bytes_are_decoded_once(cfg, tmp_path, monkeypatch):
@@ -269,7 +361,7 @@ def test_an_interrupted_run_does_not_wait_for_the_files_that_are_left(cfg, tmp_p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(store_module, "_measure", measure)
+    monkeypatch.setattr(ingest_module, "_measure", measure)
     with pytest.raises(KeyboardInterrupt):
         ingest(cfg, tmp_path / "store")
     assert len(seen) < 6

@@ -80,7 +80,7 @@ def test_two_sources_with_their_own_folders_train_together(run, tmp_path, source
     status, _, err = run("train.py", setting)
     assert status == 0, err
 
-    manifest = pd.read_parquet(the(tmp_path, "cache/store/*/manifest.parquet"))
+    manifest = pd.read_parquet(the(tmp_path, "cache/store/*/manifest-*.parquet"))
     assert manifest["source"].value_counts().to_dict() == {"clinic": 60, "public": 16}
     public = manifest[manifest["source"] == "public"]
     assert set(public["subtype"]) == {"normal", "cancer"}  # its folders do not tell which carcinoma
@@ -110,7 +110,7 @@ def test_a_copy_in_another_source_stays_in_its_originals_split(run, tmp_path, so
     status, out, err = run("chestct", "ingest", setting)
     assert status == 0, err
     assert out.startswith("76 slices, 4 of them copies")
-    manifest = pd.read_parquet(the(tmp_path, "cache/store/*/manifest.parquet"))
+    manifest = pd.read_parquet(the(tmp_path, "cache/store/*/manifest-*.parquet"))
     for seed in range(5):
         cfg = compose(*SETTINGS, setting, f"data.split_seed={seed}")
         split = make_splits(manifest, cfg.task, cfg.data)
