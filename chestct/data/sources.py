@@ -28,6 +28,9 @@ SPLIT_FOLDERS = {
 }
 """Folder names, in lower case, that say which split their slices belong to."""
 
+MASKS = "masks"
+"""Folder next to split folders with the lesions of phantoms."""
+
 DEPTH = 4
 """How many folders, each alone in the one above, may lie between a root and its split or class folders."""
 
@@ -174,6 +177,8 @@ class _Source:
         for folder in folders:
             if label_of(folder.name, self.labels) == "ignore":
                 self._skip(folder, "data.labels says ignore")
+            elif folder.name == MASKS:
+                self._skip(folder, "lesion masks, not slices")
             elif any(not reason for _, reason in walk(folder, _fail)):
                 strays.append(folder.name)
             else:
