@@ -1,14 +1,12 @@
 """Frozen features: while the convolutions do not change, they run once per view and their outputs are kept on disk.
 
 A cache folder belongs to one feature space (weights, preprocessing, view settings) and holds shards: safetensors files
-of some hundred slices, written to a temporary name and then renamed. A killed run loses one shard at most, several
-processes can write at once, and whatever is found there is complete. The processes of one training (DDP) compute a
+of some hundred slices with a checksum, each written whole or not at all. A killed run loses one shard at most, and
+several processes can write at once; a damaged shard is never believed. The processes of one training (DDP) compute a
 share each and read the rest.
 """
 
-import hashlib
 import json
-import os
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -18,11 +16,12 @@ from pathlib import Path
 import torch
 from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.data.store import preprocess_of
+from chestct.files import digest, json_digest, write_atomic
 from chestct.models.vgg16 import VGG16
 from chestct.ranks import place, together
 
@@ -30,6 +29,9 @@ ALL = slice(None)
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
+
+FORMAT = 2
+"""Version of shards and of how views are made; part of the name of a cache folder."""
 
 
 def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str]) -> None:
@@ -62,11 +64,10 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str]) ->
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     """The cache folder of a feature space: named by everything, besides a slice's content, that decides features."""
-    settings = {"weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
+    settings = {"format": FORMAT, "weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
     if view:
         settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return cfg.cache / "features" / digest[:24]
+    return cfg.cache / "features" / json_digest(settings)[:24]
 
 
 def extract(
@@ -83,18 +84,17 @@ def extract(
     """Pooled features float32 [N, D] of N slices, from the cache where they are there, else computed and cached.
 
     slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features;
-    share: of the different contents, those that this call computes. The result lies on the CPU; what is not known of
-    it is left out.
+    share: of the different contents, those that this call computes. The result lies on the CPU; slices that are
+    neither cached nor in the share are left out.
     """
-    known = _load(folder)
+    rows = _load(folder, set(contents))
     first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
     # A share of all, not of what is missing: that changes while other processes write.
-    todo = [i for i in sorted(first.values())[share] if contents[i] not in known]
+    todo = [i for i in sorted(first.values())[share] if contents[i] not in rows]
     if todo:
-        folder.mkdir(parents=True, exist_ok=True)
-        known |= _compute(net, slices, contents, todo, folder, batch_size, progress, label)
-    found = [known[content] for content in contents if content in known]
-    return torch.stack(found) if found else torch.empty(0)
+        rows |= _compute(net, slices, contents, todo, folder, batch_size, progress, label)
+    features = [rows[content] for content in contents if content in rows]
+    return torch.stack(features) if features else torch.empty(0)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def _compute(
     device = next(net.features.parameters()).device
     pool = net.head[0]
     task = progress.add_task(label, total=len(todo)) if progress else None
-    found: dict[str, torch.Tensor] = {}
+    rows: dict[str, torch.Tensor] = {}
     for start in range(0, len(todo), SHARD):
         shard: dict[str, torch.Tensor] = {}
         part = todo[start : start + SHARD]
@@ -122,28 +122,40 @@ def _compute(
             if progress and task is not None:
                 progress.advance(task, len(batch))
         _save(shard, folder)
-        found |= shard
-    return found
+        rows |= shard
+    return rows
 
 
 def _save(shard: dict[str, torch.Tensor], folder: Path) -> None:
-    name = uuid.uuid4().hex
-    temporary = folder / f"{name}.{os.getpid()}.tmp"
-    save_file({"features": torch.stack(list(shard.values()))}, temporary, {"contents": json.dumps(list(shard))})
-    temporary.replace(folder / f"{name}.safetensors")
+    contents, features = json.dumps(list(shard)), torch.stack(list(shard.values()))
+    about = {"contents": contents, "checksum": _checksum(contents, features)}
+    write_atomic(folder / f"{uuid.uuid4().hex}.safetensors", save({"features": features}, about))
 
 
-def _load(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in the cache folder, by content. A damaged shard is removed: what it held is computed again."""
-    known: dict[str, torch.Tensor] = {}
+def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
+    """The features of these contents as far as they are cached; of shards that hold none, only the header is read.
+
+    A damaged shard is removed: what it held is computed again.
+    """
+    rows: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
-                contents = json.loads(shard.metadata()["contents"])
-                known.update(zip(contents, shard.get_tensor("features").unbind(), strict=True))
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
-            path.unlink(missing_ok=True)
+                about = shard.metadata()
+                contents = json.loads(about["contents"])
+                if wanted.isdisjoint(contents):
+                    continue
+                features = shard.get_tensor("features")
+            if _checksum(about["contents"], features) != about["checksum"]:
+                raise ValueError("its checksum does not match")
+            rows |= {content: row for content, row in zip(contents, features, strict=True) if content in wanted}
         except FileNotFoundError:
             continue  # another process removed it first
-    return known
+        except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
+            print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
+            path.unlink(missing_ok=True)
+    return rows
+
+
+def _checksum(contents: str, features: torch.Tensor) -> str:
+    return digest(f"{contents} {list(features.shape)} {features.dtype} ".encode() + features.numpy().tobytes())

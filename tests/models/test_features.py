@@ -1,7 +1,9 @@
 import pytest
 import torch
+from safetensors.torch import save
 
 from chestct.config.schema import ModelConfig
+from chestct.models import features
 from chestct.models.features import extract, space_folder
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
@@ -50,12 +52,34 @@ def test_only_what_is_new_is_computed_and_copies_once(net, tmp_path):
     assert torch.equal(found[1], found[3])
 
 
-def test_a_damaged_shard_is_computed_again(net, tmp_path, capsys):
+@pytest.mark.parametrize("at", [0, 9, 60, 0.5, -1, "cut", "empty", "other shape", "no checksum"])
+def test_a_damaged_shard_is_never_believed_and_computed_again(net, tmp_path, capsys, at):
     first = run(net, Slices(3), list("abc"), tmp_path / "f")
     shard = next((tmp_path / "f").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-20])
-    assert torch.equal(run(net, Slices(3), list("abc"), tmp_path / "f"), first)
+    data = bytearray(shard.read_bytes())
+    if at == "other shape":
+        data = save({"features": torch.zeros(3, 7)}, {"contents": '["a", "b", "c"]', "checksum": "x"})
+    elif at == "no checksum":
+        data = save({"features": torch.zeros(3, 512)}, {"contents": '["a", "b", "c"]'})
+    elif isinstance(at, str):
+        data = data[:-20] if at == "cut" else b""
+    else:
+        data[int(at * len(data)) if isinstance(at, float) else at] ^= 1
+    shard.write_bytes(data)
+    slices = Slices(3)
+    assert torch.equal(run(net, slices, list("abc"), tmp_path / "f"), first)
+    assert slices.asked == [0, 1, 2]
     assert "damaged" in capsys.readouterr().out
+    assert len(list((tmp_path / "f").iterdir())) == 1
+
+
+def test_only_shards_that_hold_what_is_asked_for_are_read(net, tmp_path, monkeypatch):
+    first = run(net, Slices(2), list("ab"), tmp_path / "f")
+    run(net, Slices(2, seed=1), list("cd"), tmp_path / "f")
+    read, real = [], features._checksum
+    monkeypatch.setattr(features, "_checksum", lambda contents, rows: (read.append(contents), real(contents, rows))[1])
+    assert torch.equal(run(net, Slices(2), ["b"], tmp_path / "f"), first[1:])
+    assert read == ['["a", "b"]']
 
 
 def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
@@ -71,7 +95,7 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
     slices = Slices(8)
     run(net, slices, list("abcdefgh"), tmp_path / "f")
     assert slices.asked == [4, 5, 6, 7]
-    assert not list((tmp_path / "f").glob("*.tmp"))
+    assert len(list((tmp_path / "f").iterdir())) == 2  # no half-written one
 
 
 @pytest.mark.slow
