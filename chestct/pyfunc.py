@@ -1,7 +1,8 @@
 """A bundle as an MLflow model: `mlflow.pyfunc.load_model` and `mlflow models serve` score image arrays with it.
 
 MLflow is given the name of this module and the bundle's folder, never an object, so that nothing is pickled and the
-bundle's own checks hold when it is loaded.
+bundle's own checks hold when it is loaded. That is true of models saved here: `mlflow.pyfunc.load_model` runs whatever
+code a foreign model names, so for a bundle of unknown origin use `bundle=models:/NAME@ALIAS`, which runs none.
 """
 
 import logging
@@ -42,11 +43,11 @@ class Scorer:
 
     def _answers(self, images: np.ndarray) -> pd.DataFrame:
         bundle = self.bundle
-        found = bundle.predict(np.stack([bundle.preprocess(image) for image in images]))
+        answers = bundle.predict(np.stack([bundle.preprocess(image) for image in images]))
         names = [f"probability_{name}" for name in bundle.classes]
         return pd.DataFrame(
-            {"score": found.score, "decision": found.decision, "novelty": found.novelty}
-            | dict(zip(names, found.probabilities.T, strict=True))
+            {"score": answers.score, "decision": answers.decision, "novelty": answers.novelty}
+            | dict(zip(names, answers.probabilities.T, strict=True))
         )
 
 

@@ -17,7 +17,7 @@ from chestct.config.schema import TrainerConfig
 from chestct.errors import Interrupted
 from chestct.models.lightning_module import Classifier
 from chestct.ranks import any_of, is_first, on_first
-from chestct.sweep.search import mark_pruned, trial_of
+from chestct.sweep.study import mark_pruned, trial_of
 
 if TYPE_CHECKING:
     import optuna

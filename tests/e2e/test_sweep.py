@@ -35,19 +35,19 @@ def table(folder):
 
 def runs(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    found = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
-    parents = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    return client, parents, [run for run in found if run not in parents]
+    known = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    parents = [run for run in known if "mlflow.parentRunId" not in run.data.tags]
+    return client, parents, [run for run in known if run not in parents]
 
 
 @pytest.mark.slow
-def test_a_search_tells_its_winner_and_the_command_that_makes_it_again(call, tmp_path):
+def test_a_search_ends_with_its_winner_and_the_command_that_makes_it_again(call, tmp_path):
     status, out, err = call("train.py", "-m", "sweep=head", "hydra.sweeper.trials=3", "tracking=mlflow", *QUICK)
     assert status == 0, err
     folder = tmp_path / "runs" / "sweep-head"
-    found = table(folder)
-    assert len(found) == 3
-    assert found["valid/loss"].is_monotonic_increasing
+    results = table(folder)
+    assert len(results) == 3
+    assert results["valid/loss"].is_monotonic_increasing
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.glob("*/evaluation"))
     assert not list(folder.glob("*/bundle"))
@@ -67,7 +67,7 @@ def test_a_search_tells_its_winner_and_the_command_that_makes_it_again(call, tmp
     assert status == 0, err
     (run,) = [path for path in (tmp_path / "runs").iterdir() if path != folder]
     again = pd.read_csv(run / "history.csv")["valid/loss"].min()
-    assert again == pytest.approx(found["valid/loss"].iloc[0], abs=1e-6)
+    assert again == pytest.approx(results["valid/loss"].iloc[0], abs=1e-6)
     assert (run / "bundle" / "bundle.json").is_file()
 
 
@@ -84,13 +84,15 @@ def test_a_search_that_was_cut_short_makes_the_trials_that_it_would_have_made(ca
 
 
 @pytest.mark.slow
-def test_a_finished_search_is_told_again_and_nothing_is_trained(call, tmp_path):
-    command = ("train.py", "-m", "sweep=head", "hydra.sweeper.trials=1", "trainer.max_epochs=1")
+@pytest.mark.parametrize("settings", [("sweep=head", "hydra.sweeper.trials=1"), ("optim.lr=1e-2,1e-4",)])
+def test_a_finished_sweep_is_summed_up_again_and_nothing_is_trained(call, tmp_path, settings):
+    folder = tmp_path / "named"
+    command = ("train.py", "-m", *settings, f"hydra.sweep.dir={folder}", "trainer.max_epochs=1")
     first = call(*command)
-    before = (tmp_path / "runs/sweep-head/0/history.csv").stat().st_mtime_ns
+    before = (folder / "0" / "history.csv").stat().st_mtime_ns
     second = call(*command)
     assert first[0] == second[0] == 0
-    assert (tmp_path / "runs/sweep-head/0/history.csv").stat().st_mtime_ns == before
+    assert (folder / "0" / "history.csv").stat().st_mtime_ns == before
     assert second[1].splitlines()[-6:] == first[1].splitlines()[-6:]
 
 
@@ -111,9 +113,9 @@ def test_a_metric_that_grows_is_maximised(call, tmp_path):
     settings = ("trainer.monitor=valid/auroc", "hydra.sweeper.trials=3", *QUICK)
     status, out, err = call("train.py", "-m", "sweep=head", *settings)
     assert status == 0, err
-    found = table(tmp_path / "runs/sweep-head")
-    assert found["valid/auroc"].is_monotonic_decreasing
-    assert f"job {found['job'].iloc[0]}, valid/auroc" in out
+    results = table(tmp_path / "runs/sweep-head")
+    assert results["valid/auroc"].is_monotonic_decreasing
+    assert f"job {results['job'].iloc[0]}, valid/auroc" in out
 
 
 @pytest.mark.slow
@@ -139,7 +141,7 @@ def test_a_misspelt_key_in_a_sweep_is_named_before_anything_runs(call, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_value_that_fails_in_a_search_is_told_and_the_others_run(call, tmp_path):
+def test_a_value_that_fails_in_a_search_is_one_message_and_the_others_run(call, tmp_path):
     settings = ("hydra.sweeper.trials=3", "optim.lr=choice(-1,0.01)", "trainer.max_epochs=1")
     status, _, err = call("train.py", "-m", "sweep=head", *settings)
     states = table(tmp_path / "runs/sweep-head").set_index("optim.lr")["state"]
@@ -155,7 +157,7 @@ def test_an_interval_needs_a_search(call):
     assert "Traceback" not in out + err
 
 
-def test_what_hydra_itself_refuses_is_told_without_a_traceback(call):
+def test_what_hydra_itself_refuses_is_one_message_without_a_traceback(call):
     status, out, err = call("train.py", "-m", "--cfg", "job")
     assert status == 2
     assert "--multirun" in err
@@ -218,9 +220,9 @@ def test_hopeless_trials_end_early_and_cannot_win(call, tmp_path):
     settings = ("hydra.sweeper.prune=true", "hydra.sweeper.trials=8", "trainer.max_epochs=8", "trainer.patience=0")
     status, _, err = call("train.py", "-m", "sweep=head", *settings, space)
     assert status == 0, err
-    found = table(tmp_path / "runs/sweep-head")
-    assert (found["state"] == "pruned").any()
-    for job, state in zip(found["job"], found["state"], strict=True):
+    results = table(tmp_path / "runs/sweep-head")
+    assert (results["state"] == "pruned").any()
+    for job, state in zip(results["job"], results["state"], strict=True):
         epochs = len(pd.read_csv(Path(tmp_path, "runs/sweep-head", str(job), "history.csv")))
         assert (epochs == 8) == (state == "done")
 

@@ -3,11 +3,11 @@
 import shutil
 
 import pytest
-from mlflow import MlflowClient
+from mlflow import MlflowClient, pyfunc
 
 from chestct.cli import find_checkpoint
 from chestct.errors import ConfigError
-from chestct.models.bundle import PACKAGED_BUNDLE
+from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.tracking import fetch_bundle
 from chestct.tracking.registry import RUN_ID_FILE
 from chestct.tracking.sync import ORIGIN
@@ -54,6 +54,24 @@ def test_what_is_no_run_id_is_no_folder_either(small, uri, tmp_path, name):
         with pytest.raises(ConfigError, match="no id of a run"):
             fetch()
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_code_that_comes_with_a_registered_model_is_not_run(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"cache_dir={tmp_path}/cache")
+    model = tmp_path / "model"
+    shutil.copytree(PACKAGED_BUNDLE, model / "data" / "bundle")
+    (model / "code").mkdir()
+    (model / "code" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef _load_pyfunc(path): pass\n")
+    (model / "MLmodel").write_text(
+        "flavors:\n  python_function:\n    loader_module: evil\n    code: code\n    data: data/bundle\n"
+    )
+    with recorded(cfg, tmp_path / "out") as run:
+        run.artifacts(model, "bundle")
+        run.register("foreign")
+    assert load_bundle(fetch_bundle("models:/foreign@champion", cfg)).id == load_bundle("packaged").id
+    assert not (tmp_path / "ran").exists()
+    pyfunc.load_model(str(model))
+    assert (tmp_path / "ran").exists()  # as docs/dagshub.md says of MLflow itself
 
 
 def test_a_tag_of_a_run_decides_nothing_about_folders_or_other_runs(small, uri, tmp_path):
