@@ -68,7 +68,7 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
         splits = _official(manifest, cfg)
         if cfg.split == "official_clean":
             splits = _clean(manifest, classes, splits)
-    _check_classes(splits, classes, task)
+    _check_classes(splits, classes, manifest["group"], task)
     return splits
 
 
@@ -84,25 +84,26 @@ def _grouped(manifest: pd.DataFrame, classes: pd.Series, cfg: DataConfig) -> pd.
     kept = manifest.index[_distinct(manifest, classes)]
     counts = pd.crosstab(manifest["group"][kept], classes[kept])  # groups x classes
     if cfg.folds:
-        fold = deal(counts, [1 / cfg.folds] * cfg.folds, cfg.split_seed)
+        fold = stratified_group_split(counts, [1 / cfg.folds] * cfg.folds, cfg.split_seed)
         rest = counts[fold != cfg.fold]
-        part = deal(rest, [1 - cfg.valid_fraction, cfg.valid_fraction], cfg.split_seed)
+        part = stratified_group_split(rest, [1 - cfg.valid_fraction, cfg.valid_fraction], cfg.split_seed)
         names = pd.Series("test", index=counts.index, dtype=object)
         names[rest.index] = part.map({0: "train", 1: "valid"})
     else:
         shares = [1 - cfg.valid_fraction - cfg.test_fraction, cfg.valid_fraction, cfg.test_fraction]
-        names = deal(counts, shares, cfg.split_seed).map(dict(enumerate(SPLITS)))
+        names = stratified_group_split(counts, shares, cfg.split_seed).map(dict(enumerate(SPLITS)))
     splits[kept] = manifest["group"][kept].map(names)
     return splits
 
 
-def deal(counts: pd.DataFrame, shares: list[float], seed: int) -> pd.Series:
-    """Deals groups into parts so that every class is shared out as `shares` say, as far as groups allow.
+def stratified_group_split(counts: pd.DataFrame, shares: list[float], seed: int) -> pd.Series:
+    """Divides groups into parts so that every class is shared out as `shares` say, as far as groups allow.
 
     counts: groups x classes, slices of each class in each group. Returns the part (0, 1, ...) of each group. Large
-    groups are dealt first, each to the part that lacks its classes most: the greedy rule of multiway partitioning.
-    But a group that would be more than LARGE of a small part's class goes to the largest parts while they have room:
-    what validation and test say should hang on many patients.
+    groups come first, each to the part that lacks its classes most: the greedy rule of multiway partitioning. But a
+    group that would be more than LARGE of a small part's class goes to the largest parts while they have room: what
+    validation and test say should rest on many patients. (scikit-learn's StratifiedGroupKFold knows equal parts only
+    and no such limit.)
     """
     rng = np.random.default_rng(seed)
     table = counts.to_numpy(float)
@@ -123,16 +124,16 @@ def deal(counts: pd.DataFrame, shares: list[float], seed: int) -> pd.Series:
 
 def _official(manifest: pd.DataFrame, cfg: DataConfig) -> pd.Series:
     splits = manifest["folder_split"].astype(object)
-    found = set(splits)
-    if not {"train", "test"} <= found:
+    folders = set(splits)
+    if not {"train", "test"} <= folders:
         raise DataError(
             f"data.split={cfg.split} takes the folders' own split, but there are no train and test folders (saw: "
-            f"{', '.join(sorted(found - {''})) or 'none'}). Use data.split=grouped."
+            f"{', '.join(sorted(folders - {''})) or 'none'}). Use data.split=grouped."
         )
-    if "valid" not in found:
+    if "valid" not in folders:
         train = splits == "train"
         counts = pd.crosstab(manifest["group"][train], manifest["subtype"][train])
-        part = deal(counts, [1 - cfg.valid_fraction, cfg.valid_fraction], cfg.split_seed)
+        part = stratified_group_split(counts, [1 - cfg.valid_fraction, cfg.valid_fraction], cfg.split_seed)
         splits[train] = manifest["group"][train].map(part).map({0: "train", 1: "valid"})
     return splits
 
@@ -149,7 +150,7 @@ def _distinct(manifest: pd.DataFrame, classes: pd.Series) -> pd.Series:
     return ~manifest["content"].duplicated() & ~conflict
 
 
-def _check_classes(splits: pd.Series, classes: pd.Series, task: str) -> None:
+def _check_classes(splits: pd.Series, classes: pd.Series, groups: pd.Series, task: str) -> None:
     names = classes_of(task)
     present = [name for name in names if (classes == name).any()]
     if len(present) < 2:
@@ -161,8 +162,20 @@ def _check_classes(splits: pd.Series, classes: pd.Series, task: str) -> None:
         missing = [name for name in names if not ((splits == split) & (classes == name)).any()]
         if missing:
             raise DataError(
-                f"No {' and no '.join(missing)} slices in the {split} split. Use data.split=grouped with larger "
-                "fractions, or add slices."
+                f"No {' and no '.join(missing)} slices in the {split} split. {_sizes(classes, groups, names)} Use "
+                "data.split=grouped with larger fractions, or add slices of other patients; `chestct audit` shows what "
+                "ties slices together."
             )
     if not (splits == "test").any():
-        raise DataError("The test split is empty. Raise data.test_fraction, or use data.split=grouped.")
+        raise DataError(
+            f"The test split is empty. {_sizes(classes, groups, names)} Raise data.test_fraction, or use "
+            "data.split=grouped."
+        )
+
+
+def _sizes(classes: pd.Series, groups: pd.Series, names: tuple[str, ...]) -> str:
+    """How many groups there are of each class, which is what can be divided."""
+    each = [
+        f"{(classes == name).sum()} {name} slices make {groups[classes == name].nunique()} groups" for name in names
+    ]
+    return f"Groups (copies, near-copies, one patient) stay whole: {', '.join(each)}."

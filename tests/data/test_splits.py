@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chestct.config.schema import SUBTYPES, Config, DataConfig
-from chestct.data.splits import deal, leaked, load_splits, make_splits
+from chestct.data.splits import leaked, load_splits, make_splits, stratified_group_split
 from chestct.errors import DataError
 
 
@@ -147,29 +147,31 @@ def test_targets_follow_the_order_of_the_classes():
 
 def test_dealing_large_groups_first_keeps_parts_even():
     counts = pd.DataFrame({"a": [10, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]})
-    part = deal(counts, [0.5, 0.5], seed=0)
+    part = stratified_group_split(counts, [0.5, 0.5], seed=0)
     assert counts["a"].groupby(part).sum().tolist() == [10, 10]
 
 
 def test_validation_and_test_do_not_hang_on_one_large_group():
     counts = pd.DataFrame({"normal": [16, 8, 5, 5, 4, 4, 3, 3, 3, 2, 2, 2, *[1] * 9]})
     for seed in range(5):
-        part = deal(counts, [0.65, 0.15, 0.2], seed)
+        part = stratified_group_split(counts, [0.65, 0.15, 0.2], seed)
         assert counts["normal"].groupby(part).sum().tolist() == [43, 10, 13]
         assert (counts["normal"].groupby(part).max()[[1, 2]] <= 13 / 3).all()
 
 
 def test_another_class_that_is_full_does_not_send_a_large_group_elsewhere():
     counts = pd.DataFrame({"cancer": [70, *[0] * 13], "normal": [0, 9, 6, *[1] * 11]})
-    part = deal(counts, [0.65, 0.15, 0.2], seed=0)  # 70 are more than 0.65 of all cancers: train is full of them
+    part = stratified_group_split(
+        counts, [0.65, 0.15, 0.2], seed=0
+    )  # 70 are more than 0.65 of all cancers: train is full of them
     assert part[1] == part[2] == 0
 
 
 def test_where_all_groups_are_large_each_part_still_gets_one():
-    part = deal(pd.DataFrame({"normal": [10, 10, 10]}), [0.65, 0.15, 0.2], seed=0)
+    part = stratified_group_split(pd.DataFrame({"normal": [10, 10, 10]}), [0.65, 0.15, 0.2], seed=0)
     assert sorted(part) == [0, 1, 2]
 
 
 def test_slices_that_are_alone_are_dealt_as_the_shares_say():
-    part = deal(pd.DataFrame({"normal": [1] * 20, "cancer": [0] * 20}), [0.65, 0.15, 0.2], seed=0)
+    part = stratified_group_split(pd.DataFrame({"normal": [1] * 20, "cancer": [0] * 20}), [0.65, 0.15, 0.2], seed=0)
     assert part.value_counts().tolist() == [13, 4, 3]
