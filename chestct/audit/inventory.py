@@ -26,9 +26,9 @@ def counts(manifest: pd.DataFrame, split: pd.Series) -> Table:
 
 def balance(manifest: pd.DataFrame, split: pd.Series) -> Table:
     """The same for every split and label, with a row of zeros where a label is missing from a split."""
-    labels = ["normal", "cancer"]
-    frame = manifest.assign(split=pd.Categorical(split, SPLITS), label=pd.Categorical(manifest["label"], labels))
-    return _sizes(frame[frame["split"].notna()], ["split", "label"], observed=False)
+    part = manifest[split.isin(SPLITS)]
+    label, held = pd.Categorical(part["label"], ["normal", "cancer"]), pd.Categorical(split[part.index], SPLITS)
+    return _sizes(part.assign(split=held, label=label), ["split", "label"], observed=False)
 
 
 def formats(manifest: pd.DataFrame) -> Table:

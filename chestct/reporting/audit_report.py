@@ -1,12 +1,9 @@
 """The audit of the data for people (HTML), for machines (JSON) and for terminals."""
 
-import base64
-import io
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from chestct.audit import inventory, shortcuts
 from chestct.audit.findings import FEW_GROUPS, Audit, estimate, leaked
@@ -17,7 +14,7 @@ from chestct.data.splits import LEFT_OUT, SPLITS
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import write_atomic
-from chestct.reporting.environment import render
+from chestct.reporting.environment import jpeg, render
 from chestct.stats.bootstrap import MIN_GROUPS
 
 SIDE = 144
@@ -55,7 +52,7 @@ def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -
     page = render(
         "audit.html.j2",
         audit=audit,
-        thumbnails={position: _thumbnail(images[rows[position]]) for position in shown},
+        thumbnails={position: jpeg(images[rows[position]], SIDE) for position in shown},
         worst=max(audit.leakage, key=lambda policy: len(audit.leakage[policy]["list"])),
         baselines=sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0)),
         classes=[name for name in inventory.CLASSES if name in audit.duplicates["by_class"]],
@@ -106,10 +103,3 @@ def stack(splits: list[str]) -> list[str]:
     ordered = sorted(splits, key=[*SPLITS, LEFT_OUT].index)
     squares = min(len(ordered), HEIGHT)
     return [ordered[i * len(ordered) // squares] for i in range(squares)]
-
-
-def _thumbnail(square: np.ndarray) -> str:
-    """A small grey JPEG, in base64."""
-    buffer = io.BytesIO()
-    Image.fromarray(square).resize((SIDE, SIDE), Image.Resampling.BOX).save(buffer, "JPEG", quality=80)
-    return base64.b64encode(buffer.getvalue()).decode()

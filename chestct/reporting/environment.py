@@ -3,13 +3,17 @@
 Loads neither pandas nor scikit-learn: the serving image, which has neither, writes drift reports with it.
 """
 
+import base64
+import io
 import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup, escape
+from PIL import Image
 
 if TYPE_CHECKING:
     from chestct.stats.metrics import Estimate
@@ -64,6 +68,18 @@ def literal(value: Any) -> str:
 def breakable(path: str) -> Markup:
     """A path that may break after each folder and underscore."""
     return Markup(re.sub(r"([/_])", r"\1<wbr>", str(escape(path))))
+
+
+def jpeg(pixels: np.ndarray, side: int) -> str:
+    """Pixels uint8 [S, S] or [S, S, 3] as a JPEG of `side` pixels, in a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=82)
+    return data_uri(buffer.getvalue(), "image/jpeg")
+
+
+def data_uri(content: bytes, kind: str) -> str:
+    """A file that stands in the page itself."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 @cache

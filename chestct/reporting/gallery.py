@@ -4,19 +4,18 @@ Each is shown twice, as the network sees it and with the heat of its evidence ov
 its neighbours would show the same again.
 """
 
-import base64
-import io
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.models.bundle import Bundle
 from chestct.models.saliency import Placement, excess, explained_output, heat, overlay
+from chestct.reporting.environment import jpeg
 from chestct.stats.metrics import sample_of
 
 SIDE = 192
@@ -25,36 +24,25 @@ SIDE = 192
 KINDS = ("errors", "uncertain", "novel", "right")
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A slice in a gallery: two JPEGs (base64) and what is known about it."""
-
-    plain: str
-    heat: str
-    silent: bool  # nothing in the slice speaks for what it was called
-    path: str
-    truth: str
-    called: str
-    decision: str
-    score: float  # calibrated P(cancer)
-    set: str
-    novelty: float
-
-
-def gallery(evaluation: Evaluation) -> dict[str, list[Picture]]:
+def gallery(evaluation: Evaluation) -> dict[str, list[dict[Any, Any]]]:
     """Up to cfg.evaluation.gallery pictures of each of KINDS from the test slices; nothing without the network.
 
     errors: the surest first. uncertain: nearest to the threshold first. novel: the most unlike first. right: drawn at
-    random, so that nobody picked them.
+    random, so that nobody picked them. A picture holds the columns of `described`, `plain` and `heat` (JPEGs as data
+    URIs) and `silent`: whether nothing in the slice speaks for what it was called.
     """
     if evaluation.images is None or not evaluation.cfg.evaluation.gallery:
         return {}
     test = described(evaluation)
-    most = evaluation.cfg.evaluation.gallery
-    return {
-        kind: _pictures(part.drop_duplicates("group").head(most), evaluation)
-        for kind, part in _kinds(test, evaluation).items()
+    wrong, uncertain, novel = test["called"] != test["truth"], test["decision"] == "uncertain", test["novelty"] > 1
+    kinds = {
+        "errors": test[wrong].sort_values("sureness", ascending=False),
+        "uncertain": test[uncertain].sort_values("sureness"),
+        "novel": test[novel].sort_values("novelty", ascending=False),
+        "right": test[~wrong & ~uncertain & ~novel].sample(frac=1, random_state=evaluation.cfg.data.split_seed),
     }
+    most = evaluation.cfg.evaluation.gallery
+    return {kind: list(_pictures(part.drop_duplicates("group").head(most), evaluation)) for kind, part in kinds.items()}
 
 
 def described(evaluation: Evaluation) -> pd.DataFrame:
@@ -64,45 +52,27 @@ def described(evaluation: Evaluation) -> pd.DataFrame:
     scores = calibrated(test, task)
     called = names[sample_of(test, task, scores, threshold).decision]
     score = 1 - test["probability_normal"].to_numpy()
+    sureness = scores.max(1)
     if task == "binary":
         odds = [np.log(p / (1 - p)) for p in (score.clip(1e-9, 1 - 1e-9), np.clip(threshold, 1e-9, 1 - 1e-9))]
         sureness = np.abs(odds[0] - odds[1])
-    else:
-        sureness = scores.max(1)
     return test.assign(score=score, truth=names[test["target"]], called=called, sureness=sureness)
 
 
-def _kinds(test: pd.DataFrame, evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    wrong = test["called"] != test["truth"]
-    uncertain, novel = test["decision"] == "uncertain", test["novelty"] > 1
-    return {
-        "errors": test[wrong].sort_values("sureness", ascending=False),
-        "uncertain": test[uncertain].sort_values("sureness"),
-        "novel": test[novel].sort_values("novelty", ascending=False),
-        "right": test[~wrong & ~uncertain & ~novel].sample(frac=1, random_state=evaluation.cfg.data.split_seed),
-    }
-
-
-@torch.no_grad()
-def _pictures(part: pd.DataFrame, evaluation: Evaluation) -> list[Picture]:
-    if part.empty:
-        return []
+def _pictures(part: pd.DataFrame, evaluation: Evaluation) -> Iterator[dict[Any, Any]]:
     assert evaluation.images is not None
     assert evaluation.manifest is not None
-    manifest = evaluation.manifest
-    rows = dict(zip(zip(manifest["source"], manifest["path"], strict=True), manifest["row"], strict=True))
-    bundle = evaluation.bundle
-    pictures = []
-    for row in part.to_dict("records"):
-        gray = np.array(evaluation.images[rows[row["source"], row["path"]]])
-        maps = bundle.net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
-        # The evidence for what the slice was called: an error is understood by what led to it.
-        output, against = _explained(row["called"], bundle, maps)
-        shown = heat(excess(bundle.net, maps, output, bundle.baseline, against)[1])[0]
-        place = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
-        facts = {name: row[name] for name in ("path", "truth", "called", "decision", "score", "set", "novelty")}
-        pictures.append(Picture(_jpeg(gray), _jpeg(overlay(gray, shown, place)), not bool(shown.any()), **facts))
-    return pictures
+    bundle, places = evaluation.bundle, evaluation.manifest.set_index(["source", "path"])["row"]
+    for slice_ in part.to_dict("records"):
+        gray = np.array(evaluation.images[places[slice_["source"], slice_["path"]]])
+        with torch.no_grad():
+            maps = bundle.net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
+            # The evidence for what the slice was called: an error is understood by what led to it.
+            output, against = _explained(slice_["called"], bundle, maps)
+            shown = heat(excess(bundle.net, maps, output, bundle.baseline, against)[1])[0]
+        square = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
+        pictures = {"plain": jpeg(gray, SIDE), "heat": jpeg(overlay(gray, shown, square), SIDE)}
+        yield slice_ | pictures | {"silent": not bool(shown.any())}
 
 
 def _explained(called: str, bundle: Bundle, maps: torch.Tensor) -> tuple[np.ndarray, bool]:
@@ -116,9 +86,3 @@ def _explained(called: str, bundle: Bundle, maps: torch.Tensor) -> tuple[np.ndar
     if called in names:
         return np.array([names.index(called)]), False
     return explained_output(bundle.net.head(bundle.net.features[-1](maps)).numpy()), False
-
-
-def _jpeg(pixels: np.ndarray) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=82)
-    return base64.b64encode(buffer.getvalue()).decode()

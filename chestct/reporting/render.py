@@ -4,7 +4,6 @@ Everything is written from the Evaluation alone; nothing is measured here that t
 stands with its interval and what it rests on, or as n/a with the reason.
 """
 
-import base64
 import dataclasses
 import io
 import json
@@ -117,7 +116,7 @@ def html(evaluation: Evaluation, drawn: Mapping[str, bytes | str] | None = None)
     return environment.render(
         "evaluation.html.j2",
         **_common(evaluation),
-        figures={name: base64.b64encode(svg).decode() for name, svg in drawn.items() if isinstance(svg, bytes)},
+        figures={n: environment.data_uri(f, "image/svg+xml") for n, f in drawn.items() if isinstance(f, bytes)},
         undefined={name: reason for name, reason in drawn.items() if isinstance(reason, str)},
         calibration=calibration_errors(evaluation),
         confusion=figures.confusion_table(evaluation).tolist(),

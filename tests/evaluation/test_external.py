@@ -54,7 +54,7 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     assert len(result.table) == len(list(others.glob("*/*")))
     assert {row.name for row in result.sections["shift"]} >= {"width", "std", "score", "novelty"}
     shown = [picture for pictures in gallery(result).values() for picture in pictures]
-    assert {picture.path for picture in shown} <= set(result.table["path"])
+    assert {picture["path"] for picture in shown} <= set(result.table["path"])
     assert len(shown) > 0
 
 

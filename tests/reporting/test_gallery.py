@@ -28,18 +28,18 @@ def test_each_gallery_holds_what_its_name_says(evaluation):
     assert all(len(pictures) <= 2 for pictures in galleries.values())
     assert galleries["errors"]
     assert galleries["right"]
-    assert all(picture.truth != picture.called for picture in galleries["errors"])
-    assert all(picture.decision == "uncertain" for picture in galleries["uncertain"])
-    assert all(picture.novelty > 1 for picture in galleries["novel"])
+    assert all(picture["truth"] != picture["called"] for picture in galleries["errors"])
+    assert all(picture["decision"] == "uncertain" for picture in galleries["uncertain"])
+    assert all(picture["novelty"] > 1 for picture in galleries["novel"])
     for picture in galleries["right"]:
-        assert picture.truth == picture.called
-        assert picture.decision != "uncertain"
-        assert picture.novelty <= 1
+        assert picture["truth"] == picture["called"]
+        assert picture["decision"] != "uncertain"
+        assert picture["novelty"] <= 1
 
 
 def test_errors_come_surest_first(evaluation):
     test = described(evaluation).set_index("path")["sureness"]
-    sure = [test[picture.path] for picture in gallery(evaluation)["errors"]]
+    sure = [test[picture["path"]] for picture in gallery(evaluation)["errors"]]
     wrong = described(evaluation).query("called != truth")["sureness"]
     assert sure[0] == wrong.max()
     assert sure == sorted(sure, reverse=True)
@@ -47,11 +47,12 @@ def test_errors_come_surest_first(evaluation):
 
 def test_pictures_are_the_slices_and_the_heat_colours_them(evaluation):
     picture = gallery(evaluation)["right"][0]
-    plain, heat = (np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in (picture.plain, picture.heat))
+    encoded = [picture[name].split(",")[1] for name in ("plain", "heat")]
+    plain, heat = (np.asarray(Image.open(io.BytesIO(base64.b64decode(part)))) for part in encoded)
     assert plain.ndim == 2
     assert heat.shape == (*plain.shape, 3)
     manifest = evaluation.manifest.set_index("path")
-    square = evaluation.images[manifest["row"][picture.path]]
+    square = evaluation.images[manifest["row"][picture["path"]]]
     wanted = np.asarray(Image.fromarray(square).resize(plain.shape[::-1], Image.Resampling.BICUBIC)).astype(float)
     assert np.corrcoef(plain.ravel(), wanted.ravel())[0, 1] > 0.9
 
