@@ -5,7 +5,7 @@ the split policy in force can be in error; what other policies would leak is inf
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,12 +13,6 @@ from chestct.audit.inventory import Table
 from chestct.imaging.slice_files import describe_skipped
 
 SEVERITIES = ("error", "warning", "info")
-KINDS = (
-    "leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance", "identifiers", "shift",
-    "duplicates", "baseline", "skipped",
-)  # fmt: skip
-"""Kinds of finding, worst first within a severity."""
-
 FEW_GROUPS = 30
 """Fewer independent slices of a class in test than this: at 30, a recall of 0.8 has a 95 % interval of about +-0.15."""
 IMBALANCE = 3
@@ -58,7 +52,7 @@ VERDICTS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault. kind: one of `KINDS`; severity: one of `SEVERITIES`; text and action: one plain sentence each."""
+    """One fault. kind: one of `RULES`; severity: one of `SEVERITIES`; text and action: one plain sentence each."""
 
     kind: str
     severity: str
@@ -125,167 +119,13 @@ class Audit:
 
 def findings(audit: Audit) -> list[Finding]:
     """All findings, worst first."""
-    cautions = (_leakage, _conflicts, _unreadable, _shortcuts, _sample_size, _imbalance, _identifiers, _shift)
-    listed = [finding for rule in (*cautions, _duplicates, _skipped) for finding in rule(audit)]
-    return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
+    listed = [Finding(kind, *fault) for kind, rule in RULES.items() for fault in rule(audit)]
+    return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), list(RULES).index(finding.kind)))
 
 
 def leaked(tally: dict[str, int]) -> int:
     """How many slices of a tally of `leakage.leaks` are known from an earlier split."""
     return tally["copies"] + tally["related"]
-
-
-def _leakage(audit: Audit) -> Iterator[Finding]:
-    for policy, leaks in audit.leakage.items():
-        parts = [_leaked(name, leaks[part]) for name, part in (("test", "test"), ("validation", "valid"))]
-        if not any(parts):
-            continue
-        copies, related = (sum(leaks[part][how] for part in ("test", "valid")) for how in ("copies", "related"))
-        text = f"{' and '.join(filter(None, parts))} are known from training or validation: {copies} as pixel-identical"
-        text += f" copies, {related} as near-copies or slices of the same patient." if related else " copies."
-        if policy == audit.split:
-            action = "Use data.split=grouped, or official_clean to keep the official test set without its copies."
-            yield Finding("leakage", "error" if leaked(leaks["test"]) else "warning", text, action)
-        else:
-            text = f"Under the {policy} split, which is not in force, {text}"
-            yield Finding("leakage", "info", text, "Do not compare scores with ones published on that split.")
-
-
-def _leaked(name: str, tally: dict[str, Any]) -> str:
-    """`47 of 259 test slices (47 of 54 normal)`, naming the class that is hit worst."""
-    if not leaked(tally):
-        return ""
-    worst, counts = max(tally["by_class"].items(), key=lambda item: leaked(item[1]) / item[1]["slices"])
-    detail = f"{leaked(counts)} of {counts['slices']} {_class(worst)}"
-    return f"{leaked(tally)} of {tally['slices']} {name} slices ({detail})"
-
-
-def _conflicts(audit: Audit) -> Iterator[Finding]:
-    for labels in (True, False):
-        rows = [row for row in audit.conflicts if row["labels"] == labels and row["kind"] == "copy"]
-        if rows:
-            what = "both cancer and normal" if labels else "two different subtypes of cancer"
-            action = "Find out which label is right and delete the other file; until then leave both out."
-            yield Finding(
-                "label_conflict",
-                "error" if labels else "warning",
-                f"{_plural(len(rows), 'image carries', 'images carry')} {what}: {_listing(rows[0]['paths'])}"
-                f"{', and others' if len(rows) > 1 else ''}.",
-                action,
-            )
-    near = [row for row in audit.conflicts if row["kind"] == "near"]
-    if near:
-        yield Finding(
-            "label_conflict",
-            "warning" if any(row["labels"] for row in near) else "info",
-            f"{_plural(len(near), 'pair of near-copies has', 'pairs of near-copies have')} different classes: "
-            f"{_listing(near[0]['paths'])}{', and others' if len(near) > 1 else ''}.",
-            "Look at them side by side: neighbouring slices may differ, copies may not.",
-        )
-
-
-def _unreadable(audit: Audit) -> Iterator[Finding]:
-    if audit.unreadable:
-        count = _plural(len(audit.unreadable), "file is", "files are")
-        first = audit.unreadable[0]
-        text = f"{count} unreadable and left out, for example {first['path']} ({first['reason']})."
-        yield Finding("unreadable", "warning", text, "Fetch what is damaged again (dvc pull), or delete it.")
-
-
-def _shortcuts(audit: Audit) -> Iterator[Finding]:
-    flagged = [row for row in audit.shortcuts if row["flagged"]]
-    families = {row["family"] for row in flagged}
-    # Metadata taken together repeat what size and file say; they are a finding only where neither says it alone.
-    families -= {"metadata"} if families & {"size", "file"} else set()
-    for family in sorted(families, key=list(FAMILIES).index):
-        best = max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
-        yield Finding(
-            "shortcut",
-            "error" if best["auroc"] >= STRONG_SHORTCUT else "warning",
-            f"{FAMILIES[family]} cancer from normal without a look at the lesion: {_lower(best['title'])} alone gives "
-            f"AUROC {estimate(best)}.",
-            SHORTCUT_ACTIONS[family],
-        )
-    for row in audit.shortcuts:
-        # A large lesion survives in a thumbnail, so its score is a bar for the model, not evidence of a shortcut.
-        if row["family"] == "picture" and row["low"] is not None and row["low"] > 0.5:
-            text = f"A logistic regression on a thumbnail of 10 × 10 pixels reaches AUROC {estimate(row)}."
-            yield Finding("baseline", "info", text, "Report every model score as a margin over this one.")
-
-
-def _sample_size(audit: Audit) -> Iterator[Finding]:
-    small = {
-        row["label"]: row["groups"] for row in audit.balance if row["split"] == "test" and row["groups"] < FEW_GROUPS
-    }
-    if small:
-        counts = " and ".join(f"{n} {label}" for label, n in small.items())
-        yield Finding(
-            "sample_size",
-            "warning",
-            f"Test has only {counts} independent slices (groups), fewer than the {FEW_GROUPS} a class needs: "
-            "a single wrong answer moves the score visibly.",
-            "Quote scores with their intervals, or use cross-validation (data.folds) so that every slice is tested.",
-        )
-
-
-def _imbalance(audit: Audit) -> Iterator[Finding]:
-    groups = {row["label"]: row["groups"] for row in audit.balance if row["split"] == "train"}
-    rare, common = sorted(groups, key=lambda label: groups[label])
-    if not groups[rare]:
-        yield Finding(
-            "imbalance", "error", f"Train has no slices of {rare}.", "Check data.labels and the class folders."
-        )
-    elif groups[common] > IMBALANCE * groups[rare]:
-        yield Finding(
-            "imbalance",
-            "warning",
-            f"Train has {groups[common] / groups[rare]:.1f} times as many independent slices of {common} "
-            f"({groups[common]}) as of {rare} ({groups[rare]}).",
-            "Keep optim.class_weights=true, and judge by AUROC and balanced accuracy, not by accuracy.",
-        )
-
-
-def _identifiers(audit: Audit) -> Iterator[Finding]:
-    for text in audit.disbelieved:
-        action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
-        yield Finding("identifiers", "warning", text, f"{action}pseudonyms for them, when files are anonymised.")
-
-
-def _skipped(audit: Audit) -> Iterator[Finding]:
-    if audit.skipped:
-        text = f"{describe_skipped([(row['path'], row['reason']) for row in audit.skipped])}."
-        yield Finding("skipped", "info", text, "If slices are among them, put them into class folders.")
-
-
-def _shift(audit: Audit) -> Iterator[Finding]:
-    flagged = sorted((row for row in audit.shift if row["flagged"]), key=lambda row: -row["distance"])
-    if flagged:
-        others = f", and {len(flagged) - 1} more numbers differ" if len(flagged) > 1 else ""
-        yield Finding(
-            "shift",
-            "warning",
-            f"Test slices do not look like training slices: {_lower(flagged[0]['title'])} differs most "
-            f"(KS distance {flagged[0]['distance']:.2f}){others}.",
-            "Find out whether test comes from elsewhere; if so, say so next to the score, else split again by groups.",
-        )
-
-
-def _duplicates(audit: Audit) -> Iterator[Finding]:
-    copies = audit.duplicates
-    if not copies["redundant"] and not copies["near_pairs"]:
-        return
-    share = {name: 1 - row["contents"] / row["files"] for name, row in copies["by_class"].items()}
-    worst = max(share, key=lambda name: share[name])
-    by_class = copies["by_class"][worst]
-    detail = f", most of all in {_class(worst)}: {by_class['files']} files are {by_class['contents']} different images"
-    yield Finding(
-        "duplicates",
-        "warning" if share[worst] >= MANY_COPIES else "info",
-        f"{copies['redundant']} of {copies['files']} files are copies of another one, and "
-        f"{_plural(copies['near_pairs'], 'pair is', 'pairs are')} nearly the same"
-        f"{detail if copies['redundant'] else ''}.",
-        "Count groups, not files; data.split=grouped keeps copies together and uses each image once.",
-    )
 
 
 def estimate(row: dict[str, Any]) -> str:
@@ -296,8 +136,142 @@ def estimate(row: dict[str, Any]) -> str:
     return f"{row['auroc']:.2f} {interval}"
 
 
-def _class(subtype: str) -> str:
-    return subtype.replace("_", " ")
+Faults = Iterator[tuple[str, str, str]]
+"""Severity, text and action of each fault of one kind."""
+
+
+def _leakage(audit: Audit) -> Faults:
+    for policy, leaks in audit.leakage.items():
+        parts = [_leaked(name, leaks[part]) for name, part in (("test", "test"), ("validation", "valid"))]
+        if not any(parts):
+            continue
+        copies, related = (sum(leaks[part][how] for part in ("test", "valid")) for how in ("copies", "related"))
+        text = f"{' and '.join(filter(None, parts))} are known from training or validation: {copies} as pixel-identical"
+        text += f" copies, {related} as near-copies or slices of the same patient." if related else " copies."
+        if policy == audit.split:
+            action = "Use data.split=grouped, or official_clean to keep the official test set without its copies."
+            yield "error" if leaked(leaks["test"]) else "warning", text, action
+        else:
+            text = f"Under the {policy} split, which is not in force, {text}"
+            yield "info", text, "Do not compare scores with ones published on that split."
+
+
+def _leaked(name: str, tally: dict[str, Any]) -> str:
+    """`47 of 259 test slices (47 of 54 normal)`, naming the class that is hit worst."""
+    if not leaked(tally):
+        return ""
+    worst, counts = max(tally["by_class"].items(), key=lambda item: leaked(item[1]) / item[1]["slices"])
+    detail = f"{leaked(counts)} of {counts['slices']} {worst.replace('_', ' ')}"
+    return f"{leaked(tally)} of {tally['slices']} {name} slices ({detail})"
+
+
+def _conflicts(audit: Audit) -> Faults:
+    def first(rows: Table) -> str:
+        return f"{' and '.join(rows[0]['paths'][:2])}{', and others' if len(rows) > 1 else ''}."
+
+    copies = [row for row in audit.conflicts if row["kind"] == "copy"]
+    for labels, severity, what in (
+        (True, "error", "both cancer and normal"),
+        (False, "warning", "two different subtypes of cancer"),
+    ):
+        if rows := [row for row in copies if row["labels"] == labels]:
+            text = f"{_plural(len(rows), 'image carries', 'images carry')} {what}: {first(rows)}"
+            yield severity, text, "Find out which label is right and delete the other file; until then leave both out."
+    if near := [row for row in audit.conflicts if row["kind"] == "near"]:
+        text = f"{_plural(len(near), 'pair of near-copies has', 'pairs of near-copies have')} different classes:"
+        action = "Look at them side by side: neighbouring slices may differ, copies may not."
+        yield "warning" if any(row["labels"] for row in near) else "info", f"{text} {first(near)}", action
+
+
+def _shortcuts(audit: Audit) -> Faults:
+    flagged = [row for row in audit.shortcuts if row["flagged"]]
+    families = {row["family"] for row in flagged}
+    # Metadata taken together repeat what size and file say; they are a finding only where neither says it alone.
+    families -= {"metadata"} if families & {"size", "file"} else set()
+    for family in sorted(families, key=list(FAMILIES).index):
+        best = max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
+        text = (
+            f"{FAMILIES[family]} cancer from normal without a look at the lesion: {_lower(best['title'])} alone gives"
+        )
+        severity = "error" if best["auroc"] >= STRONG_SHORTCUT else "warning"
+        yield severity, f"{text} AUROC {estimate(best)}.", SHORTCUT_ACTIONS[family]
+
+
+def _baseline(audit: Audit) -> Faults:
+    for row in audit.shortcuts:
+        # A large lesion survives in a thumbnail, so its score is a bar for the model, not evidence of a shortcut.
+        if row["family"] == "picture" and row["low"] is not None and row["low"] > 0.5:
+            text = f"A logistic regression on a thumbnail of 10 × 10 pixels reaches AUROC {estimate(row)}."
+            yield "info", text, "Report every model score as a margin over this one."
+
+
+def _unreadable(audit: Audit) -> Faults:
+    if audit.unreadable:
+        count, first = _plural(len(audit.unreadable), "file is", "files are"), audit.unreadable[0]
+        text = f"{count} unreadable and left out, for example {first['path']} ({first['reason']})."
+        yield "warning", text, "Fetch what is damaged again (dvc pull), or delete it."
+
+
+def _skipped(audit: Audit) -> Faults:
+    if audit.skipped:
+        text = f"{describe_skipped([(row['path'], row['reason']) for row in audit.skipped])}."
+        yield "info", text, "If slices are among them, put them into class folders."
+
+
+def _identifiers(audit: Audit) -> Faults:
+    action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
+    for text in audit.disbelieved:
+        yield "warning", text, f"{action}pseudonyms for them, when files are anonymised."
+
+
+def _sample_size(audit: Audit) -> Faults:
+    few = [row for row in audit.balance if row["split"] == "test" and row["groups"] < FEW_GROUPS]
+    if few:
+        counts = " and ".join(f"{row['groups']} {row['label']}" for row in few)
+        text = f"Test has only {counts} independent slices (groups), fewer than the {FEW_GROUPS} a class needs: "
+        action = (
+            "Quote scores with their intervals, or use cross-validation (data.folds) so that every slice is tested."
+        )
+        yield "warning", f"{text}a single wrong answer moves the score visibly.", action
+
+
+def _imbalance(audit: Audit) -> Faults:
+    groups = {row["label"]: row["groups"] for row in audit.balance if row["split"] == "train"}
+    rare, common = sorted(groups, key=lambda label: groups[label])
+    if not groups[rare]:
+        yield "error", f"Train has no slices of {rare}.", "Check data.labels and the class folders."
+    elif groups[common] > IMBALANCE * groups[rare]:
+        text = f"Train has {groups[common] / groups[rare]:.1f} times as many independent slices of {common}"
+        action = "Keep optim.class_weights=true, and judge by AUROC and balanced accuracy, not by accuracy."
+        yield "warning", f"{text} ({groups[common]}) as of {rare} ({groups[rare]}).", action
+
+
+def _shift(audit: Audit) -> Faults:
+    flagged = sorted((row for row in audit.shift if row["flagged"]), key=lambda row: -row["distance"])
+    if flagged:
+        others = f", and {len(flagged) - 1} more numbers differ" if len(flagged) > 1 else ""
+        text = f"Test slices do not look like training slices: {_lower(flagged[0]['title'])} differs most (KS distance"
+        action = (
+            "Find out whether test comes from elsewhere; if so, say so next to the score, else split again by groups."
+        )
+        yield "warning", f"{text} {flagged[0]['distance']:.2f}){others}.", action
+
+
+def _duplicates(audit: Audit) -> Faults:
+    copies = audit.duplicates
+    if not copies["redundant"] and not copies["near_pairs"]:
+        return
+    share = {name: 1 - row["contents"] / row["files"] for name, row in copies["by_class"].items()}
+    worst = max(share, key=lambda name: share[name])
+    text = f"{copies['redundant']} of {copies['files']} files are copies of another one, and "
+    text += f"{_plural(copies['near_pairs'], 'pair is', 'pairs are')} nearly the same"
+    if copies["redundant"]:
+        row = copies["by_class"][worst]
+        text += (
+            f", most of all in {worst.replace('_', ' ')}: {row['files']} files are {row['contents']} different images"
+        )
+    action = "Count groups, not files; data.split=grouped keeps copies together and uses each image once."
+    yield "warning" if share[worst] >= MANY_COPIES else "info", f"{text}.", action
 
 
 def _plural(n: int, one: str, many: str) -> str:
@@ -308,5 +282,17 @@ def _lower(title: str) -> str:
     return title[0].lower() + title[1:]
 
 
-def _listing(paths: list[str]) -> str:
-    return " and ".join(paths[:2])
+RULES: dict[str, Callable[[Audit], Faults]] = {
+    "leakage": _leakage,
+    "label_conflict": _conflicts,
+    "shortcut": _shortcuts,
+    "unreadable": _unreadable,
+    "sample_size": _sample_size,
+    "imbalance": _imbalance,
+    "identifiers": _identifiers,
+    "shift": _shift,
+    "duplicates": _duplicates,
+    "baseline": _baseline,
+    "skipped": _skipped,
+}
+"""Kinds of finding, worst first within a severity, and what finds them."""

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from chestct.audit import Audit
-from chestct.audit.findings import KINDS, SEVERITIES
+from chestct.audit.findings import RULES, SEVERITIES
 from chestct.errors import DataError
 from tests.audit.conftest import run
 
@@ -27,7 +27,7 @@ def test_findings_come_worst_first_and_each_says_what_to_do(official):
     ranks = [SEVERITIES.index(finding.severity) for finding in official.findings]
     assert ranks == sorted(ranks)
     for finding in official.findings:
-        assert finding.kind in KINDS
+        assert finding.kind in RULES
         assert finding.text.endswith(".")
         assert finding.action.endswith(".")
 
