@@ -190,11 +190,9 @@ def _shortcuts(audit: Audit) -> Faults:
     families -= {"metadata"} if families & {"size", "file"} else set()
     for family in sorted(families, key=list(FAMILIES).index):
         best = max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
-        text = (
-            f"{FAMILIES[family]} cancer from normal without a look at the lesion: {_lower(best['title'])} alone gives"
-        )
+        text = f"{FAMILIES[family]} cancer from normal without a look at the lesion: {_lower(best['title'])} alone"
         severity = "error" if best["auroc"] >= STRONG_SHORTCUT else "warning"
-        yield severity, f"{text} AUROC {estimate(best)}.", SHORTCUT_ACTIONS[family]
+        yield severity, f"{text} gives AUROC {estimate(best)}.", SHORTCUT_ACTIONS[family]
 
 
 def _baseline(audit: Audit) -> Faults:
@@ -229,9 +227,7 @@ def _sample_size(audit: Audit) -> Faults:
     if few:
         counts = " and ".join(f"{row['groups']} {row['label']}" for row in few)
         text = f"Test has only {counts} independent slices (groups), fewer than the {FEW_GROUPS} a class needs: "
-        action = (
-            "Quote scores with their intervals, or use cross-validation (data.folds) so that every slice is tested."
-        )
+        action = "Quote scores with intervals, or use cross-validation (data.folds) so that every slice is tested."
         yield "warning", f"{text}a single wrong answer moves the score visibly.", action
 
 
@@ -251,9 +247,7 @@ def _shift(audit: Audit) -> Faults:
     if flagged:
         others = f", and {len(flagged) - 1} more numbers differ" if len(flagged) > 1 else ""
         text = f"Test slices do not look like training slices: {_lower(flagged[0]['title'])} differs most (KS distance"
-        action = (
-            "Find out whether test comes from elsewhere; if so, say so next to the score, else split again by groups."
-        )
+        action = "Find out whether test comes from elsewhere; if so, write it next to the score, else split by groups."
         yield "warning", f"{text} {flagged[0]['distance']:.2f}){others}.", action
 
 
@@ -267,9 +261,7 @@ def _duplicates(audit: Audit) -> Faults:
     text += f"{_plural(copies['near_pairs'], 'pair is', 'pairs are')} nearly the same"
     if copies["redundant"]:
         row = copies["by_class"][worst]
-        text += (
-            f", most of all in {worst.replace('_', ' ')}: {row['files']} files are {row['contents']} different images"
-        )
+        text += f", most of all in {worst.replace('_', ' ')}: {row['files']} files, {row['contents']} different images"
     action = "Count groups, not files; data.split=grouped keeps copies together and uses each image once."
     yield "warning" if share[worst] >= MANY_COPIES else "info", f"{text}.", action
 
