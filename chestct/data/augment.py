@@ -1,4 +1,4 @@
-"""Views: one slice, changed a little at random by torchvision, the same way every time it is asked for.
+"""Views: one slice, changed a little at random by torchvision, the same way every time.
 
 What happens to a slice in view v depends on the seed, v and the slice's content alone, not on batch, order or process;
 so cached features, resumed runs and several machines all see the same views. View 0 is the slice as it is.

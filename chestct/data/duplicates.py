@@ -49,7 +49,7 @@ ROUNDS = 4
 """Rounds of search at most; a round that finds nothing is the last."""
 
 REPRESENTATIVES = 4
-"""Members of each group found so far that look for more outside of it in the next round.
+"""Members of each group so far that look for more outside of it in the next round.
 
 A slice with more copies than NEIGHBOURS has a list of candidates that is full before all are in it. The copies it does
 find are one group in the next round, and groups of copies of one image are close wherever they are compared, so that
@@ -147,7 +147,7 @@ def _near(thumbs: np.ndarray, position: np.ndarray, threshold: float) -> pd.Data
     code = _encode(thumbs, pyramid[-1], pose, mean)
     component = np.arange(n)
     tested = np.zeros(0, dtype=np.int64)
-    found = [np.zeros((3, 0))]
+    matches = [np.zeros((3, 0))]
     for _ in range(ROUNDS):
         fresh = np.setdiff1d(_candidates(code, component), tested)
         tested = np.union1d(tested, fresh)
@@ -156,11 +156,11 @@ def _near(thumbs: np.ndarray, position: np.ndarray, threshold: float) -> pd.Data
         same = similarity >= threshold
         if not same.any():
             break
-        found.append(np.stack([a, b, similarity])[:, same])
-        a, b, _ = np.concatenate(found, 1).astype(np.int64)
+        matches.append(np.stack([a, b, similarity])[:, same])
+        a, b, _ = np.concatenate(matches, 1).astype(np.int64)
         component = _components(n, a, b)
-    a, b = np.concatenate(found, 1)[:2].astype(np.int64)
-    return _table(position[a], position[b], np.concatenate(found, 1)[2], "near")
+    a, b = np.concatenate(matches, 1)[:2].astype(np.int64)
+    return _table(position[a], position[b], np.concatenate(matches, 1)[2], "near")
 
 
 def _encode(thumbs: np.ndarray, level: Level, pose: np.ndarray, mean: list[Level]) -> np.ndarray:

@@ -1,13 +1,12 @@
 """What must stand before slices can be loaded: phantoms drawn where they are the source, files decoded into a store."""
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 
 from chestct.config.schema import Config, DataConfig
 from chestct.data.ingest import ingest
 from chestct.data.store import Store, store_folder
+from chestct.files import json_digest
 
 
 def prepare_store(cfg: Config, progress: bool = False) -> Store:
@@ -39,6 +38,5 @@ def located(cfg: Config) -> DataConfig:
     """The data settings with the root of drawn phantoms filled in: a folder named by their settings."""
     if not draws_phantoms(cfg.data):
         return cfg.data
-    settings = json.dumps(dataclasses.asdict(cfg.data.phantom), sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:12]
-    return dataclasses.replace(cfg.data, root=str(cfg.cache / "phantom" / digest))
+    drawn = cfg.cache / "phantom" / json_digest(dataclasses.asdict(cfg.data.phantom))[:12]
+    return dataclasses.replace(cfg.data, root=str(drawn))

@@ -222,7 +222,7 @@ def parts(array: np.ndarray, size: int = 128) -> Iterator[np.ndarray]:
 def reuse_memory() -> None:
     """Makes the C library keep memory that is given back, for the next array of a few megabytes.
 
-    Otherwise every such array is asked of the system anew and filled with zeros page by page, which takes as long as
+    Otherwise every such array comes from the system anew and filled with zeros page by page, which takes as long as
     the work that is done in it. glibc raises its bounds to the largest block that it has seen freed, up to 32 MB.
     """
     np.empty(24 << 20, np.uint8)

@@ -200,7 +200,7 @@ class _Source:
         deeper = {path.parent for folder in folders for path in _splits_below(folder)}
         if len(deeper) == 1:
             return f"{text} Split folders lie deeper: give {shlex.quote(f'data.root={deeper.pop()}')}"
-        meanings = {name: next((label for label, said in TELLING.items() if _says(name, said)), "") for name in names}
+        meanings = {name: next((label for label, words in TELLING.items() if _says(name, words)), "") for name in names}
         return f"{text} Say what they hold{_advice(meanings)}"
 
     def _skip(self, path: Path, reason: str) -> None:

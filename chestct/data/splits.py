@@ -36,7 +36,7 @@ def targets(manifest: pd.DataFrame, task: str) -> pd.Series:
 def load_splits(manifest: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     """The slices that take part, with the columns `split`, `target` (index into classes_of) and `leaked`.
 
-    Raises DataError where a group crosses splits, unless the folders' own split was asked for and
+    Raises DataError where a group crosses splits, unless data.split=official and
     data.allow_leakage=true.
     """
     splits = make_splits(manifest, cfg.task, cfg.data)
@@ -59,7 +59,7 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
     """The split of each slice: train, valid, test, or "" for slices that are left out.
 
     grouped and official_clean keep one slice of each set of exact copies; contents that carry two classes are left
-    out of them. Raises DataError where folders do not give the split that is asked for, or where a class is missing.
+    out of them. Raises DataError where folders do not give the split of the settings, or where a class is missing.
     """
     classes = targets(manifest, task)
     if cfg.split == "grouped":

@@ -25,7 +25,7 @@ from chestct.imaging.preprocess import THUMBNAIL, Preprocess
 from chestct.imaging.slice_files import why_skipped
 
 FORMAT = 6
-"""Version of the files below, and of how groups are found; another version is made anew."""
+"""Version of the files below, and of how groups are made; another version is made anew."""
 
 STORE = "chestct-store.json"
 """The file that names the pieces, with what no table holds."""
@@ -47,7 +47,7 @@ class Store:
     folder: Path
     manifest: pd.DataFrame
     images: np.ndarray  # uint8 memmap [rows, size, size]; manifest["row"] points into it
-    thumbs: np.ndarray  # uint8 memmap [rows, 56, 56]: what groups are found by
+    thumbs: np.ndarray  # uint8 memmap [rows, 56, 56]: what near-copies are compared by
     pairs: pd.DataFrame  # a, b: positions in the manifest; similarity; kind: exact, near or series
     unreadable: pd.DataFrame  # source, path, file_hash, reason
     skipped: pd.DataFrame  # source, path, reason: what lies in the folders and is not used
@@ -64,7 +64,7 @@ class Store:
 
 @dataclass
 class About:
-    """What a store holds beside its pieces; plain values."""
+    """What a store holds that is in none of its pieces; plain values."""
 
     settings: dict[str, Any]
     unreadable: list[dict[str, str]]
@@ -134,7 +134,7 @@ def open_store(folder: Path) -> Store:
 
 
 def write_about(folder: Path, about: About) -> None:
-    """Replaces what a store holds beside its pieces."""
+    """Replaces what is in none of a store's pieces."""
     _write_contents(folder, _read_contents(folder)[0], about)
 
 
@@ -144,7 +144,7 @@ def _write_contents(folder: Path, pieces: dict[str, str], about: About) -> None:
 
 
 def _read_contents(folder: Path) -> tuple[dict[str, str], About]:
-    """The checksums of the pieces, and what stands beside them."""
+    """The checksums of the pieces, and what is in none of them."""
     path = folder / STORE
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))

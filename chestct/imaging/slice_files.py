@@ -1,6 +1,6 @@
 """Which files may be slices: the one rule for ingest, prediction and archives.
 
-What a file is, its content says, so no extension is asked for. Only what operating systems, file servers and editors
+What a file is, its content says, so extensions do not matter. Only what operating systems, file servers and editors
 leave behind is known by its name; it is skipped with its reason, never read and never an error.
 """
 

@@ -31,7 +31,7 @@ def quick() -> None:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Audit:
+def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     cfg = DataConfig(name="chest_ct", root=str(ROOT), labels=LABELS)
     store = ingest(cfg, tmp_path_factory.mktemp("store"))
     policies = ("official", "official_clean", "grouped")
@@ -41,37 +41,37 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     )
 
 
-def baseline(found: Audit, name: str) -> dict[str, Any]:
-    return next(row for row in found.shortcuts if row["name"] == name)
+def baseline(result: Audit, name: str) -> dict[str, Any]:
+    return next(row for row in result.shortcuts if row["name"] == name)
 
 
-def test_copies(found: Audit) -> None:
+def test_copies(result: Audit) -> None:
     keys = ("files", "contents", "redundant", "exact_groups", "largest")
-    assert [found.duplicates[key] for key in keys] == [944, 791, 153, 59, 10]
-    assert found.duplicates["by_class"]["normal"] == {"files": 215, "contents": 66}
+    assert [result.duplicates[key] for key in keys] == [944, 791, 153, 59, 10]
+    assert result.duplicates["by_class"]["normal"] == {"files": 215, "contents": 66}
 
 
-def test_leakage_of_the_official_split_and_of_no_other(found: Audit) -> None:
-    official = found.leakage["official"]
+def test_leakage_of_the_official_split_and_of_no_other(result: Audit) -> None:
+    official = result.leakage["official"]
     assert official["test"]["by_class"]["normal"]["copies"] == 46
     assert official["test"]["by_class"]["normal"]["slices"] == 54
     assert official["valid"]["by_class"]["normal"] == {"slices": 13, "copies": 10, "related": 0}
     assert official["test"]["copies"] == 46  # no cancer slice crosses exactly
     assert official["test"]["related"] == pytest.approx(146, abs=4)  # one pair at the threshold can tie several
-    assert not found.leakage["official_clean"]["list"]
-    assert not found.leakage["grouped"]["list"]
-    assert (found.findings[0].kind, found.findings[0].severity) == ("leakage", "error")
+    assert not result.leakage["official_clean"]["list"]
+    assert not result.leakage["grouped"]["list"]
+    assert (result.findings[0].kind, result.findings[0].severity) == ("leakage", "error")
 
 
-def test_the_image_with_two_labels(found: Audit) -> None:
-    names = [{Path(path).name for path in row["paths"]} for row in found.conflicts if row["kind"] == "copy"]
+def test_the_image_with_two_labels(result: Audit) -> None:
+    names = [{Path(path).name for path in row["paths"]} for row in result.conflicts if row["kind"] == "copy"]
     assert names == [{"l4.png", "sq2.png"}]
 
 
-def test_shortcuts(found: Audit) -> None:
-    std = baseline(found, "std")
+def test_shortcuts(result: Audit) -> None:
+    std = baseline(result, "std")
     assert std["auroc"] == pytest.approx(0.979, abs=0.002)
     assert std["flagged"]
-    assert [round(baseline(found, name)["auroc"], 2) for name in ("height", "area", "width")] == [0.84, 0.83, 0.80]
-    assert baseline(found, "size_forest")["test"]["official"]["auroc"] == pytest.approx(0.955, abs=0.02)
-    assert {f.kind for f in found.findings if f.severity == "error"} >= {"leakage", "shortcut"}
+    assert [round(baseline(result, name)["auroc"], 2) for name in ("height", "area", "width")] == [0.84, 0.83, 0.80]
+    assert baseline(result, "size_forest")["test"]["official"]["auroc"] == pytest.approx(0.955, abs=0.02)
+    assert {f.kind for f in result.findings if f.severity == "error"} >= {"leakage", "shortcut"}

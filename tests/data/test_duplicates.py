@@ -114,11 +114,11 @@ def test_planted_defects_are_found_and_phantoms_kept_apart(tmp_path: Path) -> No
     opened = [Image.open(tmp_path / "set" / file["path"]).convert("L") for file in files]
     images = np.stack([np.asarray(ImageOps.pad(image, (224, 224))) for image in opened])
     pairs = find_pairs(images, [digest(np.asarray(image)) for image in opened])
-    found = group(len(files), pairs)
+    labels = group(len(files), pairs)
     at = {file["path"]: i for i, file in enumerate(files)}
     planted = [(i, at[file["original"]], file["defect"]) for i, file in enumerate(files) if file.get("original")]
     together = {
-        kind: [found[a] == found[b] for a, b, defect in planted if defect == kind] for kind in ("exact", "near")
+        kind: [labels[a] == labels[b] for a, b, defect in planted if defect == kind] for kind in ("exact", "near")
     }
     assert len(together["exact"]) >= 20
     assert all(together["exact"])
@@ -237,11 +237,11 @@ def test_known_copies_of_the_public_set_are_found() -> None:
     content = [f"{image.shape} {digest(image)}" for image in images]
     pairs = find_pairs(images, content)
     assert (pairs["kind"] == "exact").sum() == 153
-    found = group(len(paths), pairs)
-    assert np.bincount(found).max() <= 54  # copies of one slice in two windows: no chain through different patients
+    labels = group(len(paths), pairs)
+    assert np.bincount(labels).max() <= 54  # copies of one slice in two windows: no chain through different patients
     folder = np.array([path.parent.name.split("_")[0].split(".")[0] for path in paths])
     split = np.array([path.relative_to(root).parts[0] for path in paths])
-    normal, cancer = found[folder == "normal"], found[folder != "normal"]
+    normal, cancer = labels[folder == "normal"], labels[folder != "normal"]
     assert not np.intersect1d(normal, cancer).size
-    leaked = np.isin(found, found[split == "train"])
+    leaked = np.isin(labels, labels[split == "train"])
     assert leaked[(split == "test") & (folder == "normal")].sum() >= 46

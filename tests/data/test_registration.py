@@ -65,12 +65,12 @@ def test_register_finds_the_pose_of_a_warped_copy() -> None:
     rng = np.random.default_rng(0)
     pose = rng.uniform([0.93, -0.04, 0.93, -0.04], [1.07, 0.04, 1.07, 0.04], (5, 4))
     moved = np.uint8(np.clip(warp(image.astype(np.float32), pose), 0, 255))
-    found = np.tile(IDENTITY, (5, 1))
+    estimate = np.tile(IDENTITY, (5, 1))
     for side, sigma in ((14, 0.2), (28, 0.2), (56, 1 / 28)):
         fixed, moving = make_level(moved, side, sigma), make_level(image, side, sigma)
-        found = register(fixed, moving, found, steps=8, stiffness=1e-3)
-    assert found == pytest.approx(pose, abs=0.01)
-    assert (correlation(fixed, moving, found) > 0.93).all()
+        estimate = register(fixed, moving, estimate, steps=8, stiffness=1e-3)
+    assert estimate == pytest.approx(pose, abs=0.01)
+    assert (correlation(fixed, moving, estimate) > 0.93).all()
     assert correlation(fixed, moving, np.tile(IDENTITY, (5, 1))).mean() < 0.6
 
 
@@ -105,7 +105,7 @@ def test_a_step_solves_the_weighted_least_squares_problem() -> None:
     images = texture(5, n=2).astype(np.uint8)
     fixed, moving = make_level(images, side, 0.2), make_level(np.roll(images, (1, 1), (1, 2)), side, 0.2)
     pose = np.tile([1.01, 0.005, 0.99, -0.005], (2, 1))
-    found = register(fixed, moving, pose, steps=1, stiffness=0.0)
+    estimate = register(fixed, moving, pose, steps=1, stiffness=0.0)
     place = (np.arange(side) - (side - 1) / 2) / side
     for i in range(2):
         seen, weight = (warp(part[i : i + 1], pose[:1])[0].astype(float) for part in moving)
@@ -116,5 +116,5 @@ def test_a_step_solves_the_weighted_least_squares_problem() -> None:
         hold = np.eye(4) * 1e-3
         force = slope @ (weight * (fixed[0][i] - seen).ravel()) - hold @ (pose[0] - IDENTITY)
         step = np.linalg.solve((slope * weight) @ slope.T + hold, force)
-        assert found[i] - pose[i] == pytest.approx(np.clip(step, -0.05, 0.05), abs=1e-4)
+        assert estimate[i] - pose[i] == pytest.approx(np.clip(step, -0.05, 0.05), abs=1e-4)
         assert np.abs(step).max() < 0.05  # else clipping hides a wrong step

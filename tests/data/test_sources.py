@@ -112,20 +112,20 @@ def test_split_folders_one_too_deep_among_others_are_pointed_at(tmp_path):
 
 
 def test_a_label_is_suggested_only_where_the_name_says_it(tmp_path):
-    said = {
+    telling = {
         "Malignant cases": "cancer",
         "healthy": "normal",
         "tumour_T1": "cancer",
         "squamous cell carcinoma": "squamous",
         "large_cell": "large_cell",
     }
-    unsaid = ["Data", "Bengin cases", "Krebs (alt)", "abnormal", "cancer free", "no_tumor", "健康", "3", "sarcoma"]
-    cfg = fill(tmp_path, *(f"{name}/a.png" for name in [*said, *unsaid]), labels={})
+    silent = ["Data", "Bengin cases", "Krebs (alt)", "abnormal", "cancer free", "no_tumor", "健康", "3", "sarcoma"]
+    cfg = fill(tmp_path, *(f"{name}/a.png" for name in [*telling, *silent]), labels={})
     with pytest.raises(DataError) as error:
         list_slices(cfg)
     lines = dict(re.findall(r'^"(.+)": (.*)$', str(error.value), re.MULTILINE))
-    assert {name: lines[name] for name in said} == said
-    assert all(lines[name].startswith(" #") for name in unsaid)
+    assert {name: lines[name] for name in telling} == telling
+    assert all(lines[name].startswith(" #") for name in silent)
 
 
 def test_the_advice_for_names_that_cannot_be_typed_works_when_it_is_pasted_and_completed(tmp_path, monkeypatch):

@@ -15,14 +15,14 @@ def net():
 
 
 class Slices:
-    """Slices made from their position, and a note of which were asked for."""
+    """Slices made from their position, and a note of which were computed."""
 
     def __init__(self, n, seed=0):
         self.all = torch.rand(n, 1, 32, 32, generator=torch.Generator().manual_seed(seed))
-        self.asked = []
+        self.computed = []
 
     def __call__(self, positions):
-        self.asked += list(positions)
+        self.computed += list(positions)
         return self.all[list(positions)]
 
 
@@ -32,24 +32,24 @@ def run(net, slices, names, folder):
 
 def test_features_are_what_the_convolutions_give(net, tmp_path):
     slices = Slices(6)
-    found = run(net, slices, list("abcdef"), tmp_path / "f")
+    result = run(net, slices, list("abcdef"), tmp_path / "f")
     with torch.no_grad():
-        assert torch.allclose(found, net.maps(slices.all).mean((2, 3)), rtol=1e-4, atol=1e-3)
+        assert torch.allclose(result, net.maps(slices.all).mean((2, 3)), rtol=1e-4, atol=1e-3)
 
 
 def test_a_second_run_computes_nothing(net, tmp_path):
     first = run(net, Slices(6), list("abcdef"), tmp_path / "f")
     again = Slices(6)
     assert torch.equal(run(net, again, list("fedcba"), tmp_path / "f"), first.flip(0))
-    assert again.asked == []
+    assert again.computed == []
 
 
 def test_only_what_is_new_is_computed_and_copies_once(net, tmp_path):
     run(net, Slices(2), ["a", "b"], tmp_path / "f")
     slices = Slices(5)
-    found = run(net, slices, ["a", "x", "b", "x", "y"], tmp_path / "f")
-    assert slices.asked == [1, 4]
-    assert torch.equal(found[1], found[3])
+    result = run(net, slices, ["a", "x", "b", "x", "y"], tmp_path / "f")
+    assert slices.computed == [1, 4]
+    assert torch.equal(result[1], result[3])
 
 
 @pytest.mark.parametrize("at", [0, 9, 60, 0.5, -1, "cut", "empty", "other shape", "no checksum"])
@@ -68,7 +68,7 @@ def test_a_damaged_shard_is_never_believed_and_computed_again(net, tmp_path, cap
     shard.write_bytes(data)
     slices = Slices(3)
     assert torch.equal(run(net, slices, list("abc"), tmp_path / "f"), first)
-    assert slices.asked == [0, 1, 2]
+    assert slices.computed == [0, 1, 2]
     assert "damaged" in capsys.readouterr().out
     assert len(list((tmp_path / "f").iterdir())) == 1
 
@@ -94,7 +94,7 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
         run(net, fail_late, list("abcdefgh"), tmp_path / "f")
     slices = Slices(8)
     run(net, slices, list("abcdefgh"), tmp_path / "f")
-    assert slices.asked == [4, 5, 6, 7]
+    assert slices.computed == [4, 5, 6, 7]
     assert len(list((tmp_path / "f").iterdir())) == 2  # no half-written one
 
 
