@@ -24,7 +24,7 @@ ENTRIES = {
     ],
     "export": ["evaluation/export.py", "evaluation/asked.py", "evaluation/split_policies.py"],
 }
-NO_RESULT = ("config", "errors.py", "files.py", "pyfunc.py", "ranks.py", "tracking", "sweep", "__init__.py")
+NO_RESULT = ("config", "errors.py", "files.py", "pyfunc.py", "tracking", "sweep", "__init__.py")
 """What passes settings on or keeps records: it decides no output."""
 
 NOT_THE_PIPELINES = ("ckpt", "cache_dir", "bundle", "compare", "runs_dir", "tracking", "serve", "monitor")

@@ -1,35 +1,34 @@
 """The one LightningDataModule: every source, every task, images or frozen features, the same order and views.
 
 What a training step sees depends on the seed, the epoch and the slice alone, so a resumed run, a cached run and a run
-with other workers see the same batches. Several processes (DDP) share out each batch, and nothing is padded: they train
-and measure on what one process would. Batches are fetched as a whole: augmentation works on the batch at once.
+with other workers see the same batches. Several processes (DDP) share out the slices of train as torch's
+DistributedSampler does; those of valid and test without its padding, so that none is counted twice. Batches are fetched
+as a whole: augmentation works on the batch at once.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import lightning as L
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from chestct.config.schema import Config, classes_of
 from chestct.data.augment import make_views
 from chestct.data.prepare import prepare_store, prepared_folder
 from chestct.data.splits import load_splits
 from chestct.data.store import Store, open_store
-from chestct.ranks import place
 
 Batch = dict[str, torch.Tensor]
 BatchKey = tuple[int, list[int]]
 
 
 class SliceDataset(Dataset):
-    """The slices of one split. A key is a batch, as `Batches` makes it; the epoch decides the view.
+    """The slices of one split. A key is a batch, as `Batches` makes it; with `train`, the epoch decides the view.
 
-    What it gives is this process's share of the batch, maybe empty: `x`, float32 [B, 1, S, S] in [0, 1] or, with
-    features, [B, D]; `y`, int64 [B]; `i`, positions; and `batch_y`, the y of the whole batch.
+    What it gives: `x`, float32 [B, 1, S, S] in [0, 1] or, with features, [B, D]; `y`, int64 [B]; and `i`, positions.
     """
 
     def __init__(
@@ -38,11 +37,10 @@ class SliceDataset(Dataset):
         manifest: pd.DataFrame,
         y: np.ndarray,
         cfg: Config,
-        view_of: Callable[[int], int],
+        train: bool = False,
         features: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.images, self.cfg, self.view_of, self.features = images, cfg, view_of, features
-        self.share = slice(place().rank, None, place().size)
+        self.images, self.cfg, self.train, self.features = images, cfg, train, features
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
         self.y = torch.tensor(y)
@@ -57,39 +55,47 @@ class SliceDataset(Dataset):
         return make_views(plain, contents, [view] * len(contents), self.cfg.seed, self.cfg.data.augment)
 
     def __getitem__(self, key: BatchKey) -> Batch:
-        epoch, batch = key
-        view, positions = self.view_of(epoch), batch[self.share]
+        epoch, positions = key
+        view = view_of(self.cfg, epoch) if self.train else 0
         x = self.features[view][positions] if self.features else self.slices(positions, view)
-        return {
-            "x": x,
-            "y": self.y[positions],
-            "i": torch.tensor(positions, dtype=torch.long),
-            "batch_y": self.y[batch],
-        }
+        return {"x": x, "y": self.y[positions], "i": torch.tensor(positions, dtype=torch.long)}
+
+
+def view_of(cfg: Config, epoch: int) -> int:
+    """The view that training sees: frozen training cycles through its views, fine-tuning never sees one twice."""
+    if cfg.frozen_at(epoch):
+        return epoch % (cfg.data.views + 1)
+    return epoch + 1 if cfg.data.views else 0
 
 
 class Batches(Sampler[BatchKey]):
-    """The batches of an epoch, as (epoch, positions); the order is a function of seed and epoch.
+    """One process's batches of an epoch, as (epoch, positions); the order is a function of seed and epoch.
 
     Lightning calls `set_epoch` before each epoch, and workers learn the epoch with the batch.
     """
 
-    def __init__(self, slices: int, batch_size: int, seed: int | None = None) -> None:
-        """seed: of the order; None: as they come."""
-        self.slices, self.batch_size, self.seed, self.epoch = slices, batch_size, seed, 0
+    def __init__(
+        self, slices: int, batch_size: int, seed: int | None = None, rank: int = 0, processes: int = 1
+    ) -> None:
+        """batch_size: of all processes together; seed: of the order; None: as they come, and no slice twice."""
+        self.batch_size, self.epoch = max(1, batch_size // processes), 0
+        every = range(slices)
+        self.order: DistributedSampler | range = every[rank::processes]
+        if seed is not None:
+            self.order = DistributedSampler(every, processes, rank, seed=seed)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if isinstance(self.order, DistributedSampler):
+            self.order.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return math.ceil(self.slices / self.batch_size)
+        return math.ceil(len(self.order) / self.batch_size)
 
     def __iter__(self) -> Iterator[BatchKey]:
-        order = torch.arange(self.slices)
-        if self.seed is not None:
-            order = torch.randperm(self.slices, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-        for start in range(0, self.slices, self.batch_size):
-            yield self.epoch, order[start : start + self.batch_size].tolist()
+        order = list(self.order)
+        for start in range(0, len(order), self.batch_size):
+            yield self.epoch, order[start : start + self.batch_size]
 
 
 class SliceModule(L.LightningDataModule):
@@ -120,12 +126,12 @@ class SliceModule(L.LightningDataModule):
         self.store = open_store(prepared_folder(self.cfg))
         self.manifest = load_splits(self.store.manifest, self.cfg)
 
-    def dataset(self, split: str, view_of: Callable[[int], int] = lambda epoch: 0) -> SliceDataset:
+    def dataset(self, split: str, train: bool = False) -> SliceDataset:
         """The slices of a split; images unless features were given for it (see `features`)."""
         assert self.store is not None, "setup() comes first"
         part = self.manifest[self.manifest["split"] == split]
         y = part["target"].to_numpy(np.int64)
-        return SliceDataset(self.store.images, part, y, self.cfg, view_of, self.features.get(split, ()))
+        return SliceDataset(self.store.images, part, y, self.cfg, train, self.features.get(split, ()))
 
     def class_counts(self) -> torch.Tensor:
         """Slices of each class in train, float32 [classes]."""
@@ -133,7 +139,7 @@ class SliceModule(L.LightningDataModule):
         return torch.tensor(np.bincount(y, minlength=len(self.class_names)), dtype=torch.float32)
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader("train", shuffle=True)
+        return self._loader("train", train=True)
 
     def val_dataloader(self) -> DataLoader:
         return self._loader("valid")
@@ -141,21 +147,15 @@ class SliceModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader("test")
 
-    def view_of(self, epoch: int) -> int:
-        """The view that training sees: frozen training cycles through its views, fine-tuning never sees one twice."""
-        views = self.cfg.data.views
-        if self.cfg.frozen_at(epoch):
-            return epoch % (views + 1)
-        return epoch + 1 if views else 0
-
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        dataset = self.dataset(split, self.view_of if shuffle else lambda epoch: 0)
-        if self.trainer is not None and not self.cfg.frozen_at(self.trainer.current_epoch):
+    def _loader(self, split: str, train: bool = False) -> DataLoader:
+        dataset, trainer = self.dataset(split, train), self.trainer
+        if trainer is not None and not self.cfg.frozen_at(trainer.current_epoch):
             dataset.features = ()
+        place = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         return DataLoader(
             dataset,
             batch_size=None,  # a key is a batch
-            sampler=Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if shuffle else None),
+            sampler=Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if train else None, *place),
             num_workers=0 if dataset.features else self.cfg.data.workers,
             pin_memory=torch.cuda.is_available(),
         )

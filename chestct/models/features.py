@@ -2,8 +2,7 @@
 
 A cache folder belongs to one feature space (weights, preprocessing, view settings) and holds shards: safetensors files
 of some hundred slices with a checksum, each written whole or not at all. A killed run loses one shard at most, and
-several processes can write at once; a damaged shard is never believed. The processes of one training (DDP) compute a
-share each and read the rest.
+several processes can write at once; a damaged shard is never believed.
 """
 
 import json
@@ -23,9 +22,6 @@ from chestct.data.datamodule import SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
 from chestct.models.vgg16 import VGG16
-from chestct.ranks import place, together
-
-ALL = slice(None)
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
@@ -37,11 +33,11 @@ FORMAT = 2
 def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str]) -> None:
     """Gives the data module the frozen features of these splits: every view that training will see, else the plain one.
 
-    Images are then not touched any more while the convolutions are frozen. All processes of a training call it.
+    Images are then not touched any more while the convolutions are frozen.
     """
     with Progress(disable=not cfg.trainer.progress, transient=True) as progress:
 
-        def of(split: str, view: int, share: slice = ALL) -> torch.Tensor:
+        def of(split: str, view: int) -> torch.Tensor:
             dataset = data.dataset(split)
             return extract(
                 net,
@@ -49,16 +45,12 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str]) ->
                 dataset.contents,
                 space_folder(cfg, net.digest, view),
                 batch_size=cfg.features.batch_size,
-                share=share,
                 progress=progress,
                 label=f"Features, {split}, view {view}",
             )
 
         trained = min(cfg.data.views + 1, cfg.trainer.max_epochs)
         views = {split: range(trained if split == "train" else 1) for split in splits}
-        if place().size > 1:
-            ours = slice(place().rank, None, place().size)
-            together(lambda: [of(split, view, ours) for split in splits for view in views[split]])
         data.features |= {split: [of(split, view) for view in views[split]] for split in splits}
 
 
@@ -77,24 +69,20 @@ def extract(
     folder: Path,
     *,
     batch_size: int,
-    share: slice = ALL,
     progress: Progress | None = None,
     label: str = "Features",
 ) -> torch.Tensor:
     """Pooled features float32 [N, D] of N slices, from the cache where they are there, else computed and cached.
 
-    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features;
-    share: of the different contents, those that this call computes. The result lies on the CPU; slices that are
-    neither cached nor in the share are left out.
+    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features. The
+    result lies on the CPU.
     """
     rows = _load(folder, set(contents))
     first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
-    # A share of all, not of what is missing: that changes while other processes write.
-    todo = [i for i in sorted(first.values())[share] if contents[i] not in rows]
+    todo = [i for i in sorted(first.values()) if contents[i] not in rows]
     if todo:
         rows |= _compute(net, slices, contents, todo, folder, batch_size, progress, label)
-    features = [rows[content] for content in contents if content in rows]
-    return torch.stack(features) if features else torch.empty(0)
+    return torch.stack([rows[content] for content in contents])
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ knows the data it was made for. Convolutions that never train are not saved: the
 
 import dataclasses
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics import classification as tm
 
 from chestct.config.checks import resolve
@@ -23,13 +22,12 @@ from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.vgg16 import VGG16, count_parameters
 from chestct.models.weights import load_weights
-from chestct.ranks import gather, place
 
 Batch = dict[str, torch.Tensor]
 
 
 class Classifier(L.LightningModule):
-    """Trains a VGG16 on batches of `x` (slices, or pooled features), `y`, `i` and `batch_y` as SliceDataset makes them.
+    """Trains a VGG16 on batches of `x` (slices, or pooled features), `y` and `i` as SliceDataset makes them.
 
     settings: the run's Config as plain containers; class_names: in the order of the targets; class_counts: slices of
     each class in train, for the class weights; data: what identifies the data (hash, split, leaks), kept for the
@@ -54,27 +52,22 @@ class Classifier(L.LightningModule):
         weight = counts.sum() / (len(counts) * counts) if cfg.optim.class_weights else torch.ones(len(counts))
         self.register_buffer("class_weight", weight, persistent=False)
         self.metrics = nn.ModuleDict({f"{s}_": metric_collection(outputs, s) for s in ("train", "valid", "test")})
+        self.losses = nn.ModuleDict({f"{s}_": MeanMetric() for s in ("train", "valid", "test")})
         self.predictions: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: slices float [B, 1, S, S] in [0, 1], or features [B, D]. Returns logits [B, outputs]."""
         return self.net.head(x) if x.ndim == 2 else self.net(x)
 
-    def loss(self, logits: torch.Tensor, y: torch.Tensor, batch_y: torch.Tensor) -> torch.Tensor:
-        """Class-weighted mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B].
-
-        batch_y: y of the whole batch, of which this process may hold a share. The mean over processes of what they
-        return is the loss of the whole batch, however unequal the shares: an empty one gives 0.
-        """
+    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Class-weighted mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B]."""
         weight = cast(torch.Tensor, self.class_weight)
         smoothing = self.cfg.optim.label_smoothing
         if logits.shape[1] > 1:
-            total = functional.cross_entropy(logits, y, weight, label_smoothing=smoothing, reduction="sum")
-        else:
-            target = y * (1 - smoothing) + smoothing / 2
-            losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
-            total = (losses * weight[y]).sum()
-        return total * place().size / weight[batch_y].sum()
+            return functional.cross_entropy(logits, y, weight, label_smoothing=smoothing)
+        target = y * (1 - smoothing) + smoothing / 2
+        losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+        return (losses * weight[y]).sum() / weight[y].sum()
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self._step(batch, "train")
@@ -89,24 +82,22 @@ class Classifier(L.LightningModule):
         self._step(batch, "test")
 
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
-        size = len(batch["batch_y"])
         logits = self(batch["x"])
-        loss = self.loss(logits, batch["y"], batch["batch_y"])
-        # Weighed with the whole batch: each process's part of it is in its loss already.
-        shown = stage == "valid"
-        self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=size, prog_bar=shown, sync_dist=True)
+        loss = self.loss(logits, batch["y"])
+        # Batches count by their class weights: the mean over an epoch is that over its slices, however they are dealt.
+        weight = cast(torch.Tensor, self.class_weight)[batch["y"]].sum()
+        cast(MeanMetric, self.losses[f"{stage}_"]).update(loss.detach(), weight)
         scores = logits.detach().float()
         # Scores, not logits: torchmetrics takes logits that happen to lie in [0, 1] for scores.
         scores = scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
-        if len(scores):
-            cast(MetricCollection, self.metrics[f"{stage}_"]).update(scores, batch["y"])
+        cast(MetricCollection, self.metrics[f"{stage}_"]).update(scores, batch["y"])
         if stage != "train":
             self.predictions.setdefault(stage, []).append((batch["i"].cpu(), logits.detach().float().cpu()))
         return loss
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
-        seed = self.cfg.seed * 1_000_003 + self.global_step
+        seed = (self.cfg.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.trainer.global_rank
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds where there is no GPU
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -114,6 +105,8 @@ class Classifier(L.LightningModule):
     def _log_metrics(self, stage: str) -> None:
         # Once an epoch: logged in every step, metrics would cost more than all else that a step on features does.
         self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]), on_step=False, on_epoch=True)
+        mean = cast(MeanMetric, self.losses[f"{stage}_"])
+        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, prog_bar=stage == "valid")
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("valid")
@@ -122,15 +115,20 @@ class Classifier(L.LightningModule):
         self._log_metrics("test")
 
     def on_validation_epoch_start(self) -> None:
-        self.predictions.pop("valid", None)
+        self._begin("valid")
 
     def on_test_epoch_start(self) -> None:
-        self.predictions.pop("test", None)
+        self._begin("test")
+
+    def _begin(self, stage: str) -> None:
+        # Lightning resets only what the same trainer has measured.
+        self.predictions.pop(stage, None)
+        cast(MetricCollection, self.metrics[f"{stage}_"]).reset()
+        cast(MeanMetric, self.losses[f"{stage}_"]).reset()
 
     def logits(self, stage: str) -> torch.Tensor:
-        """Logits [N, outputs] of the last validation or test, in the order of the split's slices; all processes ask."""
-        batches = chain.from_iterable(gather(self.predictions[stage]))
-        positions, logits = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        """Logits [N, outputs] of the last validation or test of one process, in the order of the split's slices."""
+        positions, logits = (torch.cat(parts) for parts in zip(*self.predictions[stage], strict=True))
         return logits[positions.argsort()]
 
     def configure_optimizers(self) -> Any:

@@ -1,11 +1,9 @@
-"""What happens around the steps: history, checkpoints, early stopping, and an orderly end when told to stop."""
+"""What happens around the steps: history, convolutions that join in, early stopping, and hopeless trials ended."""
 
 import gc
+import multiprocessing
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning as L
@@ -14,27 +12,27 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config.schema import TrainerConfig
-from chestct.errors import Interrupted
+from chestct.files import write_atomic
 from chestct.models.lightning_module import Classifier
-from chestct.ranks import any_of, is_first, on_first
 from chestct.sweep.study import mark_pruned, trial_of
 
 if TYPE_CHECKING:
     import optuna
 
 
-def all_callbacks(cfg: TrainerConfig, out: Path) -> list[Callback]:
+def callbacks_of(cfg: TrainerConfig, out: Path) -> list[Callback]:
     """Every callback of a training run but those that keep checkpoints."""
-    found: list[Callback] = [History(out / "history.csv"), StopWhenTold()]
+    callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
     if trial := trial_of(out):
-        found.append(Prune(trial, cfg.monitor))
+        callbacks.append(Prune(trial, cfg.monitor))
     if cfg.unfreeze_epoch:
-        found.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
+        callbacks.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
     if cfg.patience:
-        found.append(EarlyStopping(cfg.monitor, patience=cfg.patience, mode=cfg.mode, check_on_train_epoch_end=True))
+        stop = EarlyStopping(cfg.monitor, patience=cfg.patience, mode=cfg.mode, check_on_train_epoch_end=True)
+        callbacks.append(stop)
     if cfg.progress:
-        found.append(RichProgressBar(leave=False))
-    return found
+        callbacks.append(RichProgressBar(leave=False))
+    return callbacks
 
 
 class History(Callback):
@@ -48,8 +46,8 @@ class History(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         rates = {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
         self.rows.append({"epoch": trainer.current_epoch} | metrics | rates)
-        if is_first():
-            pd.DataFrame(self.rows).to_csv(self.path, index=False)
+        if trainer.is_global_zero:
+            write_atomic(self.path, pd.DataFrame(self.rows).to_csv(index=False))
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -59,7 +57,11 @@ class History(Callback):
 
 
 class Unfreeze(Callback):
-    """Lets the last blocks of convolutions train from an epoch on; also in a run that is resumed after it."""
+    """Lets the last blocks of convolutions train from an epoch on; also in a run that is resumed after it.
+
+    Lightning's BaseFinetuning adds parameters to the optimiser on the way, and so cannot have a schedule over the whole
+    run; here they are in it from the start, without gradients.
+    """
 
     def __init__(self, epoch: int, blocks: int) -> None:
         self.epoch, self.blocks = epoch, blocks
@@ -84,7 +86,8 @@ class Prune(Callback):
         self.trial, self.monitor = trial, monitor
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if on_first(lambda: self._hopeless(float(trainer.callback_metrics[self.monitor]), trainer.current_epoch)):
+        value, epoch = float(trainer.callback_metrics[self.monitor]), trainer.current_epoch
+        if trainer.strategy.broadcast(trainer.is_global_zero and self._hopeless(value, epoch)):
             trainer.should_stop = True
 
     def _hopeless(self, value: float, epoch: int) -> bool:
@@ -94,45 +97,13 @@ class Prune(Callback):
         return pruned
 
 
-class StopWhenTold(Callback):
-    """Ends training between two batches after Ctrl-C or SIGTERM; the checkpoint of the last whole epoch stays.
+class EndWithParent(Callback):
+    """Lets SIGTERM end a process that Lightning started for DDP at once.
 
-    A half epoch is not kept, so that a resumed run ends exactly where the uninterrupted one would have.
+    The process that started it ends all of them together and tells of it; the checkpoint of the last whole epoch is in
+    place. Lightning's own handler would wait for the other processes, one of which may be gone.
     """
 
-    def __init__(self) -> None:
-        self.told = False
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._stop(trainer)
-
-    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._stop(trainer)
-
-    def _stop(self, trainer: L.Trainer) -> None:
-        if any_of(self.told):
-            raise Interrupted
-
-
-@contextmanager
-def stop_on_signals(callback: StopWhenTold) -> Iterator[None]:
-    """While this is open, SIGINT and SIGTERM make training stop at the next batch; a second signal stops at once.
-
-    Of several processes it is enough that one is told; they stop after the same batch.
-    """
-
-    def handle(signum: int, _: FrameType | None) -> None:
-        if not is_first():
-            callback.told = True
-            return
-        if callback.told:
-            raise Interrupted("Stopped at once.")
-        callback.told = True
-        print("\nStopping after this batch; again to stop at once.")
-
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1 and multiprocessing.parent_process():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from chestct.config.schema import TrainerConfig
 from chestct.files import write_atomic
-from chestct.models.checkpoint import read_checkpoint, sealed
+from chestct.models.checkpoint import sealed
 
 
 def keepers(cfg: TrainerConfig, folder: Path) -> tuple[ModelCheckpoint, ModelCheckpoint]:
@@ -31,6 +31,3 @@ class SealedCheckpoints(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), sealed(buffer.getvalue()))
-
-    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        return read_checkpoint(Path(path))

@@ -1,34 +1,42 @@
 """One training run, start to end: settings in, a result out. train.py, sweeps, notebooks and tests all call this."""
 
 import dataclasses
-import logging
-import sys
-import warnings
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import pandas as pd
 import torch.distributed as dist
+from filelock import FileLock
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import OmegaConf
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
+from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach
 from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
-from chestct.ranks import Place, is_first, on_first, place, share, together
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
-from chestct.training.callbacks import StopWhenTold, all_callbacks, stop_on_signals
+from chestct.training.callbacks import callbacks_of
 from chestct.training.checkpoints import SealedCheckpoints, keepers
-from chestct.training.processes import connected, devices, environment, processes
 
 
 @dataclass(frozen=True)
@@ -42,97 +50,127 @@ class Result:
     metrics: dict[str, float]  # valid/... and test/... (without evaluation.report: valid only)
     predictions: pd.DataFrame  # of the same slices, see chestct.models.predictions
     data: SliceModule
+    model: Classifier
 
 
 def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | None = None) -> Result:
     """Trains as `cfg` says, keeps checkpoints and history in `out`, and tests the best checkpoint.
 
-    data: made from `cfg` unless it is given, set up or not; this process alone then trains. With cfg.ckpt, goes on from
-    that checkpoint. With trainer.strategy=ddp, other processes take part while it lasts.
+    data: made from `cfg` unless it is given, set up or not. With cfg.ckpt, goes on from that checkpoint. With
+    trainer.strategy=ddp, other processes take part in the training, and this one alone measures the best checkpoint.
     Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C or SIGTERM; the checkpoint of the last
     whole epoch is then in place.
     """
-    if data is not None:  # which other processes do not have
-        cfg = dataclasses.replace(
-            cfg, trainer=dataclasses.replace(cfg.trainer, strategy="single", devices="auto", num_nodes=1)
-        )
-    with processes(cfg.trainer, join):
-        return _train(cfg, out, run or Run(), data)
-
-
-def join(here: Place, port: int | None = None) -> None:
-    """What every process but the first does: takes part in the training that the first one shares, and ends.
-
-    port: of the first process's store, where this project started the processes.
-    """
-    store = None if port is None else dist.TCPStore("127.0.0.1", port, is_master=False)
-    try:
-        with connected(here, store):
-            _train(None, None, Run(), None)
-    except (ChestCTError, KeyboardInterrupt):
-        sys.exit(2)  # the first process tells of it
-    except Interrupted:
-        sys.exit(130)
-
-
-def _train(cfg: Config | None, out: Path | None, run: Run, data: SliceModule | None) -> Result:
-    """The same in every process; only the first has settings and a run to record."""
-    cfg, out = share((cfg, out))
-    assert cfg is not None
-    assert out is not None
-    if not is_first():
-        cfg = dataclasses.replace(cfg, trainer=dataclasses.replace(cfg.trainer, progress=False))
-    _quiet()
-    on_first(lambda: _make_writable(out, cfg))
+    run = run or Run()
     L.seed_everything(cfg.seed, verbose=False)
-    data = data or SliceModule(cfg)
-    on_first(data.prepare_data)
-    keeper, last = keepers(cfg.trainer, out / "checkpoints")
-    callbacks = [*all_callbacks(cfg.trainer, out), keeper, last]
-    model, resume, trainer = together(lambda: _set_up(cfg, out, data, callbacks))
-    run.begin()
-    trainer.loggers = run.loggers()
-    if cfg.features.cache and cfg.starts_frozen:
-        model.to(trainer.strategy.root_device)
-        splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
-        attach(data, model.net, cfg, splits)
-    on_first(lambda: _record_data(cfg, data, run))
-    run.tags(model.parameter_counts())
+    _make_writable(out, cfg)
+    best, last = keepers(cfg.trainer, out / "checkpoints")
+    trainer = _trainer(cfg, out, [*callbacks_of(cfg.trainer, out), best, last])
 
-    stop = next(callback for callback in callbacks if isinstance(callback, StopWhenTold))
+    with _one_at_a_time(cfg):
+        data = data or SliceModule(cfg)
+        data.prepare_data()
+        data.setup()
+        _check_shares(cfg, data, trainer.world_size)
+        model = _classifier(cfg, data)
+        resume = _resumable(cfg, model)
+        run.begin()  # now that all this has proved usable
+        trainer.loggers = run.loggers()
+        if cfg.features.cache and cfg.starts_frozen:
+            model.to(trainer.strategy.root_device)
+            attach(data, model.net, cfg, ("train", "valid", "test") if cfg.always_frozen else ("train", "valid"))
+        _record(cfg, data, model, run)
+
+    with _ended_in_order(trainer, out):
+        trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    if not cfg.always_frozen:
+        data.features.clear()  # they are of convolutions that have trained since
+
+    paths = Path(best.best_model_path), out / "checkpoints" / "last.ckpt"
+    metrics, predictions = _measure(cfg, paths[0], model, data, trainer)
+    return Result(out, *paths, read_checkpoint(paths[1])["epoch"] + 1, metrics, predictions, data, model)
+
+
+def _trainer(cfg: Config, out: Path, callbacks: list[Callback]) -> L.Trainer:
+    """Lightning's trainer for these settings. Raises ChestCTError where this machine cannot meet them."""
+    where = environment()
+    strategy: str | Strategy = "auto"
+    if cfg.trainer.strategy == "ddp":
+        # Processes that Lightning starts itself get what they need from this one: as scripts (popen) each would compose
+        # settings, make a run folder and start the sweep again.
+        strategy = DDPStrategy(start_method="popen" if where.creates_processes_externally else "spawn")
+    devices: int | str = cfg.trainer.devices
+    if devices == "auto":
+        devices = where.world_size() // cfg.trainer.num_nodes if where.creates_processes_externally else devices
+        devices = 1 if cfg.trainer.strategy == "single" else devices
+    if where.creates_processes_externally and cfg.trainer.strategy == "single":
+        raise ConfigError(f"{where.world_size()} processes were started to train together: add trainer=ddp.")
     try:
-        with stop_on_signals(stop):
-            trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
-    except Interrupted:
-        kept = out / "checkpoints" / "last.ckpt"
-        rest = f"Go on with: python train.py ckpt={kept}" if kept.is_file() else "No epoch was finished."
-        raise Interrupted(f"Stopped in epoch {trainer.current_epoch}. {rest}") from None
-
-    best = Path(keeper.best_model_path)
-    metrics, predictions = _measure_best(cfg, best, model, data, trainer)
-    return Result(
-        out,
-        best,
-        Path(last.best_model_path),
-        trainer.current_epoch,
-        metrics,
-        predictions,
-        data=data,
-    )
-
-
-def _set_up(
-    cfg: Config, out: Path, data: SliceModule, callbacks: list[Callback]
-) -> tuple[Classifier, Path | None, L.Trainer]:
-    """What can go wrong before anything is computed: data, model, the checkpoint to go on from, the trainer."""
-    data.setup()
-    smallest = min(data.manifest["split"].value_counts().min(), cfg.data.batch_size)
-    if smallest < place().size:
-        raise ConfigError(
-            f"{place().size} processes share batches and splits, the smallest of which has {smallest} slices."
+        return L.Trainer(
+            max_epochs=cfg.trainer.max_epochs,
+            accelerator=cfg.trainer.accelerator,
+            devices=devices,
+            num_nodes=cfg.trainer.num_nodes,
+            strategy=strategy,
+            plugins=[where, SealedCheckpoints()],
+            precision=cfg.trainer.precision,  # type: ignore[arg-type]
+            deterministic=cfg.trainer.deterministic,
+            logger=False,  # run.loggers() follow when the run has begun
+            callbacks=callbacks,
+            default_root_dir=out,
+            num_sanity_val_steps=0,
+            enable_progress_bar=cfg.trainer.progress,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # chestct.data.datamodule.Batches deals the slices
+            # The loaders change from features to images when convolutions join in.
+            reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
         )
-    model = _classifier(cfg, data)
-    return model, _resumable(cfg, model), _trainer(cfg, out, callbacks)
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
+
+
+def environment() -> ClusterEnvironment:
+    """Who starts the processes of a training: torchrun, srun, or Lightning itself.
+
+    Named, because Lightning takes each batch script of SLURM's for one of several processes, and there ignores SIGTERM.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
+
+
+@contextmanager
+def _one_at_a_time(cfg: Config) -> Iterator[None]:
+    """Processes that torchrun or srun started prepare data one after the other: the first makes it, others read it."""
+    cfg.cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cfg.cache / "prepare.lock") if environment().creates_processes_externally else nullcontext():
+        yield
+
+
+@contextmanager
+def _ended_in_order(trainer: L.Trainer, out: Path) -> Iterator[None]:
+    """Says what is left of a training that was stopped, or that one of its processes left, and ends the others.
+
+    Raises Interrupted after Ctrl-C and SIGTERM, on which Lightning exits; ChestCTError where a process died.
+    """
+    last = out / "checkpoints" / "last.ckpt"
+    resume = f"Go on with: python train.py ckpt={last}"
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt, SystemExit):
+        if not last.is_file():
+            raise Interrupted("Stopped. No epoch was finished.") from None
+        raise Interrupted(f"Stopped in epoch {read_checkpoint(last)['epoch'] + 1}. {resume}") from None
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        message = f"Of {trainer.world_size} processes, {str(error).strip().removeprefix('-- ')}"
+        raise ChestCTError(f"{message}, and the training with it. {resume}") from None
+    finally:
+        if trainer.strategy.launcher is not None:
+            trainer.strategy.launcher.kill(signal.SIGKILL)  # files are whole at any time
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _classifier(cfg: Config, data: SliceModule) -> Classifier:
@@ -145,8 +183,17 @@ def _classifier(cfg: Config, data: SliceModule) -> Classifier:
     )
 
 
+def _check_shares(cfg: Config, data: SliceModule, processes: int) -> None:
+    smallest = min(data.manifest["split"].value_counts().min(), cfg.data.batch_size)
+    if smallest < processes:
+        raise ConfigError(
+            f"{processes} processes share batches and splits, the smallest of which has {smallest} slices. Start fewer "
+            "with trainer.devices=N, or raise data.batch_size."
+        )
+
+
 def _resumable(cfg: Config, model: Classifier) -> Path | None:
-    """The checkpoint to go on from, found fit for it before anything is computed."""
+    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data."""
     if not cfg.ckpt:
         return None
     checkpoint = read_checkpoint(Path(cfg.ckpt))
@@ -160,42 +207,16 @@ def _resumable(cfg: Config, model: Classifier) -> Path | None:
     return Path(cfg.ckpt)
 
 
-def _trainer(cfg: Config, out: Path, callbacks: list) -> L.Trainer:
-    # Buffers here are constants.
-    strategy = DDPStrategy(forward_sync_buffers=False) if cfg.trainer.strategy == "ddp" else "auto"
-    try:
-        trainer = L.Trainer(
-            max_epochs=cfg.trainer.max_epochs,
-            accelerator=cfg.trainer.accelerator,
-            devices=devices(cfg.trainer),
-            num_nodes=cfg.trainer.num_nodes,
-            strategy=strategy,
-            plugins=[environment(), SealedCheckpoints()],
-            precision=cfg.trainer.precision,  # type: ignore[arg-type]
-            deterministic=cfg.trainer.deterministic,
-            logger=False,  # the run begins when all this has proved usable
-            callbacks=callbacks,
-            default_root_dir=out,
-            num_sanity_val_steps=0,
-            enable_progress_bar=cfg.trainer.progress,
-            enable_model_summary=False,
-            use_distributed_sampler=False,  # SliceDataset gives each process its share
-            # The loaders change from features to images when convolutions join in.
-            reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
-        )
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
-    # Lightning's handler of SIGTERM talks to the other processes from wherever it interrupts this one, and may hang
-    # them all; StopWhenTold does it between batches.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    return trainer
-
-
-def _measure_best(
-    cfg: Config, best: Path, model: Classifier, data: SliceModule, trainer: L.Trainer
+def _measure(
+    cfg: Config, best: Path, model: Classifier, data: SliceModule, trained: L.Trainer
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """Metrics and predictions of the best checkpoint on valid and test; a job of a search never looks at test."""
+    """Metrics and predictions of the best checkpoint on valid and test; a job of a search never looks at test.
+
+    By one process, whatever trained: no slice is then counted twice.
+    """
     model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
+    one = dataclasses.replace(cfg.trainer, strategy="single", devices="auto", num_nodes=1)
+    trainer = _trainer(dataclasses.replace(cfg, trainer=one), best.parent.parent, [])
     # Loaders, not the data module: Lightning would look again whether the files changed.
     metrics = dict(trainer.validate(model, data.val_dataloader(), verbose=False)[0])
     if cfg.evaluation.report:
@@ -205,10 +226,13 @@ def _measure_best(
         for split in ("valid", "test")
         if split in model.predictions
     ]
-    return {name: float(value) for name, value in metrics.items()}, pd.concat(tables, ignore_index=True)
+    numbers = {name: float(value) for name, value in metrics.items()}
+    for logger in trained.loggers:
+        logger.log_metrics(numbers, trained.global_step)
+    return numbers, pd.concat(tables, ignore_index=True)
 
 
-def _record_data(cfg: Config, data: SliceModule, run: Run) -> None:
+def _record(cfg: Config, data: SliceModule, model: Classifier, run: Run) -> None:
     """Audits the data where that has not been done, and tells the run what it stands on."""
     assert data.store is not None
     slices = {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()}
@@ -222,33 +246,15 @@ def _record_data(cfg: Config, data: SliceModule, run: Run) -> None:
             "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
             "data.synthetic": is_synthetic(cfg.data),
             **{f"slices.{split}": n for split, n in slices.items()},
+            **model.parameter_counts(),
         }
     )
 
 
 def _make_writable(out: Path, cfg: Config) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.touch()
-        probe.unlink()
-        (out / "settings.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        write_atomic(out / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     except OSError as error:
         raise ChestCTError(
             f"Cannot write to the run folder {out}: {error.strerror}. Choose another with runs_dir=FOLDER."
         ) from None
-
-
-def _quiet() -> None:
-    """Silences what Lightning says to everybody, so that what it says to somebody is seen."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Lightning 2.6 calls a name that torch 2.14 renamed; nothing that a user could mend.
-    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-    # Batches come whole from memory: more workers would only cost.
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    # A resumed run writes into the folder it began in.
-    warnings.filterwarnings("ignore", ".*exists and is not empty.*")
-    # Frozen convolutions stay in eval mode, on purpose.
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
-    # An epoch of a few dozen steps is logged once, at its end.
-    warnings.filterwarnings("ignore", ".*is smaller than the logging interval.*")

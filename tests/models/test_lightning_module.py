@@ -4,13 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from chestct import ranks
 from chestct.config.schema import classes_of
 from chestct.errors import WeightsError
 from chestct.models.lightning_module import Classifier, check_fits, metric_collection
 
 BATCH = {"x": torch.rand(4, 512), "y": torch.tensor([0, 1, 1, 1]), "i": torch.arange(4)}
-BATCH["batch_y"] = BATCH["y"]
 
 
 def make(cfg, counts=None):
@@ -24,27 +22,14 @@ def test_binary_loss_is_weighted_and_smoothed_cross_entropy(small):
     target = torch.tensor([0.1, 0.9, 0.9, 0.9])
     weight = torch.tensor([2.0, 2 / 3, 2 / 3, 2 / 3])
     losses = functional.binary_cross_entropy(logits[:, 0].sigmoid(), target, reduction="none")
-    assert model.loss(logits, y, y).item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-5)
+    assert model.loss(logits, y).item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-5)
 
 
 def test_subtype_loss_is_weighted_cross_entropy(small):
     model = make(small("task=subtype"), [1.0, 1.0, 2.0, 4.0])
     logits, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
     weight = 8 / (4 * torch.tensor([1.0, 1.0, 2.0, 4.0]))
-    assert model.loss(logits, y, y).item() == pytest.approx(
-        functional.cross_entropy(logits, y, weight).item(), rel=1e-6
-    )
-
-
-@pytest.mark.parametrize("settings", [(), ("task=subtype",)])
-def test_the_loss_of_a_batch_is_the_mean_of_what_processes_with_unequal_shares_return(small, monkeypatch, settings):
-    cfg = small("optim.label_smoothing=0.2", *settings)
-    model = make(cfg, [1.0, 3.0, 2.0, 5.0][: len(classes_of(cfg.task))])
-    logits, y = torch.randn(5, model.net.head[-1].out_features), torch.tensor([0, 1, 1, 0, 1])
-    whole = model.loss(logits, y, y)
-    monkeypatch.setattr(ranks, "_place", ranks.Place(size=6))
-    shares = [model.loss(logits[i::6], y[i::6], y) for i in range(6)]  # the last has none
-    assert torch.stack(shares).mean().item() == pytest.approx(whole.item(), rel=1e-6)
+    assert model.loss(logits, y).item() == pytest.approx(functional.cross_entropy(logits, y, weight).item(), rel=1e-6)
 
 
 def test_logits_between_0_and_1_are_not_taken_for_scores(small, monkeypatch):

@@ -82,15 +82,12 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_pat
             assert (ours or 0) == pytest.approx(result.metrics[f"{split}/{name}"], abs=1e-6), f"{split}/{name}"
 
 
-def stop_after(epochs):
-    """A callback that ends a run the way a signal does, in the epoch after so many."""
+class StopInTheSecond(callbacks.History):
+    """Ends a run the way a signal does: in the second epoch, after a batch."""
 
-    class Stop(callbacks.StopWhenTold):
-        def on_train_batch_end(self, trainer, *rest):
-            self.told = trainer.current_epoch == epochs
-            super().on_train_batch_end(trainer, *rest)
-
-    return Stop
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
     overrides = ("trainer.max_epochs=4", "optim.lr=0.01", *overrides)
     whole = train(small(*overrides), tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "StopWhenTold", stop_after(1))
+        patch.setattr(callbacks, "History", StopInTheSecond)
         with pytest.raises(Interrupted, match=r"ckpt=.*last\.ckpt"):
             train(small(*overrides), tmp_path / "cut")
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
