@@ -14,7 +14,7 @@ from chestct.config.compose import PIPELINE, change_params, merge_settings
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
-from chestct.program import errors_for_people, program
+from chestct.program import errors_for_people, program, rank
 
 if TYPE_CHECKING:
     from chestct.evaluation.evaluate import Evaluation
@@ -125,6 +125,9 @@ def train(cfg: Config, out: Path) -> float:
 
     if cfg.ckpt:
         cfg = from_checkpoint(cfg)
+    if rank():  # takes part, and leaves all else to the first process
+        fit(cfg, out)
+        return 0.0
     with sole_writer(out), open_run(cfg, out) as run:
         result = fit(cfg, out, run)
         run.artifacts(out / "settings.yaml", "config")

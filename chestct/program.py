@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from omegaconf import DictConfig
 from chestct.config.checks import explain, resolve, suggest
 from chestct.config.compose import CONF, compose, help_text, quoted, readable
 from chestct.config.schema import Config
-from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 """What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
@@ -30,6 +31,9 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
 """Hydra's own options; everything else is a setting, `key=value`."""
+
+NO_RUN = {"-m", "--multirun", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c"}
+"""Those with which there is no single run, and so no folder to go on in."""
 
 HYDRAS_FILES = {".hydra", ".lock", "settings.yaml", "train.log", "evaluate.log"}
 """What lies in a run folder before anything was computed."""
@@ -57,9 +61,13 @@ def program(
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
                 signal.signal(signal.SIGTERM, _terminate)
                 flags, overrides = split_arguments(arguments)
+                _refuse_several(config_name, bool(flags.keys() & {"-m", "--multirun"}))
                 overrides = [readable(override, bool(flags.keys() & {"-m", "--multirun"})) for override in overrides]
                 _refuse_passwords(overrides)
-                if not flags.keys() & {"-m", "--multirun", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c"}:
+                if rank():  # the first process has the run folder
+                    scratch = tempfile.TemporaryDirectory(prefix="chestct-")
+                    overrides += [quoted("hydra.run.dir", scratch.name), "hydra.output_subdir=null"]
+                elif not flags.keys() & NO_RUN:
                     folder = run_folder(_check(config_name, flags, overrides))
                     if folder and not any(override.startswith("hydra.run.dir=") for override in overrides):
                         overrides.append(quoted("hydra.run.dir", str(folder)))
@@ -74,6 +82,23 @@ def program(
     return decorate
 
 
+def rank() -> int:
+    """Which of the processes that torchrun or srun started for one training this is; 0 for the only one."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def _refuse_several(config_name: str, sweep: bool) -> None:
+    """Raises ConfigError where torchrun or srun started several processes for what one does."""
+    several = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if several > 1 and config_name != "train":
+        raise ConfigError(f"{several} processes were started; only `chestct train` takes several.")
+    if several > 1 and sweep:
+        raise ConfigError(
+            f"{several} processes of a sweep were started. Start one: with trainer=ddp each job starts its own "
+            "processes, and launcher=... spreads jobs over machines."
+        )
+
+
 @contextlib.contextmanager
 def errors_for_people() -> Iterator[None]:
     """Ends the program with one message and a status, without a traceback, for whatever a user can mend."""
@@ -83,12 +108,15 @@ def errors_for_people() -> Iterator[None]:
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as stop:
-        print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
+        if not rank():
+            print(f"\n{str(stop) or 'Interrupted.'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `chestct train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        if rank() and isinstance(error, ConfigError | DataError):
+            sys.exit(2)  # all processes find it, and the first one says it
         print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
         sys.exit(2)
 

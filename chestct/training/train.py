@@ -93,7 +93,10 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
 def _trainer(cfg: Config, out: Path, callbacks: list[Callback]) -> L.Trainer:
     """Lightning's trainer for these settings. Raises ChestCTError where this machine cannot meet them."""
-    where = environment()
+    try:
+        where = environment()
+    except RuntimeError as error:  # what Lightning expects of SLURM's options
+        raise ConfigError(str(error)) from None
     strategy: str | Strategy = "auto"
     if cfg.trainer.strategy == "ddp":
         # Processes that Lightning starts itself get what they need from this one: as scripts (popen) each would compose
