@@ -18,12 +18,16 @@ class RunLogger(MLFlowLogger):
     shared: the run is on a server, whose troubles are said once, when the run ends.
     """
 
-    def __init__(self, client: "MlflowClient", run_id: str, shared: bool = False) -> None:
-        super().__init__(tracking_uri=client.tracking_uri, run_id=run_id, synchronous=False)
-        self.client = client
+    def __init__(self, client: "MlflowClient", run_id: str, shared: bool = False, synchronous: bool = False) -> None:
+        super().__init__(tracking_uri=client.tracking_uri, run_id=run_id, synchronous=synchronous)
+        self.client, self.shared = client, shared
         if shared:
             queue = logging.getLogger("mlflow.utils.async_logging.async_logging_queue")
             queue.addFilter(lambda record: run_id not in record.getMessage())
+
+    def __reduce__(self) -> tuple[type, tuple[object, ...]]:
+        # A process that Lightning starts for DDP ends without waiting for threads.
+        return type(self), (self.client, self.run_id, self.shared, True)
 
     @property
     def experiment(self) -> "MlflowClient":
