@@ -99,7 +99,7 @@ def test_a_resumed_run_may_move_to_other_processes_and_stays_as_long(small):
     base = dataclasses.asdict(small("trainer.max_epochs=7", *TWO))
     assert merge_settings(small(), ["trainer=default"], base).trainer.strategy == "single"
     assert merge_settings(small(), ["trainer=default"], base).trainer.max_epochs == 7
-    assert merge_settings(small(), ["optim.lr=1"], base).trainer.devices == "2"
+    assert merge_settings(small(), ["optim.lr=1"], base).trainer.devices == "auto"  # what this machine has
 
 
 @pytest.mark.slow
