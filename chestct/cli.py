@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from chestct.config.compose import PIPELINE, change_params, merge_settings
 from chestct.config.schema import Config
+from chestct.config.targets import check_trusted
 from chestct.errors import ChestCTError, ConfigError, DataError
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import errors_for_people, program, rank
@@ -120,14 +121,26 @@ def _resumed_folder(cfg: Config) -> Path | None:
 
 @program("train", TRAIN, _resumed_folder)
 def train(cfg: Config, out: Path) -> float:
+    if cfg.seeds == 1:
+        return _train(cfg, out)[cfg.trainer.monitor]
+    from chestct.training.seeds import train_seeds
+
+    table = train_seeds(cfg, out, _train)
+    if not rank():
+        print(f"\n{cfg.seeds} seeds, mean and standard deviation (each: {out / 'seeds.csv'})")
+        print(table.map("{:.4f}".format).to_string())
+    return float(table["mean"][cfg.trainer.monitor])
+
+
+def _train(cfg: Config, out: Path) -> dict[str, float]:
+    """One training with its report and its MLflow run; the metrics of the best checkpoint."""
     from chestct.tracking import open_run, sole_writer
     from chestct.training import train as fit
 
     if cfg.ckpt:
         cfg = from_checkpoint(cfg)
     if rank():  # takes part, and leaves all else to the first process
-        fit(cfg, out)
-        return 0.0
+        return fit(cfg, out).metrics
     with sole_writer(out), open_run(cfg, out) as run:
         result = fit(cfg, out, run)
         run.artifacts(out / "settings.yaml", "config")
@@ -138,7 +151,7 @@ def train(cfg: Config, out: Path) -> float:
     print(f"{message}best checkpoint  {result.best}  ({cfg.trainer.monitor} {objective:.4f})")
     if run.run_id:
         print(f"MLflow run       {run.run_id} in {run.uri} (make ui)")
-    return objective
+    return result.metrics
 
 
 def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
@@ -372,6 +385,7 @@ def from_checkpoint(cfg: Config) -> Config:
 
     path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking)
     stored = read_checkpoint(path)["hyper_parameters"]["settings"]
+    check_trusted(stored, str(path), cfg.trust)
     overrides = list(HydraConfig.get().overrides.task)
     if HydraConfig.get().job.config_name == PIPELINE:  # params.yaml decides how the pipeline evaluates
         overrides.append("evaluation=params")

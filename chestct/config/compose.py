@@ -26,6 +26,10 @@ HERE = (
         "runs_dir",
         "bundle",
         "compare",
+        "callbacks",
+        "loggers",
+        "trust",
+        "seeds",
         "tracking",
         "serve",
         "monitor",
@@ -102,9 +106,9 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
     merged, source = OmegaConf.create(stored), OmegaConf.structured(cfg)
     keys = [override.split("=", 1)[0].lstrip("+~").split("@")[0] for override in overrides]
     keys = [{"data.labels_file": "data.labels"}.get(key, key) for key in keys]  # `resolve` read the file
-    if "experiment" in keys:
+    if group := next((key for key in keys if key in ("experiment", "debug")), None):
         raise ConfigError(
-            "With ckpt, the experiment is the checkpoint's own. Leave out experiment=, or give single settings."
+            f"With ckpt, the experiment is the checkpoint's own. Leave out {group}=, or give single settings."
         )
     for key in [*HERE, *keys]:
         # trainer=NAME says on what to train; how long is the checkpoint's.

@@ -171,6 +171,7 @@ class ModelConfig:
         choices=("gap", "flatten"),
     )
     hidden: list[int] = setting([], "widths of hidden layers between features and output")
+    head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")
     dropout: float = setting(0.0, "dropout before every linear layer of the head", low=0, high=0.95)
 
 
@@ -191,6 +192,8 @@ class OptimConfig:
     backbone_lr_ratio: float = setting(2e-3, "learning rate of the convolutions, relative to the head's", low=0, high=1)
     weight_decay: float = setting(0.3, "weight decay", low=0)
     momentum: float = setting(0.9, "momentum (sgd)", low=0, high=1)
+    optimizer: dict[str, Any] = setting({}, "another optimiser: {_target_: CLASS, ...}, made with the parameter groups")
+    scheduler: dict[str, Any] = setting({}, "another schedule: {_target_: CLASS, ...}, stepped every epoch")
     schedule: str = setting("cosine", "learning rate over time", choices=("constant", "cosine", "one_cycle"))
     warmup: float = setting(0.1, "share of all steps over which the learning rate rises", low=0, high=0.9)
     label_smoothing: float = setting(0.0, "how far targets move towards the uniform distribution", low=0, high=0.5)
@@ -219,6 +222,7 @@ class TrainerConfig:
     precision: str = setting("32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
     deterministic: bool = setting(True, "only algorithms that repeat exactly")
     progress: bool = setting(True, "show progress bars")
+    args: dict[str, Any] = setting({}, "any other argument of Lightning's Trainer: {gradient_clip_val: 1.0}")
 
     @property
     def mode(self) -> str:
@@ -324,6 +328,10 @@ class Config:
         None, "bundle to evaluate or to serve: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID"
     )
     compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
+    callbacks: dict[str, Any] = setting({}, "callbacks of Lightning's or your own: {NAME: {_target_: CLASS, ...}}")
+    loggers: dict[str, Any] = setting({}, "loggers next to MLflow's: {NAME: {_target_: CLASS, ...}}")
+    trust: list[str] = setting([], "packages whose classes a checkpoint's settings may name, see docs/extend.md")
+    seeds: int = setting(1, "trainings with seed, seed+1, ...; the end is their mean and spread", low=1, high=1000)
     runs_dir: str = setting("runs", "folder under which `ckpt=last` looks for runs")
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -116,7 +116,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
             "Nothing to evaluate: give a checkpoint with ckpt=runs/.../checkpoints/best.ckpt, ckpt=last for the "
             "newest run, or a bundle with bundle=FOLDER."
         )
-    model = load_classifier(Path(cfg.ckpt)).eval()
+    model = load_classifier(Path(cfg.ckpt), cfg.trust).eval()
     data = data or SliceModule(cfg)
     data.prepare_data()
     data.setup()

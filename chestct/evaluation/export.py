@@ -42,6 +42,7 @@ def facts(found: Evaluation) -> dict[str, Any]:
         "reliability": reliability(found),
         "model": {
             "backbone": cfg.model.backbone,
+            "head": cfg.model.head,
             "pool": cfg.model.pool,
             "hidden": list(cfg.model.hidden),
             "dropout": cfg.model.dropout,

@@ -23,6 +23,7 @@ from safetensors.torch import load, save_file
 
 import chestct
 from chestct.config.schema import ModelConfig, WindowConfig
+from chestct.config.targets import check_trusted
 from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
@@ -287,10 +288,11 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
         )
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
     head = _part(tensors, "head.")
-    cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"])
+    cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"], head=model.get("head", {}))
+    check_trusted(cfg.head, f"The bundle {folder}")
     layers = sorted((int(key.split(".")[0]), tensor) for key, tensor in head.items() if key.endswith(".weight"))
     widths = [len(tensor) for _, tensor in layers]
-    if widths != [*model["hidden"], outputs]:  # before memory is taken for what bundle.json says
+    if not cfg.head and widths != [*model["hidden"], outputs]:  # before memory is taken for what bundle.json says
         raise ValueError(f"the head's layers are {widths} wide, not {[*model['hidden'], outputs]}")
     net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
     net.head.load_state_dict(head)

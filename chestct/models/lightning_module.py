@@ -18,6 +18,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics import classification as tm
 
 from chestct.config.checks import resolve
+from chestct.config.targets import build, check_trusted
 from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.vgg16 import VGG16, count_parameters
@@ -133,6 +134,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optim
+        optimizer: torch.optim.Optimizer
         # Convolutions that join in later are in the optimiser from the start: without gradients it leaves them alone.
         later = self.net.features[self._first_layer() :].parameters()
         groups = [
@@ -140,12 +142,15 @@ class Classifier(L.LightningModule):
             {"params": list(later), "lr": cfg.lr * cfg.backbone_lr_ratio},
         ]
         groups = [group for group in groups if group["params"]]
-        if cfg.name == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay
-            )
+        if cfg.optimizer:
+            optimizer = build(cfg.optimizer, torch.optim.Optimizer, "optim.optimizer", groups)
+        elif cfg.name == "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
         else:
             optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+        if cfg.scheduler:
+            own = build(cfg.scheduler, lr_scheduler.LRScheduler, "optim.scheduler", optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": own, "monitor": self.cfg.trainer.monitor}}
         schedule = self._schedule(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -226,9 +231,14 @@ class BinaryBalancedAccuracy(tm.BinaryStatScores):
         return (tp / (tp + fn).clamp(min=1) + tn / (tn + fp).clamp(min=1)) / 2
 
 
-def load_classifier(path: Path) -> Classifier:
-    """The classifier in a checkpoint, on the CPU. Raises WeightsError as `read_checkpoint` and `check_fits` do."""
+def load_classifier(path: Path, trust: Sequence[str] = ()) -> Classifier:
+    """The classifier in a checkpoint, on the CPU.
+
+    trust: packages whose classes its settings may name, besides those of chestct.config.targets. Raises ConfigError
+    where they name others, WeightsError as `read_checkpoint` and `check_fits` do.
+    """
     checkpoint = read_checkpoint(path)
+    check_trusted(checkpoint["hyper_parameters"]["settings"], str(path), trust)
     model = Classifier(**checkpoint["hyper_parameters"])
     check_fits(checkpoint, model)
     model.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from chestct.config.schema import ModelConfig
+from chestct.config.targets import build
 from chestct.errors import ConfigError
 from chestct.models.weights import Weights, convolutions
 
@@ -123,7 +124,11 @@ def _filled(layers: nn.Sequential, weights: Weights) -> nn.Sequential:
 
 
 def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
-    """Pooling, then linear layers with ReLU and dropout between them."""
+    """Pooling, then linear layers with ReLU and dropout between them, or a head of the user's own."""
+    if cfg.head:
+        return nn.Sequential(
+            Pool(cfg.pool), build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
+        )
     layers: list[nn.Module] = [Pool(cfg.pool)]
     for out in cfg.hidden:
         layers += [nn.Dropout(cfg.dropout), nn.Linear(width, out), nn.ReLU()]

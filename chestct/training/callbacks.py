@@ -11,7 +11,8 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 
-from chestct.config.schema import TrainerConfig
+from chestct.config.schema import Config
+from chestct.config.targets import build
 from chestct.files import write_atomic
 from chestct.models.lightning_module import Classifier
 from chestct.sweep.study import mark_pruned, trial_of
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     import optuna
 
 
-def callbacks_of(cfg: TrainerConfig, out: Path) -> list[Callback]:
+def callbacks_of(settings: Config, out: Path) -> list[Callback]:
     """Every callback of a training run but those that keep checkpoints."""
+    cfg = settings.trainer
     callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
     if trial := trial_of(out):
         callbacks.append(Prune(trial, cfg.monitor))
@@ -32,7 +34,8 @@ def callbacks_of(cfg: TrainerConfig, out: Path) -> list[Callback]:
         callbacks.append(stop)
     if cfg.progress:
         callbacks.append(RichProgressBar(leave=False))
-    return callbacks
+    own = settings.callbacks.items()
+    return callbacks + [build(spec, Callback, f"callbacks.{name}") for name, spec in own]
 
 
 class History(Callback):

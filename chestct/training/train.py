@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pandas as pd
@@ -20,11 +21,13 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import OmegaConf
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from chestct.config.schema import Config
+from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
@@ -65,7 +68,11 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     L.seed_everything(cfg.seed, verbose=False)
     _make_writable(out, cfg)
     best, last = keepers(cfg.trainer, out / "checkpoints")
-    trainer = _trainer(cfg, out, [*callbacks_of(cfg.trainer, out), best, last])
+    trainer = _trainer(cfg, out, [*callbacks_of(cfg, out), best, last])
+    own: list[Logger] = [
+        build(spec, Logger, f"loggers.{name}", save_dir=out)  # type: ignore[type-abstract]
+        for name, spec in cfg.loggers.items()
+    ]
 
     with _one_at_a_time(cfg):
         data = data or SliceModule(cfg)
@@ -75,7 +82,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         model = _classifier(cfg, data)
         resume = _resumable(cfg, model)
         run.begin()  # now that all this has proved usable
-        trainer.loggers = run.loggers()
+        trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
             model.to(trainer.strategy.root_device)
             attach(data, model.net, cfg, ("train", "valid", "test") if cfg.always_frozen else ("train", "valid"))
@@ -127,9 +134,19 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback]) -> L.Trainer:
             use_distributed_sampler=False,  # chestct.data.datamodule.Batches deals the slices
             # The loaders change from features to images when convolutions join in.
             reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
+            **{name: _argument(name, value, out) for name, value in cfg.trainer.args.items()},
         )
+    except TypeError as error:
+        reason = str(error).removeprefix("Trainer.__init__() ")
+        raise ConfigError(f"trainer.args={cfg.trainer.args}: {reason}. See Lightning's Trainer.") from None
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
+
+
+def _argument(name: str, value: Any, out: Path) -> Any:
+    """An argument of the Trainer's; what is named by `_target_`, such as a profiler, writes to the run folder."""
+    named = isinstance(value, dict) and "_target_" in value
+    return build(value, object, f"trainer.args.{name}", dirpath=out) if named else value
 
 
 def environment() -> ClusterEnvironment:

@@ -138,7 +138,7 @@ def test_convolutions_that_join_in_later_learn_in_all_processes_and_any_number_g
     assert alone.epochs == 5
 
 
-class Dies(callbacks.History):
+class Dies(callbacks.EndWithParent):
     """One of two processes ends without a word in the second epoch."""
 
     def on_train_batch_end(self, trainer, *rest):
@@ -148,7 +148,7 @@ class Dies(callbacks.History):
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_training_with_its_reason(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(callbacks, "History", Dies)
+    monkeypatch.setattr(callbacks, "EndWithParent", Dies)
     with pytest.raises(ChestCTError, match=r"Of 2 processes, .*and the training with it.*ckpt=.*last\.ckpt"):
         train(small(*LONG, *TWO), tmp_path)
     assert not torch.distributed.is_initialized()

@@ -82,7 +82,7 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_pat
             assert (ours or 0) == pytest.approx(result.metrics[f"{split}/{name}"], abs=1e-6), f"{split}/{name}"
 
 
-class StopInTheSecond(callbacks.History):
+class StopInTheSecond(callbacks.EndWithParent):
     """Ends a run the way a signal does: in the second epoch, after a batch."""
 
     def on_train_batch_end(self, trainer, *_):
@@ -103,7 +103,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
     overrides = ("trainer.max_epochs=4", "optim.lr=0.01", *overrides)
     whole = train(small(*overrides), tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "History", StopInTheSecond)
+        patch.setattr(callbacks, "EndWithParent", StopInTheSecond)
         with pytest.raises(Interrupted, match=r"ckpt=.*last\.ckpt"):
             train(small(*overrides), tmp_path / "cut")
     last = tmp_path / "cut" / "checkpoints" / "last.ckpt"

@@ -1,0 +1,97 @@
+"""Parts that users bring: `_target_` names a class or a function, and the keys next to it are its arguments.
+
+Who types a command or writes a file in conf/ may name anything. A checkpoint or a bundle may come from anywhere, so its
+settings may only name classes of the libraries below, of the kinds that a model or a run is made of: whatever else
+Python can reach by a dotted name, os.system among it, is refused. `trust` on the command line adds packages.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from chestct.errors import ConfigError
+
+TRUSTED = ("torch.nn", "torch.optim", "torchvision.models", "lightning.pytorch", "chestct")
+"""Packages whose classes a file may name."""
+
+T = TypeVar("T")
+
+
+def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwargs: Any) -> T:
+    """What `spec` names, made with its arguments and those that are given here.
+
+    setting: the key of `spec`, for messages; kwargs: left out where `spec` has them, or what it names does not take
+    them. Raises ConfigError where it is not a `kind`, or cannot be found or made.
+    """
+    from hydra.utils import instantiate
+
+    if not isinstance(spec, dict) or "_target_" not in spec:
+        raise ConfigError(f"{setting} names no class: give {setting}._target_=PACKAGE.CLASS, see docs/extend.md.")
+    try:
+        # Partial, because Hydra would copy tensors that it is given.
+        part = instantiate({**spec, "_partial_": True, "_convert_": "all"})
+        taken = inspect.signature(part.func).parameters
+        made = part(*args, **{name: kwargs[name] for name in kwargs.keys() & taken.keys() - part.keywords.keys()})
+    except Exception as error:  # whatever the class of a user raises
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+        raise ConfigError(f"{setting}._target_={spec['_target_']} cannot be made: {reason.strip()}") from error
+    if not isinstance(made, kind):
+        raise ConfigError(f"{setting}._target_={spec['_target_']} is no {kind.__module__}.{kind.__name__}.")
+    return made
+
+
+def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None:
+    """Raises ConfigError where the settings in a file name code that a file may not choose.
+
+    source: the file, for the message; trust: packages that are trusted besides.
+    """
+    for target in _targets(settings):
+        if not _trusted(target, (*TRUSTED, *trust)):
+            package = str(target).split(".", 1)[0]
+            raise ConfigError(
+                f"{source} names code to run, {target}, which is not of torch.nn, torch.optim, torchvision.models, "
+                f"lightning.pytorch or chestct. If you know the file and that code, say trust=[{package}]."
+            )
+
+
+def _targets(value: Any) -> Iterator[Any]:
+    """Everything that a `_target_` names, at any depth."""
+    if isinstance(value, dict):
+        yield from (item for key, item in value.items() if key == "_target_")
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _targets(item)
+
+
+def _trusted(target: Any, packages: Sequence[str]) -> bool:
+    """Whether a name leads to a class of those packages that is part of a model or a run.
+
+    Not the name counts, but where the class comes from: lightning.pytorch.callbacks.timer.timedelta is datetime's.
+    """
+    from hydra.utils import get_class
+
+    if not isinstance(target, str) or not _within(target, packages):
+        return False
+    try:
+        named = get_class(target)
+    except Exception:
+        return False
+    return _within(f"{named.__module__}.", packages) and issubclass(named, _kinds())
+
+
+def _within(name: str, packages: Sequence[str]) -> bool:
+    return any(name.startswith(f"{package}.") for package in packages)
+
+
+def _kinds() -> tuple[type, ...]:
+    import sys
+
+    from torch import nn, optim
+
+    kinds: list[type] = [nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler]
+    if "lightning" in sys.modules:  # serving does without
+        from lightning.pytorch.callbacks import Callback
+        from lightning.pytorch.loggers import Logger
+        from lightning.pytorch.profilers import Profiler
+
+        kinds += [Callback, Logger, Profiler]
+    return tuple(kinds)
