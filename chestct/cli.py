@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from chestct.config.compose import PIPELINE, change_params, merge_settings
 from chestct.config.schema import Config
-from chestct.config.targets import check_trusted
+from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ChestCTError, ConfigError, DataError
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import errors_for_people, program, rank
@@ -165,18 +165,22 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.reporting.render import flat, write
     from chestct.reporting.text import summary
 
-    evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best)), result.data)
+    own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
+    trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
+    evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)
     write(evaluation, out / "evaluation")
-    export(evaluation, out / "bundle")
+    bundled = not foreign(cfg.model.head)
+    if bundled:
+        export(evaluation, out / "bundle")
     draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
     values = flat(evaluation)
     run.evaluation("best", {split: values[split] for split in evaluation.metrics}, out / "evaluation")
-    if cfg.tracking.log_model:
+    if bundled and cfg.tracking.log_model:
         log_bundle(run, out / "bundle")
-    return (
-        f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n"
-        f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})\n"
-    )
+    bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
+    if not bundled:
+        bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
+    return f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n{bundle}\n"
 
 
 @program("evaluate", EVALUATE)

@@ -45,13 +45,18 @@ def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None
 
     source: the file, for the message; trust: packages that are trusted besides.
     """
-    for target in _targets(settings):
-        if not _trusted(target, (*TRUSTED, *trust)):
-            package = str(target).split(".", 1)[0]
-            raise ConfigError(
-                f"{source} names code to run, {target}, which is not of torch.nn, torch.optim, torchvision.models, "
-                f"lightning.pytorch or chestct. If you know the file and that code, say trust=[{package}]."
-            )
+    for target in foreign(settings, trust):
+        package = str(target).split(".", 1)[0]
+        raise ConfigError(
+            f"{source} names code to run, {target}, which is no part of a model or a run that torch.nn, torch.optim, "
+            f"torchvision.models, lightning.pytorch or chestct have. If you know the file and that code, say "
+            f"trust=[{package}]."
+        )
+
+
+def foreign(settings: Any, trust: Sequence[str] = ()) -> list[Any]:
+    """What settings name with `_target_` that a file may not choose."""
+    return [target for target in _targets(settings) if not _trusted(target, trust)]
 
 
 def _targets(value: Any) -> Iterator[Any]:
@@ -62,20 +67,22 @@ def _targets(value: Any) -> Iterator[Any]:
         yield from _targets(item)
 
 
-def _trusted(target: Any, packages: Sequence[str]) -> bool:
-    """Whether a name leads to a class of those packages that is part of a model or a run.
+def _trusted(target: Any, trust: Sequence[str]) -> bool:
+    """Whether a name leads to a class of TRUSTED that is part of a model or a run, or to anything of `trust`.
 
     Not the name counts, but where the class comes from: lightning.pytorch.callbacks.timer.timedelta is datetime's.
     """
-    from hydra.utils import get_class
+    from hydra.utils import get_object
 
-    if not isinstance(target, str) or not _within(target, packages):
+    if not isinstance(target, str) or not _within(target, (*TRUSTED, *trust)):
         return False
     try:
-        named = get_class(target)
+        named = get_object(target)
     except Exception:
         return False
-    return _within(f"{named.__module__}.", packages) and issubclass(named, _kinds())
+    origin = f"{getattr(named, '__module__', '')}."
+    part = isinstance(named, type) and issubclass(named, _kinds())
+    return _within(origin, trust) or (_within(origin, TRUSTED) and part)
 
 
 def _within(name: str, packages: Sequence[str]) -> bool:

@@ -1,0 +1,94 @@
+"""What settings name with `_target_`: anything on the command line, a closed list in a file."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from chestct.config.targets import build, check_trusted
+from chestct.errors import ConfigError
+
+
+def test_arguments_of_the_settings_come_before_those_that_are_given():
+    layer = torch.nn.Linear(3, 1)
+    spec = {"_target_": "torch.optim.SGD", "lr": 0.5}
+    optimizer = build(spec, torch.optim.Optimizer, "optim.optimizer", [{"params": layer.parameters()}], lr=0.1)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    # the parameters themselves, no copies
+    assert optimizer.param_groups[0]["params"][0] is layer.weight
+
+
+def test_what_a_class_does_not_take_is_left_out():
+    assert isinstance(
+        build({"_target_": "torch.nn.Identity"}, torch.nn.Module, "model.head", width=3), torch.nn.Identity
+    )
+    timer = build({"_target_": "lightning.pytorch.callbacks.Timer"}, Callback, "callbacks.x", save_dir="/nowhere")
+    assert isinstance(timer, Callback)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ({}, r"optim\.optimizer\._target_=PACKAGE\.CLASS"),
+        ({"_target_": "torch.optim.Adamm"}, r"torch\.optim\.Adamm cannot be made"),
+        ({"_target_": "nowhere.Class"}, r"nowhere\.Class cannot be made"),
+        ({"_target_": "torch.optim.SGD", "momentun": 1}, "momentun"),
+        ({"_target_": "torch.nn.ReLU"}, r"is no .*Optimizer"),
+    ],
+)
+def test_a_bad_target_is_named_with_its_setting(spec, says):
+    with pytest.raises(ConfigError, match=says):
+        build(spec, torch.optim.Optimizer, "optim.optimizer", [torch.nn.Parameter(torch.ones(1))])
+
+
+GOOD = (
+    "torch.optim.Adam",
+    "torch.optim.lr_scheduler.StepLR",
+    "torch.nn.Linear",
+    "torchvision.models.VGG",
+    "lightning.pytorch.callbacks.Timer",
+    "lightning.pytorch.loggers.CSVLogger",
+    "chestct.models.vgg16.Pool",
+)
+
+
+@pytest.mark.parametrize("target", GOOD)
+def test_a_file_may_name_parts_of_models_and_runs(target):
+    check_trusted({"model": {"head": {"_target_": target}}}, "x.ckpt")
+
+
+BAD = (
+    "os.system",
+    "subprocess.Popen",
+    "builtins.exec",
+    "torch.hub.load",
+    "torch.load",
+    "lightning.pytorch.callbacks.model_checkpoint.os.system",
+    "lightning.pytorch.callbacks.timer.timedelta",
+    "torch.nn.modules.module.OrderedDict",
+    "torch.nn.parallel.data_parallel",
+    "torchvision.models.resnet18",
+    "torch.nn",
+    "torch.nnx.Linear",
+    "chestct.files.write_atomic",
+    "chestct.data.store.Store",
+    "mine.Head",
+    ["torch.nn.Linear"],
+    7,
+)
+
+
+@pytest.mark.parametrize("target", BAD, ids=str)
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"a": [{"_target_": "torch.nn.Sequential", "b": [x]}]}])
+def test_a_file_never_chooses_code(target, wrap):
+    with pytest.raises(ConfigError, match=r"x\.ckpt names code to run.*trust="):
+        check_trusted(wrap({"_target_": target}), "x.ckpt")
+
+
+def test_what_is_trusted_on_the_command_line_may_be_named(tmp_path, monkeypatch):
+    (tmp_path / "trusted_package.py").write_text(
+        "from torch import nn\nimport os\nclass Head(nn.Linear): pass\n", "utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check_trusted({"_target_": "trusted_package.Head"}, "x.ckpt", ["trusted_package"])
+    with pytest.raises(ConfigError):
+        check_trusted({"_target_": "trusted_package.os.system"}, "x.ckpt", ["trusted_package"])

@@ -1,0 +1,151 @@
+"""The commands of docs/extend.md do what it says, from the command line, without a change to the package."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from chestct.config.compose import CONF
+from chestct.models.checkpoint import find_checkpoint, read_checkpoint
+from chestct.models.weights import convolutions
+
+ROOT = CONF.parent
+TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+QUICK = ("data.size=64", "trainer.max_epochs=2", "trainer.progress=false", "tracking=off")
+
+
+def commands(holding):
+    """Settings of the documented commands that hold a word."""
+    lines = [line for line in TEXT.splitlines() if "python train.py" in line and holding in line]
+    return [shlex.split(line.split("python train.py", 1)[1]) for line in lines]
+
+
+def code(word):
+    """The documented block of Python that holds a word."""
+    return next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.S) if word in block)
+
+
+@pytest.fixture
+def run(phantoms, cache, tmp_path, monkeypatch):
+    """run(settings) trains in a folder of its own, whose Python files can be imported, and returns what was printed."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+
+    def started(script, *settings, code=0):
+        command = [sys.executable, str(ROOT / script), *settings, f"cache_dir={cache}"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def train(*settings, script="train.py", report=False, code=0):
+        given = (*QUICK, f"data.root={phantoms}", f"evaluation.report={str(report).lower()}")
+        return started(script, *given, *settings, code=code)
+
+    train.evaluate = lambda *settings, code=0: started("evaluate.py", *settings, "tracking=off", code=code)
+    return train
+
+
+def last(folder):
+    return read_checkpoint(find_checkpoint("last", str(folder / "runs")))
+
+
+@pytest.mark.slow
+def test_another_optimiser_and_schedule(run, tmp_path):
+    (optimiser,), (schedule,) = commands("RMSprop"), commands("ExponentialLR")
+    run(*optimiser, *schedule)
+    saved = last(tmp_path)
+    assert "momentum_buffer" in next(iter(saved["optimizer_states"][0]["state"].values()))
+    assert saved["lr_schedulers"][0]["gamma"] == 0.9
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-3 * 0.9**2)
+
+
+@pytest.mark.slow
+def test_a_callback_and_a_logger(run, tmp_path):
+    (tmp_path / "mine.py").write_text(code("class Noisy"), encoding="utf-8")
+    (callback,) = commands("Noisy")
+    printed = run(
+        *callback, "loggers.csv._target_=lightning.pytorch.loggers.CSVLogger", "trainer.args.gradient_clip_val=1.0"
+    )
+    assert re.search(r"after 1 \d\.\d+", printed)
+    (table,) = tmp_path.glob("runs/*/lightning_logs/version_0/metrics.csv")
+    assert "valid/loss" in table.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_tensorboard_next_to_mlflow(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    (board,) = commands("TensorBoardLogger")
+    run(*board)
+    assert list(tmp_path.glob("runs/*/**/events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+def test_another_head_that_only_who_trusts_it_may_load(run, tmp_path):
+    (tmp_path / "mine.py").write_text(code("class Narrow"), encoding="utf-8")
+    (head,) = commands("Narrow")
+    assert "No bundle" in run(*head, "evaluation.resamples=100", report=True)
+    assert last(tmp_path)["state_dict"]["net.head.1.1.weight"].shape == (16, 512)
+    assert "trust=[mine]" in run.evaluate("ckpt=last", code=2)
+    run.evaluate("ckpt=last", "trust=[mine]", "evaluation.resamples=100")
+
+
+@pytest.mark.slow
+def test_another_torchvision_backbone(run, tmp_path):
+    _, (*settings, file) = commands("mobilenet")
+    path = tmp_path / file.split("=", 1)[1]
+    path.parent.mkdir()
+    torch.manual_seed(0)
+    tensors = {
+        key: torch.rand(x.shape) * 0.1 + 0.01 for key, x in convolutions("mobilenet_v3_small").state_dict().items()
+    }
+    torch.save({f"features.{key}": tensor for key, tensor in tensors.items()}, path)
+    run(*settings, file)
+    assert last(tmp_path)["state_dict"]["net.head.2.weight"].shape == (1, 576)
+
+
+@pytest.mark.slow
+def test_another_data_source(run, tmp_path, phantoms):
+    (settings,) = commands("data.name=other")
+    folder = tmp_path / "other"
+    for split in ("train", "valid", "test"):
+        for mine, theirs in (("healthy", "normal"), ("tumour", "*carcinoma*")):
+            for source in (phantoms / split).glob(f"{theirs}/*"):
+                target = folder / split / mine / source.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(source)
+    run(
+        *[setting.replace("FOLDER", str(folder)) for setting in settings if not setting.startswith("data.root=")],
+        f"data.root={folder}",
+    )
+    assert last(tmp_path)["hyper_parameters"]["settings"]["data"]["name"] == "other"
+    assert len(commands("data.sources")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fast", "overfit", "profile"])
+def test_presets_for_debugging(run, tmp_path, preset):
+    run(f"debug={preset}", *(("trainer.max_epochs=60",) if preset == "overfit" else ()))
+    (folder,) = (tmp_path / "runs").iterdir()
+    if preset == "profile":
+        assert "run_training_epoch" in (folder / "fit-profile.txt").read_text(encoding="utf-8")
+    if preset == "overfit":
+        import pandas as pd
+
+        assert pd.read_csv(folder / "history.csv")["train/loss"].iloc[-1] < 0.05
+
+
+@pytest.mark.slow
+def test_seeds_end_with_mean_and_spread(run, tmp_path):
+    import pandas as pd
+
+    printed = run("seeds=3", "seed=5", "model.dropout=0.5")
+    (table,) = tmp_path.glob("runs/*/seeds.csv")
+    rows = pd.read_csv(table, index_col="seed")
+    assert list(rows.index) == [5, 6, 7]
+    assert rows["valid/loss"].nunique() == 3
+    shown = next(line.split() for line in printed.splitlines() if line.startswith("valid/loss"))
+    assert float(shown[1]) == pytest.approx(rows["valid/loss"].mean(), abs=1e-4)
+    assert float(shown[2]) == pytest.approx(rows["valid/loss"].std(ddof=1), abs=1e-4)
+    assert len(list(tmp_path.glob("runs/*/seed-*/checkpoints/best.ckpt"))) == 3
