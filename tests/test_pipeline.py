@@ -27,7 +27,19 @@ ENTRIES = {
 NO_RESULT = ("config", "errors.py", "files.py", "pyfunc.py", "tracking", "sweep", "__init__.py")
 """What passes settings on or keeps records: it decides no output."""
 
-NOT_THE_PIPELINES = ("ckpt", "cache_dir", "bundle", "compare", "runs_dir", "tracking", "serve", "monitor")
+NOT_THE_PIPELINES = (
+    "ckpt",
+    "cache_dir",
+    "bundle",
+    "compare",
+    "loggers",
+    "trust",
+    "seeds",
+    "runs_dir",
+    "tracking",
+    "serve",
+    "monitor",
+)
 NOT_THE_PIPELINES += ("data.store", "data.workers")
 """Settings that decide where things lie and who is told, not what comes out."""
 
