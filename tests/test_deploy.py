@@ -83,7 +83,7 @@ for name in {json.dumps(missing)}:
     sys.modules[name] = None  # importing it now fails as where it is not installed
 from chestct.config.compose import compose
 from chestct.predict import main
-import chestct.serving.app, chestct.serving.server
+import chestct.serving.page, chestct.serving.server
 import chestct.reporting.drift_report, chestct.serving.monitor, chestct.serving.shift
 from chestct.serving.examples import make_examples
 assert compose("bundle=packaged", config_name="serve").bundle == "packaged"

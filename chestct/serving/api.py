@@ -33,7 +33,6 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.staticfiles import StaticFiles
 
 import chestct
 from chestct.config.schema import ServeConfig
@@ -46,8 +45,6 @@ from chestct.serving.reading import OnAnswer, record
 from chestct.serving.uploads import FormError, UploadError, files_in_form, keep, sweep
 
 logger = logging.getLogger("chestct.serving")
-
-STATIC = Path(__file__).with_name("static")
 
 HOSTS = ("localhost", "[::1]", *(f"*.{last}" for last in range(256)))
 """Hosts that are always answered: no DNS name ends in a number, so the patterns are IPv4 addresses, which a page on a
@@ -116,7 +113,7 @@ def make_app(
         try:
             files = files_in_form(await request.body(), request.headers.get("content-type", ""))
             paths = await run_in_threadpool(keep, files, uploads, cfg.max_slices, 2 * cfg.max_upload_bytes)
-            return JSONResponse([str(path) for path in paths])
+            return JSONResponse([path.relative_to(uploads).as_posix() for path in paths])
         except UploadError as error:
             return PlainTextResponse(str(error), 400 if isinstance(error, FormError) else 413)  # shown on the page
         except ClientDisconnect:
@@ -125,13 +122,12 @@ def make_app(
     app.add_api_route("/metrics", report, methods=["GET"])
     app.add_api_route("/predict", predict, methods=["POST"])
     app.add_api_route("/gradio_api/upload", upload, methods=["POST"])
-    app.mount("/page", StaticFiles(directory=STATIC))
     # The last one added is the first one that a request meets.
     if login:
         app.add_middleware(AuthenticationMiddleware, backend=login, on_error=_unauthorized)
     app.add_middleware(CORSMiddleware, allow_origins=())  # and Gradio then leaves out its own, which trusts localhost
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HOSTS, cfg.host, *cfg.hosts], www_redirect=False)
-    app.add_middleware(RequestLimits, health=Route("/healthz", health).app, metrics=metrics, cfg=cfg)
+    app.add_middleware(RequestLimits, health=Route("/healthz", health).app, metrics=metrics, cfg=cfg, uploads=uploads)
     return app
 
 

@@ -8,9 +8,11 @@ ASGI middleware, which every request but a health probe passes first. Rates, man
 import asyncio
 import json
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import Any, cast
 
 from starlette.responses import JSONResponse
@@ -40,7 +42,7 @@ UNCOUNTED = 256_000
 ROUTES = {
     "GET": (
         *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
-        *("/metrics", "/page/*", "/assets/*", "/static/*"),
+        *("/metrics", "/assets/*", "/static/*"),
         *("/gradio_api/info", "/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/heartbeat/*"),
         *("/gradio_api/queue/data", "/gradio_api/call/*"),
     ),
@@ -53,7 +55,7 @@ ROUTES = {
 and a later Gradio may add some: they stay shut."""
 
 WITH_FILES = ("/predict", "/gradio_api/upload")
-LASTING = ("/assets/*", "/static/*", "/page/*")
+LASTING = ("/assets/*", "/static/*")
 MAX_JSON = 1_000_000
 """Bytes of a body that carries no file."""
 
@@ -69,6 +71,14 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+
+
+UPLOAD = re.compile(r"[0-9a-f]{32}/[0-9a-f]{32}")
+"""How `uploads.keep` names one."""
+
+
+class NoUploadError(Exception):
+    """A request that names another file than an upload."""
 
 
 class PatientProtocol(H11Protocol):
@@ -133,10 +143,10 @@ def route_of(method: str, path: str) -> str:
 
 
 class RequestLimits:
-    """ASGI middleware; see the module. health: answers /healthz, to which no limit applies."""
+    """ASGI middleware; see the module. health: answers /healthz, to which no limit applies; uploads: their folder."""
 
-    def __init__(self, app: ASGIApp, health: ASGIApp, metrics: Metrics, cfg: ServeConfig) -> None:
-        self.app, self.health, self.metrics, self.cfg = app, health, metrics, cfg
+    def __init__(self, app: ASGIApp, health: ASGIApp, metrics: Metrics, cfg: ServeConfig, uploads: Path) -> None:
+        self.app, self.health, self.metrics, self.cfg, self.uploads = app, health, metrics, cfg, uploads
         self.requests: Counter[str] = Counter()  # under way, by address
         self.bytes: Counter[str] = Counter()  # received of bodies under way, by address, without UNCOUNTED
 
@@ -242,16 +252,30 @@ class Exchange:
         self.limits.bytes[self.client] += more
 
     async def check_json(self) -> None:
-        """Refuses a body that is not JSON, or holds NaN, over which Gradio fails; the app gets it afterwards."""
+        """Refuses a body that is not JSON, holds NaN, over which Gradio fails, or names a file that is no upload."""
         body, message = b"", cast(MutableMapping[str, Any], {"more_body": True})
         while message.get("more_body"):
             message = await self.receive()
             body += message.get("body", b"")
         try:
-            json.loads(body, parse_constant=_no_number)
+            content = json.loads(body, parse_constant=_no_number, object_hook=self._located)
+            body = json.dumps(content).encode()
+        except NoUploadError:
+            await self.refuse(400, "This is no file that was uploaded.")
         except (ValueError, RecursionError):
             await self.refuse(400, "The request cannot be read: it is to be JSON.")
         self._again.append({"type": "http.request", "body": body, "more_body": False})
+
+    def _located(self, item: dict[str, Any]) -> dict[str, Any]:
+        """A file of a Gradio client with the path it has here: clients know its name alone, never the folder.
+
+        Gradio itself would fetch a path that is an address, and copy one that leads elsewhere. Raises NoUploadError.
+        """
+        if "path" in item and "meta" in item:
+            if not UPLOAD.fullmatch(str(item["path"])):
+                raise NoUploadError
+            item |= {"path": str(self.limits.uploads / item["path"]), "url": None}
+        return item
 
     async def send(self, message: Message) -> None:
         """Sends what the app answers, with HEADERS."""

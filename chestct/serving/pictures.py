@@ -1,12 +1,12 @@
-"""Pictures for the page, as data URIs: the slice, its heat, and for DICOM the Hounsfield units behind it.
+"""Pictures for the page, as data URIs: the slice, seen through several windows, and the heat over it.
 
-The browser lays heat over slice and moves the window, so that neither costs a request and the server keeps no picture
-of anybody's upload.
+A data URI goes to the browser inside the answer, so that no picture of anybody's upload lies on the server's disk.
 """
 
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -18,78 +18,110 @@ from chestct.imaging.slice import Limits
 from chestct.models.saliency import blend, colors
 from chestct.serving.predictor import Prediction
 
-HU_WINDOW = WindowConfig(center=1024, width=4096)
-"""Maps -1024 to 3071 HU onto 0 to 4095 of 4095: all that CT distinguishes, one step a unit."""
+MODEL_WINDOW = "The model's own"
 
-SOFT_TISSUE = WindowConfig(center=40, width=400)
+WINDOWS = {"Lung": (-600, 1500), "Soft tissue": (40, 400), "Bone": (400, 1800)}
+"""Centre and width in HU of the usual windows."""
+
+LOWEST_HU, HIGHEST_HU = -1024, 3071
+"""All that CT distinguishes, 4096 steps."""
 
 HEAT_SIDE = 192
-"""Longer side of the heat's picture; it comes from a map of 7 x 7 places and is smooth."""
+"""Longer side of the heat that is kept; it comes from a map of a few positions and is smooth."""
 
-MANY = 12
-"""Slices from which on pictures are made smaller, so that a series stays within some megabytes."""
-
-
-def slice_picture(found: Prediction, side: int) -> str:
-    """The grey slice as data URI, its longer side at most `side` pixels."""
-    return _uri(_shrunk(Image.fromarray(found.gray), side), "JPEG", quality=90)
+WITH_HEAT = ("cancer", "uncertain")
+"""Decisions for which heat is shown. Heat is relative to its own slice: on a normal one the brightest spot is no sign
+of anything."""
 
 
-def heat_picture(found: Prediction, side: int = HEAT_SIDE) -> str:
-    """The heat as data URI: coloured, the hotter the more opaque; "" where there is none."""
-    if found.heat is None or not found.heat.any():
-        return ""
-    heat = np.asarray(_shrunk(Image.fromarray((found.heat * 255 + 0.5).astype(np.uint8)), side))
-    rgba = np.dstack([colors(heat / 255), heat])
-    return _uri(Image.fromarray(rgba), "WEBP", quality=80, method=2)
+@dataclass(frozen=True)
+class Pictures:
+    """What is kept of a slice's pixels while its visitor looks at it. windows: JPEGs by the name of the window, the
+    model's first; heat: uint8 [h, w], smaller than the slice, or None where none is shown."""
+
+    windows: dict[str, bytes]
+    heat: np.ndarray | None
+
+    @classmethod
+    def of(cls, prediction: Prediction, hounsfield: np.ndarray | None, side: int) -> "Pictures":
+        """hounsfield: HU [H, W], or None where they are not known; side: pixels of the longer side at most."""
+        grays = {MODEL_WINDOW: prediction.gray}
+        if hounsfield is not None:
+            grays |= {name: windowed(hounsfield, *window) for name, window in WINDOWS.items()}
+        heat = None
+        if shows_heat(prediction) and prediction.heat is not None:
+            heat = np.asarray(_shrunk(Image.fromarray((prediction.heat * 255 + 0.5).astype(np.uint8)), HEAT_SIDE))
+        jpegs = {
+            name: encoded(_shrunk(Image.fromarray(gray), side), "JPEG", quality=90) for name, gray in grays.items()
+        }
+        return cls(jpegs, heat)
+
+    def slice_uri(self, window: str = MODEL_WINDOW) -> str:
+        return data_uri(self._jpeg(window), "jpeg")
+
+    def heat_uri(self, opacity: float) -> str:
+        """The heat alone, coloured, the hotter the more opaque. opacity: of the hottest place, in [0, 1]."""
+        heat = np.zeros((1, 1), np.uint8) if self.heat is None else self.heat
+        alpha = (heat * min(1.0, max(0.0, opacity)) + 0.5).astype(np.uint8)
+        return _uri(Image.fromarray(np.dstack([colors(heat / 255), alpha])), "WEBP", quality=80, method=2)
+
+    def thumbnail_uri(self, side: int = 160) -> str:
+        return _uri(_shrunk(Image.open(io.BytesIO(self._jpeg(MODEL_WINDOW))), side), "JPEG", quality=80)
+
+    def _jpeg(self, window: str) -> bytes:
+        return self.windows.get(window) or self.windows[MODEL_WINDOW]
 
 
-def overlay(found: Prediction, opacity: float = 0.6) -> bytes:
-    """Slice and heat in one PNG at full resolution; the slice alone where there is no heat."""
-    rgb = np.repeat(found.gray[..., None], 3, -1) if found.heat is None else blend(found.gray, found.heat, opacity)
-    return _encoded(Image.fromarray(rgb), "PNG", compress_level=1)
+def shows_heat(prediction: Prediction) -> bool:
+    """Whether there is heat, and a decision for which it says something."""
+    return prediction.decision in WITH_HEAT and prediction.heat is not None and bool(prediction.heat.any())
 
 
-def hounsfield_pictures(data: bytes, limits: Limits, side: int) -> Iterator[str]:
-    """For each frame of a CT file, HU + 1024 as data URI (PNG; red holds the high byte, green the low one).
+def overlay(prediction: Prediction, opacity: float = 0.6) -> bytes:
+    """Slice and heat in one PNG at full resolution; the slice alone where no heat is shown."""
+    rgb = np.repeat(prediction.gray[..., None], 3, -1)
+    if shows_heat(prediction) and prediction.heat is not None:
+        rgb = blend(prediction.gray, prediction.heat, opacity)
+    return encoded(Image.fromarray(rgb), "PNG", compress_level=1)
 
-    Nothing where the file's values are no Hounsfield units: then another window shows the same picture.
-    """
+
+def hounsfield_frames(data: bytes, limits: Limits) -> Iterator[np.ndarray]:
+    """Each frame of a CT file in HU, float32 [H, W]; nothing where the values of the file are not Hounsfield units."""
     if sniff(data) != "DICOM":
         return
+    width = HIGHEST_HU - LOWEST_HU + 1
+    wide = WindowConfig(center=LOWEST_HU + width / 2, width=width)
     try:
-        wide, other = (decode(data, window, limits, name="file") for window in (HU_WINDOW, SOFT_TISSUE))
-        if np.array_equal(wide.gray, other.gray) or wide.modality not in ("", "CT"):
+        one, other = (decode(data, window, limits, name="file") for window in (wide, WindowConfig(40, 400)))
+        if one.modality not in ("", "CT") or np.array_equal(one.gray, other.gray):  # a window changes nothing
             return
-        for found in decode_frames(data, HU_WINDOW, limits, name="file"):
-            yield _uri(_packed((found.gray * 4095 + 0.5).astype(np.uint16), side), "PNG", compress_level=3)
-    except DecodeError:  # whoever reads the file for its answer will say it
+        for frame in decode_frames(data, wide, limits, name="file"):
+            yield frame.gray * (width - 1) + LOWEST_HU
+    except DecodeError:  # the answer to the file will name the reason
         return
 
 
-def _packed(levels: np.ndarray, side: int) -> Image.Image:
-    """uint16 [H, W] as an image whose red is the high byte and green the low one."""
-    step = -(-max(levels.shape) // side)  # every so many pixels: a mean of packed bytes would be nonsense
-    levels = levels[::step, ::step]
-    return Image.fromarray(np.dstack([levels >> 8, levels & 255, np.zeros_like(levels)]).astype(np.uint8))
+def windowed(hounsfield: np.ndarray, center: float, width: float) -> np.ndarray:
+    """HU [H, W] through a window, uint8 (DICOM PS3.3 C.11.2.1.2.1)."""
+    share = (hounsfield - (center - 0.5)) / (width - 1) + 0.5
+    return (255 * share.clip(0, 1) + 0.5).astype(np.uint8)
 
 
 def _shrunk(image: Image.Image, side: int) -> Image.Image:
-    scale = side / max(image.size)
-    if scale >= 1:
-        return image
-    width, height = (max(1, round(length * scale)) for length in image.size)
-    return image.resize((width, height), Image.Resampling.BILINEAR)
+    smaller = image.copy()
+    smaller.thumbnail((side, side), Image.Resampling.BILINEAR)
+    return smaller
 
 
-def _encoded(image: Image.Image, format: str, **options: int) -> bytes:
+def encoded(image: Image.Image, format: str, **options: int) -> bytes:
+    """The image as a file's bytes. format and options: Pillow's."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()
 
 
 def _uri(image: Image.Image, format: str, **options: int) -> str:
-    return data_uri(_encoded(image, format, **options), format.lower())
+    return data_uri(encoded(image, format, **options), format.lower())
 
 
 def data_uri(data: bytes, format: str) -> str:

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from chestct.errors import ChestCTError, DecodeError
-from chestct.serving.pictures import MANY, heat_picture, hounsfield_pictures, slice_picture
+from chestct.serving.pictures import Pictures, hounsfield_frames
 from chestct.serving.predictor import BusyError, Prediction, Predictor
-from chestct.serving.sentences import heat_meaning
 from chestct.serving.uploads import Upload, frame_count, too_many
 
 logger = logging.getLogger("chestct.serving")
 
 AT_ONCE = 4
+
+MANY = 12
+"""Slices from which on pictures are made smaller, so that a series stays within some megabytes."""
+
 NOTHING = np.zeros((0, 0), np.uint8)
 
 OnAnswer = Callable[[Prediction], None]
@@ -32,16 +35,18 @@ OnAnswer = Callable[[Prediction], None]
 class Reading:
     """What is shown of one slice: an answer, or why there is none.
 
-    prediction: without its arrays; picture, heat, hounsfield: data URIs, "" where there is none.
+    prediction: without its arrays; error: why there is none, else "".
     """
 
     name: str
     prediction: Prediction | None = None
     error: str = ""
-    picture: str = ""
-    heat: str = ""
-    hounsfield: str = ""
-    heat_meaning: str = ""
+    pictures: Pictures | None = None
+
+    @property
+    def decision(self) -> str:
+        """The decision, or `unreadable`."""
+        return self.prediction.decision if self.prediction else "unreadable"
 
 
 def read_all(
@@ -77,10 +82,10 @@ def _read(
     read: list[Reading] = []
     try:
         with predictor.room(upload.data, every=True, cancelled=cancelled):
-            units = hounsfield_pictures(upload.data, predictor.limits, side)
+            units = hounsfield_frames(upload.data, predictor.limits)
             for prediction in _in_time(predictor.predict_frames(upload.data, name="file", cancelled=cancelled), ends):
                 name = f"{upload.name}, frame {len(read) + 1}"
-                read.append(_drawn(name, prediction, side, next(units, ""), on_answer))
+                read.append(_drawn(name, prediction, side, next(units, None), on_answer))
         if len(read) == 1:
             read = [dataclasses.replace(read[0], name=upload.name)]
         return read
@@ -105,7 +110,9 @@ def _in_time(answers: Iterator[Prediction], ends: float) -> Iterator[Prediction]
         yield prediction
 
 
-def _drawn(name: str, prediction: Prediction, side: int, hounsfield: str, on_answer: OnAnswer | None) -> Reading:
+def _drawn(
+    name: str, prediction: Prediction, side: int, hounsfield: np.ndarray | None, on_answer: OnAnswer | None
+) -> Reading:
     record(prediction, on_answer)
     light = dataclasses.replace(
         prediction,
@@ -113,9 +120,7 @@ def _drawn(name: str, prediction: Prediction, side: int, hounsfield: str, on_ans
         heat=None,
         slice=dataclasses.replace(prediction.slice, levels=NOTHING, patient="", study=""),
     )
-    return Reading(
-        name, light, "", slice_picture(prediction, side), heat_picture(prediction), hounsfield, heat_meaning(prediction)
-    )
+    return Reading(name, light, "", Pictures.of(prediction, hounsfield, side))
 
 
 def record(prediction: Prediction, on_answer: OnAnswer | None) -> None:

@@ -75,7 +75,7 @@ def make_server(
     app = make_app(predictor, cfg.serve, uploads, metrics, answered, login)
     examples = make_examples()
     predictor.predict(examples[3].data)  # the first pass of a network is slower than the rest
-    page = mount_page(app, predictor, cfg.serve, examples, answered)
+    page = mount_page(app, predictor, cfg.serve, uploads, examples, answered)
     return GracefulServer(
         uvicorn.Config(
             app,
@@ -94,15 +94,17 @@ def make_server(
     )
 
 
-def mount_page(app: FastAPI, predictor: Predictor, cfg: ServeConfig, examples: Any, on_answer: OnAnswer) -> Any:
+def mount_page(
+    app: FastAPI, predictor: Predictor, cfg: ServeConfig, uploads: Path, examples: Any, on_answer: OnAnswer
+) -> Any:
     """Puts the page at / of the app; returns Gradio's own app. What Gradio would keep, show or open is switched off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     import gradio as gr
     from gradio.route_utils import FnIndexInferError
 
-    from chestct.serving.app import LOOKS, make_page
+    from chestct.serving.page import LOOKS, make_page
 
-    page = make_page(predictor, cfg, examples, on_answer)
+    page = make_page(predictor, cfg, uploads, examples, on_answer)
     gr.mount_gradio_app(
         app,
         page,

@@ -199,9 +199,9 @@ def keep(files: list[bytes], folder: Path, max_files: int, max_bytes: int) -> li
     if len(files) > max_files:
         raise too_many(len(files), max_files)
     size = sum(map(len, files))
-    for path in folder.glob("*/*"):
+    for own in folder.iterdir():
         with suppress(OSError):  # removed by its request meanwhile
-            size += path.stat().st_size
+            size += sum(path.stat().st_size for path in own.iterdir())
     if size > max_bytes:
         raise UploadError("Too many uploads wait to be read. Try again in a minute.")
     kept = []

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -40,7 +41,7 @@ async def health(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def limited(app=length, **settings) -> RequestLimits:
-    return RequestLimits(app, health, Metrics(), ServeConfig(**{"max_upload_bytes": 1000} | settings))
+    return RequestLimits(app, health, Metrics(), ServeConfig(**{"max_upload_bytes": 1000} | settings), Path("uploads"))
 
 
 def request(app: RequestLimits, method: str, path: str, **options) -> httpx.Response:
@@ -151,7 +152,7 @@ class Listening:
 def listening(app=length, **settings) -> Iterator[Listening]:
     cfg = ServeConfig(**{"max_upload_bytes": 1_000_000} | settings)
     config = uvicorn.Config(
-        RequestLimits(app, health, Metrics(), cfg),
+        RequestLimits(app, health, Metrics(), cfg, Path("uploads")),
         http=PatientProtocol,
         lifespan="off",
         log_config=None,
