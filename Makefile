@@ -41,7 +41,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff format .
 
 docs: $(READY) ## build the documentation site into site/, strictly
-	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 hooks: $(READY) ## check style, types and imports before each commit
 	$(BIN)/pre-commit install
