@@ -1,7 +1,8 @@
 """From a checkpoint to everything that can be said about it: predictions, operating point, metrics with intervals.
 
-A checkpoint knows its settings, so the data it was made for is made again unless told otherwise. Whatever is fitted
-(calibration, threshold, conformal quantiles, novelty) is fitted on train and validation slices; test is only measured.
+A checkpoint knows its settings, so the data it was made for is made again unless the settings say otherwise. Whatever
+is fitted (calibration, threshold, conformal quantiles, novelty) is fitted on train and validation slices; test is only
+measured.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import rankdata
 
 import chestct
 from chestct.audit.shortcuts import shortcut_scores
@@ -24,24 +24,20 @@ from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.errors import ChestCTError, DataError
-from chestct.evaluation.compare import compare
+from chestct.errors import ChestCTError
+from chestct.evaluation.outputs import normal_features, outputs
 from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle
-from chestct.models.features import attach
+from chestct.models.device import on_accelerator
 from chestct.models.lightning_module import Classifier, load_classifier
-from chestct.models.novelty import NoveltyModel, channel_means, fit_novelty
+from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_evidence
+from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
 from chestct.stats.drift import differences, training_facts
-from chestct.stats.metrics import Estimate, measure
+from chestct.stats.metrics import Estimate, auroc, measure
 from chestct.tracking import code_version
-
-SPLITS = ("train", "valid", "test")
-
-NORMALS = 128
-"""Normal training slices that heat maps are held against, at most."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Evaluation:
     data: SliceModule | None = None
     manifest: pd.DataFrame | None = None  # the slices that take part, with `row`, their place among
     images: np.ndarray | None = None  # uint8 [N, S, S], squares
-    sections: dict[str, Any] = field(default_factory=dict)  # what was asked for beyond: explanation, robustness, ...
+    sections: dict[str, Any] = field(default_factory=dict)  # subgroups, shift, ... and what the settings ask for beyond
 
     @property
     def test(self) -> pd.DataFrame:
@@ -82,16 +78,12 @@ class Evaluation:
 
     @cached_property
     def baseline(self) -> torch.Tensor:
-        """Evidence of normal training slices, which heat maps are held against (chestct.models.saliency)."""
+        """What normal training slices show, which heat maps are held against (chestct.models.saliency)."""
         assert self.model is not None
         assert self.data is not None
-        train = self.data.manifest[self.data.manifest["split"] == "train"].reset_index(drop=True)
-        normal = train.index[train["label"] == "normal"]
-        chosen = np.random.default_rng(self.cfg.data.split_seed).permutation(normal)[:NORMALS]
-        dataset = self.data.dataset("train")
-        with torch.no_grad():
-            maps = [self.model.net.fine_maps(dataset.slices([i], view=0)) for i in chosen.tolist()]
-        return normal_evidence(self.model.net, torch.cat(maps))
+        with torch.no_grad(), on_accelerator(self.model.net, self.cfg.trainer.accelerator) as device:
+            features = normal_features(self.model, self.data, self.cfg)
+            return normal_evidence(self.model.net, features.to(device).float()).cpu()
 
     @cached_property
     def bundle(self) -> Bundle:
@@ -108,8 +100,8 @@ class Evaluation:
 def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     """Measures the checkpoint cfg.ckpt on the slices that `cfg` describes.
 
-    data: made from `cfg` unless it is given. Raises ChestCTError where there is no checkpoint: a network without
-    training is never evaluated.
+    data: made from `cfg` unless it is given; features that it holds are not used. Raises ChestCTError where there is no
+    checkpoint: a network without training is never evaluated.
     """
     if not cfg.ckpt:
         raise ChestCTError(
@@ -120,6 +112,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     data = data or SliceModule(cfg)
     data.prepare_data()
     data.setup()
+    assert data.store is not None
     logits, pooled = outputs(model, data, cfg)
     valid = data.manifest.loc[data.manifest["split"] == "valid", "target"].to_numpy()
     point = OperatingPoint.fit(logits["valid"], valid, cfg.evaluation)
@@ -129,44 +122,20 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     table = decided(pd.concat(parts, ignore_index=True), point, novelty, cfg.task)
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
-    headline = row(cfg, cfg.data.split, test, metrics["test"], data)
-    assert data.store is not None
-    found = Evaluation(
-        *(cfg, table, point, novelty_model, metrics, [headline], _about(cfg, data)),
+    return Evaluation(
+        cfg,
+        table,
+        point,
+        novelty_model,
+        metrics,
+        [row(cfg, cfg.data.split, test, metrics["test"], data)],
+        _about(cfg, data),
         model=model,
         data=data,
         manifest=data.manifest,
         images=data.store.images,
+        sections=_sections(cfg, data, table, point),
     )
-    found.sections = _sections(found)
-    return found
-
-
-def outputs(model: Classifier, data: SliceModule, cfg: Config) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
-    """Logits [N, K] and mean-pooled features [N, 512] of the plain slices of every split, both float32.
-
-    Frozen networks take them from the feature cache; others run their convolutions.
-    """
-    if cfg.features.cache and model.cfg.always_frozen:
-        plain = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, views=0))
-        attach(data, model.net, plain, SPLITS)
-    found = [_outputs(model, data, split) for split in SPLITS]
-    return tuple(dict(zip(SPLITS, parts, strict=True)) for parts in zip(*found, strict=True))  # type: ignore[return-value]
-
-
-@torch.no_grad()
-def _outputs(model: Classifier, data: SliceModule, split: str) -> tuple[np.ndarray, torch.Tensor]:
-    dataset = data.dataset(split)
-    if dataset.features:
-        features = dataset.features[0]
-        return model(features).numpy(), channel_means(features)
-    device = torch.device("cuda" if torch.cuda.is_available() and data.cfg.trainer.accelerator != "cpu" else "cpu")
-    net = model.net.to(device)
-    every = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], data.cfg.data.batch_size))
-    parts = [(net.head(maps).float().cpu(), channel_means(maps).float().cpu()) for maps in every]
-    net.cpu()
-    logits, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return logits.numpy(), pooled
 
 
 def decided(table: pd.DataFrame, point: OperatingPoint, novelty: np.ndarray, task: str) -> pd.DataFrame:
@@ -209,51 +178,49 @@ def measured(part: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Est
 def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estimate], data: SliceModule | None) -> Row:
     """A line of the side-by-side table, with the best shortcut on the same slices where the data is at hand."""
     counts = test["label"].value_counts()
-    found = Row(
+    line = Row(
         policy,
         estimates,
         {name: int(counts.get(name, 0)) for name in ("normal", "cancer")},
         int(test["group"].nunique()),
         int(test["leaked"].sum()),
     )
-    truth = (test["label"] == "cancer").to_numpy()
-    if data is None or truth.all() or not truth.any():
-        return found
+    cancer = (test["label"] == "cancer").to_numpy()
+    if data is None or cancer.all() or not cancer.any():
+        return line
     assert data.store is not None
     scores = shortcut_scores(data.manifest, data.store.images, seed=cfg.data.split_seed)
     if not scores:
-        return dataclasses.replace(found, note="no shortcut baseline is defined on these slices")
+        return dataclasses.replace(line, note="no shortcut baseline is defined on these slices")
     best = max(scores, key=lambda baseline: baseline.auroc)
-    margin = _margin(test.assign(target=truth.astype(int)), best.scores, cfg)
-    return dataclasses.replace(found, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
+    margin = _margin(test, best.scores, cfg)
+    return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
 
 
 def _margin(test: pd.DataFrame, shortcut: np.ndarray, cfg: Config) -> Estimate:
     """AUROC of the model minus that of the shortcut, on the same slices in the same resamples."""
-    ranks = rankdata(shortcut) / (len(shortcut) + 1)  # only their order counts
-    scores = ranks[:, None], 1 - test[["probability_normal"]].to_numpy()
-    try:
-        compared = compare(
-            test, test, "binary", scores=scores, resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed
-        )
-    except DataError as error:  # too few groups
-        return Estimate(None, None, None, len(test), int(test["group"].nunique()), str(error))
-    auroc: Any = compared.set_index("metric").loc["auroc"]
-    return Estimate(auroc.difference, auroc.low, auroc.high, auroc.slices, auroc.groups, auroc.reason)
+    cancer = (test["label"] == "cancer").to_numpy()
+    group = np.unique(test["group"], return_inverse=True)[1]
+    model = 1 - test["probability_normal"].to_numpy()
+
+    def margin(weights: np.ndarray) -> np.ndarray:
+        return auroc(model, cancer, weights) - auroc(shortcut, cancer, weights)
+
+    value = float(margin(np.ones((1, len(test))))[0])
+    drawn = np.concatenate([margin(weights) for weights in draws(group, cfg.evaluation.resamples, cfg.data.split_seed)])
+    low, high, reason = difference_interval(drawn, value, fewest_groups(cancer, group))
+    return Estimate(value, low, high, len(test), len(np.unique(group)), reason)
 
 
-def _sections(found: Evaluation) -> dict[str, Any]:
-    """What stands in the report beside the metrics; the costly parts only where cfg.evaluation asks for them."""
-    cfg, data = found.cfg, found.data
-    assert data is not None
+def _sections(cfg: Config, data: SliceModule, table: pd.DataFrame, point: OperatingPoint) -> dict[str, Any]:
+    """What the report shows beyond the metrics and costs little."""
     assert data.store is not None
-    training = training_facts(data.manifest, found.table)
+    test = table[table["split"] == "test"]
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
     manifest = data.manifest[data.manifest["split"] == "test"]
-    cancer = 1 - found.test["probability_normal"].to_numpy()
-    asked, seed = cfg.evaluation, cfg.data.split_seed
     return {
-        "subgroups": subgroups(found.test, cancer, found.point.threshold, resamples=asked.resamples, seed=seed),
-        "shift": differences(training, manifest, found.test),
+        "subgroups": subgroups(test, 1 - test["probability_normal"].to_numpy(), point.threshold, **settings),
+        "shift": differences(training_facts(data.manifest, table), manifest, test),
         "audit": kept_audit(cfg, data.store),
         "made": made(),
     }

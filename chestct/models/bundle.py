@@ -121,11 +121,11 @@ class Bundle:
         """Logits, novelty and heat (without `explain`: nothing) of slices float [B, 1, S, S]."""
         fine = self.net.fine_maps(x)
         maps = self.net.pool(fine)
-        logits = self.net.head(maps).numpy()
+        logits = self.net.head(maps).cpu().numpy()
         shown = np.empty(0)
         if explain:
-            shown = heat(excess(self.net, fine, explained_output(logits), self.baseline)[1]).numpy()
-        return logits, self.novelty_model.distance(channel_means(maps)).numpy(), shown
+            shown = heat(excess(self.net, fine, explained_output(logits), self.baseline)[1]).cpu().numpy()
+        return logits, self.novelty_model.distance(channel_means(maps).cpu()).numpy(), shown
 
 
 def save_bundle(

@@ -62,6 +62,11 @@ def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     return cfg.cache / "features" / json_digest(settings)[:24]
 
 
+def pooled(net: VGG16, x: torch.Tensor) -> torch.Tensor:
+    """What the head gets after its pooling, float32 [B, D], of slices float [B, 1, S, S]."""
+    return net.head[0](net.maps(x)).float()
+
+
 def extract(
     net: VGG16,
     slices: Callable[[Sequence[int]], torch.Tensor],
@@ -71,8 +76,9 @@ def extract(
     batch_size: int,
     progress: Progress | None = None,
     label: str = "Features",
+    layer: Callable[[VGG16, torch.Tensor], torch.Tensor] = pooled,
 ) -> torch.Tensor:
-    """Pooled features float32 [N, D] of N slices, from the cache where they are there, else computed and cached.
+    """What `layer` gives for N slices, [N, ...], from the cache where it is there, else computed and cached.
 
     slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features. The
     result lies on the CPU.
@@ -81,7 +87,7 @@ def extract(
     first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
     todo = [i for i in sorted(first.values()) if contents[i] not in rows]
     if todo:
-        rows |= _compute(net, slices, contents, todo, folder, batch_size, progress, label)
+        rows |= _compute(net, slices, contents, todo, folder, batch_size, progress, label, layer)
     return torch.stack([rows[content] for content in contents])
 
 
@@ -95,9 +101,9 @@ def _compute(
     batch_size: int,
     progress: Progress | None,
     label: str,
+    layer: Callable[[VGG16, torch.Tensor], torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     device = next(net.features.parameters()).device
-    pool = net.head[0]
     task = progress.add_task(label, total=len(todo)) if progress else None
     rows: dict[str, torch.Tensor] = {}
     for start in range(0, len(todo), SHARD):
@@ -105,7 +111,7 @@ def _compute(
         part = todo[start : start + SHARD]
         for at in range(0, len(part), batch_size):
             batch = part[at : at + batch_size]
-            features = pool(net.maps(slices(batch).to(device))).float().cpu()
+            features = layer(net, slices(batch).to(device)).cpu()
             shard |= {contents[i]: row.clone() for i, row in zip(batch, features, strict=True)}
             if progress and task is not None:
                 progress.advance(task, len(batch))

@@ -55,6 +55,24 @@ def percentiles(drawn: np.ndarray, value: float) -> tuple[float | None, float | 
     return min(float(low), value), max(float(high), value), ""
 
 
+def difference_interval(drawn: np.ndarray, difference: float, groups: int) -> tuple[float | None, float | None, str]:
+    """95 % interval of a paired difference from its resamples [R]; groups: of the class that has fewest.
+
+    (None, None, reason) with fewer than MIN_GROUPS, where it is undefined, or where no draw shows another difference.
+    """
+    if groups < MIN_GROUPS:
+        return None, None, f"no interval: {groups} groups of a class, needs {MIN_GROUPS}"
+    low, high, reason = percentiles(drawn, difference)
+    if low is not None and high is not None and high - low < 1e-12:
+        return None, None, "no interval: the same difference in every resample"
+    return low, high, reason
+
+
+def fewest_groups(target: np.ndarray, group: np.ndarray) -> int:
+    """Groups of the class that has fewest; target and group: int [N], of classes that occur."""
+    return min(len(np.unique(group[target == k])) for k in np.unique(target))
+
+
 def effective_size(hit: np.ndarray, group: np.ndarray) -> float:
     """How many independent slices a share of slices is worth: hit bool [n], group int [n]; between 1 and n.
 

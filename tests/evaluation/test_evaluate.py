@@ -1,13 +1,19 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from chestct.config.schema import Config
+from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
+from chestct.models.device import pick_device
+from chestct.models.lightning_module import load_classifier
 from chestct.models.operating_point import OperatingPoint
-from chestct.training.train import Result
+from chestct.models.vgg16 import VGG16
+from chestct.training.train import Result, train
 
 
 def test_nothing_is_evaluated_without_a_checkpoint(small) -> None:
@@ -19,6 +25,66 @@ def test_evaluation_sees_the_logits_that_training_saw(run: tuple[Config, Result]
     told = run[1].predictions.set_index(["path"])["logit_cancer"]
     assert np.abs(found.table.set_index("path")["logit_cancer"] - told).max() < 1e-4
     assert found.metrics["test"]["auroc"].value == pytest.approx(run[1].metrics["test/auroc"], abs=1e-6)
+
+
+def test_features_that_training_left_are_not_believed(run: tuple[Config, Result], found: Evaluation) -> None:
+    data = SliceModule(cfg := replace(run[0], features=replace(run[0].features, cache=False)))
+    data.features = {split: [torch.rand(1000, 512)] for split in ("train", "valid", "test")}
+    again = evaluate(cfg, data)
+    assert np.abs(again.table["logit_cancer"] - found.table["logit_cancer"]).max() < 1e-3
+
+
+@pytest.mark.slow
+def test_two_stage_runs_are_measured_on_the_network_that_they_end_with(small, tmp_path: Path) -> None:
+    cfg = small("trainer.max_epochs=2", "trainer.unfreeze_epoch=1", "optim.backbone_lr_ratio=0.5")
+    result = train(cfg, tmp_path)
+    cfg = replace(cfg, ckpt=str(tmp_path / "checkpoints" / "last.ckpt"))
+    after, fresh = evaluate(cfg, result.data), evaluate(cfg)
+    assert (after.table["logit_cancer"] - fresh.table["logit_cancer"]).abs().max() < 1e-5
+    net = load_classifier(Path(cfg.ckpt)).eval().net
+    assert fresh.data is not None
+    assert fresh.images is not None
+    valid = fresh.data.manifest.query("split == 'valid'")
+    with torch.no_grad():
+        logits = torch.cat([net(x) for x in net.batches(fresh.images[valid["row"].to_numpy()])])[:, 0]
+    assert np.abs(fresh.table.query("split == 'valid'")["logit_cancer"] - logits.numpy()).max() < 1e-4
+
+
+def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Config, Result], tmp_path, monkeypatch):
+    cfg = replace(run[0], cache_dir=str(tmp_path))
+    batches: list[int] = []
+    plain = VGG16.fine_maps
+
+    def counted(net: VGG16, x: torch.Tensor) -> torch.Tensor:
+        batches.append(len(x))
+        return plain(net, x)
+
+    monkeypatch.setattr(VGG16, "fine_maps", counted)
+    first = evaluate(cfg)
+    batches.clear()
+    baseline = first.baseline
+    normals = int((first.data.manifest.query("split == 'train'")["label"] == "normal").sum())
+    assert sum(batches) == normals
+    assert len(batches) == -(-normals // cfg.features.batch_size)
+    batches.clear()
+    assert torch.equal(evaluate(cfg).baseline, baseline)
+    assert batches == []
+
+
+def test_the_cpu_is_used_where_the_settings_say_so_or_nothing_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    assert pick_device("auto").type == pick_device("gpu").type == "cuda"
+    assert pick_device("cpu").type == "cpu"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    assert pick_device("gpu").type == "cpu"
+
+
+@pytest.mark.skipif(pick_device().type == "cpu", reason="needs an accelerator")
+def test_an_accelerator_gives_the_numbers_of_the_cpu(run: tuple[Config, Result], found: Evaluation) -> None:
+    cfg = replace(run[0], features=replace(run[0].features, cache=False))
+    fast = evaluate(cfg)
+    assert np.abs(fast.table["logit_cancer"] - found.table["logit_cancer"]).max() < 1e-2
+    assert (fast.baseline - found.baseline).abs().max() < 0.05 * found.baseline.abs().max()
 
 
 def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Result], found: Evaluation) -> None:
@@ -64,8 +130,6 @@ def test_subgroups_divide_the_test_slices(found: Evaluation) -> None:
 
 @pytest.mark.slow
 def test_subtypes_are_measured_by_class_and_as_cancer(small, tmp_path) -> None:
-    from chestct.training.train import train
-
     cfg = small("task=subtype", "evaluation.resamples=100")
     result = train(cfg, tmp_path)
     found = evaluate(replace(cfg, ckpt=str(result.best)), result.data)
