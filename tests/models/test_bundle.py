@@ -140,7 +140,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 
 
 def test_a_folder_without_a_bundle_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"chestct\.export"):
+    with pytest.raises(BundleError, match="chestct export"):
         load_bundle(tmp_path / "nothing")
 
 
