@@ -19,7 +19,7 @@ from chestct.config.checks import resolve
 from chestct.config.schema import ModelConfig
 from chestct.evaluation.evaluate import evaluate
 from chestct.models.checkpoint import read_checkpoint
-from chestct.models.saliency import excess, heat, normal_evidence
+from chestct.models.saliency import heat, normal_cam, normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.reporting.render import write
@@ -52,14 +52,14 @@ def heat_map(rounds: int = 15) -> dict[str, float]:
     x = torch.rand(1, 1, 224, 224)
 
     def plain() -> torch.Tensor:
-        fine = net.fine_maps(x)
+        fine = net.conv5(x)
         net.head(net.features[-1](fine))
         return fine
 
     with torch.inference_mode():
         fine = plain()
-        baseline, output = normal_evidence(net, fine), np.zeros(1, int)
-        return alternate(rounds, forward=plain, heat=lambda: heat(excess(net, fine, output, baseline)[1]))
+        baseline, output = normal_cam(net, fine), np.zeros(1, int)
+        return alternate(rounds, forward=plain, heat=lambda: heat(normalised_cam(net, fine, output, baseline)[1]))
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
-from chestct.models.saliency import normal_evidence
+from chestct.models.saliency import normal_cam
 from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
 from chestct.stats.drift import differences, training_facts
 from chestct.stats.metrics import Estimate, auroc, measure
@@ -83,7 +83,7 @@ class Evaluation:
         assert self.data is not None
         with torch.no_grad(), on_accelerator(self.model.net, self.cfg.trainer.accelerator) as device:
             features = normal_features(self.model, self.data, self.cfg)
-            return normal_evidence(self.model.net, features.to(device).float()).cpu()
+            return normal_cam(self.model.net, features.to(device).float()).cpu()
 
     @cached_property
     def bundle(self) -> Bundle:

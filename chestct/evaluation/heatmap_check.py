@@ -19,7 +19,7 @@ from torch import nn
 from chestct.config.schema import WindowConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import BODY_LEVEL, Preprocess
-from chestct.models.saliency import excess, heat, heat_to_square, mask_to_square, placement
+from chestct.models.saliency import heat, heat_to_square, mask_to_square, normalised_cam, placement
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import read_truth
 
@@ -59,7 +59,7 @@ def check_explanation(
     """Checks the heat maps of slices with lesions; plain values for JSON.
 
     images: uint8 [N, S, S]; masks: bool [N, S, S], at least two and none empty; outputs: int [N], the output to be
-    explained; baseline: as for `excess`; curves: slices (those of the highest scores) for the checks that need
+    explained; baseline: as for `normalised_cam`; curves: slices (those of the highest scores) for the checks that need
     further forward passes. Returns `passes`, `checks` {name: bool}, `failures` (a sentence each), `slices`,
     `tolerance_px`, `pointing`, `share`, `randomisation`, `deletion` and `insertion`.
     """
@@ -88,7 +88,7 @@ def _explain(
     scores, found, at = [], [], 0
     for x in net.batches(images):
         wanted = outputs[at : at + len(x)]
-        logits, part = excess(net, net.fine_maps(x), wanted, baseline)
+        logits, part = normalised_cam(net, net.conv5(x), wanted, baseline)
         scores.append(_scores(logits.cpu(), wanted))
         found.append(part.cpu())
         at += len(x)
@@ -161,7 +161,7 @@ def _randomisation(
     def map_of(block: nn.Sequential, head: nn.Sequential) -> np.ndarray:
         altered = copy.copy(net)  # shares all weights; modules are replaced, never changed
         altered._modules = dict(net._modules) | {"head": head}
-        return excess(altered, block[:-1](trunk.clone()), outputs, None)[1].cpu().numpy()
+        return normalised_cam(altered, block[:-1](trunk.clone()), outputs, None)[1].cpu().numpy()
 
     own = map_of(net.features[last:], net.head)
     places = nn.functional.adaptive_avg_pool2d(torch.tensor(body).float(), own.shape[1:]).numpy() > 0.5

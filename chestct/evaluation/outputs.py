@@ -72,4 +72,4 @@ def normal_features(model: Classifier, data: SliceModule, cfg: Config) -> torch.
 
 def conv5(net: VGG16, x: torch.Tensor) -> torch.Tensor:
     """What class activation maps are made from, at half the space: float16 [B, 512, h, w]."""
-    return net.fine_maps(x).half()
+    return net.conv5(x).half()

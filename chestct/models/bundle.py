@@ -30,7 +30,7 @@ from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle_schema import check_facts
 from chestct.models.novelty import NoveltyModel, channel_means
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.saliency import excess, explained_output, heat
+from chestct.models.saliency import explained_output, heat, normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
 
@@ -76,7 +76,7 @@ class Bundle:
     net: VGG16
     point: OperatingPoint
     novelty_model: NoveltyModel
-    baseline: torch.Tensor  # what normal training slices show as evidence, see chestct.models.saliency
+    baseline: torch.Tensor  # what normal training slices show, see chestct.models.saliency
     facts: dict[str, Any]
     card: str = ""
 
@@ -119,12 +119,12 @@ class Bundle:
 
     def _seen(self, x: torch.Tensor, explain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits, novelty and heat (without `explain`: nothing) of slices float [B, 1, S, S]."""
-        fine = self.net.fine_maps(x)
-        maps = self.net.pool(fine)
+        conv5 = self.net.conv5(x)
+        maps = self.net.pool(conv5)
         logits = self.net.head(maps).cpu().numpy()
         shown = np.empty(0)
         if explain:
-            shown = heat(excess(self.net, fine, explained_output(logits), self.baseline)[1]).cpu().numpy()
+            shown = heat(normalised_cam(self.net, conv5, explained_output(logits), self.baseline)[1]).cpu().numpy()
         return logits, self.novelty_model.distance(channel_means(maps).cpu()).numpy(), shown
 
 

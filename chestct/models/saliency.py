@@ -1,9 +1,9 @@
-"""Where the network looked: Grad-CAM from the last convolution's maps, and its picture over the whole slice.
+"""Where the network looked: Grad-CAM from the last convolution's features, and its picture over the whole slice.
 
-These maps are all that the head sees, so the gradient runs through the head alone: it works on frozen convolutions,
-under `no_grad`, and costs next to nothing beside the forward pass. What comes out first is *evidence*, signed and in
-the unit of the logit; *excess* is how far it lies above what normal slices show there; heat is the positive part of
-that, scaled for the eye, and no longer tells how much there was.
+These features are all that the head sees, so the gradient runs through the head alone: it works on frozen convolutions,
+under `no_grad`, and costs next to nothing compared with the forward pass. A class activation map (CAM) is signed and in
+the unit of the logit; a normalised CAM says how far it lies above what normal slices show there; heat is the positive
+part of that, scaled for the eye, and no longer says how much there was.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn import functional
 
 from chestct.imaging.preprocess import Preprocess, body_box
@@ -24,112 +23,84 @@ Box = tuple[int, int, int, int]
 """(left, top, right, bottom) in pixels; right and bottom lie outside."""
 
 
-def evidence(net: VGG16, maps: torch.Tensor, output: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, K] and how each place of the maps moves logits[:, output], float32 [B, h, w], signed; both detached.
+def class_activation_map(net: VGG16, conv5: torch.Tensor, output: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, K] and how each position of conv5 moves logits[:, output], float32 [B, h, w], signed; both detached.
 
-    Selvaraju et al. 2017, eq. 1 and 2 without the ReLU. For a linear head on mean-pooled maps this is the class
-    activation map of Zhou et al. 2016, and on `net.maps` the evidence of all places sums to the logit less the head's
-    bias. maps: float [B, 512, h, w] from `net.fine_maps`, or from `net.maps` at half the resolution; net in eval mode.
+    Selvaraju et al. 2017, eq. 1 and 2 without the ReLU: a channel weighs as much as the mean of its gradient over all
+    positions. For a linear head on mean-pooled features this is the map of Zhou et al. 2016.
+    conv5: float [B, 512, h, w] from `net.conv5`; net in eval mode.
     """
-    linear = _single_linear(net)
-    if linear is None:
-        return evidence_by_gradient(net, maps, output)
-    maps = maps.detach()
-    pooled = _pooled(net, maps)
-    logits = functional.linear(pooled.mean((2, 3)), linear.weight, linear.bias).detach()
-    weights = linear.weight[output].detach().expand(len(maps), -1)
-    return logits, _weighted(maps, weights)
-
-
-def evidence_by_gradient(net: VGG16, maps: torch.Tensor, output: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `evidence`, for any head: a channel weighs as much as the mean of its gradient over all places."""
     # Callers are usually under no_grad or inference_mode; a clone made out here can be differentiated all the same.
     with torch.inference_mode(False), torch.enable_grad():
-        maps = maps.detach().clone()
-        pooled = _pooled(net, maps).requires_grad_()
+        conv5 = conv5.detach().clone()
+        pooled = net.pool(conv5).requires_grad_()
         logits = net.head(pooled)
         (gradient,) = torch.autograd.grad(logits[:, output].sum(), pooled)
-    # A max pool hands each gradient to one place of its window, so their sum is that of the finer maps as well.
-    return logits.detach(), _weighted(maps, gradient.sum((2, 3)))
+    # A max pool hands each gradient to one position of its window, so their sum is that of conv5 as well.
+    positions = conv5.shape[2] * conv5.shape[3]
+    cam = torch.einsum("bk,bkhw->bhw", gradient.sum((2, 3)), conv5) / positions
+    return logits.detach(), cam.float()
 
 
-def normal_evidence(net: VGG16, maps: torch.Tensor) -> torch.Tensor:
-    """What normal training slices show as evidence, the `baseline` of `excess`: float32 [2, K, h, w], mean and spread.
+def normal_cam(net: VGG16, conv5: torch.Tensor) -> torch.Tensor:
+    """What normal training slices show, the `baseline` of `normalised_cam`: float32 [2, K, h, w], mean and spread.
 
-    maps: from `net.fine_maps` of those slices. Spreads are averaged over neighbouring places, since some dozen slices
+    conv5: from `net.conv5` of those slices. Spreads are averaged over neighbouring positions, since some dozen slices
     tell them badly, and raised by their mean over all: where hardly anything ever varies, a trifle would be many.
     """
-    outputs = evidence(net, maps[:1])[0].shape[1]
-    found = torch.stack([_standing_out(evidence(net, maps, output)[1]) for output in range(outputs)])
-    spread = functional.avg_pool2d(found.std(1, correction=0), 3, 1, padding=1, count_include_pad=False)
+    outputs = class_activation_map(net, conv5[:1])[0].shape[1]
+    cams = torch.stack([_standing_out(class_activation_map(net, conv5, output)[1]) for output in range(outputs)])
+    spread = functional.avg_pool2d(cams.std(1, correction=0), 3, 1, padding=1, count_include_pad=False)
     scale = spread + spread.mean((1, 2), keepdim=True)
-    return torch.stack([found.mean(1), torch.where(scale > 0, scale, 1.0)])
+    return torch.stack([cams.mean(1), torch.where(scale > 0, scale, 1.0)])
 
 
-def excess(
-    net: VGG16, maps: torch.Tensor, outputs: np.ndarray, baseline: torch.Tensor | None, against: bool = False
+def normalised_cam(
+    net: VGG16, conv5: torch.Tensor, outputs: np.ndarray, baseline: torch.Tensor | None, against: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, K], and how far the evidence for each slice's own output exceeds that of normal slices, [B, h, w].
+    """Logits [B, K], and how far each slice's map for its own output lies above those of normal slices, [B, h, w].
 
-    In spreads of normal slices at that place, signed; detached. Which share of the logit belongs to which place is open
-    by a constant: a spine may count as evidence in every slice and the bias take it back; and along the body's edge,
-    evidence differs much between slices that all are normal. Evidence is smoothed to the size of a lesion, and a
-    slice's own mean is taken off, since what is everywhere is no place.
+    In spreads of normal slices at that position, signed; detached. Which share of the logit belongs to which position
+    is open by a constant: a spine may speak for cancer in every slice and the bias take it back; and along the body's
+    edge, maps differ much between slices that all are normal. Maps are smoothed to the size of a lesion, and a slice's
+    own mean is taken off, since what is everywhere has no position.
 
     On 760 default phantoms of other seeds than those of training, the hottest point lies within 15 pixels of the lesion
     in 0.86 (0.83 of the 48 test slices); in 0.75 without smoothing and spread, in 0.56 for Grad-CAM as it is.
 
-    maps: from `net.fine_maps`; outputs: int [B]; baseline: from `normal_evidence`, None for the plain evidence;
-    against: what speaks against the output instead (with one output, 0 is cancer and `against` is normal).
+    conv5: from `net.conv5`; outputs: int [B]; baseline: from `normal_cam`, None for the plain map; against: what speaks
+    against the output instead (with one output, 0 is cancer and `against` is normal).
     """
-    by_output = {int(k): evidence(net, maps, int(k)) for k in np.unique(outputs)}
+    by_output = {int(k): class_activation_map(net, conv5, int(k)) for k in np.unique(outputs)}
     logits = next(iter(by_output.values()))[0]
-    found = torch.stack([by_output[int(k)][1][i] for i, k in enumerate(outputs)])
+    cam = torch.stack([by_output[int(k)][1][i] for i, k in enumerate(outputs)])
     if baseline is not None:
-        mean, spread = baseline.to(found.device)[:, torch.from_numpy(outputs)]
-        found = (_standing_out(found) - mean) / spread
-    return logits, -found if against else found
+        mean, spread = baseline.to(cam.device)[:, torch.from_numpy(outputs)]
+        cam = (_standing_out(cam) - mean) / spread
+    return logits, -cam if against else cam
 
 
-def _standing_out(found: torch.Tensor) -> torch.Tensor:
-    """Evidence [B, h, w], smoothed by a Gaussian (zero outside the square), less each map's mean."""
-    places = torch.arange(found.shape[-1], device=found.device)
-    sigma = SMOOTHING * len(places)
-    weights = torch.exp(-0.5 * ((places[:, None] - places) / sigma) ** 2)
-    steps = torch.arange(-len(places), len(places) + 1)
-    weights = weights / torch.exp(-0.5 * (steps / sigma) ** 2).sum().to(found.device)
-    smooth = weights @ found @ weights
+def _standing_out(cam: torch.Tensor) -> torch.Tensor:
+    """Maps [B, h, w], smoothed by a Gaussian (zero outside the square), less each map's mean."""
+    positions = torch.arange(cam.shape[-1], device=cam.device)
+    sigma = SMOOTHING * len(positions)
+    weights = torch.exp(-0.5 * ((positions[:, None] - positions) / sigma) ** 2)
+    steps = torch.arange(-len(positions), len(positions) + 1)
+    weights = weights / torch.exp(-0.5 * (steps / sigma) ** 2).sum().to(cam.device)
+    smooth = weights @ cam @ weights
     return smooth - smooth.mean((1, 2), keepdim=True)
 
 
 def explained_output(logits: np.ndarray) -> np.ndarray:
-    """The output whose evidence is shown, int [N]: cancer, or of several classes the likeliest kind of cancer."""
+    """The output whose map is shown, int [N]: cancer, or of several classes the likeliest kind of cancer."""
     return np.zeros(len(logits), int) if logits.shape[1] == 1 else 1 + logits[:, 1:].argmax(1)
 
 
-def heat(found: torch.Tensor) -> torch.Tensor:
+def heat(cam: torch.Tensor) -> torch.Tensor:
     """The positive part of maps [B, h, w], each divided by its own maximum: in [0, 1], all zeros where nothing is."""
-    positive = found.clamp(min=0)
+    positive = cam.clamp(min=0)
     peak = positive.amax((1, 2), keepdim=True)
     return positive / torch.where(peak > 0, peak, 1.0)
-
-
-def _pooled(net: VGG16, maps: torch.Tensor) -> torch.Tensor:
-    """What the head sees of maps from either side of the last max pool."""
-    return functional.max_pool2d(maps, 2) if maps.shape[-1] > net.size // 32 else maps
-
-
-def _weighted(maps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sum over channels of maps [B, C, h, w] by weights [B, C], divided by the number of places."""
-    places = maps.shape[2] * maps.shape[3]
-    return (torch.einsum("bk,bkhw->bhw", weights, maps) / places).float()
-
-
-def _single_linear(net: VGG16) -> nn.Linear | None:
-    """The head's linear layer where mean pooling and that layer are all there is (dropout does nothing in eval)."""
-    layers = [layer for layer in net.head if not isinstance(layer, nn.Dropout)]
-    pooled = getattr(layers[0], "pool", "") == "gap"
-    return layers[1] if pooled and len(layers) == 2 and isinstance(layers[1], nn.Linear) else None
 
 
 @dataclass(frozen=True)
@@ -165,7 +136,7 @@ def mask_to_square(mask: np.ndarray, place: Placement) -> np.ndarray:
 
 
 def heat_to_square(heat: torch.Tensor, size: int) -> torch.Tensor:
-    """Heat [B, h, w] at the network's resolution, [B, size, size], bicubic: peaks may lie between places."""
+    """Heat [B, h, w] at the network's resolution, [B, size, size], bicubic: peaks may lie between positions."""
     full = functional.interpolate(heat[:, None], (size, size), mode="bicubic", align_corners=False)[:, 0]
     return full.clamp(0, 1)
 
@@ -175,13 +146,13 @@ def heat_to_slice(heat: torch.Tensor, shape: tuple[int, int], place: Placement) 
     height, width = shape
     (left, top, right, bottom), target = place.source, place.target
 
-    def positions(pixels: int, begin: int, end: int, target_begin: int, target_end: int) -> torch.Tensor:
+    def in_square(pixels: int, begin: int, end: int, target_begin: int, target_end: int) -> torch.Tensor:
         # Centres of the slice's pixels in the square, from -1 at its one edge to 1 at the other.
         inside = (torch.arange(pixels) + 0.5 - begin) / (end - begin)
         return (target_begin + inside * (target_end - target_begin)) / place.size * 2 - 1
 
-    y = positions(height, top, bottom, target[1], target[3])
-    x = positions(width, left, right, target[0], target[2])
+    y = in_square(height, top, bottom, target[1], target[3])
+    x = in_square(width, left, right, target[0], target[2])
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (H, W, 2)
     full = functional.grid_sample(heat[None, None].float(), grid[None], "bicubic", "border", align_corners=False)
     seen = np.zeros(shape, np.float32)

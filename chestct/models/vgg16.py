@@ -42,9 +42,9 @@ class VGG16(nn.Module):
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
         """The last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`."""
-        return self.pool(self.fine_maps(x))
+        return self.pool(self.conv5(x))
 
-    def fine_maps(self, x: torch.Tensor) -> torch.Tensor:
+    def conv5(self, x: torch.Tensor) -> torch.Tensor:
         """What the last max pool gets, [B, 512, S // 16, S // 16], for x as in `forward`.
 
         Heat maps are made from it, as in Selvaraju et al. 2017: lesions are smaller than a place of the pooled maps.
@@ -57,7 +57,7 @@ class VGG16(nn.Module):
         return layers(x.contiguous(memory_format=torch.channels_last))
 
     def pool(self, fine: torch.Tensor) -> torch.Tensor:
-        """From `fine_maps` to `maps`."""
+        """From `conv5` to `maps`."""
         return self.features[-1](fine) if self._ends_with_a_pool else fine
 
     @property

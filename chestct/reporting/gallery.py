@@ -14,7 +14,7 @@ import torch
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.models.bundle import Bundle
-from chestct.models.saliency import Placement, excess, explained_output, heat, overlay
+from chestct.models.saliency import Placement, normalised_cam, explained_output, heat, overlay
 from chestct.reporting.environment import jpeg
 from chestct.stats.metrics import sample_of
 
@@ -66,16 +66,16 @@ def _pictures(part: pd.DataFrame, evaluation: Evaluation) -> Iterator[dict[Any, 
     for slice_ in part.to_dict("records"):
         gray = np.array(evaluation.images[places[slice_["source"], slice_["path"]]])
         with torch.no_grad():
-            maps = bundle.net.fine_maps(torch.from_numpy(gray)[None, None].float() / 255)
+            conv5 = bundle.net.conv5(torch.from_numpy(gray)[None, None].float() / 255)
             # The evidence for what the slice was called: an error is understood by what led to it.
-            output, against = _explained(slice_["called"], bundle, maps)
-            shown = heat(excess(bundle.net, maps, output, bundle.baseline, against)[1])[0]
+            output, against = _explained(slice_["called"], bundle, conv5)
+            shown = heat(normalised_cam(bundle.net, conv5, output, bundle.baseline, against)[1])[0]
         square = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
         pictures = {"plain": jpeg(gray, SIDE), "heat": jpeg(overlay(gray, shown, square), SIDE)}
         yield slice_ | pictures | {"silent": not bool(shown.any())}
 
 
-def _explained(called: str, bundle: Bundle, maps: torch.Tensor) -> tuple[np.ndarray, bool]:
+def _explained(called: str, bundle: Bundle, conv5: torch.Tensor) -> tuple[np.ndarray, bool]:
     """The output to explain, int [1], and whether what speaks against it is what the slice was called for.
 
     A bundle of subtypes may have been reduced to cancer and normal; then it is the likeliest kind of cancer.
@@ -85,4 +85,4 @@ def _explained(called: str, bundle: Bundle, maps: torch.Tensor) -> tuple[np.ndar
     names = classes_of("subtype")
     if called in names:
         return np.array([names.index(called)]), False
-    return explained_output(bundle.net.head(bundle.net.features[-1](maps)).numpy()), False
+    return explained_output(bundle.net.head(bundle.net.pool(conv5)).numpy()), False

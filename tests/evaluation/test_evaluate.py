@@ -53,13 +53,13 @@ def test_two_stage_runs_are_measured_on_the_network_that_they_end_with(small, tm
 def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Config, Result], tmp_path, monkeypatch):
     cfg = replace(run[0], cache_dir=str(tmp_path))
     batches: list[int] = []
-    plain = VGG16.fine_maps
+    plain = VGG16.conv5
 
     def counted(net: VGG16, x: torch.Tensor) -> torch.Tensor:
         batches.append(len(x))
         return plain(net, x)
 
-    monkeypatch.setattr(VGG16, "fine_maps", counted)
+    monkeypatch.setattr(VGG16, "conv5", counted)
     first = evaluate(cfg)
     batches.clear()
     baseline = first.baseline

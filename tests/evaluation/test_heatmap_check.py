@@ -9,7 +9,7 @@ from chestct.config.schema import ModelConfig, PhantomConfig, WindowConfig
 from chestct.evaluation import heatmap_check as explanation
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.imaging.preprocess import Preprocess
-from chestct.models.saliency import normal_evidence
+from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -32,7 +32,7 @@ def draw(n, lesions, seed):
 
 def maps_of(net, images):
     with torch.no_grad():
-        return net.fine_maps(torch.tensor(images).unsqueeze(1).float() / 255)
+        return net.conv5(torch.tensor(images).unsqueeze(1).float() / 255)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def learned():
     with torch.no_grad():
         net.head[-1].weight.copy_(torch.tensor(fitted.coef_ / scale))
         net.head[-1].bias.copy_(torch.tensor(fitted.intercept_))
-    return net, normal_evidence(net, normal), *draw(12, True, 7)
+    return net, normal_cam(net, normal), *draw(12, True, 7)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatc
     def edges(net, maps, outputs, baseline):  # the same for every network
         return net.head(net.features[-1](maps)), blobs.expand(len(maps), -1, -1)
 
-    monkeypatch.setattr(explanation, "excess", edges)
+    monkeypatch.setattr(explanation, "normalised_cam", edges)
     found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, curves=1)
     assert found["randomisation"] == pytest.approx({"head": 1.0, "last_block": 1.0})
     assert not found["checks"]["randomisation"]

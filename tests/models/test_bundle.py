@@ -22,7 +22,7 @@ from chestct.models.bundle import CARD, FACTS, PACKAGED_BUNDLE, TENSORS, Bundle,
 from chestct.models.novelty import channel_means, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores
-from chestct.models.saliency import normal_evidence
+from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -53,7 +53,7 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
         "data": {"data_hash": "0" * 64, "seen": []},
     }
     with torch.no_grad():
-        baseline = normal_evidence(net, net.fine_maps(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
+        baseline = normal_cam(net, net.conv5(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
     return save_bundle(folder, net, point, fit_novelty(pooled, pooled), baseline, facts, "# Card\n")
 
 

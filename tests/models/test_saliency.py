@@ -8,7 +8,15 @@ from scipy.ndimage import gaussian_filter
 from chestct.config.schema import ModelConfig
 from chestct.imaging.preprocess import Preprocess
 from chestct.models import saliency
-from chestct.models.saliency import Placement, evidence, excess, heat, normal_evidence, overlay, placement
+from chestct.models.saliency import (
+    Placement,
+    class_activation_map,
+    heat,
+    normal_cam,
+    normalised_cam,
+    overlay,
+    placement,
+)
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -32,28 +40,18 @@ def make(weights, outputs=1, **model):
     return net
 
 
-def grad_cam(net, maps, output=0):
-    """Grad-CAM as published: the positive part of the plain evidence."""
-    logits, found = evidence(net, maps, output)
-    return logits, heat(found)
+def grad_cam(net, conv5, output=0):
+    """Grad-CAM as published: the positive part of the plain map."""
+    logits, cam = class_activation_map(net, conv5, output)
+    return logits, heat(cam)
 
 
 HEADS = [{}, {"dropout": 0.5}, {"pool": "flatten"}, {"hidden": [16]}, {"pool": "flatten", "hidden": [16, 8]}]
 
 
-@pytest.mark.parametrize(
-    ("outputs", "output", "model", "fine"),
-    [
-        (1, 0, HEADS[0], False),
-        (1, 0, HEADS[1], True),
-        (4, 2, HEADS[0], True),
-        (4, 3, HEADS[2], False),
-        (4, 3, HEADS[2], True),
-        (1, 0, HEADS[3], True),
-        (4, 1, HEADS[4], False),
-    ],
-)
-def test_maps_are_those_of_the_grad_cam_package(oxford, slices, outputs, output, model, fine):
+@pytest.mark.parametrize(("outputs", "output", "model"), [(1, 0, HEADS[1]), (4, 2, HEADS[0]), (4, 3, HEADS[2]),
+                                                          (1, 0, HEADS[3]), (4, 1, HEADS[4])])  # fmt: skip
+def test_maps_are_those_of_the_grad_cam_package(oxford, slices, outputs, output, model):
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -67,68 +65,59 @@ def test_maps_are_those_of_the_grad_cam_package(oxford, slices, outputs, output,
             self.raw = super().get_cam_image(*args, **kwargs)
             return self.raw
 
-    # The layer whose output is the maps that ours are made from: the last max pool, or the ReLU before it.
-    with Raw(open_copy, [open_copy.features[-2 if fine else -1]]) as theirs:
+    with Raw(open_copy, [open_copy.features[-2]]) as theirs:  # the ReLU whose output is conv5
         picture = theirs(slices, [ClassifierOutputTarget(output)] * len(slices))
         raw = torch.tensor(theirs.raw)
     with torch.no_grad():
-        maps = net.fine_maps(slices) if fine else net.maps(slices)
-        logits, evidence = saliency.evidence(net, maps, output)
-        heat = grad_cam(net, maps, output)[1]
+        logits, cam = class_activation_map(net, net.conv5(slices), output)
         assert torch.allclose(logits, net(slices), rtol=1e-4, atol=1e-4)
-    assert (evidence - raw).abs().max() <= 1e-4 * raw.abs().max()
+    assert (cam - raw).abs().max() <= 1e-4 * raw.abs().max()
     # The package also subtracts a map's minimum, which ours keeps: low heat everywhere is not no heat.
-    ours = scale_cam_image(scale_cam_image(heat.numpy(), (SIZE, SIZE)))
+    ours = scale_cam_image(scale_cam_image(heat(cam).numpy(), (SIZE, SIZE)))
     assert np.abs(ours - picture).max() < 1e-4
 
 
-@pytest.mark.parametrize("maps_of", [VGG16.maps, VGG16.fine_maps])
 @pytest.mark.parametrize("outputs", [1, 4])
-def test_closed_form_equals_the_gradient(oxford, slices, outputs, maps_of):
+def test_maps_of_a_linear_head_weigh_channels_by_its_weights(oxford, slices, outputs):
+    """Zhou et al. 2016, from conv5: each pooled position takes the largest of four."""
     net = make(oxford, outputs)
-    maps = maps_of(net, slices).detach()
+    conv5 = net.conv5(slices)
     for output in range(outputs):
-        closed, by_gradient = (f(net, maps, output) for f in (saliency.evidence, saliency.evidence_by_gradient))
-        for ours, theirs in zip(closed, by_gradient, strict=True):
-            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+        expected = torch.einsum("k,bkhw->bhw", net.head[-1].weight[output], conv5) / (SIZE // 16) ** 2
+        cam = class_activation_map(net, conv5, output)[1]
+        assert torch.allclose(cam, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
 
 
-def test_closed_form_needs_no_autograd(oxford, slices, monkeypatch):
-    net = make(oxford, dropout=0.3)
-    maps = net.maps(slices).detach()
-    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("autograd was used"))
-    grad_cam(net, maps)
-
-
-def test_fine_maps_are_those_before_the_last_pool(oxford, slices):
+def test_conv5_is_what_the_last_pool_gets(oxford, slices):
     net = make(oxford)
-    fine = net.fine_maps(slices)
-    assert fine.shape == (len(slices), 512, SIZE // 16, SIZE // 16)
-    assert torch.equal(net.features[-1](fine), net.maps(slices))
+    conv5 = net.conv5(slices)
+    assert conv5.shape == (len(slices), 512, SIZE // 16, SIZE // 16)
+    assert torch.equal(net.pool(conv5), net.maps(slices))
 
 
-def test_excess_is_in_spreads_of_normal_slices(oxford, slices):
+def test_normalised_maps_are_in_spreads_of_normal_slices(oxford, slices):
     net = make(oxford, 4)
-    normal = net.fine_maps(torch.rand(8, 1, SIZE, SIZE)).detach()
-    baseline = normal_evidence(net, normal)
+    normal = net.conv5(torch.rand(8, 1, SIZE, SIZE)).detach()
+    baseline = normal_cam(net, normal)
     assert baseline.shape == (2, 4, SIZE // 16, SIZE // 16)
     for output in range(4):
-        logits, over = excess(net, normal, np.full(8, output), baseline)
-        assert torch.equal(logits, evidence(net, normal)[0])
-        assert over.mean(0).abs().max() < 1e-4
-        assert over.std(0, correction=0).max() < 1  # the spread is raised by its mean over all places
-        assert over.std(0, correction=0).mean() > 0.3
-    assert not excess(net, normal[:1], np.zeros(1, int), normal_evidence(net, normal[:1]))[1].any()
+        logits, cam = normalised_cam(net, normal, np.full(8, output), baseline)
+        assert torch.equal(logits, class_activation_map(net, normal)[0])
+        assert cam.mean(0).abs().max() < 1e-4
+        assert cam.std(0, correction=0).max() < 1  # the spread is raised by its mean over all positions
+        assert cam.std(0, correction=0).mean() > 0.3
+    assert not normalised_cam(net, normal[:1], np.zeros(1, int), normal_cam(net, normal[:1]))[1].any()
 
 
 def test_each_slice_is_explained_by_its_own_output(oxford, slices):
     net = make(oxford, 4)
-    maps = net.fine_maps(torch.cat([slices, slices])).detach()
-    for baseline in (None, normal_evidence(net, maps)):
-        mixed = excess(net, maps, np.array([2, 0, 3, 2]), baseline)[1]
-        for i, output in enumerate((2, 0, 3, 2)):
-            assert torch.allclose(mixed[i], excess(net, maps, np.full(4, output), baseline)[1][i])
-    assert torch.equal(excess(net, maps, np.array([2, 0, 3, 2]), baseline, against=True)[1], -mixed)
+    conv5 = net.conv5(torch.cat([slices, slices])).detach()
+    outputs = np.array([2, 0, 3, 2])
+    for baseline in (None, normal_cam(net, conv5)):
+        mixed = normalised_cam(net, conv5, outputs, baseline)[1]
+        for i, output in enumerate(outputs):
+            assert torch.allclose(mixed[i], normalised_cam(net, conv5, np.full(4, output), baseline)[1][i])
+    assert torch.equal(normalised_cam(net, conv5, outputs, baseline, against=True)[1], -mixed)
 
 
 def test_smoothing_is_scipys_gaussian():
@@ -139,19 +128,13 @@ def test_smoothing_is_scipys_gaussian():
     assert np.abs(saliency._standing_out(found).numpy() - expected).max() < 1e-5
 
 
-def test_evidence_of_a_linear_head_sums_to_the_logit_less_its_bias(oxford, slices):
-    net = make(oxford)
-    logits, evidence = saliency.evidence(net, net.maps(slices).detach())
-    assert torch.allclose(evidence.sum((1, 2)), logits[:, 0] - net.head[-1].bias, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("model", HEADS)
 def test_works_on_frozen_convolutions_where_gradients_are_off(oxford, slices, mode, model):
     net = make(oxford, **model)
-    expected = grad_cam(net, net.maps(slices).detach())
+    expected = grad_cam(net, net.conv5(slices).detach())
     with mode():
-        found = grad_cam(net, net.maps(slices))
+        found = grad_cam(net, net.conv5(slices))
     for ours, theirs in zip(found, expected, strict=True):
         assert not ours.requires_grad
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -161,12 +144,12 @@ def test_works_on_frozen_convolutions_where_gradients_are_off(oxford, slices, mo
 @pytest.mark.parametrize("model", HEADS)
 def test_what_speaks_for_normal_is_what_speaks_against_cancer(oxford, slices, model):
     net = make(oxford, **model)
-    maps = net.maps(slices).detach()
-    normal = excess(net, maps, np.zeros(2, int), None, against=True)[1]
+    conv5 = net.conv5(slices).detach()
+    normal = normalised_cam(net, conv5, np.zeros(2, int), None, against=True)[1]
     with torch.no_grad():
         net.head[-1].weight.neg_()
         net.head[-1].bias.neg_()
-    assert torch.allclose(normal, evidence(net, maps)[1], atol=1e-4)
+    assert torch.allclose(normal, class_activation_map(net, conv5)[1], atol=1e-4)
 
 
 def test_heat_is_the_positive_part_over_its_maximum():
@@ -175,11 +158,11 @@ def test_heat_is_the_positive_part_over_its_maximum():
     assert saliency.heat(torch.full((1, 2, 2), 1e-30)).max() == 1
 
 
-def test_a_slice_without_evidence_for_the_output_has_no_heat(oxford, slices):
+def test_a_slice_in_which_nothing_speaks_for_the_output_has_no_heat(oxford, slices):
     net = make(oxford)
     with torch.no_grad():
         net.head[-1].weight.copy_(-net.head[-1].weight.abs())
-    heat = grad_cam(net, net.maps(slices).detach())[1]
+    heat = grad_cam(net, net.conv5(slices).detach())[1]
     assert heat.dtype == torch.float32
     assert not heat.any()
 

@@ -17,7 +17,7 @@ from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import save_bundle
 from chestct.models.novelty import channel_means, fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.saliency import normal_evidence
+from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.serving.predictor import Predictor
@@ -62,7 +62,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         linear.weight.copy_(slope)
         linear.bias.copy_(wanted.mean(0) - slope @ mean)
         logits = net.head(maps).numpy()
-        baseline = normal_evidence(net, net.fine_maps(torch.from_numpy(squares).unsqueeze(1).float() / 255))
+        baseline = normal_cam(net, net.conv5(torch.from_numpy(squares).unsqueeze(1).float() / 255))
     point = OperatingPoint.fit(logits, targets, EvaluationConfig())
     model = fit_novelty(channel_means(maps), channel_means(maps))
     scores = 1 - point.probabilities(logits)[:, 0]
