@@ -187,9 +187,9 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
 def evaluate(cfg: Config, out: Path) -> None:
     import pandas as pd
 
-    from chestct.evaluation.asked import asked_for
     from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.external import evaluate_bundle
+    from chestct.evaluation.sections import optional_sections
     from chestct.reporting.figures import draw_history
     from chestct.reporting.render import flat, write
     from chestct.reporting.text import summary
@@ -203,7 +203,7 @@ def evaluate(cfg: Config, out: Path) -> None:
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
         evaluation = _evaluate_with_refits(cfg, out)
-    evaluation.sections |= asked_for(evaluation)
+    evaluation.sections |= optional_sections(evaluation)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
     if cfg.ckpt and _as_trained(evaluation):
@@ -217,11 +217,11 @@ def evaluate(cfg: Config, out: Path) -> None:
 def _evaluate_with_refits(cfg: Config, out: Path) -> "Evaluation":
     """The checkpoint's evaluation, with a row for each other split, fold or permutation that the settings ask for."""
     from chestct.evaluation.evaluate import evaluate
-    from chestct.evaluation.split_policies import beside
+    from chestct.evaluation.split_policies import refits
     from chestct.training import train as fit
 
     evaluation = evaluate(cfg)
-    evaluation.rows += beside(cfg, lambda name, cfg, data: fit(cfg, out / REFITS / name, data=data).predictions)
+    evaluation.rows += refits(cfg, lambda name, cfg, data: fit(cfg, out / REFITS / name, data=data).predictions)
     return evaluation
 
 
@@ -235,8 +235,8 @@ def _as_trained(evaluation: "Evaluation") -> bool:
 
 @program("evaluate", EXPORT)
 def export(cfg: Config, out: Path) -> None:
-    from chestct.evaluation.asked import asked_for
     from chestct.evaluation.export import export
+    from chestct.evaluation.sections import optional_sections
     from chestct.tracking import run_of
 
     if not cfg.ckpt:
@@ -244,7 +244,7 @@ def export(cfg: Config, out: Path) -> None:
     cfg = from_checkpoint(cfg)
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
     evaluation = _evaluate_with_refits(cfg, out)
-    evaluation.sections |= asked_for(evaluation)
+    evaluation.sections |= optional_sections(evaluation)
     bundle = export(evaluation, folder)
     if cfg.tracking.log_model:
         from chestct.pyfunc import log_bundle

@@ -12,7 +12,7 @@ import pandas as pd
 
 from chestct.config.schema import Config, classes_of
 from chestct.errors import DataError
-from chestct.stats.bootstrap import MIN_GROUPS, draws, percentiles
+from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, fewest_groups
 from chestct.stats.metrics import Sample, missing, proportions_of, sample_of, statistics
 
 KEYS = ["source", "path", "content"]
@@ -40,32 +40,47 @@ def compare(
 
     Raises DataError if the tables share too few slices, disagree on a target, or were not made for `task`.
     """
-    at_a, at_b = _shared(table_a, table_b, split)
-    a, b = (
-        _sample(table, task, values, threshold, at)
-        for table, values, threshold, at in zip((table_a, table_b), scores, thresholds, (at_a, at_b), strict=True)
-    )
+    rows = _shared(table_a, table_b, split)
+    try:
+        a, b = (
+            sample_of(table.iloc[at], task, None if own is None else own[at], threshold)
+            for table, at, own, threshold in zip((table_a, table_b), rows, scores, thresholds, strict=True)
+        )
+    except KeyError as error:
+        raise DataError(f"Not a table of task {task}: {error}. Compare runs of one task.") from error
+    n, groups = len(a.target), len(np.unique(a.group))
     if wrong := int((a.target != b.target).sum()):
-        raise DataError(f"{wrong} of {len(at_a)} shared slices have another target in the other run: labels differ.")
-    groups = len(np.unique(a.group))
+        raise DataError(f"{wrong} of {n} shared slices have another target in the other run: labels differ.")
     if groups < MIN_GROUPS:
         raise DataError(
-            f"The runs share {len(at_a)} {split} slices in {groups} groups; a comparison needs {MIN_GROUPS} groups. "
+            f"The runs share {n} {split} slices in {groups} groups; a comparison needs {MIN_GROUPS} groups. "
             "Evaluate both on the same data with the same data.split and data.split_seed."
         )
-    ones = np.ones((1, len(at_a)))
-    values_a, values_b = statistics(a, ones), statistics(b, ones)
-    drawn: list[dict[str, np.ndarray]] = []
-    for weights in draws(a.group, resamples, seed):
-        drawn_a, drawn_b = statistics(a, weights), statistics(b, weights)
-        drawn.append({name: drawn_b[name] - drawn_a[name] for name in drawn_a})
-    rows = []
-    for name in values_a:
-        value_a, value_b = _plain(values_a[name][0]), _plain(values_b[name][0])
-        differences = np.concatenate([part[name] for part in drawn])
-        found = _difference(name, a, b, value_a, value_b, differences)
-        rows.append({"metric": name, "a": value_a, "b": value_b} | found)
-    return pd.DataFrame(rows, dtype=object)  # None stays None
+    values = [{name: float(v[0]) for name, v in statistics(sample, np.ones((1, n))).items()} for sample in (a, b)]
+    drawn = [(statistics(a, weights), statistics(b, weights)) for weights in draws(a.group, resamples, seed)]
+    differences = {name: np.concatenate([of_b[name] - of_a[name] for of_a, of_b in drawn]) for name in values[0]}
+    table = [_row(name, a, b, values, differences[name]) for name in differences]
+    return pd.DataFrame(table, dtype=object)  # None stays None
+
+
+def _row(name: str, a: Sample, b: Sample, values: list[dict[str, float]], drawn: np.ndarray) -> dict[str, Any]:
+    """One metric of both: its values, their difference, and what that rests on."""
+    shares = [proportions_of(sample)[name] for sample in (a, b) if name in proportions_of(sample)]
+    base = np.logical_or(shares[0][1], shares[1][1]) if shares else np.ones(len(a.target), bool)
+    groups = len(np.unique(a.group[base]))
+    value_a, value_b = (None if np.isnan(value[name]) else value[name] for value in values)
+    row: dict[str, Any] = {"metric": name, "a": value_a, "b": value_b}
+    row |= {"difference": None, "low": None, "high": None, "excludes_zero": False}
+    row |= {"slices": int(base.sum()), "groups": groups}
+    if value_a is None or value_b is None:
+        i = 0 if value_a is None else 1
+        return row | {"reason": shares[i][2] if shares else missing((a, b)[i])}
+    fewest = groups if shares or name in POOLED else fewest_groups(a.target, a.group)
+    low, high, reason = difference_interval(drawn, value_b - value_a, fewest)
+    excludes = low is not None and high is not None and (low > 0 or high < 0)
+    return row | {
+        "difference": value_b - value_a, "low": low, "high": high, "excludes_zero": excludes, "reason": reason
+    }  # fmt: skip
 
 
 def compare_runs(cfg: Config, out: Path) -> str:
@@ -73,42 +88,41 @@ def compare_runs(cfg: Config, out: Path) -> str:
 
     Each is a predictions.parquet, or a folder that holds one or an `evaluation` folder with one. Raises DataError.
     """
-    (name_a, a), (name_b, b) = ((name, _read(name)) for name in cfg.compare)
-    frame = compare(a, b, _task(a), resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed, **_calibrated(a, b))
+    a, b = (_read(name) for name in cfg.compare)
+    task = "binary" if "logit_cancer" in a else "subtype"
+    columns = [f"probability_{name}" for name in classes_of(task)[task == "binary" :]]
+    for name, table in (("A", a), ("B", b)):
+        if not set(columns) <= set(table):
+            raise DataError(f"Run {name} was evaluated for another task. Compare runs of one task.")
+    frame = compare(
+        a,
+        b,
+        task,
+        scores=(a[columns].to_numpy(), b[columns].to_numpy()),
+        thresholds=(_threshold(a), _threshold(b)),
+        resamples=cfg.evaluation.resamples,
+        seed=cfg.data.split_seed,
+    )
     out.mkdir(parents=True, exist_ok=True)
     frame.to_json(out / "comparison.json", orient="records", indent=1)
-    return compare_text(frame, name_a, name_b)
+    return compare_text(frame, *cfg.compare)
 
 
 def _read(name: str) -> pd.DataFrame:
     """The table of predictions that a path names."""
-    places = [Path(name), Path(name) / "predictions.parquet", Path(name) / "evaluation" / "predictions.parquet"]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    candidates = [Path(name), Path(name) / "predictions.parquet", Path(name) / "evaluation" / "predictions.parquet"]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
         raise DataError(
             f"No evaluation in {name}. Give the folder of a run or of an evaluation, or a predictions.parquet."
         )
     try:
-        table = pd.read_parquet(found)
+        table = pd.read_parquet(path)
         return table.assign(flagged=table["flagged"])
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"{found} is no table of predictions of this version ({error}). Evaluate the run again."
+            f"{path} is no table of predictions of this version ({error}). Evaluate the run again."
         ) from None
-
-
-def _task(table: pd.DataFrame) -> str:
-    return "binary" if "logit_cancer" in table else "subtype"
-
-
-def _calibrated(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Any]:
-    """Calibrated scores and thresholds of both, as `compare` takes them."""
-    names = [name for name in classes_of(_task(a)) if name != "normal" or _task(a) != "binary"]
-    columns = [f"probability_{name}" for name in names]
-    missing_in = [name for name, table in (("A", a), ("B", b)) if not set(columns) <= set(table)]
-    if missing_in:
-        raise DataError(f"Run {missing_in[0]} was evaluated for another task. Compare runs of one task.")
-    return {"scores": (a[columns].to_numpy(), b[columns].to_numpy()), "thresholds": (_threshold(a), _threshold(b))}
 
 
 def _threshold(table: pd.DataFrame) -> float:
@@ -124,7 +138,7 @@ def compare_text(frame: pd.DataFrame, name_a: str, name_b: str) -> str:
     width = max(len(name) for name in frame["metric"])
     lines.append(f"{'':{width}}  {'A':>8}  {'B':>8}  {'B - A':>8}")
     for row in frame.to_dict("records"):
-        a, b, difference = (_text(row[key]) for key in ("a", "b", "difference"))
+        a, b, difference = ("n/a" if row[key] is None else f"{row[key]:.4f}" for key in ("a", "b", "difference"))
         interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if row["low"] is not None else row["reason"]
         star = "*" if row["excludes_zero"] else ""
         lines.append(f"{row['metric']:{width}}  {a:>8}  {b:>8}  {difference:>8}  {interval} {star}".rstrip())
@@ -146,45 +160,3 @@ def _shared(table_a: pd.DataFrame, table_b: pd.DataFrame, split: str) -> tuple[n
             "data with the same data.split and data.split_seed."
         )
     return both["row_a"].to_numpy(), both["row_b"].to_numpy()
-
-
-def _sample(table: pd.DataFrame, task: str, scores: np.ndarray | None, threshold: float, rows: np.ndarray) -> Sample:
-    try:
-        return sample_of(table.iloc[rows], task, None if scores is None else scores[rows], threshold)
-    except KeyError as error:
-        raise DataError(f"Not a table of task {task}: {error}. Compare runs of one task.") from error
-
-
-def _difference(
-    name: str, a: Sample, b: Sample, value_a: float | None, value_b: float | None, drawn: np.ndarray
-) -> dict[str, object]:
-    bases = [proportions_of(sample)[name][1] for sample in (a, b) if name in proportions_of(sample)]
-    base = np.logical_or(*bases) if bases else np.ones(len(a.target), bool)
-    found: dict[str, object] = {"difference": None, "low": None, "high": None, "excludes_zero": False}
-    counts = {"slices": int(base.sum()), "groups": len(np.unique(a.group[base]))}
-    if value_a is None or value_b is None:
-        sample = a if value_a is None else b
-        reason = proportions_of(sample)[name][2] if bases else missing(sample)
-        return found | counts | {"reason": reason}
-    found["difference"] = difference = value_b - value_a
-    few = counts["groups"] if bases or name in POOLED else _smallest(a)
-    if few < MIN_GROUPS:
-        return found | counts | {"reason": f"no interval: {few} groups of a class, needs {MIN_GROUPS}"}
-    low, high, reason = percentiles(drawn, difference)
-    if low is not None and high is not None and high - low < 1e-12:
-        low, high, reason = None, None, "no interval: the same difference in every resample"
-    excludes = low is not None and high is not None and (low > 0 or high < 0)
-    return found | counts | {"low": low, "high": high, "excludes_zero": excludes, "reason": reason}
-
-
-def _smallest(sample: Sample) -> int:
-    """Groups of the class that has fewest."""
-    return min(len(np.unique(sample.group[sample.target == k])) for k in np.unique(sample.target))
-
-
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _text(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"

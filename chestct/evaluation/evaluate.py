@@ -1,4 +1,4 @@
-"""From a checkpoint to everything that can be said about it: predictions, operating point, metrics with intervals.
+"""From a checkpoint to all that is measured of it: predictions, operating point, metrics with intervals.
 
 A checkpoint knows its settings, so the data it was made for is made again unless the settings say otherwise. Whatever
 is fitted (calibration, threshold, conformal quantiles, novelty) is fitted on train and validation slices; test is only

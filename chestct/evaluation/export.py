@@ -15,31 +15,31 @@ from chestct.stats.metrics import to_plain
 from chestct.tracking import code_version
 
 
-def export(found: Evaluation, folder: Path) -> Bundle:
+def export(evaluation: Evaluation, folder: Path) -> Bundle:
     """Writes the bundle of an evaluated checkpoint to `folder`, and returns it as loaded from there."""
-    assert found.model is not None
+    assert evaluation.model is not None
     return save_bundle(
         folder,
-        found.model.net,
-        found.point,
-        found.novelty_model,
-        found.baseline,
-        facts(found),
-        model_card(found),
+        evaluation.model.net,
+        evaluation.point,
+        evaluation.novelty_model,
+        evaluation.baseline,
+        facts(evaluation),
+        model_card(evaluation),
     )
 
 
-def facts(found: Evaluation) -> dict[str, Any]:
-    """What bundle.json says beside the operating point and the hashes."""
-    cfg, data = found.cfg, found.data
+def facts(evaluation: Evaluation) -> dict[str, Any]:
+    """What bundle.json says besides the operating point and the hashes."""
+    cfg, data = evaluation.cfg, evaluation.data
     assert data is not None
     assert data.store is not None
     learned = data.manifest[data.manifest["split"] != "test"]
-    training = training_facts(data.manifest, found.table)
+    training = training_facts(data.manifest, evaluation.table)
     return {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
-        "reliability": reliability(found),
+        "reliability": reliability(evaluation),
         "model": {
             "backbone": cfg.model.backbone,
             "head": cfg.model.head,
@@ -52,19 +52,19 @@ def facts(found: Evaluation) -> dict[str, Any]:
         "window": dataclasses.asdict(cfg.data.window),
         "limits": {"max_bytes": cfg.data.max_bytes, "max_pixels": cfg.data.max_pixels},
         "data": {
-            **found.about,
+            **evaluation.about,
             **training["data"],
             "seen": sorted({content[:16] for content in learned["content"]}),
         },
-        "metrics": {split: to_plain(estimates) for split, estimates in found.metrics.items()},
+        "metrics": {split: to_plain(estimates) for split, estimates in evaluation.metrics.items()},
         "statistics": training["statistics"],
         "code": code_version(),
     }
 
 
-def reliability(found: Evaluation) -> dict[str, list[dict[str, float]]]:
+def reliability(evaluation: Evaluation) -> dict[str, list[dict[str, float]]]:
     """Points of the reliability diagram, cancer against normal, of each split that was measured."""
-    table = found.table
+    table = evaluation.table
     return {
         str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
         for split, rows in table.groupby("split")

@@ -38,7 +38,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     if not manifest["subtype"].isin(bundle.classes).all():
         cfg = dataclasses.replace(cfg, task="binary")
     table = _predicted(manifest, store, bundle, cfg)
-    found = Evaluation(
+    evaluation = Evaluation(
         cfg,
         table,
         bundle.point,
@@ -48,7 +48,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         {
             "task": cfg.task,
             "data": cfg.data.name,
-            "split": "external" if store.data_hash != bundle.facts["data"]["data_hash"] else cfg.data.split,
+            "split": "external" if store.data_hash != bundle.facts["data"].get("data_hash") else cfg.data.split,
             "synthetic": is_synthetic(cfg.data),
             "leaked": int(table["leaked"].sum()),
             "data_hash": store.data_hash,
@@ -59,8 +59,8 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         manifest=manifest,
         images=store.images,
     )
-    found.bundle = bundle
-    return found
+    evaluation.bundle = bundle
+    return evaluation
 
 
 def _seen_as_trained(cfg: Config, bundle: Bundle) -> Config:
@@ -71,7 +71,7 @@ def _seen_as_trained(cfg: Config, bundle: Bundle) -> Config:
 
 def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, int]:
     """The slices to measure, with `split` "test", `target` and `leaked`; and how many were left out as known."""
-    if store.data_hash == bundle.facts["data"]["data_hash"]:
+    if store.data_hash == bundle.facts["data"].get("data_hash"):
         splitting = bundle.facts["data"]["splitting"]
         manifest = load_splits(
             store.manifest, dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **splitting))
@@ -80,7 +80,7 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, in
     else:
         manifest = store.manifest.drop_duplicates("content").assign(split="test", leaked=False)
     # Of the bundle's own data, too: another version may find other groups and deal them otherwise. Leaks that were
-    # asked for are stamped instead.
+    # allowed are stamped instead.
     known = manifest["content"].str[:16].isin(bundle.seen) & ~manifest["leaked"]
     if known.all():
         raise DataError(

@@ -2,12 +2,13 @@
 
 A map has to find the lesion more often than whoever looks where lesions usually are, depend on what the network has
 learned (Adebayo et al. 2018), and name the pixels that the score rests on (Petsiuk et al. 2018). Each check ends as a
-yes or no with figures beside it, so that a report can say in a sentence what failed.
+yes or no with its figures, so that a report can say in a sentence what failed.
 """
 
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import read_truth
 
 TOLERANCE = 15 / 224
-"""How far beside the lesion a peak may lie, as a share of the side: the 15 pixels of Zhang et al. 2018 (pointing game),
-which is about half a place of the network's last map."""
+"""How far from the lesion a peak may lie, as a share of the side: the 15 pixels of Zhang et al. 2018 (pointing game),
+which is about half a position of the network's last map."""
 
 LOST = 0.5
 """Mean absolute rank correlation below which a map counts as lost when the network's weights are."""
@@ -65,8 +66,8 @@ def check_explanation(
     """
     if len(images) < 2 or not masks.any((1, 2)).all():
         raise ValueError("at least two slices, each with a lesion, are needed")
-    score, found = _explain(net, images, outputs, baseline)
-    shown = heat_to_square(heat(found), images.shape[1]).numpy()
+    score, cam = _explain(net, images, outputs, baseline)
+    shown = heat_to_square(heat(cam), images.shape[1]).numpy()
     body = np.stack([ndimage.binary_fill_holes(image > BODY_LEVEL * 255) for image in images])
     few = np.argsort(-score, kind="stable")[:curves]
     result: dict[str, Any] = {
@@ -74,7 +75,7 @@ def check_explanation(
         "tolerance_px": round(TOLERANCE * images.shape[1]),
         **_localisation(shown, masks, body),
         "randomisation": _randomisation(net, images[few], outputs[few], body[few], seed),
-        **_curves(net, images[few], outputs[few], found[few], body[few], seed),
+        **_curves(net, images[few], outputs[few], cam[few], body[few], seed),
     }
     checks, failures = _judge(result)
     return {"passes": all(checks.values()), "checks": checks, "failures": failures, **result}
@@ -84,15 +85,15 @@ def check_explanation(
 def _explain(
     net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Scores float [N] of the outputs in question and the excess of their evidence [N, h, w]."""
-    scores, found, at = [], [], 0
+    """Scores float [N] of the outputs in question and their normalised maps [N, h, w]."""
+    scores, cams, at = [], [], 0
     for x in net.batches(images):
         wanted = outputs[at : at + len(x)]
         logits, part = normalised_cam(net, net.conv5(x), wanted, baseline)
         scores.append(_scores(logits.cpu(), wanted))
-        found.append(part.cpu())
+        cams.append(part.cpu())
         at += len(x)
-    return np.concatenate(scores), torch.cat(found)
+    return np.concatenate(scores), torch.cat(cams)
 
 
 def _scores(logits: torch.Tensor, outputs: np.ndarray) -> np.ndarray:
@@ -159,22 +160,21 @@ def _randomisation(
     trunk = net.features[:last](x)
 
     def map_of(block: nn.Sequential, head: nn.Sequential) -> np.ndarray:
-        altered = copy.copy(net)  # shares all weights; modules are replaced, never changed
-        altered._modules = dict(net._modules) | {"head": head}
+        altered: Any = SimpleNamespace(pool=net.pool, head=head)  # all that a map is made with, but for conv5
         return normalised_cam(altered, block[:-1](trunk.clone()), outputs, None)[1].cpu().numpy()
 
     own = map_of(net.features[last:], net.head)
-    places = nn.functional.adaptive_avg_pool2d(torch.tensor(body).float(), own.shape[1:]).numpy() > 0.5
-    found: dict[str, list[float]] = {"head": [], "last_block": []}
+    positions = nn.functional.adaptive_avg_pool2d(torch.tensor(body).float(), own.shape[1:]).numpy() > 0.5
+    likeness: dict[str, list[float]] = {"head": [], "last_block": []}
     for draw in range(DRAWS):
         redrawn = {
             "head": (net.features[last:], _redrawn(net.head, seed + draw)),
             "last_block": (_redrawn(net.features[last:], seed + draw), net.head),
         }
         for name, parts in redrawn.items():
-            pairs = zip(own, map_of(*parts), places, strict=True)
-            found[name] += [_rank_correlation(a[inside], b[inside]) for a, b, inside in pairs]
-    return {name: float(np.mean(np.abs(values))) for name, values in found.items()}
+            pairs = zip(own, map_of(*parts), positions, strict=True)
+            likeness[name] += [_rank_correlation(a[inside], b[inside]) for a, b, inside in pairs]
+    return {name: float(np.mean(np.abs(values))) for name, values in likeness.items()}
 
 
 def _redrawn(layers: nn.Sequential, seed: int) -> nn.Sequential:
@@ -197,18 +197,18 @@ def _curves(
     net: VGG16,
     images: np.ndarray,
     outputs: np.ndarray,
-    found: torch.Tensor,
+    cam: torch.Tensor,
     body: np.ndarray,
     seed: int,
 ) -> dict[str, Any]:
     """Area under the score as the body's pixels are blurred away (deletion) or appear (insertion), hottest first.
 
-    Beside it the same for random orders, drawn as coarse as the map.
+    For comparison the same for random orders, drawn as coarse as the map.
     """
     rng = np.random.default_rng(seed)
     side = images.shape[1]
     areas: dict[str, dict[str, list[float]]] = {name: {"heat": [], "random": []} for name in ("deletion", "insertion")}
-    for image, output, one, inside in zip(images, outputs, found, body, strict=True):
+    for image, output, one, inside in zip(images, outputs, cam, body, strict=True):
         blurred = ndimage.gaussian_filter(image, side / 16)
         random = [torch.tensor(rng.random(one.shape)) for _ in range(DRAWS)]
         score = _scorer(net, int(output))

@@ -41,7 +41,7 @@ MEDICAL = (
 def novelty_figures(
     bundle: Bundle,
     preprocess: Preprocess,
-    known: np.ndarray,
+    of_test: np.ndarray,
     images: np.ndarray,
     each: int,
     synthetic: bool,
@@ -51,8 +51,8 @@ def novelty_figures(
     against the test slices, and how many are called uncertain or refused (`beyond`: novelty above 1), or `refused`
     (above FOREIGN), each with Wilson's interval [low, high].
 
-    known: novelty of the test slices, float [N]; images: test slices, uint8 [M, S, S], to be altered; each: pictures of
-    a kind at most; synthetic: whether the model was trained on phantoms, which then are nothing foreign.
+    of_test: novelty of the test slices, float [N]; images: test slices, uint8 [M, S, S], to be altered; each: pictures
+    of a kind at most; synthetic: whether the model was trained on phantoms, which then are nothing foreign.
     """
     kinds: dict[str, Iterator[np.ndarray] | np.ndarray] = {
         "noise": (_noise(np.random.default_rng([seed, 0, i])) for i in range(each)),
@@ -67,9 +67,9 @@ def novelty_figures(
         "test slices, grey levels inverted": 255 - images[:each],
         "test slices, upside down": images[:each, ::-1].copy(),
     }
-    found = {kind: bundle.predict(_squares(pictures, preprocess)).novelty for kind, pictures in kinds.items()}
-    none = np.concatenate([values for kind, values in found.items() if "chest" not in kind and "test" not in kind])
-    return [_row(kind, values, known) for kind, values in ({"no chest CT, all together": none} | found).items()]
+    novelty = {kind: bundle.predict(_squares(pictures, preprocess)).novelty for kind, pictures in kinds.items()}
+    foreign = np.concatenate([values for kind, values in novelty.items() if "chest" not in kind and "test" not in kind])
+    return [_row(kind, values, of_test) for kind, values in ({"no chest CT, all together": foreign} | novelty).items()]
 
 
 def _squares(pictures: Iterator[np.ndarray] | np.ndarray, preprocess: Preprocess) -> np.ndarray:
@@ -79,9 +79,9 @@ def _squares(pictures: Iterator[np.ndarray] | np.ndarray, preprocess: Preprocess
     return np.stack([preprocess(picture) for picture in pictures])
 
 
-def _row(kind: str, novelty: np.ndarray, known: np.ndarray) -> dict[str, Any]:
-    values = np.concatenate([known, novelty])
-    foreign = np.arange(len(values)) >= len(known)
+def _row(kind: str, novelty: np.ndarray, of_test: np.ndarray) -> dict[str, Any]:
+    values = np.concatenate([of_test, novelty])
+    foreign = np.arange(len(values)) >= len(of_test)
 
     def share(hit: np.ndarray) -> dict[str, Any]:
         low, high = wilson(int(hit.sum()), len(hit))
@@ -124,8 +124,8 @@ def _drawing(rng: np.random.Generator) -> np.ndarray:
 
 def _photograph(rng: np.random.Generator, i: int) -> np.ndarray:
     """A part of one of the photographs that ship with scikit-learn and matplotlib."""
-    places = [*sorted(Path(sklearn.datasets.__file__).parent.glob("images/*.jpg")), _shipped("grace_hopper.jpg")]
-    whole = Image.open(places[i % len(places)]).convert("L")
+    photographs = [*sorted(Path(sklearn.datasets.__file__).parent.glob("images/*.jpg")), _shipped("grace_hopper.jpg")]
+    whole = Image.open(photographs[i % len(photographs)]).convert("L")
     side = int(rng.uniform(0.3, 1) * min(whole.size))
     left, top = (int(rng.integers(0, size - side + 1)) for size in whole.size)
     return np.asarray(whole.crop((left, top, left + side, top + side)))

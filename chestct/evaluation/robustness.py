@@ -1,10 +1,11 @@
 """How much the score depends on what should not matter: noise, blur, compression, grey levels, size and position.
 
 Every change is a pure function of a uint8 square and a strength, with three strengths that go from hardly visible to
-hard to bear; the model is asked again about the changed slices, and its answers are compared slice by slice.
+hard to bear; the model scores the changed slices again, and its answers are compared slice by slice.
 """
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
-"""(uint8 [S, S], strength, random stream) -> uint8 [S, S]"""
+"""(uint8 [S, S], strength, random stream) -> levels [S, S]"""
 
 
 @dataclass(frozen=True)
@@ -25,76 +26,75 @@ class Perturbation:
     name: str
     strengths: tuple[float, float, float]
     unit: str
-    change: Change
+    levels: Change
+
+    def change(self, image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+        """The changed square, uint8 [S, S]: levels are rounded, and saturate."""
+        return np.clip(np.rint(self.levels(image, strength, rng)), 0, 255).astype(np.uint8)
 
 
-def _to_levels(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+def _noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return image + 255 * strength * rng.standard_normal(image.shape)
 
 
-def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return _to_levels(image + 255 * strength * rng.standard_normal(image.shape))
+def _blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return ndimage.gaussian_filter(image.astype(float), strength * len(image))
 
 
-def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return _to_levels(ndimage.gaussian_filter(image.astype(float), strength * len(image)))
-
-
-def jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def _jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     with io.BytesIO() as file:
         Image.fromarray(image).save(file, "JPEG", quality=int(strength))
         return np.asarray(Image.open(file).convert("L"))
 
 
-def brightness(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return _to_levels(image.astype(float) + 255 * strength)
+def _brightness(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return image + 255 * strength
 
 
-def contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return _to_levels((image.astype(float) - 127.5) * strength + 127.5)
+def _contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return (image - 127.5) * strength + 127.5
 
 
-def window(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def _window(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Darkest and brightest levels are clipped, as a narrower CT window around the same centre would."""
-    return _to_levels((image.astype(float) - 127.5) / (1 - strength) + 127.5)
+    return (image - 127.5) / (1 - strength) + 127.5
 
 
-def gamma(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return _to_levels(255 * (image / 255) ** strength)
+def _gamma(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    return 255 * (image / 255) ** strength
 
 
-def rescale(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def _rescale(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Down to a fraction of the resolution and up again."""
     small = max(1, round(strength * len(image)))
     picture = Image.fromarray(image).resize((small, small), Image.Resampling.BILINEAR)
     return np.asarray(picture.resize(image.shape[::-1], Image.Resampling.BILINEAR))
 
 
-def crop(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def _crop(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """A margin cut off on every side, and the rest enlarged."""
     margin, side = strength * len(image), len(image)
     box = (margin, margin, side - margin, side - margin)
     return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box))
 
 
-def rotation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def _rotation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Either way at random, with black corners."""
-    angle = strength * rng.choice((-1, 1))
-    return np.asarray(Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(image).rotate(strength * rng.choice((-1, 1)), Image.Resampling.BILINEAR))
 
 
 PERTURBATIONS = (
-    Perturbation("noise", (0.02, 0.05, 0.10), "standard deviation / grey range", noise),
-    Perturbation("blur", (0.005, 0.01, 0.02), "standard deviation / side", blur),
-    Perturbation("jpeg", (50, 20, 5), "JPEG quality", jpeg),
-    Perturbation("brighter", (0.05, 0.10, 0.20), "shift / grey range", brightness),
-    Perturbation("darker", (-0.05, -0.10, -0.20), "shift / grey range", brightness),
-    Perturbation("less contrast", (0.9, 0.75, 0.5), "factor", contrast),
-    Perturbation("narrower window", (0.1, 0.25, 0.5), "share of the window's width lost", window),
-    Perturbation("gamma", (1.1, 1.3, 1.8), "exponent", gamma),
-    Perturbation("rescale", (0.75, 0.5, 0.25), "share of the resolution left", rescale),
-    Perturbation("crop", (0.02, 0.05, 0.10), "margin / side", crop),
-    Perturbation("rotation", (3, 8, 15), "degrees", rotation),
+    Perturbation("noise", (0.02, 0.05, 0.10), "standard deviation / grey range", _noise),
+    Perturbation("blur", (0.005, 0.01, 0.02), "standard deviation / side", _blur),
+    Perturbation("jpeg", (50, 20, 5), "JPEG quality", _jpeg),
+    Perturbation("brighter", (0.05, 0.10, 0.20), "shift / grey range", _brightness),
+    Perturbation("darker", (-0.05, -0.10, -0.20), "shift / grey range", _brightness),
+    Perturbation("less contrast", (0.9, 0.75, 0.5), "factor", _contrast),
+    Perturbation("narrower window", (0.1, 0.25, 0.5), "share of the window's width lost", _window),
+    Perturbation("gamma", (1.1, 1.3, 1.8), "exponent", _gamma),
+    Perturbation("rescale", (0.75, 0.5, 0.25), "share of the resolution left", _rescale),
+    Perturbation("crop", (0.02, 0.05, 0.10), "margin / side", _crop),
+    Perturbation("rotation", (3, 8, 15), "degrees", _rotation),
 )
 
 
@@ -113,41 +113,27 @@ def robustness(
     (share of decisions that change), slices.
     """
     plain = np.asarray(score_of(images), float)
-    rows = [_row("none", 0, 0.0, "", plain, plain, targets, threshold)]
+    both = len(np.unique(targets)) == 2
+
+    def row(name: str, level: int, strength: float, unit: str, scores: np.ndarray) -> dict[str, object]:
+        auroc, before = (float(roc_auc_score(targets, s)) if both else math.nan for s in (scores, plain))
+        return {
+            "perturbation": name,
+            "level": level,
+            "strength": strength,
+            "unit": unit,
+            "auroc": auroc if both else None,
+            "auroc_change": auroc - before if both else None,
+            "score_change": float(np.abs(scores - plain).mean()),
+            "flipped": float(((scores >= threshold) != (plain >= threshold)).mean()),
+            "slices": len(scores),
+        }
+
+    rows = [row("none", 0, 0.0, "", plain)]
     for kind in PERTURBATIONS:
         for level, strength in enumerate(kind.strengths, 1):
             # Each slice has its own stream, so that a row does not depend on which others were computed.
             streams = [np.random.default_rng([seed, i]) for i in range(len(images))]
-            pairs = zip(images, streams, strict=True)
-            changed = np.stack([kind.change(image, strength, rng) for image, rng in pairs])
-            scores = np.asarray(score_of(changed), float)
-            rows.append(_row(kind.name, level, strength, kind.unit, scores, plain, targets, threshold))
+            changed = np.stack([kind.change(image, strength, rng) for image, rng in zip(images, streams, strict=True)])
+            rows.append(row(kind.name, level, strength, kind.unit, np.asarray(score_of(changed), float)))
     return pd.DataFrame(rows)
-
-
-def _row(
-    name: str,
-    level: int,
-    strength: float,
-    unit: str,
-    scores: np.ndarray,
-    plain: np.ndarray,
-    targets: np.ndarray,
-    threshold: float,
-) -> dict[str, object]:
-    auroc, before = _auroc(targets, scores), _auroc(targets, plain)
-    return {
-        "perturbation": name,
-        "level": level,
-        "strength": strength,
-        "unit": unit,
-        "auroc": auroc,
-        "auroc_change": None if auroc is None or before is None else auroc - before,
-        "score_change": float(np.abs(scores - plain).mean()),
-        "flipped": float(((scores >= threshold) != (plain >= threshold)).mean()),
-        "slices": len(scores),
-    }
-
-
-def _auroc(targets: np.ndarray, scores: np.ndarray) -> float | None:
-    return float(roc_auc_score(targets, scores)) if len(np.unique(targets)) == 2 else None

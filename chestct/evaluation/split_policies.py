@@ -1,4 +1,4 @@
-"""The rows beside the headline: the same recipe under other split policies, over folds, and on permuted labels.
+"""The rows next to the headline: the same recipe under other split policies, over folds, and on permuted labels.
 
 A model belongs to the split it was trained on; showing it on another policy's test set would show it slices that it
 has learned. With frozen convolutions a new head costs seconds, so every row gets a model of its own.
@@ -15,7 +15,7 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
 from chestct.models.operating_point import OperatingPoint
-from chestct.stats.metrics import measure
+from chestct.stats.metrics import auroc, measure
 
 POLICIES = ("official", "official_clean", "grouped")
 
@@ -25,19 +25,19 @@ Train = Callable[[str, Config, SliceModule], pd.DataFrame]
 OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1", "mcc")
 
 
-def beside(cfg: Config, train: Train) -> Iterator[Row]:
+def refits(cfg: Config, train: Train) -> Iterator[Row]:
     """The rows that cfg.evaluation asks for. Raises ChestCTError unless the convolutions are frozen throughout."""
-    asked = cfg.evaluation
-    if (asked.policies or asked.folds or asked.permuted) and not cfg.always_frozen:
+    wanted = cfg.evaluation
+    if (wanted.policies or wanted.folds or wanted.permuted) and not cfg.always_frozen:
         raise ChestCTError(
             "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
             "evaluation.policies, evaluation.folds and evaluation.permuted, or train those runs one by one."
         )
-    if asked.policies:
+    if wanted.policies:
         yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
-    if asked.folds:
-        yield _folds(cfg, asked.folds, train)
-    if asked.permuted:
+    if wanted.folds:
+        yield _folds(cfg, wanted.folds, train)
+    if wanted.permuted:
         yield _permuted(cfg, train)
 
 
@@ -73,10 +73,10 @@ def _folds(cfg: Config, folds: int, train: Train) -> Row:
     on_decisions = measure(pooled.assign(target=truth), "binary", decisions, 0.5, **settings)
     prefix = "" if cfg.task == "binary" else "cancer/"
     estimates |= {prefix + name: on_decisions[name] for name in OF_DECISIONS if prefix + name in estimates}
-    found = row(cfg, f"{folds} folds", pooled, estimates, None)
-    known = [value for value in map(_auroc, tests) if value is not None]
-    spread = f"AUROC of single folds {np.mean(known):.3f} ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
-    return dataclasses.replace(found, note=spread)
+    scored = ((1 - test["probability_normal"].to_numpy(), (test["label"] == "cancer").to_numpy()) for test in tests)
+    single = [float(auroc(*pair)[0]) for pair in scored if pair[1].any() and not pair[1].all()]
+    spread = f"AUROC of single folds {np.mean(single):.3f} ± {np.std(single, ddof=1):.3f}" if len(single) > 1 else ""
+    return dataclasses.replace(row(cfg, f"{folds} folds", pooled, estimates, None), note=spread)
 
 
 def _permuted(cfg: Config, train: Train) -> Row:
@@ -94,8 +94,8 @@ def _permuted(cfg: Config, train: Train) -> Row:
         data.manifest.loc[rows, "target"] = rng.permutation(data.manifest.loc[rows, "target"].to_numpy())
     table, point = _decided(train("permuted", cfg, data), cfg)
     test = table[table["split"] == "test"]
-    found = row(cfg, "permuted labels", test, measured(test, cfg, point.threshold), None)
-    return dataclasses.replace(found, note="trained on random labels; its AUROC is chance, near 0.5")
+    line = row(cfg, "permuted labels", test, measured(test, cfg, point.threshold), None)
+    return dataclasses.replace(line, note="trained on random labels; its AUROC is chance, near 0.5")
 
 
 def _anew(cfg: Config, **data: object) -> Config:
@@ -103,19 +103,11 @@ def _anew(cfg: Config, **data: object) -> Config:
     quiet = dataclasses.replace(cfg.trainer, progress=False)
     changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
     # A job of a search looks at validation alone, and the settings of its checkpoint say so.
-    asked = dataclasses.replace(cfg.evaluation, report=True)
-    return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=asked)
+    evaluation = dataclasses.replace(cfg.evaluation, report=True)
+    return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=evaluation)
 
 
 def _decided(predictions: pd.DataFrame, cfg: Config) -> tuple[pd.DataFrame, OperatingPoint]:
     valid = predictions[predictions["split"] == "valid"]
     point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation)
     return decided(predictions, point, np.zeros(len(predictions)), cfg.task), point
-
-
-def _auroc(test: pd.DataFrame) -> float | None:
-    """AUROC of cancer against normal; None where a class is missing."""
-    truth = (test["label"] == "cancer").astype(int)
-    return measure(test.assign(target=truth), "binary", 1 - test[["probability_normal"]].to_numpy(), resamples=100)[
-        "auroc"
-    ].value

@@ -28,8 +28,8 @@ def subgroups(
     overall = measure(table, "binary", scores[:, None], threshold, resamples=resamples, seed=seed)
     rows = []
     for by, name, mask in _parts(table):
-        part, found = table[mask], scores[mask.to_numpy()]
-        estimates = measure(part, "binary", found[:, None], threshold, resamples=resamples, seed=seed)
+        part, own = table[mask], scores[mask.to_numpy()]
+        estimates = measure(part, "binary", own[:, None], threshold, resamples=resamples, seed=seed)
         shown = {metric: estimates[metric] for metric in ("sensitivity", "specificity", "auroc")}
         rows.append(
             {
@@ -56,15 +56,15 @@ def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series]]:
     }
     for kind, names in kinds.items():
         if names.nunique() > 1:
-            known = names.cat.categories if isinstance(names.dtype, pd.CategoricalDtype) else sorted(names.unique())
-            yield from ((kind, str(name).strip(), names == name) for name in known if (names == name).any())
+            ordered = names.cat.categories if isinstance(names.dtype, pd.CategoricalDtype) else sorted(names.unique())
+            yield from ((kind, str(name).strip(), names == name) for name in ordered if (names == name).any())
 
 
 def _thirds(values: pd.Series, unit: str, digits: int) -> pd.Series:
     """The third of the slices that each value falls into, named by its bounds."""
     low, high = values.quantile([1 / 3, 2 / 3])
     low_text, high_text = (f"{value:.{digits}f} {unit}" for value in (low, high))
-    if low_text == high_text:  # too alike to be told apart by name
+    if low_text == high_text:  # too alike to have names of their own
         return pd.Series("all", index=values.index)
     names = [f"up to {low_text}", f"{low_text} to {high_text}", f"above {high_text}"]
     third = np.select([values <= low, values <= high], [0, 1], 2)

@@ -100,7 +100,7 @@ class Bundle:
 
     @property
     def window(self) -> WindowConfig:
-        """The window for DICOM files, where nothing else is asked for."""
+        """The window for DICOM files, unless another is given."""
         return WindowConfig(**self.facts["window"])
 
     @cached_property

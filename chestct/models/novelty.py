@@ -1,4 +1,4 @@
-"""How unlike the training slices a slice is: what the demo refuses by, and evaluation reports beside every score.
+"""How unlike the training slices a slice is: what the demo refuses by, and evaluation reports with every score.
 
 A Gaussian with a few directions of its own and one variance for all others (probabilistic PCA: Tipping and Bishop
 1999) is fitted to the mean-pooled features of VGG16, after each slice's features are turned into shares of their sum
@@ -21,7 +21,7 @@ SLICES_PER_DIRECTION = 4
 """Below this many training slices for each, a direction says more about the sample than about chests."""
 
 FEWEST = 4
-"""Slices without which neither a spread nor a threshold can be told."""
+"""Slices without which neither a spread nor a threshold can be fitted."""
 
 FOREIGN = 1.5
 """Distance beyond which a slice is hardly a chest CT at all. Measured with the public set as training set: CT from
@@ -101,7 +101,7 @@ def channel_means(features: torch.Tensor) -> torch.Tensor:
 
 
 def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:
-    """float64: differences of directions that hardly vary are small beside the features themselves."""
+    """float64: differences of directions that hardly vary are small next to the features themselves."""
     features = features.double().clamp(min=0)
     return (features / features.sum(1, keepdim=True).clamp(min=1e-12)).sqrt()
 

@@ -134,8 +134,8 @@ def _number(name: str, facts: dict[str, Any], values: np.ndarray) -> Shift:
     if len(values) < FEWEST:
         sentence = f"Not judged: {len(values)} answered slices, {FEWEST} are needed."
         return Shift(name, "unknown", sentence, float(np.median(quantiles)), float("nan"), float("nan"), None)
-    found = difference(name, facts, values)
-    return Shift(name, "", "", found.before, found.now, found.psi, found.p, found.distance, quantiles, values)
+    new = difference(name, facts, values)
+    return Shift(name, "", "", new.before, new.now, new.psi, new.p, new.distance, quantiles, values)
 
 
 def _share(name: str, before: int, slices: int, now: int, seen: int) -> Shift:
@@ -166,10 +166,10 @@ def _judged(shift: Shift, p: float) -> Shift:
     else:
         source = "training" if shift.name in STATISTICS else "validation"
         what = f"median {shift.now:.4g}, in {source} {shift.before:.4g}; PSI {shift.effect:.2f}"
-    said = {"drift": "has drifted", "small": "has changed a little", "same": "no certain change"}
+    words = {"drift": "Has drifted", "small": "Has changed a little", "same": "No certain change"}
     if verdict == "same" and sure:
-        said["same"] = "a change for sure, but too small to matter"
-    return replace(shift, p=p, verdict=verdict, sentence=f"{said[verdict].capitalize()}: {what}, p {_p(p)}.")
+        words["same"] = "A change for sure, but too small to matter"
+    return replace(shift, p=p, verdict=verdict, sentence=f"{words[verdict]}: {what}, p {_p(p)}.")
 
 
 def _p(p: float) -> str:

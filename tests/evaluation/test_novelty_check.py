@@ -5,9 +5,9 @@ import pytest
 
 from chestct.errors import DecodeError
 from chestct.evaluation import novelty_check as novelty
-from chestct.evaluation.asked import asked_for
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.novelty_check import novelty_figures
+from chestct.evaluation.sections import optional_sections
 from chestct.imaging.preprocess import Preprocess
 
 
@@ -79,8 +79,8 @@ def test_a_file_that_nothing_here_can_decode_is_left_out(monkeypatch: pytest.Mon
 
 
 def test_it_is_a_section_where_it_is_asked_for(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked_for(found) == {}
+    assert optional_sections(found) == {}
     monkeypatch.setattr(found.cfg.evaluation, "novelty", 3)
-    (section,) = asked_for(found).values()
+    (section,) = optional_sections(found).values()
     assert {row["pictures"] for row in section} >= {3}
     assert not any("phantom" in row["kind"] for row in section)  # the small run is on phantoms

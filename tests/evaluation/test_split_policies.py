@@ -5,7 +5,7 @@ import pytest
 
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError
-from chestct.evaluation.split_policies import beside
+from chestct.evaluation.split_policies import refits
 from chestct.training.train import Result, train
 
 
@@ -15,7 +15,7 @@ def asked(cfg: Config, **evaluation: object) -> Config:
 
 def rows_of(cfg: Config, out: Path):
     return {
-        row.policy: row for row in beside(cfg, lambda name, cfg, data: train(cfg, out / name, data=data).predictions)
+        row.policy: row for row in refits(cfg, lambda name, cfg, data: train(cfg, out / name, data=data).predictions)
     }
 
 

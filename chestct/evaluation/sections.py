@@ -1,4 +1,4 @@
-"""The parts of a report that cost minutes and are made only where cfg.evaluation asks for them."""
+"""The parts of a report that cost minutes and are made only where cfg.evaluation switches them on."""
 
 import dataclasses
 from pathlib import Path
@@ -14,6 +14,7 @@ from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.evaluation.novelty_check import novelty_figures
 from chestct.evaluation.robustness import robustness
+from chestct.models.device import on_accelerator
 from chestct.models.saliency import explained_output
 from chestct.phantom.dataset import write
 
@@ -21,20 +22,24 @@ OTHER_SEED = 1_000_003
 """Added to the phantoms' seed: heat maps are checked on lesions that no training has seen."""
 
 
-def asked_for(found: Evaluation) -> dict[str, Any]:
-    """The sections `explanation`, `novelty` and `robustness` of an evaluation, as far as asked for."""
-    asked = found.cfg.evaluation
-    parts = {
-        "explanation": (asked.phantoms, explanation),
-        "novelty": (asked.novelty, novelty),
-        "robustness": (asked.robustness, under_changes),
+def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
+    """The sections `explanation`, `novelty` and `robustness` of an evaluation, as far as its settings ask for them."""
+    cfg = evaluation.cfg
+    sections = {
+        "explanation": (cfg.evaluation.phantoms, explanation),
+        "novelty": (cfg.evaluation.novelty, novelty),
+        "robustness": (cfg.evaluation.robustness, under_changes),
     }
-    return {name: make(found) for name, (number, make) in parts.items() if number}
+    wanted = {name: make for name, (slices, make) in sections.items() if slices}
+    if not wanted:
+        return {}
+    with on_accelerator(evaluation.bundle.net, cfg.trainer.accelerator):
+        return {name: make(evaluation) for name, make in wanted.items()}
 
 
-def explanation(found: Evaluation) -> dict[str, Any]:
+def explanation(evaluation: Evaluation) -> dict[str, Any]:
     """Heat maps of new phantoms held against their lesions (chestct.evaluation.heatmap_check)."""
-    cfg, bundle = found.cfg, found.bundle
+    cfg, bundle = evaluation.cfg, evaluation.bundle
     images, masks = lesion_slices(_new_phantoms(cfg), preprocess_of(cfg.data), cfg.data.window)
     images, masks = images[: cfg.evaluation.phantoms], masks[: cfg.evaluation.phantoms]
     outputs = explained_output(bundle.predict(images).logits)
@@ -56,34 +61,35 @@ def _new_phantoms(cfg: Config) -> Path:
     return root
 
 
-def novelty(found: Evaluation) -> list[dict[str, Any]]:
+def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Pictures that are no chest CT, and how far from the training slices they lie (see novelty_check)."""
-    assert found.images is not None
-    cfg = found.cfg
-    squares = found.images[_some(found, cfg.evaluation.novelty)["row"].to_numpy()]
-    known = found.test["novelty"].to_numpy()
-    synthetic = found.bundle.facts.get("data", found.about)["synthetic"]  # the training data, not what is measured here
-    return novelty_figures(found.bundle, preprocess_of(cfg.data), known, squares, cfg.evaluation.novelty, synthetic)
+    assert evaluation.images is not None
+    cfg, bundle = evaluation.cfg, evaluation.bundle
+    squares = evaluation.images[_some(evaluation, cfg.evaluation.novelty)["row"].to_numpy()]
+    of_test = evaluation.test["novelty"].to_numpy()
+    synthetic = bundle.facts.get("data", evaluation.about)["synthetic"]  # the training data, not what is measured here
+    return novelty_figures(bundle, preprocess_of(cfg.data), of_test, squares, cfg.evaluation.novelty, synthetic)
 
 
-def under_changes(found: Evaluation) -> pd.DataFrame:
+def under_changes(evaluation: Evaluation) -> pd.DataFrame:
     """Scores of test slices after graded changes (chestct.evaluation.robustness)."""
-    assert found.images is not None
-    chosen = _some(found, found.cfg.evaluation.robustness)
+    assert evaluation.images is not None
+    chosen = _some(evaluation, evaluation.cfg.evaluation.robustness)
     # The changes stand for what happens to a slice before it is preprocessed; its place in the square is settled.
-    again = dataclasses.replace(preprocess_of(found.cfg.data), fit="pad")
+    again = dataclasses.replace(preprocess_of(evaluation.cfg.data), fit="pad")
     return robustness(
-        lambda images: found.bundle.predict(np.stack([again(image) for image in images])).score,
-        found.images[chosen["row"].to_numpy()],
+        lambda images: evaluation.bundle.predict(np.stack([again(image) for image in images])).score,
+        evaluation.images[chosen["row"].to_numpy()],
         (chosen["label"] == "cancer").to_numpy(int),
-        found.point.threshold,
+        evaluation.point.threshold,
     )
 
 
-def _some(found: Evaluation, number: int) -> pd.DataFrame:
+def _some(evaluation: Evaluation, number: int) -> pd.DataFrame:
     """Test slices drawn at random: as many of each class as there are, up to half of `number`; cancer for the rest."""
-    assert found.manifest is not None
-    test = found.manifest[found.manifest["split"] == "test"].sample(frac=1, random_state=found.cfg.data.split_seed)
+    assert evaluation.manifest is not None
+    test = evaluation.manifest[evaluation.manifest["split"] == "test"]
+    test = test.sample(frac=1, random_state=evaluation.cfg.data.split_seed)
     half = max(1, number // 2)
     normal, cancer = (test[test["label"] == label] for label in ("normal", "cancer"))
     return pd.concat([normal.head(half), cancer.head(max(half, number - len(normal)))])
