@@ -23,6 +23,7 @@ from chestct.imaging.preprocess import BODY_LEVEL, Preprocess
 from chestct.models.saliency import heat, heat_to_square, mask_to_square, normalised_cam, placement
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import read_truth
+from chestct.stats.calibration import to_scores, wilson
 
 TOLERANCE = 15 / 224
 """How far from the lesion a peak may lie, as a share of the side: the 15 pixels of Zhang et al. 2018 (pointing game),
@@ -86,20 +87,18 @@ def _explain(
     net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None
 ) -> tuple[np.ndarray, torch.Tensor]:
     """Scores float [N] of the outputs in question and their normalised maps [N, h, w]."""
-    scores, cams, at = [], [], 0
-    for x in net.batches(images):
-        wanted = outputs[at : at + len(x)]
-        logits, part = normalised_cam(net, net.conv5(x), wanted, baseline)
-        scores.append(_scores(logits.cpu(), wanted))
-        cams.append(part.cpu())
-        at += len(x)
-    return np.concatenate(scores), torch.cat(cams)
+    starts = range(0, len(images), 16)
+    parts = [
+        normalised_cam(net, net.conv5(x), outputs[at : at + 16], baseline)
+        for at, x in zip(starts, net.batches(images, 16), strict=True)
+    ]
+    logits, cams = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return _scores(logits, outputs), cams
 
 
 def _scores(logits: torch.Tensor, outputs: np.ndarray) -> np.ndarray:
-    if logits.shape[1] == 1:
-        return logits[:, 0].sigmoid().numpy()
-    return logits.softmax(1).numpy()[np.arange(len(outputs)), outputs]
+    """P(output), float64 [N], not calibrated."""
+    return to_scores(logits.numpy())[np.arange(len(outputs)), outputs]
 
 
 def _localisation(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[str, Any]:
@@ -109,27 +108,27 @@ def _localisation(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dic
     are most often.
     """
     n, side = len(masks), masks.shape[1]
-    distance = np.stack([ndimage.distance_transform_edt(~mask) for mask in masks])
-    near = distance <= round(TOLERANCE * side)
+    near = np.stack([ndimage.distance_transform_edt(~mask) for mask in masks]) <= round(TOLERANCE * side)
     others = masks.sum(0) - masks.astype(float)
-    centres = [tuple(int(c) for c in ndimage.center_of_mass(b)) if b.any() else (side // 2, side // 2) for b in body]
+    centres = [ndimage.center_of_mass(b) if b.any() else (side / 2, side / 2) for b in body]
     spots = np.zeros_like(others)
-    spots[(np.arange(n), *np.array(centres).T)] = 1
+    spots[(np.arange(n), *np.array(centres).astype(int).T)] = 1
     usual = ndimage.gaussian_filter(near.sum(0) - near.astype(float), (0, side / 56, side / 56))
-    rows = {
-        "chance": (_mean_in(near, body), None, _mean_in(masks, body)),
-        "centre": (_hit(spots, near), None, _share(ndimage.gaussian_filter(spots, (0, side / 8, side / 8)), masks)),
-        "average_lesion": (_hit(usual, near), None, _share(others, masks)),
-        "heat": (_hit(shown, near), _hit(shown, masks), _share(shown, masks)),
+    pointing: dict[str, Any] = {
+        "chance": _mean_in(near, body),
+        "centre": _hit(spots, near),
+        "average_lesion": _hit(usual, near),
+        "heat": _hit(shown, near),
     }
-    hits = round(rows["heat"][0] * n)
-    interval = stats.binomtest(hits, n).proportion_ci(method="wilson")
-    return {
-        "pointing": {name: hit for name, (hit, _, _) in rows.items()}
-        | {"interval": [float(interval.low), float(interval.high)], "hits": hits, "heat_0px": rows["heat"][1]}
-        | {"no_heat": int((shown.reshape(n, -1).max(1) == 0).sum())},
-        "share": {name: share for name, (_, _, share) in rows.items()},
+    share = {
+        "chance": _mean_in(masks, body),
+        "centre": _share(ndimage.gaussian_filter(spots, (0, side / 8, side / 8)), masks),
+        "average_lesion": _share(others, masks),
+        "heat": _share(shown, masks),
     }
+    hits = round(pointing["heat"] * n)
+    pointing |= {"interval": list(wilson(hits, n)), "hits": hits, "heat_0px": _hit(shown, masks)}
+    return {"pointing": pointing | {"no_heat": int((shown.max((1, 2)) == 0).sum())}, "share": share}
 
 
 def _hit(maps: np.ndarray, allowed: np.ndarray) -> float:

@@ -41,9 +41,9 @@ def _outputs(model: Classifier, data: SliceModule, split: str) -> tuple[np.ndarr
     net, dataset = model.net, data.dataset(split)
     if dataset.features:
         features = dataset.features[0]
-        return net.head(features.to(net.mean.device)).cpu().numpy(), channel_means(features)
+        return net.head(features.to(net.mean.device)).cpu().numpy(), channel_means(features, net.channels)
     every = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], data.cfg.data.batch_size))
-    parts = [(net.head(maps).float().cpu(), channel_means(maps).float().cpu()) for maps in every]
+    parts = [(net.head(maps).float().cpu(), channel_means(maps, net.channels).float().cpu()) for maps in every]
     logits, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return logits.numpy(), pooled
 

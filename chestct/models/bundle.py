@@ -125,7 +125,7 @@ class Bundle:
         shown = np.empty(0)
         if explain:
             shown = heat(normalised_cam(self.net, conv5, explained_output(logits), self.baseline)[1]).cpu().numpy()
-        return logits, self.novelty_model.distance(channel_means(maps).cpu()).numpy(), shown
+        return logits, self.novelty_model.distance(channel_means(maps, self.net.channels).cpu()).numpy(), shown
 
 
 def save_bundle(

@@ -95,9 +95,9 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quan
     return replace(model, threshold=torch.tensor(threshold, dtype=torch.float32))
 
 
-def channel_means(features: torch.Tensor) -> torch.Tensor:
-    """Pooled features [N, 512] from what the head gets: those of pool=gap as they are, [N, 512 * h * w] averaged."""
-    return features.reshape(len(features), 512, -1).mean(2)
+def channel_means(features: torch.Tensor, channels: int) -> torch.Tensor:
+    """Pooled features [N, C] from what the head gets: maps [N, C, h, w], flattened or not; pooled ones as they are."""
+    return features.reshape(len(features), channels, -1).mean(2)
 
 
 def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:

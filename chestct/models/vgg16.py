@@ -30,6 +30,7 @@ class VGG16(nn.Module):
         self.digest = weights.digest  # of the convolutions as they were given; training changes the network, not this
         layers = convolutions(weights.backbone).eval()
         channels, height, width = layers(torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        self.channels = channels
         self.features = _filled(layers, weights)
         self.head = _head(cfg, channels if cfg.pool == "gap" else channels * height * width, outputs)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.

@@ -18,6 +18,7 @@ from pathlib import Path
 from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import read
 from chestct.imaging.slice_files import describe_skipped, walk
+from chestct.models.device import pick_device
 from chestct.serving.pictures import overlay
 from chestct.serving.predictor import Prediction, Predictor
 from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns
@@ -113,6 +114,7 @@ def predict_files(
         except OSError as error:
             raise TableError(f"Cannot make the folder {overlays} for overlays: {error.strerror}.") from None
     predictor = Predictor(bundle, batch=AHEAD, seconds=PATIENCE)
+    predictor.bundle.net.to(pick_device())
     asked = _Asked(predictor, overlays, every)
     done = Summary(bundle=predictor.bundle.id, files=len(paths))
     pool = ThreadPoolExecutor(AHEAD, "batch")

@@ -21,6 +21,6 @@ def run(phantoms: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def found(run: tuple[Config, Result]) -> Evaluation:
+def evaluation(run: tuple[Config, Result]) -> Evaluation:
     """That run, evaluated. Read only."""
     return evaluate(run[0])

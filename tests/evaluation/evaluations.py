@@ -90,12 +90,12 @@ def made_up(
     return Evaluation(cfg, table, point, None, metrics, [row], about, sections=sections)  # type: ignore[arg-type]
 
 
-def with_images(found: Evaluation, net: Any, size: int) -> Evaluation:
+def with_images(evaluation: Evaluation, net: Any, size: int) -> Evaluation:
     """The same with a network and a noise image for every test slice, as far as galleries need them."""
-    manifest = found.table.assign(row=np.arange(len(found.table)))
+    manifest = evaluation.table.assign(row=np.arange(len(evaluation.table)))
     images = np.random.default_rng(0).integers(0, 256, (len(manifest), size, size), dtype=np.uint8)
-    found.manifest, found.images = manifest, images
+    evaluation.manifest, evaluation.images = manifest, images
     zeros = torch.zeros(net.head[-1].out_features, size // 16, size // 16)
     baseline = torch.stack([zeros, zeros + 1])
-    found.bundle = Bundle(net, found.point, found.novelty_model, baseline, {})
-    return found
+    evaluation.bundle = Bundle(net, evaluation.point, evaluation.novelty_model, baseline, {})
+    return evaluation

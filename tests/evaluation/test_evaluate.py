@@ -21,17 +21,17 @@ def test_nothing_is_evaluated_without_a_checkpoint(small) -> None:
         evaluate(small())
 
 
-def test_evaluation_sees_the_logits_that_training_saw(run: tuple[Config, Result], found: Evaluation) -> None:
-    told = run[1].predictions.set_index(["path"])["logit_cancer"]
-    assert np.abs(found.table.set_index("path")["logit_cancer"] - told).max() < 1e-4
-    assert found.metrics["test"]["auroc"].value == pytest.approx(run[1].metrics["test/auroc"], abs=1e-6)
+def test_evaluation_sees_the_logits_that_training_saw(run: tuple[Config, Result], evaluation: Evaluation) -> None:
+    trained = run[1].predictions.set_index(["path"])["logit_cancer"]
+    assert np.abs(evaluation.table.set_index("path")["logit_cancer"] - trained).max() < 1e-4
+    assert evaluation.metrics["test"]["auroc"].value == pytest.approx(run[1].metrics["test/auroc"], abs=1e-6)
 
 
-def test_features_that_training_left_are_not_believed(run: tuple[Config, Result], found: Evaluation) -> None:
+def test_features_that_training_left_are_not_believed(run: tuple[Config, Result], evaluation: Evaluation) -> None:
     data = SliceModule(cfg := replace(run[0], features=replace(run[0].features, cache=False)))
     data.features = {split: [torch.rand(1000, 512)] for split in ("train", "valid", "test")}
     again = evaluate(cfg, data)
-    assert np.abs(again.table["logit_cancer"] - found.table["logit_cancer"]).max() < 1e-3
+    assert np.abs(again.table["logit_cancer"] - evaluation.table["logit_cancer"]).max() < 1e-3
 
 
 @pytest.mark.slow
@@ -80,34 +80,34 @@ def test_the_cpu_is_used_where_the_settings_say_so_or_nothing_else_is_there(monk
 
 
 @pytest.mark.skipif(pick_device().type == "cpu", reason="needs an accelerator")
-def test_an_accelerator_gives_the_numbers_of_the_cpu(run: tuple[Config, Result], found: Evaluation) -> None:
+def test_an_accelerator_gives_the_numbers_of_the_cpu(run: tuple[Config, Result], evaluation: Evaluation) -> None:
     cfg = replace(run[0], features=replace(run[0].features, cache=False))
     fast = evaluate(cfg)
-    assert np.abs(fast.table["logit_cancer"] - found.table["logit_cancer"]).max() < 1e-2
-    assert (fast.baseline - found.baseline).abs().max() < 0.05 * found.baseline.abs().max()
+    assert np.abs(fast.table["logit_cancer"] - evaluation.table["logit_cancer"]).max() < 1e-2
+    assert (fast.baseline - evaluation.baseline).abs().max() < 0.05 * evaluation.baseline.abs().max()
 
 
-def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Result], found: Evaluation) -> None:
-    valid = found.table[found.table["split"] == "valid"]
+def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Result], evaluation: Evaluation) -> None:
+    valid = evaluation.table[evaluation.table["split"] == "valid"]
     again = OperatingPoint.fit(valid[["logit_cancer"]].to_numpy(), valid["target"].to_numpy(), run[0].evaluation)
-    assert found.point.threshold == pytest.approx(again.threshold, abs=1e-6)
-    assert found.point.validation["cancers"] == int(valid["target"].sum())
-    flagged = valid["flagged"] == (valid["probability_cancer"] >= found.point.threshold)
+    assert evaluation.point.threshold == pytest.approx(again.threshold, abs=1e-6)
+    assert evaluation.point.validation["cancers"] == int(valid["target"].sum())
+    flagged = valid["flagged"] == (valid["probability_cancer"] >= evaluation.point.threshold)
     assert flagged.all()
 
 
 @pytest.mark.slow
-def test_images_and_cached_features_are_measured_alike(run: tuple[Config, Result], found: Evaluation) -> None:
+def test_images_and_cached_features_are_measured_alike(run: tuple[Config, Result], evaluation: Evaluation) -> None:
     cfg = replace(run[0], features=replace(run[0].features, cache=False))
     direct = evaluate(cfg)
-    assert np.abs(direct.table["logit_cancer"] - found.table["logit_cancer"]).max() < 1e-3
-    assert np.abs(direct.table["novelty"] - found.table["novelty"]).max() < 1e-3
+    assert np.abs(direct.table["logit_cancer"] - evaluation.table["logit_cancer"]).max() < 1e-3
+    assert np.abs(direct.table["novelty"] - evaluation.table["novelty"]).max() < 1e-3
 
 
-def test_the_headline_stands_beside_its_best_shortcut(found: Evaluation) -> None:
-    row = found.headline
+def test_the_headline_stands_beside_its_best_shortcut(evaluation: Evaluation) -> None:
+    row = evaluation.headline
     assert row.policy == "grouped"
-    assert row.slices["normal"] + row.slices["cancer"] == len(found.test)
+    assert row.slices["normal"] + row.slices["cancer"] == len(evaluation.test)
     assert row.shortcut
     assert row.margin is not None
     auroc = row.estimates["auroc"].value
@@ -115,25 +115,25 @@ def test_the_headline_stands_beside_its_best_shortcut(found: Evaluation) -> None
         assert row.margin.value == pytest.approx(auroc - row.shortcut_auroc, abs=1e-6)
 
 
-def test_every_slice_has_a_decision_a_set_and_a_novelty(found: Evaluation) -> None:
-    assert set(found.table["decision"]) <= {"cancer", "normal", "uncertain"}
-    assert found.table["novelty"].between(0, 100).all()
-    sure = found.table[found.table["decision"] != "uncertain"]
+def test_every_slice_has_a_decision_a_set_and_a_novelty(evaluation: Evaluation) -> None:
+    assert set(evaluation.table["decision"]) <= {"cancer", "normal", "uncertain"}
+    assert evaluation.table["novelty"].between(0, 100).all()
+    sure = evaluation.table[evaluation.table["decision"] != "uncertain"]
     assert (sure["decision"] == sure["set"]).all()
 
 
-def test_subgroups_divide_the_test_slices(found: Evaluation) -> None:
-    rows = found.sections["subgroups"]
+def test_subgroups_divide_the_test_slices(evaluation: Evaluation) -> None:
+    rows = evaluation.sections["subgroups"]
     for by in {row["by"] for row in rows}:
-        assert sum(row["normal"] + row["cancer"] for row in rows if row["by"] == by) == len(found.test)
+        assert sum(row["normal"] + row["cancer"] for row in rows if row["by"] == by) == len(evaluation.test)
 
 
 @pytest.mark.slow
 def test_subtypes_are_measured_by_class_and_as_cancer(small, tmp_path) -> None:
     cfg = small("task=subtype", "evaluation.resamples=100")
     result = train(cfg, tmp_path)
-    found = evaluate(replace(cfg, ckpt=str(result.best)), result.data)
-    assert found.metrics["test"]["cancer/auroc"].value is not None
-    assert found.table[[f"probability_{n}" for n in ("normal", "adenocarcinoma", "large_cell", "squamous")]].sum(
+    evaluation = evaluate(replace(cfg, ckpt=str(result.best)), result.data)
+    assert evaluation.metrics["test"]["cancer/auroc"].value is not None
+    assert evaluation.table[[f"probability_{n}" for n in ("normal", "adenocarcinoma", "large_cell", "squamous")]].sum(
         axis=1
-    ).to_numpy() == pytest.approx(np.ones(len(found.table)))
+    ).to_numpy() == pytest.approx(np.ones(len(evaluation.table)))

@@ -12,28 +12,28 @@ from chestct.training.train import Result
 
 
 @pytest.fixture(scope="module")
-def bundle(found: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("export") / "bundle"
-    export(found, folder)
+    export(evaluation, folder)
     return load_bundle(folder)
 
 
-def test_the_bundle_gives_the_numbers_of_the_evaluation(bundle: Bundle, found: Evaluation) -> None:
-    assert found.data is not None
-    assert found.data.store is not None
-    rows = found.data.manifest.set_index("path").loc[found.table["path"], "row"].to_numpy()
-    answers = bundle.predict(found.data.store.images[rows])
-    assert np.abs(answers.score - found.table["probability_cancer"]).max() < 1e-5
-    assert np.abs(answers.novelty - found.table["novelty"]).max() < 1e-3
-    assert list(answers.decision) == list(found.table["decision"])
+def test_the_bundle_gives_the_numbers_of_the_evaluation(bundle: Bundle, evaluation: Evaluation) -> None:
+    assert evaluation.data is not None
+    assert evaluation.data.store is not None
+    rows = evaluation.data.manifest.set_index("path").loc[evaluation.table["path"], "row"].to_numpy()
+    answers = bundle.predict(evaluation.data.store.images[rows])
+    assert np.abs(answers.score - evaluation.table["probability_cancer"]).max() < 1e-5
+    assert np.abs(answers.novelty - evaluation.table["novelty"]).max() < 1e-3
+    assert list(answers.decision) == list(evaluation.table["decision"])
 
 
 def test_the_predictor_gives_the_same_numbers_for_the_files(
-    bundle: Bundle, found: Evaluation, run: tuple[Config, Result], tmp_path: Path
+    bundle: Bundle, evaluation: Evaluation, run: tuple[Config, Result], tmp_path: Path
 ) -> None:
-    export(found, tmp_path / "b")
+    export(evaluation, tmp_path / "b")
     predictor = Predictor(tmp_path / "b")
-    for row in found.test.head(4).itertuples():
+    for row in evaluation.test.head(4).itertuples():
         answer = predictor.predict(Path(run[0].data.root or "") / str(row.path))
         assert answer.score == pytest.approx(row.probability_cancer, abs=1e-5)
         assert not answer.known
@@ -42,13 +42,13 @@ def test_the_predictor_gives_the_same_numbers_for_the_files(
     predictor.close()
 
 
-def test_the_bundle_knows_what_it_was_made_from(bundle: Bundle, found: Evaluation) -> None:
+def test_the_bundle_knows_what_it_was_made_from(bundle: Bundle, evaluation: Evaluation) -> None:
     facts = bundle.facts
     assert facts["data"]["synthetic"] is True
-    assert facts["data"]["data_hash"] == found.about["data_hash"]
-    assert sum(facts["data"]["slices"].values()) == len(found.data.manifest)  # type: ignore[union-attr]
-    assert facts["metrics"]["test"]["auroc"]["value"] == found.metrics["test"]["auroc"].value
-    for split, rows in found.table.groupby("split"):
+    assert facts["data"]["data_hash"] == evaluation.about["data_hash"]
+    assert sum(facts["data"]["slices"].values()) == len(evaluation.data.manifest)  # type: ignore[union-attr]
+    assert facts["metrics"]["test"]["auroc"]["value"] == evaluation.metrics["test"]["auroc"].value
+    for split, rows in evaluation.table.groupby("split"):
         assert sum(row["n"] for row in facts["reliability"][split]) == len(rows)
     for name in ("width", "std", "score", "novelty"):
         quantiles = facts["statistics"][name]

@@ -196,15 +196,3 @@ def test_too_few_slices_are_refused(n):
     nothing = np.zeros((n, SIZE, SIZE), np.uint8)
     with pytest.raises(ValueError, match="at least two slices"):
         check_explanation(torch.nn.Identity(), nothing, nothing > 0, np.zeros(n, int))
-
-
-def test_average_lesion_does_not_know_the_slice_itself():
-    masks = np.zeros((2, 224, 224), bool)
-    masks[0, 105:120, 105:120] = masks[1, 20:35, 20:35] = True
-    assert explanation._localisation(np.zeros(masks.shape), masks, masks | True)["pointing"]["average_lesion"] == 0
-
-
-def test_a_map_without_heat_points_nowhere():
-    masks = np.zeros((2, 224, 224), bool)
-    masks[:, :10, :10] = True
-    assert explanation._localisation(np.zeros(masks.shape), masks, masks | True)["pointing"]["heat"] == 0

@@ -12,13 +12,15 @@ from chestct.imaging.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")
-def rows(found: Evaluation) -> list[dict]:
-    return figures(found)
+def rows(evaluation: Evaluation) -> list[dict]:
+    return figures(evaluation)
 
 
-def figures(found: Evaluation, synthetic: bool = False) -> list[dict]:
+def figures(evaluation: Evaluation, synthetic: bool = False) -> list[dict]:
     images = np.random.default_rng(0).integers(0, 256, (4, 64, 64), np.uint8)
-    return novelty_figures(found.bundle, Preprocess(64), found.test["novelty"].to_numpy(), images, 4, synthetic)
+    return novelty_figures(
+        evaluation.bundle, Preprocess(64), evaluation.test["novelty"].to_numpy(), images, 4, synthetic
+    )
 
 
 def test_what_is_no_chest_ct_lies_further_than_the_test_slices(rows: list[dict]) -> None:
@@ -44,13 +46,13 @@ def test_shares_have_intervals(rows: list[dict]) -> None:
         assert row["refused"]["value"] <= row["beyond"]["value"]
 
 
-def test_phantoms_are_nothing_foreign_to_a_model_of_phantoms(found: Evaluation, rows: list[dict]) -> None:
-    kinds = [row["kind"] for row in figures(found, synthetic=True)]
+def test_phantoms_are_nothing_foreign_to_a_model_of_phantoms(evaluation: Evaluation, rows: list[dict]) -> None:
+    kinds = [row["kind"] for row in figures(evaluation, synthetic=True)]
     assert kinds == [row["kind"] for row in rows if "phantom" not in row["kind"]]
 
 
-def test_the_same_pictures_every_time(found: Evaluation, rows: list[dict]) -> None:
-    assert figures(found) == rows
+def test_the_same_pictures_every_time(evaluation: Evaluation, rows: list[dict]) -> None:
+    assert figures(evaluation) == rows
 
 
 def test_pictures_are_grey_and_differ() -> None:
@@ -78,9 +80,9 @@ def test_a_file_that_nothing_here_can_decode_is_left_out(monkeypatch: pytest.Mon
     assert 1 == len(list(novelty._medical(99))) < whole
 
 
-def test_it_is_a_section_where_it_is_asked_for(found: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert optional_sections(found) == {}
-    monkeypatch.setattr(found.cfg.evaluation, "novelty", 3)
-    (section,) = optional_sections(found).values()
+def test_it_is_a_section_where_it_is_asked_for(evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert optional_sections(evaluation) == {}
+    monkeypatch.setattr(evaluation.cfg.evaluation, "novelty", 3)
+    (section,) = optional_sections(evaluation).values()
     assert {row["pictures"] for row in section} >= {3}
     assert not any("phantom" in row["kind"] for row in section)  # the small run is on phantoms

@@ -37,13 +37,6 @@ def test_stronger_changes_change_more(images, kind):
     assert 0 < weak < middle < strong
 
 
-@pytest.mark.parametrize("kind", PERTURBATIONS, ids=lambda kind: kind.name)
-def test_changes_leave_their_input_alone(images, kind):
-    kept = images[0].copy()
-    kind.change(images[0], kind.strengths[2], np.random.default_rng(0))
-    assert (images[0] == kept).all()
-
-
 def test_names_are_unique_and_signs_are_as_named():
     names = [kind.name for kind in PERTURBATIONS]
     assert len(set(names)) == len(names) == 11
@@ -86,13 +79,6 @@ def test_values_are_those_computed_by_hand(images):
     assert row["flipped"] == ((brighter >= threshold) != (plain >= threshold)).mean() > 0
     assert row["auroc"] == roc_auc_score(TARGETS, brighter)
     assert row["auroc_change"] == row["auroc"] - roc_auc_score(TARGETS, plain)
-
-
-def test_a_score_that_ignores_the_image_does_not_move(images):
-    table = robustness(lambda images: np.linspace(0, 1, len(images)), images, TARGETS)
-    assert (table["score_change"] == 0).all()
-    assert (table["flipped"] == 0).all()
-    assert table["auroc"].nunique() == 1
 
 
 def test_same_seed_same_table_other_seed_other_noise(images):

@@ -9,7 +9,7 @@ from chestct.evaluation.split_policies import refits
 from chestct.training.train import Result, train
 
 
-def asked(cfg: Config, **evaluation: object) -> Config:
+def settings(cfg: Config, **evaluation: object) -> Config:
     return replace(cfg, evaluation=replace(cfg.evaluation, **evaluation))
 
 
@@ -27,7 +27,7 @@ def test_nothing_is_trained_unless_it_is_asked_for(run: tuple[Config, Result], t
 @pytest.mark.slow
 def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_path: Path) -> None:
     # As a job of a search leaves them, whose own training never looked at test.
-    rows = rows_of(asked(run[0], policies=True, report=False), tmp_path)
+    rows = rows_of(settings(run[0], policies=True, report=False), tmp_path)
     assert set(rows) == {"official", "official_clean"}
     assert all(row.estimates["auroc"].value is not None for row in rows.values())
     assert rows["official"].groups > 0
@@ -35,7 +35,7 @@ def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_pa
 
 @pytest.mark.slow
 def test_folds_score_every_slice_once(run: tuple[Config, Result], tmp_path: Path) -> None:
-    (row,) = rows_of(asked(run[0], folds=3), tmp_path).values()
+    (row,) = rows_of(settings(run[0], folds=3), tmp_path).values()
     data = run[1].data
     assert row.policy == "3 folds"
     assert sum(row.slices.values()) == len(data.manifest)
@@ -46,7 +46,7 @@ def test_folds_score_every_slice_once(run: tuple[Config, Result], tmp_path: Path
 @pytest.mark.slow
 def test_a_model_of_permuted_labels_is_near_chance(run: tuple[Config, Result], tmp_path: Path) -> None:
     before = run[1].data.manifest["target"].copy()
-    (row,) = rows_of(asked(run[0], permuted=True), tmp_path).values()
+    (row,) = rows_of(settings(run[0], permuted=True), tmp_path).values()
     estimate = row.estimates["auroc"]
     assert estimate.low is not None
     assert estimate.low < 0.5 < estimate.high
@@ -64,11 +64,11 @@ def test_a_policy_that_the_folders_do_not_admit_is_a_row_with_the_reason(
             place.parent.mkdir(parents=True, exist_ok=True)
             place.symlink_to(path)
     cfg = replace(run[0], data=replace(run[0].data, root=str(flat)))
-    rows = rows_of(asked(cfg, policies=True), tmp_path / "out")
+    rows = rows_of(settings(cfg, policies=True), tmp_path / "out")
     assert all("not available" in row.note for row in rows.values())
 
 
 def test_fine_tuned_models_are_not_trained_again(run: tuple[Config, Result], tmp_path: Path) -> None:
     cfg = replace(run[0], model=replace(run[0].model, freeze=False))
     with pytest.raises(ChestCTError, match="frozen"):
-        rows_of(asked(cfg, folds=2), tmp_path)
+        rows_of(settings(cfg, folds=2), tmp_path)

@@ -43,7 +43,7 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
         logits = net.head(maps).numpy()
     targets = np.arange(24) % classes
     point = OperatingPoint.fit(logits, targets, EvaluationConfig(threshold="youden"))
-    pooled = channel_means(maps)
+    pooled = channel_means(maps, 512)
     facts = {
         "task": "binary" if classes == 2 else "subtype",
         "classes": ["normal", "cancer"] if classes == 2 else ["normal", "adenocarcinoma", "large_cell", "squamous"],

@@ -88,11 +88,6 @@ def test_reference_survives_a_bundle_and_fits_in_100_kilobytes(model):
     assert torch.equal(again.distance(slices), model.distance(slices))
 
 
-def test_fitting_twice_gives_the_same_numbers(model):
-    again = fit_novelty(population(300, 1), population(100, 2))
-    assert all(torch.equal(tensor, model.to_tensors()[name]) for name, tensor in again.to_tensors().items())
-
-
 def test_distance_of_a_slice_does_not_depend_on_its_batch(model):
     slices = population(20, 3)
     alone = torch.cat([model.distance(row[None]) for row in slices])
@@ -102,6 +97,6 @@ def test_distance_of_a_slice_does_not_depend_on_its_batch(model):
 
 
 def test_channel_means_of_flattened_maps_are_the_pooled_features():
-    maps = torch.rand(3, 512, 2, 2)
-    assert torch.allclose(channel_means(maps.flatten(1)), maps.mean((2, 3)))
-    assert torch.equal(channel_means(maps[:, :, 0, 0]), maps[:, :, 0, 0])
+    maps = torch.rand(3, 576, 2, 2)
+    assert torch.allclose(channel_means(maps.flatten(1), 576), maps.mean((2, 3)))
+    assert torch.equal(channel_means(maps[:, :, 0, 0], 576), maps[:, :, 0, 0])

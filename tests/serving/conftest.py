@@ -15,7 +15,7 @@ from chestct.config.schema import Config, EvaluationConfig, ModelConfig, ServeCo
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import save_bundle
-from chestct.models.novelty import channel_means, fit_novelty
+from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
@@ -64,7 +64,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         logits = net.head(maps).numpy()
         baseline = normal_cam(net, net.conv5(torch.from_numpy(squares).unsqueeze(1).float() / 255))
     point = OperatingPoint.fit(logits, targets, EvaluationConfig())
-    model = fit_novelty(channel_means(maps), channel_means(maps))
+    model = fit_novelty(pooled, pooled)
     scores = 1 - point.probabilities(logits)[:, 0]
     estimate = {"value": 0.93, "low": 0.88, "high": 0.97, "slices": 60, "groups": 60, "reason": ""}
     facts = {

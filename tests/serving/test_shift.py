@@ -114,11 +114,11 @@ def test_p_values_are_holms(bundle):
         )[1]
         for name in (*STATISTICS, "score", "novelty")
     ]
-    told = [shift.p for shift in shifts]
+    adjusted = [shift.p for shift in shifts]
     flagged = bundle.facts["operating_point"]["validation"]["flagged"]
     now = int((found["score"] >= bundle.point.threshold).sum())
     raw += [fisher_exact([[flagged, VALID - flagged], [now, 200 - now]]).pvalue, 1.0]
-    assert told == pytest.approx(holm(np.array(raw)), abs=1e-9)
+    assert adjusted == pytest.approx(holm(np.array(raw)), abs=1e-9)
 
 
 def test_a_sure_change_that_is_small_is_no_alarm(bundle):
