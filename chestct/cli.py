@@ -162,7 +162,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.evaluation.export import export
     from chestct.pyfunc import log_bundle
     from chestct.reporting.figures import draw_history
-    from chestct.reporting.render import flat, write
+    from chestct.reporting.render import flat, model_card, write
     from chestct.reporting.text import summary
 
     own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
@@ -171,7 +171,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     write(evaluation, out / "evaluation")
     bundled = not foreign(cfg.model.head)
     if bundled:
-        export(evaluation, out / "bundle")
+        export(evaluation, out / "bundle", model_card(evaluation))
     draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
     values = flat(evaluation)
     run.evaluation("best", {split: values[split] for split in evaluation.metrics}, out / "evaluation")
@@ -237,6 +237,7 @@ def _as_trained(evaluation: "Evaluation") -> bool:
 def export(cfg: Config, out: Path) -> None:
     from chestct.evaluation.export import export
     from chestct.evaluation.sections import optional_sections
+    from chestct.reporting.render import model_card
     from chestct.tracking import run_of
 
     if not cfg.ckpt:
@@ -245,7 +246,7 @@ def export(cfg: Config, out: Path) -> None:
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
     evaluation = _evaluate_with_refits(cfg, out)
     evaluation.sections |= optional_sections(evaluation)
-    bundle = export(evaluation, folder)
+    bundle = export(evaluation, folder, model_card(evaluation))
     if cfg.tracking.log_model:
         from chestct.pyfunc import log_bundle
 

@@ -22,7 +22,7 @@ ENTRIES = {
         "evaluation/split_policies.py",
         "reporting/render.py",
     ],
-    "export": ["evaluation/export.py", "evaluation/sections.py", "evaluation/split_policies.py"],
+    "export": ["evaluation/export.py", "reporting/render.py", "evaluation/sections.py", "evaluation/split_policies.py"],
 }
 NO_RESULT = ("config", "errors.py", "files.py", "pyfunc.py", "tracking", "sweep", "__init__.py")
 """What passes settings on or keeps records: it decides no output."""

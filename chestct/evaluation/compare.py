@@ -12,6 +12,7 @@ import pandas as pd
 
 from chestct.config.schema import Config, classes_of
 from chestct.errors import DataError
+from chestct.files import write_atomic
 from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, fewest_groups
 from chestct.stats.metrics import Sample, missing, proportions_of, sample_of, statistics
 
@@ -103,8 +104,7 @@ def compare_runs(cfg: Config, out: Path) -> str:
         resamples=cfg.evaluation.resamples,
         seed=cfg.data.split_seed,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    frame.to_json(out / "comparison.json", orient="records", indent=1)
+    write_atomic(out / "comparison.json", frame.to_json(orient="records", indent=1))
     return compare_text(frame, *cfg.compare)
 
 

@@ -8,15 +8,17 @@ from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.reporting.render import model_card
 from chestct.stats.calibration import reliability_table
 from chestct.stats.drift import training_facts
 from chestct.stats.metrics import to_plain
 from chestct.tracking import code_version
 
 
-def export(evaluation: Evaluation, folder: Path) -> Bundle:
-    """Writes the bundle of an evaluated checkpoint to `folder`, and returns it as loaded from there."""
+def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
+    """Writes the bundle of an evaluated checkpoint to `folder`, and returns it as loaded from there.
+
+    card: the model card, as chestct.reporting.render.model_card makes it.
+    """
     assert evaluation.model is not None
     return save_bundle(
         folder,
@@ -25,7 +27,7 @@ def export(evaluation: Evaluation, folder: Path) -> Bundle:
         evaluation.novelty_model,
         evaluation.baseline,
         facts(evaluation),
-        model_card(evaluation),
+        card,
     )
 
 

@@ -194,7 +194,7 @@ def _swap(new: Path, folder: Path) -> None:
 
 def _remove_left_overs(folder: Path) -> None:
     """Removes what killed exports left next to `folder`: not locked by anyone, with nothing but a bundle in it."""
-    for left in folder.parent.glob(f".{folder.name}-*"):
+    for left in folder.parent.iterdir():
         named = re.fullmatch(rf"\.{re.escape(folder.name)}-\w{{8}}(\.old)?", left.name) and left.is_dir()
         if named and {entry.name for entry in left.iterdir()} <= {TENSORS, FACTS, CARD, LOCK}:
             with contextlib.suppress(Timeout), FileLock(left / LOCK, timeout=0):

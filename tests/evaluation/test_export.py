@@ -7,6 +7,7 @@ from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
 from chestct.models.bundle import Bundle, load_bundle
+from chestct.reporting.render import model_card
 from chestct.serving.predictor import Predictor
 from chestct.training.train import Result
 
@@ -14,7 +15,7 @@ from chestct.training.train import Result
 @pytest.fixture(scope="module")
 def bundle(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("export") / "bundle"
-    export(evaluation, folder)
+    export(evaluation, folder, model_card(evaluation))
     return load_bundle(folder)
 
 
@@ -31,7 +32,7 @@ def test_the_bundle_gives_the_numbers_of_the_evaluation(bundle: Bundle, evaluati
 def test_the_predictor_gives_the_same_numbers_for_the_files(
     bundle: Bundle, evaluation: Evaluation, run: tuple[Config, Result], tmp_path: Path
 ) -> None:
-    export(evaluation, tmp_path / "b")
+    export(evaluation, tmp_path / "b", "# Card\n")
     predictor = Predictor(tmp_path / "b")
     for row in evaluation.test.head(4).itertuples():
         answer = predictor.predict(Path(run[0].data.root or "") / str(row.path))

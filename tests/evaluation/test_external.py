@@ -20,7 +20,7 @@ from chestct.training.train import Result
 @pytest.fixture(scope="module")
 def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("external") / "bundle"
-    export(evaluation, made)
+    export(evaluation, made, "# Card\n")
     return made
 
 
