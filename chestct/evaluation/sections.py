@@ -10,6 +10,7 @@ import pandas as pd
 from chestct.config.schema import Config
 from chestct.data.prepare import located
 from chestct.data.store import preprocess_of
+from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.evaluation.novelty_check import novelty_figures
@@ -40,6 +41,10 @@ def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
 def explanation(evaluation: Evaluation) -> dict[str, Any]:
     """Heat maps of new phantoms held against their lesions (chestct.evaluation.heatmap_check)."""
     cfg, bundle = evaluation.cfg, evaluation.bundle
+    try:
+        bundle.net.first_trainable(4)
+    except ConfigError:
+        raise ConfigError("evaluation.phantoms redraws VGG's last block, which this model.backbone lacks.") from None
     images, masks = lesion_slices(_new_phantoms(cfg), preprocess_of(cfg.data), cfg.data.window)
     images, masks = images[: cfg.evaluation.phantoms], masks[: cfg.evaluation.phantoms]
     outputs = explained_output(bundle.predict(images).logits)

@@ -44,7 +44,7 @@ def learned():
     net = VGG16(ModelConfig(), 1, SIZE, load_weights("oxford")).eval()
     net.set_frozen(True)
     normal, sick = (maps_of(net, draw(12, lesions, lesions)[0]) for lesions in (False, True))
-    pooled = net.head[0](net.features[-1](torch.cat([normal, sick]))).numpy()
+    pooled = net.head[0](net.pool(torch.cat([normal, sick]))).numpy()
     scale = pooled.std()
     fitted = LogisticRegression(C=0.1).fit(pooled / scale, [0] * 12 + [1] * 12)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatc
     blobs = torch.rand(SIZE // 16, SIZE // 16, generator=torch.Generator().manual_seed(0))
 
     def edges(net, maps, outputs, baseline):  # the same for every network
-        return net.head(net.features[-1](maps)), blobs.expand(len(maps), -1, -1)
+        return net.head(net.pool(maps)), blobs.expand(len(maps), -1, -1)
 
     monkeypatch.setattr(explanation, "normalised_cam", edges)
     found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, curves=1)
