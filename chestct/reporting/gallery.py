@@ -1,6 +1,6 @@
 """The slices that a reader should look at: surest errors, abstentions, refusals, and a few that were right.
 
-Each is shown twice, as the network sees it and with the heat of its evidence over it. One slice of a group is shown;
+Each is shown twice, as the network sees it and with its heat over it. One slice of a group is shown;
 its neighbours would show the same again.
 """
 
@@ -14,7 +14,7 @@ import torch
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.models.bundle import Bundle
-from chestct.models.saliency import Placement, normalised_cam, explained_output, heat, overlay
+from chestct.models.saliency import Placement, explained_output, heat, normalised_cam, overlay
 from chestct.reporting.environment import jpeg
 from chestct.stats.metrics import sample_of
 
@@ -67,7 +67,7 @@ def _pictures(part: pd.DataFrame, evaluation: Evaluation) -> Iterator[dict[Any, 
         gray = np.array(evaluation.images[places[slice_["source"], slice_["path"]]])
         with torch.no_grad():
             conv5 = bundle.net.conv5(torch.from_numpy(gray)[None, None].float() / 255)
-            # The evidence for what the slice was called: an error is understood by what led to it.
+            # What speaks for what the slice was called: an error is understood by what led to it.
             output, against = _explained(slice_["called"], bundle, conv5)
             shown = heat(normalised_cam(bundle.net, conv5, output, bundle.baseline, against)[1])[0]
         square = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
