@@ -28,7 +28,7 @@ BatchKey = tuple[int, list[int]]
 class SliceDataset(Dataset):
     """The slices of one split. A key is a batch, as `Batches` makes it; with `train`, the epoch decides the view.
 
-    What it gives: `x`, float32 [B, 1, S, S] in [0, 1] or, with features, [B, D]; `y`, int64 [B]; and `i`, positions.
+    Its items are batches as `SliceModule` describes them.
     """
 
     def __init__(
@@ -101,9 +101,13 @@ class Batches(Sampler[BatchKey]):
 class SliceModule(L.LightningDataModule):
     """Train, valid and test slices of a run.
 
-    After `setup`: `store`; `manifest`, the slices that take part, with the columns split, target and leaked;
-    `class_names`. `features` may then hold, for each split, one tensor [N, D] a view, in the manifest's order; they
-    stand in for images while the convolutions are frozen.
+    A batch of its loaders is a dict of tensors: `x`, grey slices float32 [B, 1, S, S] in [0, 1] with S = data.size, or
+    frozen features float32 [B, D]; `y`, int64 [B], positions in `class_names`; `i`, int64 [B], positions in the split.
+    Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are.
+
+    After `setup`: `store`; `manifest`, the slices that take part, one row each, with the columns split, target and
+    leaked (docs/manifest.md has the others); `class_names`. `features` may then hold, for each split, one tensor
+    [N, D] a view, in the manifest's order; they stand in for images while the convolutions are frozen.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -120,7 +124,7 @@ class SliceModule(L.LightningDataModule):
             prepare_store(self.cfg, progress=self.cfg.trainer.progress)
 
     def setup(self, stage: str | None = None) -> None:
-        """Opens the store and deals the splits; raises DataError where they do not fit the task."""
+        """Opens the store and divides it into splits; raises DataError where they do not fit the task."""
         if self.store is not None:
             return
         self.store = open_store(prepared_folder(self.cfg))
