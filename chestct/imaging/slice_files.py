@@ -6,7 +6,7 @@ leave behind is known by its name; it is skipped with its reason, never read and
 
 import os
 import re
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 LEFTOVERS = {
@@ -51,7 +51,7 @@ def is_slice_name(path: str) -> bool:
     return bool(parts[-1]) and not any(why_skipped(part) for part in parts if part not in (".", ".."))
 
 
-def walk(folder: Path, on_error: Callable[[OSError], object], own: Container[str] = ()) -> Iterator[tuple[Path, str]]:
+def walk(folder: Path, on_error: Callable[[OSError], object], own: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
     """Every file below a folder with the reason why it is skipped, or "" where it may be a slice.
 
     Names come sorted, files before folders. A folder that is skipped stands for all that is in it; links to folders
@@ -61,7 +61,7 @@ def walk(folder: Path, on_error: Callable[[OSError], object], own: Container[str
 
     def listed(here: str, names: list[str], reason: Callable[[Path], str]) -> dict[Path, str]:
         paths = (Path(here, name) for name in sorted(names))
-        return {path: reason(path) for path in paths if os.path.abspath(path) not in own}  # noqa: PTH100  keeps links
+        return {path: reason(path) for path in paths if not own or os.path.abspath(path) not in own}  # noqa: PTH100
 
     for here, folders, names in os.walk(folder, onerror=on_error):
         yield from listed(here, names, lambda path: why_skipped(path.name)).items()

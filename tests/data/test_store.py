@@ -3,7 +3,6 @@ import multiprocessing
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -282,36 +281,6 @@ def test_macos_needs_no_call_that_it_lacks(cfg, tmp_path):
     assert done.stdout.startswith("12 slices")
 
 
-def _slow_ingest(cfg, folder, reached):
-    real = ingest_module._measure
-
-    def measure(*args):
-        reached.set()
-        time.sleep(0.2)
-        return real(*args)
-
-    ingest_module._measure = measure
-    ingest(cfg, folder)
-
-
-def test_a_killed_run_leaves_the_old_state(cfg, tmp_path):
-    before = ingest(cfg, tmp_path / "store").manifest
-    rng = np.random.default_rng(2)
-    for i in range(6):
-        draw(tmp_path / "data" / "normal" / f"new{i}.png", rng)
-    context = multiprocessing.get_context("fork")
-    reached = context.Event()
-    process = context.Process(target=_slow_ingest, args=(cfg, tmp_path / "store", reached))
-    process.start()
-    assert reached.wait(20)
-    time.sleep(0.3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert open_store(tmp_path / "store").manifest.equals(before)
-    assert len(ingest(cfg, tmp_path / "store").manifest) == 18
-    assert not list((tmp_path / "store").glob("*.tmp"))
-
-
 def _dying_ingest(cfg, folder, owner, name):
     setattr(owner, name, lambda *_, **__: os._exit(9))
     ingest(cfg, folder)
@@ -319,9 +288,15 @@ def _dying_ingest(cfg, folder, owner, name):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(groups, "find_pairs"), (pd.DataFrame, "to_parquet"), (Path, "replace"), (store_module, "write_atomic")],
+    [
+        (ingest_module, "_measure"),
+        (groups, "find_pairs"),
+        (pd.DataFrame, "to_parquet"),
+        (Path, "replace"),
+        (store_module, "write_atomic"),
+    ],
 )
-def test_a_run_that_dies_while_it_writes_leaves_the_old_state(cfg, tmp_path, owner, name):
+def test_a_run_that_dies_leaves_the_old_state(cfg, tmp_path, owner, name):
     before = ingest(cfg, tmp_path / "store").manifest
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(2))
     process = multiprocessing.get_context("fork").Process(
