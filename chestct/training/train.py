@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach
@@ -67,20 +67,21 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     run = run or Run()
     L.seed_everything(cfg.seed, verbose=False)
     _make_writable(out, cfg)
+    where = environment(cfg.trainer.strategy)
     best, last = keepers(cfg.trainer, out / "checkpoints")
-    trainer = _trainer(cfg, out, [*callbacks_of(cfg, out), best, last])
+    trainer = _trainer(cfg, out, [*callbacks_of(cfg, out), best, last], where)
     own: list[Logger] = [
         build(spec, Logger, f"loggers.{name}", save_dir=out)  # type: ignore[type-abstract]
         for name, spec in cfg.loggers.items()
     ]
 
-    with _one_at_a_time(cfg):
+    with _one_at_a_time(cfg, where):
         data = data or SliceModule(cfg)
         data.prepare_data()
         data.setup()
         _check_shares(cfg, data, trainer.world_size)
         model = _classifier(cfg, data)
-        resume = _resumable(cfg, model)
+        resume = _resumable(cfg, out, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
@@ -98,23 +99,18 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     return Result(out, *paths, read_checkpoint(paths[1])["epoch"] + 1, metrics, predictions, data, model)
 
 
-def _trainer(cfg: Config, out: Path, callbacks: list[Callback]) -> L.Trainer:
+def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEnvironment) -> L.Trainer:
     """Lightning's trainer for these settings. Raises ChestCTError where this machine cannot meet them."""
-    try:
-        where = environment()
-    except RuntimeError as error:  # what Lightning expects of SLURM's options
-        raise ConfigError(str(error)) from None
     strategy: str | Strategy = "auto"
-    if cfg.trainer.strategy == "ddp":
+    devices: int | str = cfg.trainer.devices
+    if cfg.trainer.strategy == "single":
+        devices = 1 if devices == "auto" else devices
+    else:
         # Processes that Lightning starts itself get what they need from this one: as scripts (popen) each would compose
         # settings, make a run folder and start the sweep again.
         strategy = DDPStrategy(start_method="popen" if where.creates_processes_externally else "spawn")
-    devices: int | str = cfg.trainer.devices
-    if devices == "auto":
-        devices = where.world_size() // cfg.trainer.num_nodes if where.creates_processes_externally else devices
-        devices = 1 if cfg.trainer.strategy == "single" else devices
-    if where.creates_processes_externally and cfg.trainer.strategy == "single":
-        raise ConfigError(f"{where.world_size()} processes were started to train together: add trainer=ddp.")
+        if devices == "auto" and where.creates_processes_externally:
+            devices = where.world_size() // cfg.trainer.num_nodes
     try:
         return L.Trainer(
             max_epochs=cfg.trainer.max_epochs,
@@ -149,23 +145,30 @@ def _argument(name: str, value: Any, out: Path) -> Any:
     return build(value, object, f"trainer.args.{name}", dirpath=out) if named else value
 
 
-def environment() -> ClusterEnvironment:
+def environment(strategy: str) -> ClusterEnvironment:
     """Who starts the processes of a training: torchrun, srun, or Lightning itself.
 
     Named, because Lightning takes each batch script of SLURM's for one of several processes, and there ignores SIGTERM.
+    Raises ConfigError where several were started for a training of one.
     """
-    if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment()
-    if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()
+    where: ClusterEnvironment = LightningEnvironment()
+    try:
+        if TorchElasticEnvironment.detect():
+            where = TorchElasticEnvironment()
+        elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            where = SLURMEnvironment(auto_requeue=False)
+    except RuntimeError as error:  # what Lightning expects of SLURM's options
+        raise ConfigError(str(error)) from None
+    if strategy == "single" and where.world_size() > 1:
+        raise ConfigError(f"{where.world_size()} processes were started to train together: add trainer=ddp.")
+    return where
 
 
 @contextmanager
-def _one_at_a_time(cfg: Config) -> Iterator[None]:
+def _one_at_a_time(cfg: Config, where: ClusterEnvironment) -> Iterator[None]:
     """Processes that torchrun or srun started prepare data one after the other: the first makes it, others read it."""
     cfg.cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cfg.cache / "prepare.lock") if environment().creates_processes_externally else nullcontext():
+    with FileLock(cfg.cache / "prepare.lock") if where.creates_processes_externally else nullcontext():
         yield
 
 
@@ -212,11 +215,22 @@ def _check_shares(cfg: Config, data: SliceModule, processes: int) -> None:
         )
 
 
-def _resumable(cfg: Config, model: Classifier) -> Path | None:
-    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data."""
+def _resumable(cfg: Config, out: Path, model: Classifier) -> Path | None:
+    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data.
+
+    In the run's own folder that is the last one, whichever is named: epochs are never thrown away.
+    """
     if not cfg.ckpt:
         return None
-    checkpoint = read_checkpoint(Path(cfg.ckpt))
+    path = Path(cfg.ckpt)
+    checkpoint = read_checkpoint(path)
+    with suppress(WeightsError):  # no last one, or damaged
+        last = read_checkpoint(out / "checkpoints" / "last.ckpt")
+        if path.resolve().parent == (out / "checkpoints").resolve() and last["epoch"] > checkpoint["epoch"]:
+            print(
+                f"{path.name} is of epoch {checkpoint['epoch'] + 1}: going on with last.ckpt, of {last['epoch'] + 1}."
+            )
+            path, checkpoint = path.with_name("last.ckpt"), last
     check_fits(checkpoint, model)
     theirs, ours = (hparams["data"]["hash"][:12] for hparams in (checkpoint["hyper_parameters"], model.hparams))
     if theirs != ours:
@@ -224,7 +238,7 @@ def _resumable(cfg: Config, model: Classifier) -> Path | None:
             f"The data changed since {cfg.ckpt} was written (hash {theirs}, now {ours}). "
             "Resume with the data of that run, or start anew without ckpt."
         )
-    return Path(cfg.ckpt)
+    return path
 
 
 def _measure(
@@ -235,8 +249,8 @@ def _measure(
     By one process, whatever trained: no slice is then counted twice.
     """
     model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
-    one = dataclasses.replace(cfg.trainer, strategy="single", devices="auto", num_nodes=1)
-    trainer = _trainer(dataclasses.replace(cfg, trainer=one), best.parent.parent, [])
+    one = dataclasses.replace(cfg.trainer, strategy="single", devices="auto", num_nodes=1, args={})
+    trainer = _trainer(dataclasses.replace(cfg, trainer=one), best.parent.parent, [], LightningEnvironment())
     # Loaders, not the data module: Lightning would look again whether the files changed.
     metrics = dict(trainer.validate(model, data.val_dataloader(), verbose=False)[0])
     if cfg.evaluation.report:

@@ -74,16 +74,16 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID
 
 
 def test_torchrun_and_srun_are_known_and_a_batch_script_is_one_process(monkeypatch):
-    assert not environment().creates_processes_externally
+    assert not environment("ddp").creates_processes_externally
     monkeypatch.setenv("SLURM_NTASKS", "4")
     monkeypatch.setenv("SLURM_JOB_NAME", "batch")
-    assert not environment().creates_processes_externally
+    assert not environment("ddp").creates_processes_externally
     for name, value in SRUN.items():
         monkeypatch.setenv(name, value)
-    assert (environment().world_size(), environment().global_rank()) == (4, 3)
+    assert (environment("ddp").world_size(), environment("ddp").global_rank()) == (4, 3)
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert (environment().world_size(), environment().global_rank()) == (4, 3)
+    assert (environment("ddp").world_size(), environment("ddp").global_rank()) == (4, 3)
 
 
 def test_processes_that_were_started_without_ddp_are_refused(small, tmp_path, monkeypatch):

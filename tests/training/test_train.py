@@ -11,13 +11,14 @@ import torch
 
 from chestct.config.compose import CONF
 from chestct.config.schema import ModelConfig
-from chestct.errors import ChestCTError, DataError, Interrupted, WeightsError
+from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
 from chestct.evaluation.evaluate import evaluate
 from chestct.models.lightning_module import Classifier
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.stats.metrics import measure
 from chestct.training import callbacks, train
+from tests.conftest import SMALL
 
 ROOT = CONF.parent
 
@@ -165,11 +166,48 @@ def test_an_unwritable_run_folder_is_one_clear_error(small, tmp_path):
         train(small(), tmp_path / "file" / "run")
 
 
-def test_a_device_that_is_not_there_is_said(small, tmp_path):
+def test_a_device_that_is_not_there_is_said_before_anything_is_made(small, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ChestCTError, match="trainer settings"):
-        train(small("trainer=gpu"), tmp_path)
+        train(small("trainer=gpu", "data.root=null", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_argument_that_lightnings_trainer_does_not_know_is_named(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer\.args=.*gradient_clipp"):
+        train(small("trainer.args.gradient_clipp=1"), tmp_path)
+
+
+SPAWN = """
+import multiprocessing, sys
+from pathlib import Path
+from chestct.config.compose import compose
+from chestct.training import train
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")  # as on macOS and Windows
+    train(compose(*sys.argv[2:]), Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_spawned_workers_give_the_batches_of_the_main_process(small, phantoms, cache, tmp_path):
+    settings = ("features.cache=false", "trainer.max_epochs=2")
+    alone = train(small(*settings), tmp_path / "alone")
+    (tmp_path / "spawn.py").write_text(SPAWN, encoding="utf-8")
+    given = (*SMALL, *settings, f"data.root={phantoms}", f"cache_dir={cache}", "data.workers=1")
+    command = [sys.executable, str(tmp_path / "spawn.py"), str(tmp_path / "spawned"), *given]
+    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert losses(tmp_path / "spawned").to_numpy() == pytest.approx(losses(alone.folder).to_numpy(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_trainings_that_start_at_once_have_folders_of_their_own(phantoms, cache, tmp_path):
+    given = (*SMALL, "trainer.max_epochs=1", "evaluation.report=false", f"data.root={phantoms}", f"cache_dir={cache}")
+    started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *given], cwd=tmp_path) for _ in range(3)]
+    assert [process.wait(300) for process in started] == [0, 0, 0]
+    assert len(list(tmp_path.glob("runs/*/checkpoints/last.ckpt"))) == 3
 
 
 @pytest.mark.slow
@@ -238,9 +276,19 @@ def test_the_last_checkpoint_is_of_the_last_epoch_even_where_the_first_was_best(
     assert losses(tmp_path)["valid/loss"].idxmin() == epoch_in(result.best) < 3
     assert epoch_in(result.last) == 3
     before = losses(tmp_path)["valid/loss"]
-    # a resume goes on after it, and nothing that was trained is trained again
+    # a resume goes on after it, whichever is named, and nothing that was trained is trained again
     longer = train(
         small("optim.lr=1000", "trainer.max_epochs=6", "trainer.patience=0", f"ckpt={result.last}"), tmp_path
     )
     assert losses(tmp_path)["valid/loss"].iloc[:4].equals(before)
     assert epoch_in(longer.last) == 5
+
+
+def test_a_damaged_checkpoint_is_never_gone_on_with(small, tmp_path):
+    last = train(small(), tmp_path / "run").last
+    content = bytearray(last.read_bytes())
+    moments = torch.load(last, weights_only=True)["optimizer_states"][0]["state"][0]["exp_avg"]
+    content[content.index(moments.numpy().tobytes()) + 1] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"last\.ckpt is damaged"):
+        train(small(f"ckpt={last}"), tmp_path / "run")
