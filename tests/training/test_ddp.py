@@ -165,15 +165,20 @@ def arguments(phantoms, cache, *settings):
 def test_a_signal_to_the_first_process_ends_all_of_them(phantoms, cache, tmp_path, signum):
     settings = ("tracking=off", "trainer.max_epochs=4000", "trainer.patience=0", "trainer.devices=2")
     command = [sys.executable, *arguments(phantoms, cache, *settings)]
+    if signum == signal.SIGINT and signal.getsignal(signum) == signal.SIG_IGN:
+        pytest.skip("whoever started the tests has switched Ctrl-C off, which programs inherit")
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.2)
-    others = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=120)
-    assert not psutil.wait_procs(others, timeout=60)[1]
+    try:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.2)
+        others = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=120)
+        assert not psutil.wait_procs(others, timeout=60)[1]
+    finally:
+        process.kill()
     if signum != signal.SIGKILL:
         assert process.returncode == 130, errors
         assert "ckpt=" in errors
