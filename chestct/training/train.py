@@ -91,6 +91,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
     with _ended_in_order(trainer, out):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
+    data.trainer = None  # whose processes shared out the slices
     if not cfg.always_frozen:
         data.features.clear()  # they are of convolutions that have trained since
 

@@ -45,9 +45,9 @@ def test_logits_between_0_and_1_are_not_taken_for_scores(small, monkeypatch):
 def test_balanced_accuracy_is_the_mean_of_sensitivity_and_specificity():
     metrics = metric_collection(1, "test")
     metrics.update(torch.tensor([0.9, 0.9, 0.9, 0.1, 0.9]), torch.tensor([1, 1, 1, 1, 0]))
-    found = metrics.compute()
-    assert found["test/balanced_accuracy"] == pytest.approx(0.375)
-    assert found["test/accuracy"] == pytest.approx(0.6)
+    measured = metrics.compute()
+    assert measured["test/balanced_accuracy"] == pytest.approx(0.375)
+    assert measured["test/accuracy"] == pytest.approx(0.6)
 
 
 def test_convolutions_learn_more_slowly_than_the_head(small):

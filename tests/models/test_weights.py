@@ -10,13 +10,13 @@ from chestct.models.weights import PACKAGED, load_weights
 
 
 def test_packaged_weights_are_the_released_ones():
-    found = load_weights("oxford").tensors
+    loaded = load_weights("oxford").tensors
     # Values printed for the released MatConvNet file, see WEIGHTS.md; float16 keeps three digits.
-    assert found["0.weight"].shape == (64, 3, 3, 3)
-    assert found["0.bias"][0].item() == pytest.approx(0.73429835, rel=1e-3)
-    assert found["28.bias"][0].item() == pytest.approx(0.18837857, rel=1e-3)
-    assert len(found) == 26
-    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert loaded["0.weight"].shape == (64, 3, 3, 3)
+    assert loaded["0.bias"][0].item() == pytest.approx(0.73429835, rel=1e-3)
+    assert loaded["28.bias"][0].item() == pytest.approx(0.18837857, rel=1e-3)
+    assert len(loaded) == 26
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
 
 
 def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
@@ -39,9 +39,9 @@ def test_a_file_of_the_same_tensors_gives_the_same_convolutions(tmp_path, kind):
     path = tmp_path / f"w.{kind}"
     tensors = load_file(PACKAGED)
     save_file(tensors, path) if kind == "safetensors" else torch.save(tensors, path)
-    found = load_weights(str(path))
-    assert torch.equal(found.tensors["0.weight"], load_weights("oxford").tensors["0.weight"])
-    assert found.mean == load_weights("oxford").mean
+    loaded = load_weights(str(path))
+    assert torch.equal(loaded.tensors["0.weight"], load_weights("oxford").tensors["0.weight"])
+    assert loaded.mean == load_weights("oxford").mean
 
 
 def test_a_torchvision_file_gets_torchvisions_mean_and_scale(tmp_path):

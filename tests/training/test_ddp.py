@@ -201,7 +201,11 @@ def test_torchrun_leaves_one_folder_and_one_run(phantoms, tmp_path, empty_store)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best checkpoint") == 1
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(pd.read_csv(folder / "history.csv")) == 2
+    history = pd.read_csv(folder / "history.csv")
+    assert len(history) == 2
+    # measured by one process, on all slices
+    printed = float(done.stdout.split("(valid/loss ")[1].split(")")[0])
+    assert printed == pytest.approx(history["valid/loss"].min(), abs=1e-3)
     assert (folder / "bundle" / "bundle.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} <= {"runs", "cache", "mlflow.db", "mlruns"}
     from mlflow import MlflowClient
