@@ -7,6 +7,7 @@ makes the folder, logs, and runs one job or many.
 import contextlib
 import errno
 import functools
+import inspect
 import io
 import os
 import shutil
@@ -42,12 +43,12 @@ Task = Callable[[Config, Path], Any]
 
 
 def program(
-    config_name: str, usage: str, run_folder: Callable[[Config], Path | None] = lambda cfg: None
+    config_name: str, run_folder: Callable[[Config], Path | None] = lambda cfg: None
 ) -> Callable[[Task], Callable[[], None]]:
     """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
 
-    usage: the first part of `--help`. run_folder: the folder that a run goes on in; None for a new one. The program
-    exits with 0, with 2 after an error that the user can mend, with 130 when it was interrupted.
+    The task's docstring is the first part of `--help`. run_folder: the folder that a run goes on in; None for a new
+    one. The program exits with 0, with 2 after an error that the user can mend, with 130 when it was interrupted.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -56,7 +57,7 @@ def program(
             with errors_for_people():
                 arguments = sys.argv[1:]
                 if {"-h", "--help"} & set(arguments):
-                    print(help_text(usage))
+                    print(help_text(inspect.getdoc(task) or ""))
                     return
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
                 signal.signal(signal.SIGTERM, _terminate)

@@ -137,7 +137,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     # Only what depends on a module runs again when it changes.
     for module, stages in (
         ("chestct/reporting/figures.py", {"evaluate", "export"}),
-        ("chestct/cli.py", {"train", "evaluate", "export"}),
+        ("chestct/experiment.py", {"train", "evaluate", "export"}),
         ("chestct/training/callbacks.py", {"train"}),
         ("chestct/tracking/run.py", set()),
     ):

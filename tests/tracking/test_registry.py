@@ -5,9 +5,9 @@ import shutil
 import pytest
 from mlflow import MlflowClient, pyfunc
 
-from chestct.cli import find_checkpoint
 from chestct.errors import ConfigError
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
+from chestct.models.checkpoint import find_checkpoint
 from chestct.tracking import fetch_bundle
 from chestct.tracking.registry import RUN_ID_FILE
 from chestct.tracking.sync import ORIGIN

@@ -1,0 +1,154 @@
+"""One experiment, step by step: train it, measure it, write its bundle. The commands of the same names call this."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from chestct.config.compose import PIPELINE, merge_settings
+from chestct.config.schema import Config
+from chestct.config.targets import check_trusted, foreign
+from chestct.errors import ConfigError
+from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
+from chestct.program import rank
+
+if TYPE_CHECKING:
+    from chestct.evaluation.evaluate import Evaluation
+    from chestct.tracking import Run
+    from chestct.training import Result
+
+
+def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
+    """One training with its report and its MLflow run; the metrics of the best checkpoint."""
+    from chestct.tracking import open_run, sole_writer
+    from chestct.training import train as fit
+
+    if cfg.ckpt:
+        cfg = from_checkpoint(cfg)
+    if rank():  # takes part, and leaves all else to the first process
+        return fit(cfg, out).metrics
+    with sole_writer(out), open_run(cfg, out) as run:
+        result = fit(cfg, out, run)
+        run.artifacts(out / "settings.yaml", "config")
+        if cfg.tracking.log_model:
+            run.artifacts(result.best, "checkpoints")
+        message = _report(cfg, out, run, result) if cfg.evaluation.report else ""
+    objective = result.metrics[cfg.trainer.monitor]
+    print(f"{message}best checkpoint  {result.best}  ({cfg.trainer.monitor} {objective:.4f})")
+    if run.run_id:
+        print(f"MLflow run       {run.run_id} in {run.uri} (make ui)")
+    return result.metrics
+
+
+def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
+    """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns a summary."""
+    import pandas as pd
+
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.export import export
+    from chestct.pyfunc import log_bundle
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat, model_card, write
+    from chestct.reporting.text import summary
+
+    own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
+    trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
+    evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)
+    write(evaluation, out / "evaluation")
+    bundled = not foreign(cfg.model.head)
+    if bundled:
+        export(evaluation, out / "bundle", model_card(evaluation))
+    draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
+    values = flat(evaluation)
+    run.evaluation("best", {split: values[split] for split in evaluation.metrics}, out / "evaluation")
+    if bundled and cfg.tracking.log_model:
+        log_bundle(run, out / "bundle")
+    bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
+    if not bundled:
+        bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
+    return f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n{bundle}\n"
+
+
+def measure(cfg: Config, out: Path) -> None:
+    """Evaluates the checkpoint or bundle of the settings, or compares two runs, and writes the report to `out`."""
+    import pandas as pd
+
+    from chestct.evaluation.compare import compare_runs
+    from chestct.evaluation.external import evaluate_bundle
+    from chestct.evaluation.sections import optional_sections
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat, write
+    from chestct.reporting.text import summary
+    from chestct.tracking import fetch_bundle, run_of
+
+    if cfg.compare:
+        print(compare_runs(cfg, out))
+        return
+    if cfg.bundle:
+        evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
+    else:
+        cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
+        evaluation = _evaluate_with_refits(cfg, out)
+    evaluation.sections |= optional_sections(evaluation)
+    write(evaluation, out)
+    print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
+    if cfg.ckpt and _as_trained(evaluation):
+        if (history := Path(cfg.ckpt).parent.parent / "history.csv").is_file():
+            draw_history(pd.read_csv(history), out / "curves.png")
+        values = flat(evaluation)
+        with run_of(cfg, Path(cfg.ckpt)) as run:
+            run.evaluation(Path(cfg.ckpt).stem, {split: values[split] for split in evaluation.metrics}, out)
+
+
+def _evaluate_with_refits(cfg: Config, out: Path) -> "Evaluation":
+    """The checkpoint's evaluation, with a row for each other split, fold or permutation that the settings ask for."""
+    from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.split_policies import refits
+    from chestct.training import train as fit
+
+    evaluation = evaluate(cfg)
+    evaluation.rows += refits(cfg, lambda name, cfg, data: fit(cfg, out / REFITS / name, data=data).predictions)
+    return evaluation
+
+
+def _as_trained(evaluation: "Evaluation") -> bool:
+    """Whether the checkpoint was measured on its own run's data and split, so that the numbers belong to the run."""
+    assert evaluation.model is not None
+    splitting = {name: getattr(evaluation.model.cfg.data, name) for name in evaluation.about["splitting"]}
+    same_data = evaluation.model.hparams["data"]["hash"] == evaluation.about["data_hash"]
+    return same_data and splitting == evaluation.about["splitting"]
+
+
+def write_bundle(cfg: Config, out: Path) -> None:
+    """Evaluates the checkpoint of the settings and writes its bundle."""
+    from chestct.evaluation.export import export
+    from chestct.evaluation.sections import optional_sections
+    from chestct.reporting.render import model_card
+    from chestct.tracking import run_of
+
+    if not cfg.ckpt:
+        raise ConfigError("Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt.")
+    cfg = from_checkpoint(cfg)
+    folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
+    evaluation = _evaluate_with_refits(cfg, out)
+    evaluation.sections |= optional_sections(evaluation)
+    bundle = export(evaluation, folder, model_card(evaluation))
+    if cfg.tracking.log_model:
+        from chestct.pyfunc import log_bundle
+
+        with run_of(cfg, Path(cfg.ckpt or "")) as run:
+            log_bundle(run, folder)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
+
+
+def from_checkpoint(cfg: Config) -> Config:
+    """The settings in the checkpoint cfg.ckpt, with those given on the command line laid over them."""
+    from hydra.core.hydra_config import HydraConfig
+
+    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking)
+    stored = read_checkpoint(path)["hyper_parameters"]["settings"]
+    check_trusted(stored, str(path), cfg.trust)
+    overrides = list(HydraConfig.get().overrides.task)
+    if HydraConfig.get().job.config_name == PIPELINE:  # params.yaml decides how the pipeline evaluates
+        overrides.append("evaluation=params")
+    return dataclasses.replace(merge_settings(cfg, overrides, stored), ckpt=str(path))
