@@ -114,7 +114,8 @@ class AnswerPanel:
         }
 
     def choose(self, readings: list[Reading], event: gr.SelectData) -> Updates:
-        return self.show(readings, int(event.index)) if readings else {}
+        """Nothing changes where the readings are no longer kept."""
+        return self.show(readings, event.index) if event.index in range(len(readings)) else {}
 
     def show(self, readings: list[Reading], index: int) -> Updates:
         """One reading, seen as the model sees it."""

@@ -119,9 +119,13 @@ def make_app(
         except ClientDisconnect:
             return Response(status_code=499)
 
+    async def upload_progress(_: Request) -> Response:
+        return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")  # the page waits for that much
+
     app.add_api_route("/metrics", report, methods=["GET"])
     app.add_api_route("/predict", predict, methods=["POST"])
     app.add_api_route("/gradio_api/upload", upload, methods=["POST"])
+    app.add_api_route("/gradio_api/upload_progress", upload_progress, methods=["GET"])
     # The last one added is the first one that a request meets.
     if login:
         app.add_middleware(AuthenticationMiddleware, backend=login, on_error=_unauthorized)

@@ -3,37 +3,31 @@
 Three phantoms and something that is no CT slice at all; the first is DICOM, so that the window can be tried.
 """
 
-import io
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from chestct.config.schema import PhantomConfig
+from chestct.phantom.files import write_dicom
 from chestct.phantom.thorax import display, draw
-from chestct.serving.pictures import data_uri
+from chestct.serving.pictures import data_uri, encoded
 
 THUMB = 112
 LUNG = (-600.0, 1500.0)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Example:
-    """A file to click. thumb: data URI; write: makes the file's bytes, when somebody asks for it first."""
+    """A file to click. thumb: data URI."""
 
     title: str
     about: str
     name: str
+    data: bytes
     thumb: str
-    write: Callable[[], bytes]
-
-    @cached_property
-    def data(self) -> bytes:
-        return self.write()
 
 
 def make_examples() -> list[Example]:
@@ -48,16 +42,11 @@ def make_examples() -> list[Example]:
 
 def _phantom(title: str, name: str, subtype: str, difficulty: float, seed: int) -> Example:
     phantom = draw(np.random.default_rng(seed), subtype, PhantomConfig(difficulty=difficulty, size=384))
-
-    def write() -> bytes:
-        from chestct.phantom.files import write_dicom  # pydicom takes as long to import as all examples to draw
-
-        with tempfile.TemporaryDirectory(prefix="chestct-") as folder:
-            path = Path(folder) / name
-            write_dicom(path, phantom, f"example-{seed}")
-            return path.read_bytes()
-
-    return Example(title, "Phantom, DICOM", name, _thumb(Image.fromarray(display(phantom.hu, LUNG))), write)
+    with tempfile.TemporaryDirectory(prefix="chestct-") as folder:
+        path = Path(folder) / name
+        write_dicom(path, phantom, f"example-{seed}")
+        data = path.read_bytes()
+    return Example(title, "DICOM phantom", name, data, _thumb(Image.fromarray(display(phantom.hu, LUNG))))
 
 
 def _photograph() -> Example:
@@ -68,17 +57,9 @@ def _photograph() -> Example:
     pen.ellipse((250, 150, 310, 210), fill=(255, 226, 150))
     pen.polygon([(0, 230), (120, 150), (220, 235), (310, 180), (400, 240), (400, 300), (0, 300)], fill=(58, 84, 74))
     pen.polygon([(0, 270), (160, 225), (400, 285), (400, 300), (0, 300)], fill=(34, 56, 48))
-    return Example("Not a CT slice", "Picture, refused", "hills.jpg", _thumb(image), lambda: _jpeg(image, 90))
+    return Example("Not a CT slice", "Picture, refused", "hills.jpg", encoded(image, "JPEG", quality=90), _thumb(image))
 
 
 def _thumb(image: Image.Image) -> str:
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    small = image.crop((left, top, left + side, top + side)).resize((THUMB, THUMB), Image.Resampling.LANCZOS)
-    return data_uri(_jpeg(small, 85), "jpeg")
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    small = ImageOps.fit(image, (THUMB, THUMB), Image.Resampling.LANCZOS)
+    return data_uri(encoded(small, "JPEG", quality=85), "jpeg")

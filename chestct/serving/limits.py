@@ -44,7 +44,7 @@ ROUTES = {
         *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
         *("/metrics", "/assets/*", "/static/*"),
         *("/gradio_api/info", "/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/heartbeat/*"),
-        *("/gradio_api/queue/data", "/gradio_api/call/*"),
+        *("/gradio_api/queue/data", "/gradio_api/call/*", "/gradio_api/upload_progress"),
     ),
     "POST": (
         *("/predict", "/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/call/*"),

@@ -18,13 +18,12 @@ from gradio.events import api
 
 from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError
-from chestct.serving.about import model_card, model_facts
 from chestct.serving.answer_panel import AnswerPanel
 from chestct.serving.api import answer
 from chestct.serving.examples import Example
 from chestct.serving.predictor import Predictor
 from chestct.serving.reading import OnAnswer, Reading, read_all
-from chestct.serving.sentences import NOTICE
+from chestct.serving.sentences import GLOSSARY, NOTICE, card_body, reliability
 from chestct.serving.uploads import UploadError, expand
 from chestct.serving.visit import COLUMNS, MOST_ROWS, Row, as_csv, visit_rows
 
@@ -57,7 +56,8 @@ THEME = gr.themes.Base(
 )
 
 CSS = """
-#notice { position: fixed; inset: 0 0 auto 0; z-index: 20; background: #26312f; padding: 6px 16px; }
+#notice { position: fixed; inset: 0 0 auto 0; z-index: 20; background: #26312f; padding: 6px 16px;
+  border-radius: 0; }
 #notice * { color: #f2f6f5; text-align: center; font-size: clamp(12px, 3.2vw, 14px); }
 .gradio-container { padding-top: 48px !important; }
 .label-wrap span { font-weight: 600; }
@@ -189,9 +189,11 @@ def make_page(
                     elem_id="visit",
                 )
             with gr.Tab("Model"):
-                facts = gr.Markdown(container=True, elem_id="model")
-                with gr.Accordion("The whole model card", open=False):
-                    card = gr.Markdown()
+                with gr.Accordion("What the figures mean", open=False):
+                    gr.Markdown(GLOSSARY)
+                with gr.Accordion("Does the probability hold?", open=False):
+                    bins = gr.Markdown(elem_id="reliability")
+                card = gr.Markdown(container=True, elem_id="card")
             with gr.Tab("API"):
                 host = "127.0.0.1" if cfg.host in ("0.0.0.0", "::") else cfg.host
                 gr.Markdown(PROGRAMS.replace("ADDRESS", f"http://{host}:{cfg.port}"), container=True)
@@ -202,7 +204,7 @@ def make_page(
         samples.click(look_at_example, [samples, visit], answered, **raw, **quiet)
         panel.listen(**quiet)
         page.load(
-            lambda: [describe(predictor.bundle) for describe in (model_facts, model_card)], None, [facts, card], **quiet
+            lambda: (card_body(predictor.bundle.card), reliability(predictor.bundle.facts)), None, [card, bins], **quiet
         )
         api(predict, api_name="predict", concurrency_limit=4)
     page.state_session_capacity = SESSIONS
@@ -249,8 +251,8 @@ def failed(message: str) -> str:
 
 def _sample(example: Example) -> str:
     return (
-        '<span style="display: flex; gap: 8px; align-items: center; text-align: left; width: 10em">'
-        f'<img src="{example.thumb}" alt="" width="38" height="38" style="border-radius: 6px">'
+        '<span style="display: flex; gap: 8px; align-items: center; text-align: left; white-space: nowrap; width: 10em">'
+        f'<img src="{example.thumb}" alt="" width="32" height="32" style="border-radius: 6px">'
         f"<span><b>{escape(example.title)}</b><br><small>{escape(example.about)}</small></span></span>"
     )
 

@@ -1,6 +1,6 @@
 """From the files of one request to what is shown of each slice: read, ask, draw; one bad file spoils no other.
 
-Slices are asked for a few at a time, so that they share forward passes, and what is large about an answer is dropped
+Slices are scored a few at a time, so that they share forward passes, and what is large about an answer is dropped
 as soon as its pictures are drawn.
 """
 

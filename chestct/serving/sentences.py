@@ -5,6 +5,8 @@ which is Markdown itself; Gradio shows it without its HTML.
 """
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from chestct.models.bundle import Bundle
 from chestct.models.operating_point import OperatingPoint
@@ -183,3 +185,25 @@ def card_caveats(card: str) -> str:
         elif level:
             kept.append(line)
     return "\n".join(kept).strip()
+
+
+GLOSSARY = """- **AUROC**: how well the scores order cancer above normal; 0.5 is chance, 1 perfect
+- **Sensitivity**: share of the cancers that are detected
+- **Specificity**: share of the normal slices that are left alone
+- **Precision, NPV**: share of the slices called cancer, or normal, that are it
+- **Balanced accuracy**: mean of sensitivity and specificity
+- **Calibration error, Brier score**: gap and squared error between probability and what came true; 0 is best
+- **[In brackets]**: 95 % intervals, with copies and near-copies of a slice (a group) counted as one"""
+
+
+def reliability(facts: Mapping[str, Any]) -> str:
+    """How many test slices of a probability really were cancer, as a table; "" where the bundle does not say."""
+    bins = facts.get("reliability", {}).get("test") or []
+    rows = [
+        f"| {percent(row['score'])} | **{row['observed']:.0%}** [{row['low']:.0%}, {row['high']:.0%}] | {row['n']} |"
+        for row in bins
+    ]
+    if not rows:
+        return ""
+    head = "| Probability of cancer (mean of the bin) | Test slices with it that are cancer | Slices |"
+    return "\n".join(["The probability holds where the first two columns agree.\n", head, "| --- | --- | --- |", *rows])

@@ -132,8 +132,8 @@ def serving(bundle: Path, on_answer=None, login=None, **settings) -> Iterator[Se
 @pytest.fixture(scope="session")
 def served(bundle_folder: Path) -> Iterator[Served]:
     """The service with the small bundle, for all tests that change nothing in it."""
-    with serving(bundle_folder, max_upload_bytes=3_000_000, max_slices=20) as found:
-        yield found
+    with serving(bundle_folder, max_upload_bytes=3_000_000, max_slices=20) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import base64
 import csv
-import dataclasses
 import io
 import re
 import shutil
@@ -17,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.serving import about
 from chestct.serving.page import SESSIONS
 from chestct.serving.pictures import MODEL_WINDOW
 from chestct.serving.predictor import NOT_MEDICAL
+from chestct.serving.sentences import reliability
 from tests.serving.conftest import Served, make_bundle, serving
 from tests.serving.visitor import Visitor
 
@@ -125,6 +124,7 @@ def test_a_series_is_in_the_order_of_the_scan_with_the_most_suspicious_slice_sho
     best = max(range(4), key=lambda i: (predictions[i].decision != "refused", predictions[i].score))
     assert names[best].replace(".", "\\.") in visitor.values["verdict"]
     visitor.choose((best + 1) % 4)
+    visitor.choose(99)  # which is none
     assert names[(best + 1) % 4].replace(".", "\\.") in visitor.values["verdict"]
 
 
@@ -226,16 +226,13 @@ def test_gradio_client_gets_plain_json_from_the_one_named_endpoint(served: Serve
         client.predict(file=handle_file(str(tmp_path / "slice.png")), api_name="/predict")
 
 
-def test_the_page_about_the_model_says_what_its_bundle_knows(served: Served) -> None:
+def test_the_page_about_the_model_says_what_its_bundle_knows(visitor: Visitor, served: Served) -> None:
     bundle = served.predictor.bundle
-    text = about.model_facts(bundle)
-    for part in ("**0.930** [0.880, 0.970], 60 slices", "Does the probability hold?"):
-        assert part in text
-    table = text.split("Does the probability hold?")[1]
+    visitor.send((None, "load"), [])
+    assert "It has only seen **phantoms**" in visitor.values["card"]
+    table = visitor.values["reliability"]
     assert table.count("\n| ") == 2 + len(bundle.facts["reliability"]["test"])
-    assert "phantoms" in about.model_card(bundle)
-    bare = {**bundle.facts, "reliability": {}, "metrics": {}}  # an older one
-    assert "|" not in about.model_facts(dataclasses.replace(bundle, facts=bare))
+    assert reliability({}) == ""  # of an older bundle
 
 
 def test_the_page_names_no_other_host(served: Served) -> None:

@@ -20,10 +20,10 @@ def point(**counts: int) -> OperatingPoint:
 def answer(score: float, decision: str, **changes) -> Prediction:
     gray = np.zeros((100, 100), np.uint8)
     probabilities = {"normal": 1 - score, "cancer": score}
-    found = Prediction(
+    prediction = Prediction(
         score, decision, "", probabilities, ("cancer",), 0.4, False, gray, None, Slice(gray, "PNG", "L"), {}, {}, "abc"
     )
-    return dataclasses.replace(found, **changes)
+    return dataclasses.replace(prediction, **changes)
 
 
 @pytest.mark.parametrize(
