@@ -63,6 +63,8 @@ CSS = """
 .label-wrap span { font-weight: 600; }
 .gr-group .block { border-width: 0 !important; }
 .prose :is(table, tr, th, td) { border-color: var(--border-color-primary) !important; }
+.selected[role="tab"] { color: var(--body-text-color) !important; font-weight: 600; }
+.prose :is(pre, pre code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
 .prose :is(code, code *) { font-family: ui-monospace, Menlo, Consolas, monospace !important; }
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)) !important; }
 """
@@ -251,7 +253,7 @@ def failed(message: str) -> str:
 
 def _sample(example: Example) -> str:
     return (
-        '<span style="display: flex; gap: 8px; align-items: center; text-align: left; white-space: nowrap; width: 10em">'
+        '<span style="display: flex; gap: 8px; align-items: center; width: 10em; text-align: left; white-space: pre">'
         f'<img src="{example.thumb}" alt="" width="32" height="32" style="border-radius: 6px">'
         f"<span><b>{escape(example.title)}</b><br><small>{escape(example.about)}</small></span></span>"
     )

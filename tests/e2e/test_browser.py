@@ -61,6 +61,7 @@ def visit(browser, served: Served) -> Iterator[Callable]:
         page.goto(served.url)
         page.wait_for_selector("text=Drop a slice, or try an example")
         page.wait_for_selector("#upload input[type=file]", state="attached")
+        page.wait_for_selector("#examples >> text=Not a CT slice")
         return page
 
     yield open_page
@@ -147,7 +148,7 @@ def test_the_visit_is_listed_and_downloads_as_csv(visit, files, tmp_path: Path) 
     page = visit()
     give(page, ("first.png", files[0]))
     page.click("role=tab[name='This visit']")
-    page.wait_for_selector("#visit >> text=first.png")
+    page.wait_for_selector("#visit >> text=first.png >> visible=true")
     with page.expect_download() as download:
         page.click("text=Download as CSV")
     download.value.save_as(tmp_path / "visit.csv")
