@@ -10,6 +10,7 @@ C.11.2.1.2.1 with output range [0, 1]: 0 up to c - 0.5 - (w - 1) / 2, 1 above c 
 """
 
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -52,11 +53,10 @@ MAX_RLE_BYTES = 1 << 24
 MAX_TILES = 4096
 """Tiles of a JPEG 2000 frame: the decoder keeps several kB for each before it reads any."""
 
-MAX_SEGMENTS = 10_000
-"""Segments of a JPEG stream before its first scan."""
-
 MAX_SCANS = 100
 """Scans of a JPEG stream: each costs a pass over the whole frame."""
+
+SCAN, FRAME_HEADER = b"\xff\xda", re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7](.{8})", re.DOTALL)
 
 
 def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> Iterator[Slice]:
@@ -73,10 +73,8 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
     _, _, count = _size(dataset, limits)
     keyword = next((keyword for keyword in PIXELS if dataset.get(keyword)), None)
     if keyword is None:
-        raise RefusedError(
-            f"no pixel data (modality {_text(dataset, 'Modality') or 'unknown'}): a report, a plan or a header, "
-            "not an image"
-        )
+        what = _text(dataset, "Modality") or "unknown"
+        raise RefusedError(f"no pixel data (modality {what}): a report, a plan or a header, not an image")
     layout = _layout(dataset, keyword)
     shared = _items(dataset, "SharedFunctionalGroupsSequence")[:1]
     per_frame = _items(dataset, "PerFrameFunctionalGroupsSequence")
@@ -205,22 +203,10 @@ def _checked(stream: bytes, layout: dict[str, Any], syntax: UID) -> bytes:
 
 def _jpeg_size(stream: bytes) -> tuple[int, int, int]:
     """(rows, columns, components) from the one frame header of a JPEG (T.81 B.2.2) or JPEG-LS (T.87 C.2.2) stream."""
-    if stream.count(b"\xff\xda") > MAX_SCANS:
+    if stream.count(SCAN) > MAX_SCANS:
         raise RefusedError(f"more than {MAX_SCANS} scans")
-    sizes, at = [], 2
-    for _ in range(MAX_SEGMENTS):
-        at = stream.find(b"\xff", at)
-        if at < 0 or at + 10 > len(stream):
-            break
-        marker = stream[at + 1]
-        if marker == 0xDA:
-            break
-        if marker == 0xFF or marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # fill bytes, and what stands alone
-            at += 1 if marker == 0xFF else 2
-            continue
-        if (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)) or marker == 0xF7:
-            sizes.append(struct.unpack_from(">HHB", stream, at + 5))
-        at += 2 + max(2, int.from_bytes(stream[at + 2 : at + 4], "big"))
+    headers = (struct.unpack(">HxHHB", match[1]) for match in FRAME_HEADER.finditer(stream[: stream.find(SCAN)]))
+    sizes = [size for length, *size in headers if length == 8 + 3 * size[2]]
     if len(sizes) != 1:
         raise RefusedError(f"{len(sizes)} frame headers in a JPEG stream, expected one")
     rows, columns, components = sizes[0]
@@ -250,9 +236,9 @@ def _slice(
         gray, color = rgb @ np.array([0.299, 0.587, 0.114], np.float32), float(np.mean(np.ptp(rgb, axis=2)))
     else:
         gray = _windowed(stored, datasets, layout, window)
-    dataset = datasets[0]
-    patient, study, series = (_text(dataset, key) for key in ("PatientID", "StudyInstanceUID", "SeriesInstanceUID"))
-    return Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, _text(dataset, "Modality"))
+    keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
+    patient, study, series, modality = (_text(datasets[0], keyword) for keyword in keywords)
+    return Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, modality)
 
 
 def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any], window: WindowConfig) -> np.ndarray:

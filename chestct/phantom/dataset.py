@@ -1,6 +1,6 @@
 """Writes phantoms as ordinary class folders, with the truth about every file in `truth.json`.
 
-The set is written beside its place and renamed when complete, so that a folder with a `truth.json` is always whole;
+The set is drawn under another name and renamed when complete, so that a folder with a `truth.json` is always whole;
 each slice's random stream follows from its index, so that any number of processes writes the same bytes.
 """
 
@@ -9,13 +9,13 @@ import json
 import multiprocessing
 import shutil
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from rich.progress import track
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
@@ -23,11 +23,10 @@ from chestct.errors import DataError
 from chestct.phantom import defects, files, thorax
 from chestct.phantom.defects import File
 
-GENERATOR = 2
+GENERATOR = 3
 """Raised whenever the same settings draw other pictures than before, so that older sets are drawn anew."""
 
 TRUTH = "truth.json"
-STALE_SECONDS = 6 * 3600
 
 
 def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int = 2) -> dict[str, Any]:
@@ -43,24 +42,27 @@ def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int
     """
     root = Path(root)
     defects.check(cfg)
-    known = read_truth(root)
-    if known is not None and same_settings(known, cfg) and is_complete(root, known):
+    if known := _complete(root, cfg):
         return known
     if root.exists() and not (root / TRUTH).is_file() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root} holds something other than phantoms. Move it away, or draw into another folder.")
     root.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(root)
-    work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", suffix=".partial", dir=root.parent))
-    try:
-        truth = {
-            "settings": dataclasses.asdict(cfg),
-            "generator": GENERATOR,
-            "files": write_files(work, cfg, progress, processes),
-        }
-        (work / TRUTH).write_text(json.dumps(truth, indent=1), encoding="utf-8")
-        put_in_place(work, root)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if known := _complete(root, cfg):  # drawn by another process while this one waited
+            return known
+        for left in root.parent.glob(f".{root.name}-*.partial"):  # by a killed process: it would hold the lock
+            shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{root.name}-", suffix=".partial", dir=root.parent))
+        try:
+            (work / "new").mkdir()
+            drawn = _write_files(work / "new", cfg, progress, processes)
+            truth = {"settings": dataclasses.asdict(cfg), "generator": GENERATOR, "files": drawn}
+            (work / "new" / TRUTH).write_text(json.dumps(truth, indent=1), encoding="utf-8")
+            if root.exists():
+                root.rename(work / "old")
+            (work / "new").rename(root)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return truth
 
 
@@ -73,40 +75,21 @@ def read_truth(root: Path) -> dict[str, Any] | None:
     return truth if isinstance(truth, dict) and {"settings", "generator", "files"} <= truth.keys() else None
 
 
-def same_settings(truth: dict[str, Any], cfg: PhantomConfig) -> bool:
-    return truth["settings"] == dataclasses.asdict(cfg) and truth["generator"] == GENERATOR
-
-
-def is_complete(root: Path, truth: dict[str, Any]) -> bool:
-    """Whether every file that the truth names is there."""
+def _complete(root: Path, cfg: PhantomConfig) -> dict[str, Any] | None:
+    """The truth of the set at `root` if these settings draw it and every file that it names is there."""
+    truth = read_truth(root)
+    if truth is None or (truth["settings"], truth["generator"]) != (dataclasses.asdict(cfg), GENERATOR):
+        return None
     names = [file[key] for file in truth["files"] for key in ("path", "mask") if file[key]]
-    return all((root / name).is_file() for name in names)
+    return truth if all((root / name).is_file() for name in names) else None
 
 
-def remove_stale(root: Path) -> None:
-    """Remove what killed runs left behind long ago; a younger one may belong to a run that is still drawing."""
-    for left in root.parent.glob(f".{root.name}-*.*"):
-        if left.suffix in (".partial", ".finished") and time.time() - left.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def put_in_place(work: Path, root: Path) -> None:
-    """Rename the finished set to its place; an older set moves into `work` first, to be removed with it."""
-    finished = work.with_suffix(".finished")
-    work.rename(finished)
-    if root.exists():
-        work.mkdir()
-        root.rename(work / "old")
-    finished.rename(root)
-    root.chmod(0o755)  # mkdtemp made it private
-
-
-def write_files(work: Path, cfg: PhantomConfig, progress: bool, processes: int) -> list[dict[str, Any]]:
+def _write_files(work: Path, cfg: PhantomConfig, progress: bool, processes: int) -> list[dict[str, Any]]:
     """Write every file and return its entry in the truth, in order."""
-    todo = defects.plan(clean_files(cfg), cfg)
+    todo = defects.plan(_clean_files(cfg), cfg)
     for folder in {(work / file.path).parent for file in todo}:
         folder.mkdir(parents=True)
-    write_one = partial(write_file, work, cfg)
+    write_one = partial(_write_file, work, cfg)
     if processes <= 1 or len(todo) < 64 or multiprocessing.current_process().daemon:
         return list(track(map(write_one, todo), "Drawing phantoms", len(todo), disable=not progress))
     # Spawned, not forked: a fork of a process whose threads hold locks (torch, MLflow) can hang.
@@ -115,76 +98,67 @@ def write_files(work: Path, cfg: PhantomConfig, progress: bool, processes: int) 
         return list(track(drawn, "Drawing phantoms", len(todo), disable=not progress))
 
 
-def clean_files(cfg: PhantomConfig) -> list[File]:
+def _clean_files(cfg: PhantomConfig) -> list[File]:
     """One File a slice: subtypes and splits dealt out at random, each subtype split in the same proportions."""
     rng = np.random.default_rng(np.random.SeedSequence([cfg.seed % 2**32, 0]))
     cancers = int(np.clip(round(cfg.cancer * cfg.slices), 3, cfg.slices - 3))
     subtypes = ["normal"] * (cfg.slices - cancers) + [SUBTYPES[1 + i % 3] for i in range(cancers)]
     order = rng.permutation(cfg.slices)
-    found: dict[int, File] = {}
+    clean: dict[int, File] = {}
     suffix = ".dcm" if cfg.format == "dicom" else ".png"
     for subtype in SUBTYPES:
         members = [int(i) for i, name in zip(order, subtypes, strict=True) if name == subtype]
         test, valid = max(1, round(0.2 * len(members))), max(1, round(0.15 * len(members)))
         for place, i in enumerate(members):
             split = "test" if place < test else "valid" if place < test + valid else "train"
-            found[i] = File(f"{split}/{subtype}/phantom_{i:05d}{suffix}", i, split, subtype, subtype)
-    return [found[i] for i in range(cfg.slices)]
+            clean[i] = File(f"{split}/{subtype}/phantom_{i:05d}{suffix}", i, split, subtype, subtype)
+    return [clean[i] for i in range(cfg.slices)]
 
 
-def seed_of(cfg: PhantomConfig, index: int) -> list[int]:
-    """Entropy of the phantom's random stream: np.random.default_rng(seed) and its subtype draw it again."""
-    return [cfg.seed % 2**32, 2, index]
-
-
-def draw_file(file: File, cfg: PhantomConfig) -> thorax.Phantom:
+def _draw_file(file: File, seed: list[int], cfg: PhantomConfig) -> thorax.Phantom:
     """The phantom that a file shows, before any change that a copy or an odd file makes."""
     sized = dataclasses.replace(cfg, size=max(32, round(cfg.size * file.size_factor)))
-    phantom = thorax.draw(np.random.default_rng(seed_of(cfg, file.index)), file.drawn, sized)
-    if file.window is not None:
-        phantom.window = file.window
+    phantom = thorax.draw(np.random.default_rng(seed), file.drawn, sized)
+    phantom.window = file.window or phantom.window
     if file.border:
-        height, width = phantom.hu.shape
-        frame = max(1, round(file.border * min(height, width)))
-        inner = phantom.hu[frame : height - frame, frame : width - frame].copy()
-        phantom.hu[:] = phantom.window[0] + phantom.window[1]
-        phantom.hu[frame : height - frame, frame : width - frame] = inner
+        frame = max(1, round(file.border * min(phantom.hu.shape)))
+        inner = phantom.hu[frame:-frame, frame:-frame]
+        phantom.hu = np.pad(inner, frame, constant_values=sum(phantom.window))  # white
     return phantom
 
 
-def write_file(work: Path, cfg: PhantomConfig, file: File) -> dict[str, Any]:
+def _write_file(work: Path, cfg: PhantomConfig, file: File) -> dict[str, Any]:
     """Draw and write one file and its mask; returns its entry in the truth."""
-    phantom = draw_file(file, cfg)
+    seed = [cfg.seed % 2**32, 2, file.index]  # np.random.default_rng(seed) and the subtype draw the phantom again
+    phantom = _draw_file(file, seed, cfg)
     path, mask = work / file.path, phantom.mask
     if file.defect == "near":
         grey, mask = defects.near_copy(phantom, file)
         path.write_bytes(defects.encode_near(grey, file.parameters.get("quality")))
     elif file.defect == "odd_files":
-        assert file.operation is not None
-        path.write_bytes(defects.encode_odd(thorax.display(phantom.hu, phantom.window), file.operation))
+        path.write_bytes(defects.encode_odd(thorax.display(phantom.hu, phantom.window), str(file.operation)))
     elif path.suffix == ".dcm":
         # A copy is a copy of the bytes, so it keeps the identity of its original.
         files.write_dicom(path, phantom, f"{cfg.seed}-{file.index:05d}")
     else:
         files.write_png(path, phantom)
-    shows = file.readable and bool(mask.any())
-    mask_name = f"masks/{Path(file.path).with_suffix('.png')}" if shows else None
+    mask_name = f"masks/{Path(file.path).with_suffix('.png')}" if file.readable and mask.any() else None
     if mask_name:
         files.write_mask(work / mask_name, mask)
     return dataclasses.asdict(file) | {
-        "seed": seed_of(cfg, file.index),
+        "seed": seed,
         "window": list(phantom.window),
         "width": mask.shape[1],
         "height": mask.shape[0],
         "spacing": phantom.spacing / file.parameters.get("factor", 1.0),
         "level": phantom.level,
-        "lesion": describe(mask) if shows else None,
+        "lesion": _describe(mask) if mask_name else None,
         "mask": mask_name,
     }
 
 
-def describe(mask: np.ndarray) -> dict[str, Any]:
-    """Bounding box [x0, y0, x1, y1) , centre of mass (x, y) and area of a mask, bool [H, W], in pixels."""
+def _describe(mask: np.ndarray) -> dict[str, Any]:
+    """Bounding box [x0, y0, x1, y1), centre of mass (x, y) and area of a mask, bool [H, W], in pixels."""
     rows, columns = np.nonzero(mask)
     return {
         "box": [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1],

@@ -6,13 +6,12 @@ from a phantom's index. Files can then be written in any order by any number of 
 
 import io
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import ConfigError
@@ -39,6 +38,16 @@ ODD = {
 UNREADABLE = ("truncated_png", "truncated_jpeg", "zero_bytes", "not_an_image")
 
 SPLITS = ("train", "valid", "test")
+
+_RANGES: dict[str, dict[str, tuple[float, float]]] = {
+    "jpeg": {},
+    "rescale": {"factor": (0.6, 1.4)},
+    "shift": {"x": (-0.03, 0.03), "y": (-0.03, 0.03)},
+    "brightness": {"gain": (0.85, 1.15), "offset": (-0.06, 0.06)},
+    "window": {"center": (-80, 80), "width": (0.8, 1.25)},
+    "crop": dict.fromkeys(("left", "top", "right", "bottom"), (0.01, 0.05)),
+}
+"""Changes that near copies undergo, and the ranges of their parameters."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +87,24 @@ def plan(clean: list[File], cfg: PhantomConfig) -> list[File]:
     """
     check(cfg)
     rng = np.random.default_rng(np.random.SeedSequence([cfg.seed % 2**32, 1]))
-    clean = [with_shortcuts(file, rng, cfg.defects) for file in clean]
+    clean = [_with_shortcuts(file, rng, cfg.defects) for file in clean]
     files = list(clean)
     for defect in COPIES:
         if defect in cfg.defects:
             count = max(1, round(cfg.defect_rate * len(clean)))
             for i in rng.choice(len(clean), count, replace=False):
-                files.append(copy_of(clean[i], len(files), rng, defect))
+                files.append(_copy_of(clean[i], len(files), rng, defect))
     if "odd_files" in cfg.defects:
         for k, (kind, suffix) in enumerate(ODD.items()):
             subtype, split = SUBTYPES[k % 4], SPLITS[k % 3]
-            number = len(files)
-            path = f"{split}/{subtype}/phantom_{number:05d}{suffix}"
+            path = f"{split}/{subtype}/phantom_{len(files):05d}{suffix}"
             # A phantom of its own, so that an odd file is not a duplicate as well.
             odd = File(path, len(clean) + k, split, subtype, subtype, "odd_files", operation=kind)
             files.append(replace(odd, readable=kind not in UNREADABLE))
     return files
 
 
-def with_shortcuts(file: File, rng: np.random.Generator, defects: list[str]) -> File:
+def _with_shortcuts(file: File, rng: np.random.Generator, defects: list[str]) -> File:
     """The file with display window, size or border made to follow its label."""
     cancer = file.drawn != "normal"
     if "shortcut_window" in defects:
@@ -109,14 +117,14 @@ def with_shortcuts(file: File, rng: np.random.Generator, defects: list[str]) -> 
     return file
 
 
-def copy_of(original: File, number: int, rng: np.random.Generator, defect: str) -> File:
+def _copy_of(original: File, number: int, rng: np.random.Generator, defect: str) -> File:
     """A copy of a file: of its bytes, except that `near` changes the picture and re-encodes it."""
     split, subtype, suffix = original.split, original.subtype, Path(original.path).suffix
     operation: str | None = None
     parameters: dict[str, float] = {}
     if defect == "near":
         split = str(rng.choice(SPLITS))
-        operation, parameters = sample_operation(rng)
+        operation, parameters = _sample_operation(rng)
         suffix = ".jpg" if "quality" in parameters else ".png"
     elif defect == "across_splits":
         split = str(rng.choice([name for name in SPLITS if name != split]))
@@ -134,20 +142,10 @@ def copy_of(original: File, number: int, rng: np.random.Generator, defect: str) 
     )
 
 
-def sample_operation(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
+def _sample_operation(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
     """A change that keeps a picture recognisable, and its parameters; half of them are saved as JPEG besides."""
-    operation = str(rng.choice(["jpeg", "rescale", "shift", "brightness", "window", "crop"]))
-    parameters: dict[str, float] = {}
-    if operation == "rescale":
-        parameters = {"factor": rng.uniform(0.6, 0.9) if rng.random() < 0.5 else rng.uniform(1.1, 1.4)}
-    elif operation == "shift":
-        parameters = {"x": rng.uniform(-0.03, 0.03), "y": rng.uniform(-0.03, 0.03)}
-    elif operation == "brightness":
-        parameters = {"gain": rng.uniform(0.85, 1.15), "offset": rng.uniform(-0.06, 0.06)}
-    elif operation == "window":
-        parameters = {"center": rng.uniform(-80, 80), "width": rng.uniform(0.8, 1.25)}
-    elif operation == "crop":
-        parameters = {side: rng.uniform(0.01, 0.05) for side in ("left", "top", "right", "bottom")}
+    operation = str(rng.choice(list(_RANGES)))
+    parameters = {name: rng.uniform(*limits) for name, limits in _RANGES[operation].items()}
     if operation == "jpeg" or rng.random() < 0.5:
         parameters["quality"] = int(rng.integers(45, 92))
     return operation, parameters
@@ -162,59 +160,51 @@ def near_copy(phantom: Phantom, file: File) -> tuple[np.ndarray, np.ndarray]:
     grey, mask = display(phantom.hu, (center, width)), phantom.mask
     height, across = grey.shape
     if file.operation == "brightness":
-        return np.clip(grey * change["gain"] + 255 * change["offset"], 0, 255).astype(np.uint8), mask
-    if file.operation == "rescale":
+        grey = np.clip(grey * change["gain"] + 255 * change["offset"], 0, 255).astype(np.uint8)
+    elif file.operation == "rescale":
         side = (max(1, round(across * change["factor"])), max(1, round(height * change["factor"])))
         grey = np.asarray(Image.fromarray(grey).resize(side, Image.Resampling.BILINEAR))
-        return grey, np.asarray(Image.fromarray(mask).resize(side, Image.Resampling.NEAREST))
-    if file.operation == "shift":
-        rows = np.clip(np.arange(height) - round(change["y"] * height), 0, height - 1)
-        columns = np.clip(np.arange(across) - round(change["x"] * across), 0, across - 1)
-        return grey[np.ix_(rows, columns)], mask[np.ix_(rows, columns)]
-    if file.operation == "crop":
-        rows_kept = slice(math.ceil(change["top"] * height), height - math.ceil(change["bottom"] * height))
-        columns_kept = slice(math.ceil(change["left"] * across), across - math.ceil(change["right"] * across))
-        return grey[rows_kept, columns_kept], mask[rows_kept, columns_kept]
+        mask = np.asarray(Image.fromarray(mask).resize(side, Image.Resampling.NEAREST))
+    elif file.operation in ("shift", "crop"):
+        rows, columns = np.arange(height), np.arange(across)
+        if file.operation == "shift":
+            rows = np.clip(rows - round(change["y"] * height), 0, height - 1)
+            columns = np.clip(columns - round(change["x"] * across), 0, across - 1)
+        else:
+            rows = rows[math.ceil(change["top"] * height) : height - math.ceil(change["bottom"] * height)]
+            columns = columns[math.ceil(change["left"] * across) : across - math.ceil(change["right"] * across)]
+        grey, mask = grey[np.ix_(rows, columns)], mask[np.ix_(rows, columns)]
     return grey, mask
 
 
 def encode_near(grey: np.ndarray, quality: float | None) -> bytes:
     """Bytes of a PNG, or of a JPEG where a quality is given. grey: uint8 [H, W]."""
-    options: dict[str, Any] = {"format": "PNG"} if quality is None else {"format": "JPEG", "quality": int(quality)}
-    return encoded(Image.fromarray(grey), **options)
-
-
-def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    """The image's bytes in a Pillow format."""
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+    image = Image.fromarray(grey)
+    return _encoded(image, "PNG") if quality is None else _encoded(image, "JPEG", quality=int(quality))
 
 
 def encode_odd(grey: np.ndarray, kind: str) -> bytes:
     """The bytes of an odd file; kind is a key of ODD, grey uint8 [H, W]."""
-    return _ODD_ENCODERS[kind](Image.fromarray(grey))
-
-
-def _exif_rotated(image: Image.Image) -> bytes:
+    image = Image.fromarray(grey)
+    png, jpeg = _encoded(image, "PNG"), _encoded(image, "JPEG", quality=92)
     exif = Image.Exif()
-    exif[0x0112] = 6  # "rotate by 90 degrees clockwise to show upright"
-    return encoded(image.transpose(Image.Transpose.ROTATE_90), "JPEG", quality=92, exif=exif)
+    exif[ExifTags.Base.Orientation] = 6  # "rotate by 90 degrees clockwise to show upright"
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    return {
+        "16bit": _encoded(Image.fromarray(np.asarray(image, np.uint16) * 257), "PNG"),
+        "rgba": _encoded(image.convert("RGBA"), "PNG"),
+        "palette": _encoded(image.convert("P"), "PNG"),
+        "cmyk": _encoded(image.convert("CMYK"), "JPEG", quality=92),
+        "exif_rotated": _encoded(turned, "JPEG", quality=92, exif=exif),
+        "lying_extension": jpeg,
+        "truncated_png": png[: len(png) // 2],
+        "truncated_jpeg": jpeg[: len(jpeg) // 2],
+        "zero_bytes": b"",
+        "not_an_image": b"This is a text file with the name of a picture.\n",
+    }[kind]
 
 
-def _half(data: bytes) -> bytes:
-    return data[: len(data) // 2]
-
-
-_ODD_ENCODERS: dict[str, Callable[[Image.Image], bytes]] = {
-    "16bit": lambda image: encoded(Image.fromarray(np.asarray(image, np.uint16) * 257), "PNG"),
-    "rgba": lambda image: encoded(image.convert("RGBA"), "PNG"),
-    "palette": lambda image: encoded(image.convert("P"), "PNG"),
-    "cmyk": lambda image: encoded(image.convert("CMYK"), "JPEG", quality=92),
-    "exif_rotated": _exif_rotated,
-    "lying_extension": lambda image: encoded(image, "JPEG", quality=92),
-    "truncated_png": lambda image: _half(encoded(image, "PNG")),
-    "truncated_jpeg": lambda image: _half(encoded(image, "JPEG", quality=92)),
-    "zero_bytes": lambda image: b"",
-    "not_an_image": lambda image: b"This is a text file with the name of a picture.\n",
-}
+def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

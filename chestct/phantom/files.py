@@ -43,13 +43,9 @@ def write_dicom(path: Path, phantom: Phantom, identity: str) -> None:
     ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, uid["instance"]
     ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.FrameOfReferenceUID = uid["study"], uid["series"], uid["frame"]
     ds.PatientName = ds.PatientID = f"PHANTOM-{identity}"
-    ds.PatientBirthDate = ds.PatientSex = ds.StudyDate = ds.StudyTime = ds.StudyID = ds.AccessionNumber = ""
-    ds.ReferringPhysicianName = ds.PositionReferenceIndicator = ""
     ds.Manufacturer, ds.Modality, ds.BodyPartExamined = "chestct phantom", "CT", "CHEST"
-    ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
-    ds.SeriesNumber = ds.InstanceNumber = ds.AcquisitionNumber = 1
-    ds.KVP, ds.SliceThickness = 120, 5
-    ds.PixelSpacing = [spacing, spacing]
+    ds.ImageType, ds.InstanceNumber = ["DERIVED", "SECONDARY", "AXIAL"], 1
+    ds.SliceThickness, ds.PixelSpacing = 5, [spacing, spacing]
     ds.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     ds.ImagePositionPatient = [round(-width / 2 * spacing, 3), round(-height / 2 * spacing, 3), 0]
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"

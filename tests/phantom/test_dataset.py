@@ -118,7 +118,7 @@ def test_other_settings_draw_anew(tmp_path):
     truth = dataset.write(tmp_path / "set", PhantomConfig(**SMALL, difficulty=0.9))
     assert truth["settings"]["difficulty"] == 0.9
     assert hashes(tmp_path / "set") != before
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.lock"}
 
 
 @pytest.mark.parametrize("damage", ["slice", "mask", "truth_cut"])
@@ -152,8 +152,9 @@ def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch
         dataset.write(root, cfg)
     monkeypatch.undo()
     assert not root.exists()
-    assert any(tmp_path.iterdir())
+    assert list(tmp_path.glob(".set-*"))
     assert len(dataset.write(root, cfg)["files"]) == cfg.slices
+    assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.lock"}  # the next run clears up
 
 
 def test_foreign_folders_are_left_alone(tmp_path):
