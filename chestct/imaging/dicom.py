@@ -2,7 +2,7 @@
 
 pydicom inflates, expands and hands to codecs whatever a file claims, so a compressed frame is decoded only after its
 own header agrees with the dataset's. Rescale and window are one multiplication and one addition in float32: pydicom's
-`apply_rescale` and `apply_windowing` go through float64 copies and take about four times the memory for a frame.
+`apply_rescale` and `apply_windowing` go through float64 and take 16 bytes a pixel where these take 6.
 
 Grey level: HU = RescaleSlope * stored + RescaleIntercept (PS3.3 C.11.1.1.2), then the LINEAR function of PS3.3
 C.11.2.1.2.1 with output range [0, 1]: 0 up to c - 0.5 - (w - 1) / 2, 1 above c - 0.5 + (w - 1) / 2, in between

@@ -41,7 +41,7 @@ SPLITS = ("train", "valid", "test")
 
 _RANGES: dict[str, dict[str, tuple[float, float]]] = {
     "jpeg": {},
-    "rescale": {"factor": (0.6, 1.4)},
+    "rescale": {"factor": (0.6, 0.9)},
     "shift": {"x": (-0.03, 0.03), "y": (-0.03, 0.03)},
     "brightness": {"gain": (0.85, 1.15), "offset": (-0.06, 0.06)},
     "window": {"center": (-80, 80), "width": (0.8, 1.25)},
@@ -120,32 +120,25 @@ def _with_shortcuts(file: File, rng: np.random.Generator, defects: list[str]) ->
 def _copy_of(original: File, number: int, rng: np.random.Generator, defect: str) -> File:
     """A copy of a file: of its bytes, except that `near` changes the picture and re-encodes it."""
     split, subtype, suffix = original.split, original.subtype, Path(original.path).suffix
-    operation: str | None = None
-    parameters: dict[str, float] = {}
+    copy = replace(original, defect=defect, original=original.path)
     if defect == "near":
         split = str(rng.choice(SPLITS))
         operation, parameters = _sample_operation(rng)
+        copy = replace(copy, operation=operation, parameters=parameters)
         suffix = ".jpg" if "quality" in parameters else ".png"
     elif defect == "across_splits":
         split = str(rng.choice([name for name in SPLITS if name != split]))
     elif defect == "label_conflict":
         subtype = str(rng.choice([name for name in SUBTYPES if name != subtype]))
-    return replace(
-        original,
-        path=f"{split}/{subtype}/phantom_{number:05d}{suffix}",
-        split=split,
-        subtype=subtype,
-        defect=defect,
-        original=original.path,
-        operation=operation,
-        parameters=parameters,
-    )
+    return replace(copy, path=f"{split}/{subtype}/phantom_{number:05d}{suffix}", split=split, subtype=subtype)
 
 
 def _sample_operation(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
     """A change that keeps a picture recognisable, and its parameters; half of them are saved as JPEG besides."""
     operation = str(rng.choice(list(_RANGES)))
     parameters = {name: rng.uniform(*limits) for name, limits in _RANGES[operation].items()}
+    if operation == "rescale" and rng.random() < 0.5:
+        parameters["factor"] = 2 - parameters["factor"]
     if operation == "jpeg" or rng.random() < 0.5:
         parameters["quality"] = int(rng.integers(45, 92))
     return operation, parameters

@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 import warnings
 import zlib
@@ -31,6 +30,7 @@ from chestct.imaging.slice import Limits, Slice, pixel_hash
 REAL = Path(__file__).parents[3] / "shared" / "data"
 LUNG = WindowConfig()
 RAMP = np.arange(24 * 40, dtype=np.uint8).reshape(24, 40)
+SMALL = np.zeros((4, 4), np.int16)
 COLORS = np.random.default_rng(0).integers(0, 256, (24, 40, 3)).astype(np.uint8)
 
 
@@ -91,27 +91,22 @@ def windowed(values: np.ndarray, center: float = -600, width: float = 1500) -> n
 # --- raster formats
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        encoded(RAMP, "PNG"),
-        encoded(np.dstack([RAMP] * 3), "PNG"),
-        encoded(Image.fromarray(RAMP).convert("RGBA"), "PNG"),
-        encoded(Image.fromarray(RAMP).convert("LA"), "PNG"),
-        encoded(Image.fromarray(RAMP).convert("P"), "PNG"),
-        encoded(RAMP, "BMP"),
-        encoded(np.dstack([RAMP] * 3), "BMP"),
-        encoded(RAMP, "TIFF"),
-        encoded(np.dstack([RAMP] * 3), "TIFF", compression="tiff_lzw"),
-        encoded(np.dstack([RAMP] * 3), "WEBP", lossless=True),
-        encoded(RAMP.astype(np.uint16) * 257, "PNG"),
-        encoded(RAMP.astype(np.uint16) * 257, "TIFF"),
-        encoded(RAMP.astype(np.float32) / 255, "TIFF"),
-    ],
-    ids=["L", "RGB", "RGBA", "LA", "P", "BMP", "BMP-RGB", "TIFF", "LZW", "WEBP", "16-bit", "16-bit-TIFF", "float-TIFF"],
-)
-def test_lossless_copies_have_the_same_pixels_and_hash(data: bytes) -> None:
-    gray = decode(data, LUNG).gray
+COPIES = {
+    "L": encoded(RAMP, "PNG"),
+    "RGB": encoded(np.dstack([RAMP] * 3), "PNG"),
+    **{mode: encoded(Image.fromarray(RAMP).convert(mode), "PNG") for mode in ("RGBA", "LA", "P")},
+    "BMP": encoded(np.dstack([RAMP] * 3), "BMP"),
+    "TIFF": encoded(RAMP, "TIFF"),
+    "LZW": encoded(np.dstack([RAMP] * 3), "TIFF", compression="tiff_lzw"),
+    "WEBP": encoded(np.dstack([RAMP] * 3), "WEBP", lossless=True),
+    **{f"16 bit {format}": encoded(RAMP.astype(np.uint16) * 257, format) for format in ("PNG", "TIFF")},
+    "float": encoded(RAMP.astype(np.float32) / 255, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_lossless_copies_have_the_same_pixels_and_hash(copy: str) -> None:
+    gray = decode(COPIES[copy], LUNG).gray
     assert gray.dtype == np.float32
     np.testing.assert_allclose(gray, RAMP / 255, rtol=0, atol=1e-7)
     assert pixel_hash(gray) == pixel_hash(RAMP)
@@ -196,7 +191,7 @@ def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
     for name, data, format in [
         ("a.jpg", encoded(RAMP, "PNG"), "PNG"),
         ("b.png", encoded(RAMP, "JPEG"), "JPEG"),
-        ("c", dicom(np.zeros((4, 4), np.int16)), "DICOM"),
+        ("c", dicom(SMALL), "DICOM"),
         ("d.dcm", encoded(RAMP, "WEBP"), "WEBP"),
     ]:
         path = tmp_path / name
@@ -239,11 +234,10 @@ def test_tiff_pages_in_a_circle_come_to_an_end() -> None:
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": Image.Exif()}, {"save_all": True}])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_webp_headers_are_read_as_the_decoder_reads_them(mode: str, options: dict[str, Any]) -> None:
-    image = Image.fromarray(COLORS).convert(mode)
+    image, other = (Image.fromarray(colors).convert(mode) for colors in (COLORS, 255 - COLORS))
     image.putpixel((0, 0), (1, 2, 3, 4)[: len(mode)])
-    if "save_all" in options:
-        options = options | {"append_images": [Image.fromarray(255 - COLORS).convert(mode)]}
-    assert webp_size(encoded(image, "WEBP", **options)) == (40, 24)
+    more = {"append_images": [other]} if "save_all" in options else {}
+    assert webp_size(encoded(image, "WEBP", **options, **more)) == (40, 24)
 
 
 def test_frames_are_decoded_only_when_asked_for() -> None:
@@ -587,7 +581,7 @@ def raw_deflate(data: bytes) -> bytes:
 
 
 def deflate_bomb() -> bytes:
-    data = dicom(np.zeros((4, 4), np.int16), uid.DeflatedExplicitVRLittleEndian)
+    data = dicom(SMALL, uid.DeflatedExplicitVRLittleEndian)
     meta_end = 144 + struct.unpack_from("<I", data, 140)[0]
     return data[:meta_end] + raw_deflate(bytes(80_000_000))
 
@@ -615,7 +609,7 @@ OPEN_ITEM = b"\xfe\xff\0\xe0\xff\xff\xff\xff"
 
 
 def dicom_of(dataset: bytes) -> bytes:
-    data = dicom(np.zeros((4, 4), np.int16))
+    data = dicom(SMALL)
     return data[: data.index(b"\x08\0\x16\0")] + dataset
 
 
@@ -636,12 +630,12 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "jpeg size": lambda: encoded(RAMP, "JPEG").replace(struct.pack(">HH", 24, 40), b"\xea\x60\xea\x60"),
     "jpeg exif": exif_bomb,
     "jpeg scans": scan_bomb,
-    "dicom size": lambda: dicom(np.zeros((4, 4), np.int16), Rows=50_000, Columns=50_000),
+    "dicom size": lambda: dicom(SMALL, Rows=50_000, Columns=50_000),
     "dicom deflate": deflate_bomb,
     "dicom rle": rle_bomb,
     "dicom jpeg2000": lambda: lying_jpeg2000(8, 100),
     "dicom jpeg2000 tiles": lambda: lying_jpeg2000(24, 1),
-    "dicom frames": lambda: dicom(np.zeros((4, 4), np.int16), NumberOfFrames=2_000_000_000),
+    "dicom frames": lambda: dicom(SMALL, NumberOfFrames=2_000_000_000),
 }
 
 
@@ -678,17 +672,14 @@ FLOODS: dict[str, Callable[[], bytes]] = {
         np.zeros((4, 4), np.int16), uid.RLELossless, PixelData=b"\xfe\xff\0\xe0\0\0\0\0" * 1_000_000
     ),
     "png chunks": lambda: png(chunk(b"teSt", b"") * 1_000_000),
-    "jpeg segments": lambda: b"\xff\xd8" + b"\xff\x01" * 30_000_000,
+    "jpeg segments": lambda: b"\xff\xd8" + b"\xff\xd0" * 30_000_000,
 }
 
 
 @pytest.mark.parametrize("flood", FLOODS)
-def test_files_of_countless_pieces_are_refused_soon(flood: str) -> None:
-    data = FLOODS[flood]()
-    start = time.process_time()
-    with pytest.raises(DecodeError):
-        decode(data, LUNG)
-    assert time.process_time() - start < 5
+def test_files_of_countless_pieces_are_not_walked_to_their_end(flood: str) -> None:
+    with pytest.raises(DecodeError, match=r"too many pieces|recursion"):
+        decode(FLOODS[flood](), LUNG)
 
 
 @pytest.mark.parametrize(
@@ -706,31 +697,28 @@ def test_files_of_countless_pieces_are_refused_soon(flood: str) -> None:
         (b"BM", "damaged BMP"),
         (b"RIFF\0\0\0\0WEBP", "WEBP"),
         (bytes(128) + b"DICM", "no pixel data"),
-        (dicom(np.zeros((4, 4), np.int16), PixelData=None), r"no pixel data \(modality CT\)"),
-        (dicom(np.zeros((4, 4), np.int16), Rows=5), "32 vs 40 bytes"),
+        (dicom(SMALL, PixelData=None), r"no pixel data \(modality CT\)"),
+        (dicom(SMALL, Rows=5), "32 vs 40 bytes"),
         (dicom(np.zeros((3, 4, 4), np.int16), NumberOfFrames=4), "96 vs 128 bytes"),
-        (dicom(np.zeros((4, 4), np.int16), NumberOfFrames="-1"), "NumberOfFrames is -1"),
-        (dicom(np.zeros((4, 4), np.int16), BitsStored=0), "BitsStored"),
-        (dicom(np.zeros((4, 4), np.int16), BitsStored=17), "Bits Stored"),
-        (dicom(np.zeros((4, 4), np.int16), BitsStored=12, HighBit=15), "HighBit"),
-        (dicom(np.zeros((4, 4), np.int16), BitsAllocated=12), "Bits Allocated"),
-        (dicom(np.zeros((4, 4), np.int16), BitsAllocated=None), "Bits Allocated"),
-        (dicom(np.zeros((4, 4), np.int16), Rows=0), "4 x 0 pixels"),
-        (dicom(np.zeros((4, 4), np.int16), RescaleSlope="0"), "RescaleSlope is 0"),
-        (dicom(np.zeros((4, 4), np.int16), RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
-        (dicom(np.zeros((4, 4), np.int16), ModalityLUTSequence=[pydicom.Dataset()]), "damaged DICOM"),
+        (dicom(SMALL, NumberOfFrames="-1"), "NumberOfFrames is -1"),
+        (dicom(SMALL, BitsStored=0), "BitsStored"),
+        (dicom(SMALL, BitsStored=17), "Bits Stored"),
+        (dicom(SMALL, BitsStored=12, HighBit=15), "HighBit"),
+        (dicom(SMALL, BitsAllocated=12), "Bits Allocated"),
+        (dicom(SMALL, BitsAllocated=None), "Bits Allocated"),
+        (dicom(SMALL, Rows=0), "4 x 0 pixels"),
+        (dicom(SMALL, RescaleSlope="0"), "RescaleSlope is 0"),
+        (dicom(SMALL, RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
+        (dicom(SMALL, ModalityLUTSequence=[pydicom.Dataset()]), "damaged DICOM"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="NONSENSE"), "NONSENSE"),
-        (dicom(np.zeros((4, 4), np.int16), uid.MPEG2MPML, PixelData=encapsulate([b"video"])), "MPEG2"),
+        (dicom(SMALL, uid.MPEG2MPML, PixelData=encapsulate([b"video"])), "MPEG2"),
         (dicom(np.zeros((48, 64), np.int16), uid.RLELossless, Rows=49), "damaged DICOM"),
         (dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless, Rows=47), r"\[48, 64, 1\]"),
-        (
-            dicom(np.zeros((9, 9), np.uint8), uid.JPEGBaseline8Bit, PixelData=encapsulate([encoded(RAMP, "JPEG")])),
-            r"\[24, 40, 1\]",
-        ),
+        (dicom(SMALL.astype("u1"), uid.JPEGBaseline8Bit, PixelData=encapsulate([encoded(RAMP, "JPEG")])), "24, 40, 1"),
     ],
 )
-def test_bad_contents_are_told_apart(data: bytes, reason: str) -> None:
+def test_errors_name_the_reason(data: bytes, reason: str) -> None:
     with pytest.raises(DecodeError, match=reason) as caught:
         decode(data, LUNG, name="upload.png")
     assert str(caught.value).startswith("upload.png: ")
@@ -750,7 +738,7 @@ def test_more_bytes_or_pixels_than_allowed_are_refused(tmp_path: Path) -> None:
 
 def test_a_file_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
     path = tmp_path / "long.dcm"
-    path.write_bytes(dicom(np.zeros((4, 4), np.int16)))
+    path.write_bytes(dicom(SMALL))
     os.truncate(path, 300_000_000)  # takes no space on disk
     tracemalloc.start()
     try:
@@ -761,23 +749,20 @@ def test_a_file_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        encoded(COLORS, "PNG"),
-        encoded(COLORS, "JPEG"),
-        encoded(COLORS, "JPEG", progressive=True),
-        encoded(COLORS, "BMP"),
-        encoded(COLORS, "WEBP"),
-        encoded(COLORS, "TIFF"),
-        encoded(COLORS, "TIFF", compression="tiff_lzw"),
-        dicom(COLORS[..., 0].astype(np.int16)),
-        dicom(COLORS[..., 0].astype(np.int16), uid.DeflatedExplicitVRLittleEndian),
-        dicom(COLORS[..., 0].astype(np.int16), uid.RLELossless),
-    ],
-    ids=["png", "jpeg", "progressive", "bmp", "webp", "tiff", "lzw", "dicom", "deflated", "rle"],
-)
-def test_truncated_files_are_refused(data: bytes) -> None:
+WHOLE = {
+    **{format: encoded(COLORS, format) for format in ("PNG", "JPEG", "BMP", "WEBP", "TIFF")},
+    "progressive": encoded(COLORS, "JPEG", progressive=True),
+    "LZW": encoded(COLORS, "TIFF", compression="tiff_lzw"),
+    **{
+        syntax.name: dicom(COLORS[..., 0].astype(np.int16), syntax)
+        for syntax in (uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian, uid.RLELossless)
+    },
+}
+
+
+@pytest.mark.parametrize("whole", WHOLE)
+def test_truncated_files_are_refused(whole: str) -> None:
+    data = WHOLE[whole]
     assert isinstance(decode(data, LUNG), Slice)
     for eighth in range(8):
         with pytest.raises(DecodeError):
@@ -805,8 +790,7 @@ def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: P
 
 
 def test_files_without_permission_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(RAMP, "PNG"))
+    (path := tmp_path / "a.png").write_bytes(encoded(RAMP, "PNG"))
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("this user may read everything")
@@ -823,23 +807,34 @@ def test_any_name_will_do(tmp_path: Path) -> None:
 # --- manners
 
 
-def test_good_files_warn_of_nothing_and_change_no_global_setting() -> None:
-    before = (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, list(warnings.filters))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for data in (encoded(COLORS, "PNG"), encoded(COLORS, "JPEG"), encoded(COLORS, "TIFF")):
-            decode(data, LUNG)
-        odd = dicom(np.zeros((4, 4), np.int16), WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
-        assert decode(odd, LUNG).study == "no!"
-    assert not caught
-    assert before == (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, list(warnings.filters))
+def test_odd_files_put_nothing_on_the_terminal_and_change_no_limit_of_pillow(tmp_path: Path) -> None:
+    says_implicit = dicom(SMALL).replace(uid.ExplicitVRLittleEndian.encode(), b"1.2.840.10008.1.2\0\0")
+    odd = dicom(SMALL, WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
+    assert decode(odd, LUNG).study == "no!"
+    exif = encoded(RAMP, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    damaged = dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless).replace(b"\xff\x52", b"\xff\x00")
+    for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged}.items():
+        (tmp_path / name).write_bytes(data)
+    code = (
+        "import logging, sys; from pathlib import Path; from PIL import Image, PngImagePlugin\n"
+        "from chestct.config.schema import WindowConfig; from chestct.errors import DecodeError\n"
+        "from chestct.imaging.decode import decode\n"
+        "logging.basicConfig(level=logging.INFO)\n"  # as Hydra does
+        "before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK\n"
+        "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
+        "    try: decode(path, WindowConfig())\n"
+        "    except DecodeError: print(path.name)\n"
+        "assert before == (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK)\n"
+    )
+    printed = run_python(code, tmp_path)
+    assert (printed.stdout.split(), printed.stderr) == (["d"], "")
 
 
-def test_damaged_dicom_leaves_no_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    data = dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless)
-    with pytest.raises(DecodeError):
-        decode(data.replace(b"\xff\x52", b"\xff\x00"), LUNG)
-    assert not [record for record in caplog.records if record.exc_info]
+def run_python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(
+        [sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True, check=True
+    )
 
 
 def test_threads_decode_side_by_side() -> None:
@@ -858,10 +853,7 @@ def test_pydicom_is_not_imported_for_other_formats(tmp_path: Path) -> None:
         "from chestct.imaging.decode import decode; decode(Path(sys.argv[1]), WindowConfig());"
         "print('pydicom' in sys.modules, 'torch' in sys.modules)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ["False", "False"]
+    assert run_python(code, tmp_path / "a.png").stdout.split() == ["False", "False"]
 
 
 # --- real files
