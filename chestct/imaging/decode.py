@@ -60,7 +60,7 @@ def decode(
 def decode_frames(
     source: Path | bytes, window: WindowConfig, limits: Limits = DEFAULT_LIMITS, *, name: str | None = None
 ) -> Iterator[Slice]:
-    """Every frame of a multi-frame DICOM and every page of a TIFF, decoded one by one as they are asked for.
+    """Every frame of a multi-frame DICOM and every page of a TIFF, decoded one by one as the iterator advances.
 
     Frames are as `decode` gives them. Raises DecodeError, possibly after some good frames.
     """

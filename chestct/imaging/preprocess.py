@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 THUMBNAIL = 56
-"""Side of the thumbnails by which copies are found, in pixels."""
+"""Side of the thumbnails by which copies are recognised, in pixels."""
 
 BODY_LEVEL = 0.12
 """Grey level above which a pixel may be body: air outside the patient is black in every window in use."""
@@ -51,7 +51,7 @@ def thumbnail(gray: np.ndarray) -> np.ndarray:
     The same whatever the network is to see, so that settings can be compared on one split.
     """
     image = Image.fromarray(as_bytes(gray))
-    # Whole pixels are averaged first, down to at least twice the size: half the time, and pairs are told apart as well.
+    # Whole pixels are averaged first, down to at least twice the size: half the time, and pairs are separated as well.
     small = image.resize(_fitting(image, THUMBNAIL), Image.Resampling.HAMMING, reducing_gap=2.0)
     return _square(small, THUMBNAIL)
 

@@ -79,7 +79,7 @@ def _draw_vessels(canvas: Canvas, rng: np.random.Generator, p: Patient, lung: np
 
 
 def _draw_bronchi(canvas: Canvas, rng: np.random.Generator, p: Patient) -> None:
-    """Air-filled tubes with thin walls beside the central vessels, some along the plane and some across it."""
+    """Air-filled tubes with thin walls along the central vessels, some along the plane and some across it."""
     tubes = []
     for side, hilum in zip((-1, 1), hila(p), strict=True):
         for _ in range(rng.integers(2, 6)):

@@ -71,7 +71,7 @@ def _vertebra(rng: np.random.Generator, p: Patient, cortex: float, marrow: float
 
 
 def _scapulae(rng: np.random.Generator, p: Patient, cortex: float, marrow: float) -> Iterator[Shape]:
-    """Thin blades behind and beside the ribs."""
+    """Thin blades behind the ribs and at their sides."""
     for mirrored in (False, True):
         first, last = (20 - 40 * (0.6 - p.level) + rng.normal(0, 4)), 20 + 26 * (0.75 - p.level) + rng.normal(0, 3)
         arc = np.radians(np.linspace(first, last, 7))

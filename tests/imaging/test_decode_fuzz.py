@@ -1,7 +1,7 @@
 """Damaged files by the ten thousand: nothing but a valid slice or a DecodeError may come out.
 
 Decoders are C code that a damaged file can crash or hang, which no `except` sees; so the cases run in a child process
-with a limit on memory and on CPU time for each case, and the case that kills it can be told and repeated.
+with a limit on memory and on CPU time for each case, and the case that kills it is known and can be repeated.
 """
 
 import io

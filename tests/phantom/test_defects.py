@@ -31,9 +31,9 @@ def thumbnail(path):
 
 def copies(files, defect):
     originals = {f["path"]: f for f in files}
-    found = [(f, originals[f["original"]]) for f in files if f["defect"] == defect]
-    assert len(found) == 12
-    return found
+    pairs = [(f, originals[f["original"]]) for f in files if f["defect"] == defect]
+    assert len(pairs) == 12
+    return pairs
 
 
 @pytest.mark.parametrize("defect", ["exact", "across_splits", "label_conflict"])
@@ -147,8 +147,8 @@ def test_a_shortcut_gives_the_class_away(tmp_path):
         files = dataset.write(root, PhantomConfig(slices=40, size=64, defects=defects))["files"]
         pictures = [grey(root / f["path"]) for f in files]
         cancer = [f["subtype"] != "normal" for f in files]
-        found = {name: roc_auc_score(cancer, [number(p) for p in pictures]) for name, number in SHORTCUTS.items()}
-        return {name: max(score, 1 - score) for name, score in found.items()}
+        aurocs = {name: roc_auc_score(cancer, [number(p) for p in pictures]) for name, number in SHORTCUTS.items()}
+        return {name: max(score, 1 - score) for name, score in aurocs.items()}
 
     assert all(score > 0.9 for score in scores(list(SHORTCUTS)).values())
     assert all(score < 0.75 for score in scores([]).values())

@@ -106,8 +106,8 @@ def test_no_single_number_of_a_clean_slice_tells_its_class():
         drawn = phantom(1000 + i, CANCERS[i % 3] if is_cancer else "normal", size=64)
         grey = display(drawn.hu, drawn.window) / 255
         height, width = grey.shape
-        found = (height, width, height * width, width / height, grey.mean(), grey.std(), grey[:3].mean())
-        for name, value in zip(numbers, (*found, drawn.window[1], np.mean(grey == 0)), strict=True):
+        measured = (height, width, height * width, width / height, grey.mean(), grey.std(), grey[:3].mean())
+        for name, value in zip(numbers, (*measured, drawn.window[1], np.mean(grey == 0)), strict=True):
             numbers[name].append(value)
     scores = {name: roc_auc_score(cancer, values) for name, values in numbers.items()}
     assert all(0.40 <= score <= 0.60 for score in scores.values()), scores
