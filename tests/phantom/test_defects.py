@@ -23,9 +23,11 @@ def grey(path):
         return np.asarray(ImageOps.exif_transpose(image).convert("L"), float) / 255
 
 
-def thumbnail(path):
+def thumbnail(path, margin=0.0):
+    """Standardised 32 x 32 picture without a margin, a fraction of the side."""
     with Image.open(path) as image:
-        small = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX), float)
+        box = (margin * image.width, margin * image.height, (1 - margin) * image.width, (1 - margin) * image.height)
+        small = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX, box), float)
     return (small - small.mean()) / small.std()
 
 
@@ -51,7 +53,8 @@ def test_near_copies_differ_in_bytes_but_not_in_what_they_show(planted):
     root, files = planted
     for copy, original in copies(files, "near"):
         assert (root / copy["path"]).read_bytes() != (root / original["path"]).read_bytes()
-        same = np.mean(thumbnail(root / copy["path"]) * thumbnail(root / original["path"]))
+        margin = 0.03 if copy["operation"] == "crop" else 0.0  # as much as a crop takes away on average
+        same = np.mean(thumbnail(root / copy["path"]) * thumbnail(root / original["path"], margin))
         strangers = [f for f in files if f["defect"] is None and f["index"] != copy["index"]]
         others = [np.mean(thumbnail(root / copy["path"]) * thumbnail(root / f["path"])) for f in strangers]
         assert same > 0.75
