@@ -106,45 +106,33 @@ def summary(evaluation: Evaluation) -> str:
         kind, bracket, rest = caveat.kind.partition(" (")
         lines.append(f"{kind.upper()}{bracket}{rest}: {caveat.text}")
     lines += [headline(evaluation), *(f"- {caveat.text}" for caveat in listed[first:]), ""]
-    splits = [name for name in ("valid", "test") if name in evaluation.metrics]
-    tables = [evaluation.table[evaluation.table["split"] == name] for name in splits]
-    rows = [["", *splits]]
-    for metric in (name for name in HEADLINE if name in evaluation.metrics["test"]):
-        rows.append([display_name(metric), *(interval(evaluation.metrics[split][metric]) for split in splits)])
-    rows.append(["slices", *(str(len(table)) for table in tables)])
-    rows.append(["groups", *(str(table["group"].nunique()) for table in tables)])
-    lines += _aligned(rows)
+    table = {}
+    for split in (name for name in ("valid", "test") if name in evaluation.metrics):
+        part, estimates = evaluation.table[evaluation.table["split"] == split], evaluation.metrics[split]
+        table[split] = {display_name(name): interval(estimates[name]) for name in HEADLINE if name in estimates}
+        table[split] |= {"slices": str(len(part)), "groups": str(part["group"].nunique())}
     reasons = {e.reason: name for name, e in evaluation.metrics["test"].items() if e.value is None and e.reason}
+    lines += [pd.DataFrame(table).to_string()]
     lines += [f"n/a: {reason} ({display_name(name)})" for reason, name in list(reasons.items())[:3]]
-    return "\n".join([*lines, "", *_side_by_side(evaluation)])
+    notes = [f"{row.policy}: {row.note}" for row in comparison(evaluation) if row.note]
+    return "\n".join([*lines, "", _side_by_side(evaluation), *notes])
 
 
-def _side_by_side(evaluation: Evaluation) -> list[str]:
-    rows = [["split", "AUROC", "accuracy", "normal/cancer", "groups", "leaked", "best shortcut", "margin"]]
-    for row in comparison(evaluation):
-        rows.append(
-            [
-                row.policy,
-                interval(cancer(row.estimates, "auroc")) if row.estimates else "n/a",
-                interval(row.estimates["accuracy"]) if row.estimates else "n/a",
-                f"{row.slices.get('normal', 0)}/{row.slices.get('cancer', 0)}",
-                str(row.groups),
-                str(row.leaked),
-                format_number(row.shortcut_auroc),
-                interval(row.margin, signed=True) if row.margin else "n/a",
-            ]
-        )
-    notes = ["", *(row.note for row in comparison(evaluation))]
-    return [f"{line}  {note}".rstrip() for line, note in zip(_aligned(rows), notes, strict=True)]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of a terminal's table: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        row[0].ljust(widths[0]) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
+def _side_by_side(evaluation: Evaluation) -> str:
+    rows = [
+        {
+            "split": row.policy,
+            "AUROC": interval(cancer(row.estimates, "auroc")) if row.estimates else "n/a",
+            "accuracy": interval(row.estimates["accuracy"]) if row.estimates else "n/a",
+            "normal/cancer": f"{row.slices.get('normal', 0)}/{row.slices.get('cancer', 0)}",
+            "groups": row.groups,
+            "leaked": row.leaked,
+            "best shortcut": format_number(row.shortcut_auroc),
+            "margin": interval(row.margin, signed=True) if row.margin else "n/a",
+        }
+        for row in comparison(evaluation)
     ]
+    return pd.DataFrame(rows).set_index("split").rename_axis(columns="split", index=None).to_string()
 
 
 def _data(evaluation: Evaluation) -> Iterator[Caveat]:
