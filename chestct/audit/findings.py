@@ -44,7 +44,7 @@ FAMILIES = {
 VERDICTS = {
     "leakage": "Scores on this split cannot be trusted: part of the test was seen in training.",
     "label_conflict": "Labels contradict each other, and scores are no better than they are.",
-    "shortcut": "A high score proves little here: cancer can be told from normal without seeing a lesion.",
+    "shortcut": "A high score proves little here: cancer can be recognised without seeing a lesion.",
     "imbalance": "Nothing can be learned from one class.",
 }
 """What an error of a kind means for whoever wants to believe a score."""
@@ -70,7 +70,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Audit:
-    """Everything that the audit measured and found, in plain Python values that go into JSON as they are.
+    """Everything that the audit measured and concluded, in plain Python values that go into JSON as they are.
 
     `leakage` is keyed by split policy, and `split` names the one in force; the other tables are described where they
     are made (inventory, leakage, shortcuts, examples, chestct.stats.drift).
@@ -100,7 +100,7 @@ class Audit:
         """How bad it is and what that means for a score."""
         worst = self.findings[0] if self.findings else None
         if worst is None or worst.severity == "info":
-            return Verdict("clean", "Nothing was found that would make a score on this split misleading.")
+            return Verdict("clean", "Nothing here would make a score on this split misleading.")
         if worst.severity == "warning":
             return Verdict("warning", "Usable, with reservations that belong next to every score.")
         return Verdict("error", VERDICTS[worst.kind])

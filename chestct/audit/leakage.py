@@ -1,6 +1,6 @@
 """Which slices are there twice, and which test slices are known from training.
 
-Leakage is judged on groups, and exact copies are told apart within it: a pixel-identical copy can be shown to anyone,
+Leakage is judged on groups, and exact copies apart within it: a pixel-identical copy can be shown to anyone,
 whereas a near-copy or a slice of the same patient is a matter of degree. Every split policy is judged on its own, so
 that the report can show them side by side.
 """
@@ -12,7 +12,7 @@ import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from chestct.audit.inventory import CLASSES, Table
+from chestct.audit.inventory import CLASSES, Table, records
 
 EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
@@ -46,20 +46,16 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
                 if (part["subtype"] == name).any()
             }
         }
-        for position in twin.index[twin.notna()]:
-            other = int(twin[position])
-            result["list"].append(
-                {
-                    "slice": int(position),
-                    "path": manifest["path"].iat[position],
-                    "subtype": manifest["subtype"].iat[position],
-                    "split": held_out,
-                    "kind": "copy" if copies[position] else "related",
-                    "twin": other,
-                    "twin_path": manifest["path"].iat[other],
-                    "twin_split": split.iat[other],
-                }
-            )
+        twin = twin.dropna().astype(int)
+        rows = part.loc[twin.index, ["path", "subtype"]].assign(
+            slice=twin.index,
+            split=held_out,
+            kind=np.where(copies[twin.index], "copy", "related"),
+            twin=twin,
+            twin_path=manifest.loc[twin, "path"].to_list(),
+            twin_split=split[twin].to_list(),
+        )
+        result["list"] += records(rows)
     return result
 
 

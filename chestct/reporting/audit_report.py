@@ -35,7 +35,7 @@ def validate(cfg: Config, out: Path) -> Audit:
     failed = sorted({f.kind for f in audit.findings if f.severity != "info"} & set(cfg.data.audit.fail_on))
     if failed:
         raise DataError(
-            f"The audit found {', '.join(failed)}, which data.audit.fail_on forbids. See {out / 'report.html'}."
+            f"The audit reports {', '.join(failed)}, which data.audit.fail_on forbids. See {out / 'report.html'}."
         )
     return audit
 

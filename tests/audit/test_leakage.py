@@ -15,58 +15,60 @@ def pairs_of(*rows: tuple[int, int, float, str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["a", "b", "similarity", "kind"])
 
 
-def test_copies_and_relatives_of_training_slices_are_counted_apart_and_by_class() -> None:
+def test_copies_and_relatives_of_training_slices_are_counted_apart_and_by_class():
     manifest = table(
         [("normal", "x", 0), ("normal", "x", 0), ("squamous", "y", 1), ("squamous", "z", 1), ("normal", "n", 2)]
     )
-    found = leaks(manifest, pd.Series(["train", "test", "train", "test", "test"]), pairs_of())
-    assert found["test"] | {"by_class": None} == {"slices": 3, "copies": 1, "related": 1, "by_class": None}
-    assert found["test"]["by_class"]["normal"] == {"slices": 2, "copies": 1, "related": 0}
-    assert found["test"]["by_class"]["squamous"] == {"slices": 1, "copies": 0, "related": 1}
-    assert [(row["path"], row["kind"], row["twin_path"]) for row in found["list"]] == [
+    result = leaks(manifest, pd.Series(["train", "test", "train", "test", "test"]), pairs_of())
+    assert result["test"] | {"by_class": None} == {"slices": 3, "copies": 1, "related": 1, "by_class": None}
+    assert result["test"]["by_class"]["normal"] == {"slices": 2, "copies": 1, "related": 0}
+    assert result["test"]["by_class"]["squamous"] == {"slices": 1, "copies": 0, "related": 1}
+    assert [(row["path"], row["kind"], row["twin_path"]) for row in result["list"]] == [
         ("1.png", "copy", "0.png"),
         ("3.png", "related", "2.png"),
     ]
 
 
-def test_a_test_slice_known_from_validation_leaks_and_the_validation_slice_does_not() -> None:
-    found = leaks(table([("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["test", "valid"]), pairs_of())
-    assert found["test"]["copies"] == 1
-    assert found["valid"]["copies"] == 0
-    assert found["list"][0]["twin_split"] == "valid"
+def test_a_test_slice_known_from_validation_leaks_and_the_validation_slice_does_not():
+    result = leaks(table([("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["test", "valid"]), pairs_of())
+    assert result["test"]["copies"] == 1
+    assert result["valid"]["copies"] == 0
+    assert result["list"][0]["twin_split"] == "valid"
 
 
-def test_the_twin_that_is_named_is_the_most_alike_of_the_earlier_ones() -> None:
+def test_the_twin_that_is_named_is_the_most_alike_of_the_earlier_ones():
     manifest = table([("normal", name, 0) for name in "vwxyz"])
     pairs = pairs_of((0, 3, 0.90, "near"), (3, 1, 0.95, "near"), (2, 3, 0.99, "near"))
-    found = leaks(manifest, pd.Series(["train", "train", "test", "test", "test"]), pairs)
-    assert [(row["path"], row["twin_path"]) for row in found["list"]] == [
+    result = leaks(manifest, pd.Series(["train", "train", "test", "test", "test"]), pairs)
+    assert [(row["path"], row["twin_path"]) for row in result["list"]] == [
         ("2.png", "0.png"),  # only its group is known
         ("3.png", "1.png"),  # 2.png is more alike, but a test slice itself
         ("4.png", "0.png"),
     ]
 
 
-def test_slices_left_out_neither_leak_nor_give_away() -> None:
-    found = leaks(
+def test_slices_left_out_neither_leak_nor_give_away():
+    result = leaks(
         table([("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["", "test", ""]), pairs_of()
     )
-    assert found["list"] == []
-    assert found["left_out"] == 2
+    assert result["list"] == []
+    assert result["left_out"] == 2
 
 
-def test_copies_within_one_split_are_duplicates_but_no_leak() -> None:
+def test_copies_within_one_split_are_duplicates_but_no_leak():
     manifest = table([("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 1)])
     assert leaks(manifest, pd.Series(["train", "train", "test"]), pairs_of())["list"] == []
 
 
-def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_once() -> None:
+def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_once():
     manifest = table(
         [("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 0), ("squamous", "z", 1)]
     )
     pairs = pairs_of((0, 1, 1.0, "exact"), (0, 3, 0.99, "near"), (1, 3, 0.99, "near"), (3, 4, 0.0, "series"))
-    found = duplicates(manifest, {"p": pd.Series(["train", "test", "train", "train", "train"])}, pairs)
-    assert {key: found[key] for key in ("files", "contents", "redundant", "exact_groups", "largest", "near_pairs")} == {
+    result = duplicates(manifest, {"p": pd.Series(["train", "test", "train", "train", "train"])}, pairs)
+    assert {
+        key: result[key] for key in ("files", "contents", "redundant", "exact_groups", "largest", "near_pairs")
+    } == {
         "files": 5,
         "contents": 3,
         "redundant": 2,
@@ -74,9 +76,9 @@ def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_on
         "largest": 3,
         "near_pairs": 1,
     }
-    assert [cluster["slices"] for cluster in found["clusters"]] == [[0, 1, 2, 3]]
-    assert found["clusters"][0]["splits"]["p"] == ["train", "test", "train", "train"]
-    assert found["by_class"]["normal"] == {"files": 4, "contents": 2}
+    assert [cluster["slices"] for cluster in result["clusters"]] == [[0, 1, 2, 3]]
+    assert result["clusters"][0]["splits"]["p"] == ["train", "test", "train", "train"]
+    assert result["by_class"]["normal"] == {"files": 4, "contents": 2}
 
 
 @pytest.mark.parametrize(
@@ -90,13 +92,13 @@ def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_on
     ],
 )
 @pytest.mark.parametrize("kind", ["copy", "near"])
-def test_conflicts_are_contradictions_only(classes: tuple[str, str], expected: list[bool], kind: str) -> None:
+def test_conflicts_are_contradictions_only(classes: tuple[str, str], expected: list[bool], kind: str):
     manifest = table([(classes[0], "x", 0), (classes[1], "x" if kind == "copy" else "y", 0)])
-    found = conflicts(manifest, pairs_of((0, 1, 0.99, "near")) if kind == "near" else pairs_of())
-    assert [row["labels"] for row in found] == expected
-    assert all(row["kind"] == kind and row["paths"] == ["0.png", "1.png"] for row in found)
+    result = conflicts(manifest, pairs_of((0, 1, 0.99, "near")) if kind == "near" else pairs_of())
+    assert [row["labels"] for row in result] == expected
+    assert all(row["kind"] == kind and row["paths"] == ["0.png", "1.png"] for row in result)
 
 
-def test_neighbours_of_one_series_with_different_labels_are_no_conflict() -> None:
+def test_neighbours_of_one_series_with_different_labels_are_no_conflict():
     manifest = table([("normal", "x", 0), ("squamous", "y", 0)])
     assert conflicts(manifest, pairs_of((0, 1, 0.99, "series"))) == []

@@ -27,34 +27,34 @@ def audited(folder: Path, slices: int, *defects: str, split: str = "grouped") ->
     return audit(store.manifest, splits, store.images, store.unreadable, store.pairs, name="phantom", split=split)
 
 
-def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path) -> None:
-    found = audited(tmp_path, 1000)
-    assert not [row["name"] for row in found.shortcuts if row["flagged"]]
-    # Of half a million pairs of clean phantoms, a few come as near as near-copies do; more is never said of them.
-    assert not [finding for finding in found.findings if finding.severity == "error"]
-    assert found.duplicates["contents"] == 1000
-    assert len(found.duplicates["clusters"]) <= 12
+def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path):
+    audit_ = audited(tmp_path, 1000)
+    assert not [row["name"] for row in audit_.shortcuts if row["flagged"]]
+    # Of half a million pairs of clean phantoms, a few come as near as near-copies do; no more is made of them.
+    assert not [finding for finding in audit_.findings if finding.severity == "error"]
+    assert audit_.duplicates["contents"] == 1000
+    assert len(audit_.duplicates["clusters"]) <= 12
 
 
 @pytest.mark.parametrize(
     ("defect", "family"), [("shortcut_window", "grey"), ("shortcut_size", "size"), ("shortcut_border", "border")]
 )
-def test_every_planted_shortcut_is_flagged(tmp_path: Path, defect: str, family: str) -> None:
-    found = audited(tmp_path, 200, defect)
-    assert family in {row["family"] for row in found.shortcuts if row["flagged"]}
-    assert "shortcut" in {finding.kind for finding in found.findings if finding.severity == "error"}
+def test_every_planted_shortcut_is_flagged(tmp_path: Path, defect: str, family: str):
+    audit_ = audited(tmp_path, 200, defect)
+    assert family in {row["family"] for row in audit_.shortcuts if row["flagged"]}
+    assert "shortcut" in {finding.kind for finding in audit_.findings if finding.severity == "error"}
 
 
-def test_copies_across_splits_conflicts_and_broken_files_are_found(tmp_path: Path) -> None:
-    found = audited(tmp_path, 200, "across_splits", "label_conflict", "odd_files", split="official")
+def test_copies_across_splits_conflicts_and_broken_files_are_found(tmp_path: Path):
+    audit_ = audited(tmp_path, 200, "across_splits", "label_conflict", "odd_files", split="official")
     truth = dataset.read_truth(tmp_path / "phantoms")
     assert truth is not None
     planted = [file for file in truth["files"] if file["defect"] == "across_splits"]
-    crossing = {row["path"] for row in found.leakage["official"]["list"]} | {
-        row["twin_path"] for row in found.leakage["official"]["list"]
+    crossing = {row["path"] for row in audit_.leakage["official"]["list"]} | {
+        row["twin_path"] for row in audit_.leakage["official"]["list"]
     }
     assert {file["path"] for file in planted} <= crossing
-    conflicts = {path for row in found.conflicts for path in row["paths"]}
+    conflicts = {path for row in audit_.conflicts for path in row["paths"]}
     assert {file["path"] for file in truth["files"] if file["defect"] == "label_conflict"} <= conflicts
-    assert {row["path"] for row in found.unreadable} == {f["path"] for f in truth["files"] if not f["readable"]}
-    assert not found.leakage["grouped"]["list"]
+    assert {row["path"] for row in audit_.unreadable} == {f["path"] for f in truth["files"] if not f["readable"]}
+    assert not audit_.leakage["grouped"]["list"]
