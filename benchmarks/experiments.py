@@ -2,23 +2,18 @@
 
     python -m benchmarks.experiments [tracking] [sweep] [--slices 64] [--rounds 3]
 
-Trains the uncached network (`features.cache=false`) without tracking, with the local store, and with a server that
-hangs or is gone once training has begun, in turns; tells the seconds of an epoch as ratios, and the share of the time
-that the calls which record take. Then a head sweep of twelve trials on warm features, in one process.
+Trains the uncached network (`features.cache=false`) without tracking and with the local store, in turns; prints the
+seconds of an epoch as ratios, and the share of the time that the calls which record take. (That no call waits for a
+server is tested in tests/e2e/test_servers.py.) Then a head sweep of twelve trials on warm features, in one process.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from chestct.config.compose import CONF, compose
@@ -29,38 +24,7 @@ from chestct.tracking.logger import RunLogger
 from chestct.training import train
 
 EPOCHS = 6
-CASES = ("off", "local store", "server that hangs", "server that is gone")
-
-
-@contextlib.contextmanager
-def server(hangs: bool) -> Iterator[str]:
-    """Passes the probe; afterwards lets every request wait for ten seconds, or breaks it off."""
-    known = {"get-by-name": {"experiment": {"experiment_id": "1"}}, "set-experiment-tag": {}}
-    ended = threading.Event()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            answer = known.pop(self.path.split("/")[-1].split("?")[0], None)
-            if answer is None:
-                ended.wait(10 if hangs else 0)
-                return
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
-
-        do_POST = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{made.server_port}"
-    finally:
-        ended.set()
-        made.shutdown()
-        made.server_close()
+CASES = ("off", "local store")
 
 
 def epoch_seconds(case: str, settings: tuple[str, ...], out: Path) -> tuple[float, float]:
@@ -74,21 +38,17 @@ def epoch_seconds(case: str, settings: tuple[str, ...], out: Path) -> tuple[floa
         log(self, *args, **kwargs)  # type: ignore[arg-type]
         spent += time.perf_counter() - began
 
-    with contextlib.ExitStack() as stack:
-        more = ["tracking=off"] if case == "off" else ["tracking=mlflow", f"tracking.local=sqlite:///{out}.db"]
-        if case == "local store":
-            more.append(f"tracking.uri=sqlite:///{out}.db")
-        elif case != "off":
-            more.append(f"tracking.uri={stack.enter_context(server(case.endswith('hangs')))}")
-        cfg = compose(*settings, *more)
-        with open_run(cfg, out) as run:
-            RunLogger.log_metrics = timed  # type: ignore[method-assign]
-            try:
-                began = time.perf_counter()
-                train(cfg, out, run)
-                took = time.perf_counter() - began
-            finally:
-                RunLogger.log_metrics = log  # type: ignore[method-assign]
+    uri = f"sqlite:///{out}.db"
+    more = ["tracking=off"] if case == "off" else ["tracking=mlflow", f"tracking.uri={uri}", f"tracking.local={uri}"]
+    cfg = compose(*settings, *more)
+    with open_run(cfg, out) as run:
+        RunLogger.log_metrics = timed  # type: ignore[method-assign]
+        try:
+            began = time.perf_counter()
+            train(cfg, out, run)
+            took = time.perf_counter() - began
+        finally:
+            RunLogger.log_metrics = log  # type: ignore[method-assign]
     return took / EPOCHS, spent / took
 
 
@@ -100,7 +60,7 @@ def tracking(slices: int, rounds: int) -> None:
             *(f"data.root={root}/set", f"cache_dir={root}/cache", "features.cache=false", "evaluation.report=false"),
             *(f"trainer.max_epochs={EPOCHS}", "trainer.patience=0", "trainer.progress=false"),
         )
-        for case in CASES[:2]:
+        for case in CASES:
             epoch_seconds(case, settings, root / case)  # store, audit and imports are there afterwards
         times: dict[str, list[tuple[float, float]]] = {case: [] for case in CASES}
         for turn in range(rounds):
@@ -108,8 +68,8 @@ def tracking(slices: int, rounds: int) -> None:
                 times[case].append(epoch_seconds(case, settings, root / f"{case}-{turn}"))
         print(f"an epoch of the uncached network on {slices} phantoms, median of {rounds}")
         off = statistics.median(seconds for seconds, _ in times["off"])
-        for case, found in times.items():
-            seconds, share = (statistics.median(values) for values in zip(*found, strict=True))
+        for case, rounds_of in times.items():
+            seconds, share = (statistics.median(values) for values in zip(*rounds_of, strict=True))
             print(
                 f"  {case:22}{seconds:7.2f} s   {seconds / off:.3f} of off   {100 * share:.2f} % in calls that record"
             )

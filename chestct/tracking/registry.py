@@ -7,6 +7,7 @@ store and run. A server decides neither where a file is written nor where else t
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,17 +40,18 @@ def fetch_bundle(source: str, cfg: Config) -> str:
     scheme, _, name = source.partition(":/")
     if scheme not in ("models", "runs"):
         return source
-    uris = [uri for uri in (server_uri(cfg.tracking), local_uri(cfg.tracking)) if uri]
-    troubles = []
-    for uri in uris if scheme == "models" else reversed(uris):
-        try:
-            client = _client(uri)
-            run = _run(client, _version(client, name.strip("/")) if scheme == "models" else name.strip("/"))
-            return str(_bundle_of(client, run, cfg.cache / "bundles"))
-        except _failures() as error:
-            troubles.append(f"{uri}: {_reason(error)}")
+    uris = [server_uri(cfg.tracking), local_uri(cfg.tracking)]
+    name = name.strip("/")
+
+    def fetch(client: "MlflowClient") -> Path:
+        run = _run(client, _version(client, name) if scheme == "models" else name)
+        return _bundle_of(client, run, cfg.cache / "bundles")
+
+    path, troubles = _first(uris if scheme == "models" else uris[::-1], fetch)
+    if path:
+        return str(path)
     raise ConfigError(
-        f"bundle={source}: {'; '.join(troubles)}. Names are models:/NAME@ALIAS, models:/NAME/VERSION and runs:/RUN_ID; "
+        f"bundle={source}: {troubles}. Names are models:/NAME@ALIAS, models:/NAME/VERSION and runs:/RUN_ID; "
         "python train.py tracking.register=NAME registers a model. A store elsewhere: tracking.uri=..."
     )
 
@@ -66,15 +68,14 @@ def checkpoint_of_run(ckpt: str, cfg: TrackingConfig, runs_dir: str) -> Path:
         best = note.with_name("best.ckpt")
         if note.read_text(encoding="utf-8").strip() == run_id and best.is_file():
             return best
-    troubles = []
-    for uri in filter(None, (local_uri(cfg), server_uri(cfg))):
-        try:
-            client = _client(uri)
-            return _checkpoint_of(client, _run(client, run_id), Path(runs_dir) / run_id)
-        except _failures() as error:
-            troubles.append(f"{uri}: {_reason(error)}")
+    path, troubles = _first(
+        [local_uri(cfg), server_uri(cfg)],
+        lambda client: _checkpoint_of(client, _run(client, run_id), Path(runs_dir) / run_id),
+    )
+    if path:
+        return path
     raise ConfigError(
-        f"ckpt={ckpt}: no checkpoint of that MLflow run. {'; '.join(troubles)}. Ids of runs: make ui. A run on a "
+        f"ckpt={ckpt}: no checkpoint of that MLflow run. {troubles}. Ids of runs: make ui. A run on a "
         "server: add tracking.uri=..., or tracking=dagshub with tracking.owner and tracking.repo."
     )
 
@@ -95,14 +96,18 @@ def register(client: "MlflowClient", run_id: str, name: str) -> str:
     return str(version.version)
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def _first(uris: Iterable[str | None], fetch: "Callable[[MlflowClient], Path]") -> tuple[Path | None, str]:
+    """What the first store has that has it; else why each of them has not."""
     from mlflow.exceptions import MlflowException
 
-    return MlflowException, LookupError, ConfigError
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error).strip("'\"")
+    troubles = []
+    for uri in filter(None, uris):
+        try:
+            return fetch(_client(uri)), ""
+        except (MlflowException, LookupError, ConfigError) as error:
+            reason = first_line(error).strip("'\"")
+            troubles.append(f"{uri}: {reason}")
+    return None, "; ".join(troubles)
 
 
 def _client(uri: str) -> "MlflowClient":

@@ -6,7 +6,8 @@ runs are written, because a dead one and a wrong password are told apart only by
 
 import json
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from chestct.config.schema import TrackingConfig
@@ -14,6 +15,7 @@ from chestct.errors import ConfigError
 from chestct.tracking.dagshub import HOST, dagshub_repository, log_in
 from chestct.tracking.local_store import first_line, is_server, named_uri
 
+T = TypeVar("T")
 PROBE_SECONDS = 8.0
 NOT_MLFLOW: dict[str, Any] = {}
 """Stands for an answer that MLflow would not give."""
@@ -69,12 +71,27 @@ def probe(uri: str, experiment: str = "chestct", write: bool = True) -> str | No
     """
     import mlflow.utils.rest_utils  # noqa: F401  (takes seconds, which are not the server's)
 
-    answers: list[str | None] = []
-    # A thread, because no timeout of a socket ends a slow name server or an answer that drips.
-    thread = threading.Thread(target=lambda: answers.append(_problem(uri, experiment, write)), daemon=True)
+    problem = within(PROBE_SECONDS, lambda: _problem(uri, experiment, write))
+    return f"The MLflow server {uri} {problem}." if isinstance(problem, Exception) else problem
+
+
+def within(seconds: float, work: Callable[[], T]) -> T | Exception:
+    """What `work` returns; the exception where it fails or takes longer: whatever a server does, the run goes on.
+
+    In a thread, because no timeout of a socket ends a slow name server or an answer that drips.
+    """
+    results: list[T | Exception] = []
+
+    def attempt() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers[0] if answers else f"The MLflow server {uri} does not answer within {PROBE_SECONDS:.0f} s."
+    thread.join(seconds)
+    return results[0] if results else TimeoutError(f"does not answer within {seconds:.0f} s")
 
 
 def _problem(uri: str, experiment: str, write: bool) -> str | None:

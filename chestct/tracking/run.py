@@ -1,27 +1,24 @@
-"""The run that a training or an evaluation writes to.
+"""The run that a training or an evaluation writes to: begun, resumed, shared, ended.
 
 A run belongs to a folder, where its id is noted, so that a resumed training goes on with it. It begins when settings
 and data are known to be usable, so that a mistake leaves no failed run behind.
 """
 
-import json
 import logging
 import os
-import subprocess
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from chestct.config.schema import Config, TrackingConfig, leaves
+from chestct.config.schema import Config, TrackingConfig
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
 from chestct.tracking.local_store import TrackingError, first_line, local_uri, prepare, store_file
-from chestct.tracking.registry import ALIAS, BUNDLE, RUN_ID_FILE, register, remembered_run
-from chestct.tracking.remote_store import probe, server_uri
+from chestct.tracking.record import Run, code_version
+from chestct.tracking.registry import RUN_ID_FILE, remembered_run
+from chestct.tracking.remote_store import probe, server_uri, within
 from chestct.tracking.sync import FOLDER, LOCK_FILE, ORIGIN, PARENT, experiment_id, send
 
 if TYPE_CHECKING:
@@ -30,79 +27,6 @@ if TYPE_CHECKING:
 
 BEGIN_SECONDS, END_SECONDS = 20.0, 300.0
 """How long the beginning and the end of a run wait for a server; what it has not got then, `sync` sends."""
-
-
-class Run:
-    """One MLflow run; without a client (tracking=off, or not begun) every method does nothing."""
-
-    def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", uri: str = "") -> None:
-        self.client, self.run_id, self.uri = client, run_id, uri
-
-    def begin(self) -> None:
-        """Records the run from here on; for a run of open_run."""
-
-    def loggers(self) -> "list[Logger]":
-        """For Lightning's Trainer: write what modules log into this run, here and on the server."""
-        return []
-
-    def tags(self, tags: Mapping[str, object]) -> None:
-        if self.client:
-            from mlflow.entities import RunTag
-
-            self.client.log_batch(self.run_id, tags=[RunTag(key, str(value)[:5000]) for key, value in tags.items()])
-
-    def metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        if self.client:
-            from mlflow.entities import Metric
-
-            now = int(time.time() * 1000)
-            self.client.log_batch(self.run_id, [Metric(k, float(v), now, step) for k, v in metrics.items()])
-
-    def settings(self, cfg: Config) -> None:
-        """Every resolved setting as a parameter; MLflow keeps the first value if a resumed run changes one."""
-        if self.client:
-            from mlflow.entities import Param
-
-            known = self.client.get_run(self.run_id).data.params
-            params = [Param(key, str(value)[:6000]) for key, value, _ in leaves(cfg) if key not in known]
-            self.client.log_batch(self.run_id, params=params)
-
-    def artifacts(self, path: Path, folder: str | None = None) -> None:
-        """A file, or everything in a folder."""
-        if self.client:
-            record = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-            record(self.run_id, str(path), folder)
-
-    def evaluation(self, which: str, values: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-        """The report's folder, and the numbers of each split as `WHICH/SPLIT/NAME`.
-
-        which: the checkpoint, best or last; values: split -> name -> number, or None where one is not defined.
-        """
-        flat = {f"{which}/{split}/{name}": value for split, part in values.items() for name, value in part.items()}
-        self.metrics({key: value for key, value in flat.items() if value is not None})
-        self.artifacts(folder, "evaluation")
-
-    def data(self, name: str, digest: str, source: str, profile: Mapping[str, object]) -> None:
-        """The data that the run used: their hash, where they lie and how many slices stand in which split."""
-        if self.client:
-            from mlflow.entities import Dataset, DatasetInput
-
-            # MLflow keeps 36 characters of a digest.
-            dataset = Dataset(name, digest[:36], "local", json.dumps({"uri": source}), profile=json.dumps(profile))
-            self.client.log_inputs(self.run_id, [DatasetInput(dataset)])
-
-    def register(self, name: str | None) -> None:
-        """Gives the run's bundle its name, where it has both; the run stands if that fails, with a line about it."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            if self.client is None or not name or not self.client.list_artifacts(self.run_id, BUNDLE):
-                return
-            version = register(self.client, self.run_id, name)
-        except MlflowException as error:
-            print(f"Not registered as {name} in {self.uri}: {first_line(error)}.")
-        else:
-            print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {self.uri}")
 
 
 class _OpenRun(Run):
@@ -128,7 +52,7 @@ class _OpenRun(Run):
         self.tags(code_version() | _called_by() | {FOLDER: self.out.resolve()})
         if self.server:
             remote = MlflowClient(self.server)
-            copy_id = _attempt(lambda: send(client, remote, self.run_id, artifacts=False), BEGIN_SECONDS)
+            copy_id = within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, artifacts=False))
             if isinstance(copy_id, str):
                 self.copy = Run(remote, copy_id, self.server)
         if self.cfg.tracking.system_metrics:
@@ -138,7 +62,7 @@ class _OpenRun(Run):
         from chestct.tracking.logger import RunLogger
 
         runs = [run for run in (self, self.copy) if run.client]
-        return [RunLogger(run.client, run.run_id, shared=run is self.copy) for run in runs if run.client]
+        return [RunLogger(run.uri, run.run_id, shared=run is self.copy) for run in runs]
 
     def end(self, status: str) -> None:
         """Ends the run in the local store, and brings the server's copy up to date."""
@@ -149,36 +73,32 @@ class _OpenRun(Run):
         if status == "FINISHED":
             self.register(self.cfg.tracking.register)
         self.client.set_terminated(self.run_id, status)  # waits for MLflow's threads
-        if self.server is None:
-            return
-        problem = self._complete(status)
-        if problem is None:
-            print(f"MLflow copy      {self.copy.run_id} on {self.server}")
-            return
-        print(
-            f"The MLflow server {self.server} has not all of this run ({problem}). Nothing is lost: it is in "
-            f"{self.uri}; send the rest with: {_sync_command(self.cfg.tracking)}"
-        )
+        if self.server:
+            problem = probe(self.server, self.cfg.tracking.experiment) or self._complete(
+                self.client, self.server, status
+            )
+            print(
+                f"The MLflow server {self.server} has not all of this run ({problem.rstrip('.')}). Nothing is lost: it "
+                f"is in {self.uri}; send the rest with: {_sync_command(self.cfg.tracking)}"
+                if problem
+                else f"MLflow copy      {self.copy.run_id} on {self.server}"
+            )
 
-    def _complete(self, status: str) -> str | None:
+    def _complete(self, client: "MlflowClient", server: str, status: str) -> str | None:
         """Sends what the server has not got; why that failed, if it did."""
-        from mlflow import MlflowClient
-
-        assert self.client is not None
-        assert self.server is not None
-        client, remote = self.client, MlflowClient(self.server)
-        if problem := probe(self.server, self.cfg.tracking.experiment):
-            return problem.rstrip(".")
 
         def work() -> str:
             if self.copy.client:  # waits for MLflow's threads, so that no metric is sent twice
                 self.copy.client.set_terminated(self.copy.run_id, status)
             return send(client, remote, self.run_id)
 
-        copy_id = _attempt(work, END_SECONDS)
-        if not isinstance(copy_id, str):
+        from mlflow import MlflowClient
+
+        remote = MlflowClient(server)
+        copy_id = within(END_SECONDS, work)
+        if isinstance(copy_id, Exception):
             return first_line(copy_id)
-        self.copy = Run(remote, copy_id, self.server)
+        self.copy = Run(remote, copy_id, server)
         if status == "FINISHED":
             self.copy.register(self.cfg.tracking.register)
         return None
@@ -288,22 +208,6 @@ def _start(client: "MlflowClient", cfg: Config, uri: str, out: Path, sweep: bool
     return str(run.info.run_id)
 
 
-def _attempt(work: Callable[[], str], seconds: float) -> str | Exception:
-    """What `work` returns, or why it failed or was not done in time. Whatever a server does, the run goes on."""
-    results: list[str | Exception] = []
-
-    def attempt() -> None:
-        try:
-            results.append(work())
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return results[0] if results else TimeoutError(f"it takes longer than {seconds:.0f} s")
-
-
 def _usable_server(cfg: TrackingConfig) -> str | None:
     """The server that gets a copy; None where none is named, or it cannot be used and need not be."""
     server = server_uri(cfg)
@@ -354,16 +258,3 @@ def _called_by() -> dict[str, str]:
     if HydraConfig.initialized():
         tags["hydra.overrides"] = " ".join(HydraConfig.get().overrides.task)
     return tags
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code that runs, and whether files differ from it; empty outside a git checkout."""
-    here = Path(__file__).parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

@@ -143,8 +143,8 @@ def plain_http():
         do_HEAD = do_GET  # noqa: N815
 
         def allowed(self):
-            asked = "Basic " + base64.b64encode(f"{TOKEN}:{TOKEN}".encode()).decode()
-            if self.headers.get("Authorization") != asked:
+            expected = "Basic " + base64.b64encode(f"{TOKEN}:{TOKEN}".encode()).decode()
+            if self.headers.get("Authorization") != expected:
                 self.answer(401)
                 return False
             return True

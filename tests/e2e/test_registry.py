@@ -1,4 +1,4 @@
-"""Bundles under names in MLflow: logged as a model that scores arrays, registered, found by alias, said when gone."""
+"""Bundles under names in MLflow: logged as a model that scores arrays, registered, fetched by alias, missing."""
 
 import json
 import os

@@ -35,10 +35,10 @@ def run(folder: Path, *command: str, fails: bool = False) -> str:
     with tempfile.TemporaryFile("w+") as output:  # no pipe: workers that a command leaves behind would hold it open
         done = subprocess.run(command, cwd=folder, stdout=output, stderr=output, check=False)
         output.seek(0)
-        told = output.read()
-    assert (done.returncode != 0) == fails, told[-4000:]
-    assert "Traceback" not in told
-    return told
+        printed = output.read()
+    assert (done.returncode != 0) == fails, printed[-4000:]
+    assert "Traceback" not in printed
+    return printed
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def metrics(folder: Path) -> dict:
 def experiments(folder: Path) -> dict[str, dict]:
     """What `dvc exp show` tells of every experiment on the last commit, by name."""
     _, last = json.loads(run(folder, "dvc", "exp", "show", "--json"))
-    return {found["name"]: found["revs"][0]["data"] for found in last["experiments"] or []}
+    return {known["name"]: known["revs"][0]["data"] for known in last["experiments"] or []}
 
 
 def changed(folder: Path) -> set[str]:
@@ -128,8 +128,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
 
     # The same settings by hand, shared on the server, and registered there.
     shared = f"tracking.uri={server.uri}"
-    told = run(ada, "python", "train.py", shared, "tracking.register=chest", "hydra.run.dir=runs/a")
-    assert f"version 1 in {server.uri}" in told
+    printed = run(ada, "python", "train.py", shared, "tracking.register=chest", "hydra.run.dir=runs/a")
+    assert f"version 1 in {server.uri}" in printed
     by_hand = metrics(ada / "runs/a/evaluation")
     for split in baseline:
         assert by_hand[split] == pytest.approx(baseline[split], abs=1e-6, nan_ok=True)
@@ -147,8 +147,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
         (ada / module).write_text(before)
 
     # A sweep, and experiments: one here, two at once in temporary copies.
-    told = run(ada, "python", "train.py", "-m", "optim.lr=0.05,0.005", "evaluation.report=false")
-    assert "best of 2" in told
+    printed = run(ada, "python", "train.py", "-m", "optim.lr=0.05,0.005", "evaluation.report=false")
+    assert "best of 2" in printed
     run(ada, "dvc", "exp", "run", "-n", "faster", "-S", "optim.lr=0.05")
     assert run(ada, "git", "status", "--short").split() == [
         *("M", "artifacts/evaluation/metrics.json", "M", "dvc.lock", "M", "params.yaml")
@@ -165,19 +165,19 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
         run(ada, "dvc", "queue", "stop", "--kill")
 
     # Compare: the settings reached the training, and the table has the numbers.
-    found = experiments(ada)
-    assert len(found) == 3
-    columns = found["faster"]["metrics"]["artifacts/evaluation/metrics.json"]["data"]
+    known = experiments(ada)
+    assert len(known) == 3
+    columns = known["faster"]["metrics"]["artifacts/evaluation/metrics.json"]["data"]
     assert list(columns) == ["test", "valid"]
     assert columns == metrics(ada / "artifacts/evaluation") != baseline
-    queued = {name: data["params"]["params.yaml"]["data"] for name, data in found.items() if name != "faster"}
+    queued = {name: data["params"]["params.yaml"]["data"] for name, data in known.items() if name != "faster"}
     assert {params["optim"]["lr"] for params in queued.values()} == {1e-3, 1e-4}
     from mlflow import MlflowClient
 
     local = MlflowClient(f"sqlite:///{ada}/mlflow.db")
     runs = local.search_runs([local.get_experiment_by_name("chestct").experiment_id])
     by_experiment = {r.data.tags["dvc.experiment"]: r for r in runs if "dvc.experiment" in r.data.tags}
-    assert by_experiment.keys() == found.keys()
+    assert by_experiment.keys() == known.keys()
     for name, params in queued.items():
         mlflow_run = by_experiment[name]
         assert mlflow_run.info.status == "FINISHED"
@@ -188,16 +188,16 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
         assert settings["optim"] == params["optim"]
         assert (settings["model"]["freeze"], settings["optim"]["name"]) == (False, "sgd")
     assert "optim.lr" in run(ada, "dvc", "exp", "diff", *queued)
-    run(ada, "dvc", "plots", "diff", "HEAD", *found)
-    assert all(name in (ada / "dvc_plots/index.html").read_text() for name in found)
-    told = run(ada, "python", "evaluate.py", "compare=[runs/a,artifacts/evaluation]", "hydra.run.dir=compared")
-    assert "B - A with its 95 % interval" in told
+    run(ada, "dvc", "plots", "diff", "HEAD", *known)
+    assert all(name in (ada / "dvc_plots/index.html").read_text() for name in known)
+    printed = run(ada, "python", "evaluate.py", "compare=[runs/a,artifacts/evaluation]", "hydra.run.dir=compared")
+    assert "B - A with its 95 % interval" in printed
 
     # Share: runs, data, code.
     run(ada, "git", "checkout", "-q", ".")
     run(ada, "dvc", "checkout")
-    told = run(ada, "python", "-m", "chestct", "sync", shared)
-    assert f"{len(runs)} runs are on {server.uri}" in told
+    printed = run(ada, "python", "-m", "chestct", "sync", shared)
+    assert f"{len(runs)} runs are on {server.uri}" in printed
     remotes(ada, s3, plain_http, monkeypatch)
     for remote in ("dagshub", "dagshub-http"):
         assert "pushed" in run(ada, "dvc", "push", "--remote", remote)
@@ -209,8 +209,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     log_in(monkeypatch, "reader")
     bob = clone(origin, "bob")
     assert metrics(bob / "artifacts/evaluation") == baseline
-    told = run(bob, "dvc", "pull", fails=True)  # .dvc/config.local is missing
-    assert "credentials" in told.lower()
+    printed = run(bob, "dvc", "pull", fails=True)  # .dvc/config.local is missing
+    assert "credentials" in printed.lower()
     remotes(bob, s3, plain_http, monkeypatch)
     for remote in ("dagshub", "dagshub-http"):
         run(bob, "dvc", "pull", "--remote", remote)
@@ -220,7 +220,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
         for name in OUTPUTS:
             shutil.rmtree(bob / "artifacts" / name)
     run(bob, "dvc", "pull")
-    told = run(bob, "python", "evaluate.py", "ckpt=artifacts/train/checkpoints/best.ckpt", "hydra.run.dir=again")
+    printed = run(bob, "python", "evaluate.py", "ckpt=artifacts/train/checkpoints/best.ckpt", "hydra.run.dir=again")
     again = metrics(bob / "again")
     for split in baseline:
         assert again[split] == pytest.approx(baseline[split], abs=1e-6, nan_ok=True)
@@ -228,8 +228,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     run(bob, "python", "evaluate.py", f"bundle={name}", shared, "hydra.run.dir=named")
     assert metrics(bob / "named")["test"]["auroc"] == pytest.approx(baseline["test"]["auroc"], abs=1e-6)
     slices = next((ada / ".cache/phantom").glob("*")) / "test"
-    told = run(bob, "python", "-m", "chestct.predict", str(slices), "--bundle", name, "--tracking-uri", server.uri)
-    assert f"scored by bundle {load_bundle(ada / 'runs/a/bundle').id}" in told
+    printed = run(bob, "python", "-m", "chestct.predict", str(slices), "--bundle", name, "--tracking-uri", server.uri)
+    assert f"scored by bundle {load_bundle(ada / 'runs/a/bundle').id}" in printed
     assert not [path for root in (ada, bob) for path in root.rglob("*") if _holds(path, PASSWORDS["writer"])]
 
 

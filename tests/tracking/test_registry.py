@@ -61,7 +61,8 @@ def test_code_that_comes_with_a_registered_model_is_not_run(small, uri, tmp_path
     model = tmp_path / "model"
     shutil.copytree(PACKAGED_BUNDLE, model / "data" / "bundle")
     (model / "code").mkdir()
-    (model / "code" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef _load_pyfunc(path): pass\n")
+    code = "class Model:\n    predict = print\n_load_pyfunc = lambda path: Model()\n"
+    (model / "code" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{code}")
     (model / "MLmodel").write_text(
         "flavors:\n  python_function:\n    loader_module: evil\n    code: code\n    data: data/bundle\n"
     )

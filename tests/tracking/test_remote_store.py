@@ -121,7 +121,7 @@ def test_a_redirect_does_not_take_the_password_elsewhere(server, monkeypatch, st
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-word")
     server.answers = {"get-by-name": KNOWN, "set-experiment-tag": (200, "{}")}
-    server.auth = "not asked"
+    server.auth = "no request"
 
     def redirect(self):
         self.send_response(status)
@@ -132,7 +132,7 @@ def test_a_redirect_does_not_take_the_password_elsewhere(server, monkeypatch, st
     probe(elsewhere.uri)
     elsewhere.shutdown()
     elsewhere.server_close()
-    assert server.auth in (None, "not asked")
+    assert server.auth in (None, "no request")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Runs in the local store: what they keep, when they begin, how they end, and which one a folder goes on with."""
 
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -49,6 +50,21 @@ def test_every_metric_of_a_training_is_in_its_run_and_no_variable_of_the_environ
     assert sorted((metric.step, metric.value) for metric in history) == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     assert runs(uri)[0].info.status == "FINISHED"
     assert dict(os.environ) == before
+
+
+def log_and_end(logger):
+    """What a process that Lightning spawned does with its copy of a logger."""
+    for step in range(3):
+        logger.log_metrics({"m": float(step)}, step)
+    logger.finalize("success")
+
+
+def test_no_metric_of_a_spawned_process_is_lost_when_it_ends(small, uri, tmp_path):
+    with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
+        process = multiprocessing.get_context("spawn").Process(target=log_and_end, args=run.loggers())
+        process.start()
+        process.join()
+    assert [metric.value for metric in MlflowClient(uri).get_metric_history(run.run_id, "m")] == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError, "FAILED"), (Interrupted, "KILLED")])
