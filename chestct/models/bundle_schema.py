@@ -61,6 +61,7 @@ RULES: dict[str, Any] = {
         "hidden": Many(Number(1, 65536, whole=True), most=16),
         "dropout": _setting(MODEL["dropout"]),
         "trained_convolutions": bool,
+        "head?": {"*": object},  # a head of the user's own, whose class check_trusted allows or not
         "*": str,
     },
     "preprocess": {
