@@ -163,7 +163,7 @@ class ServeConfig:
     max_slices: int = setting(128, "slices that one request may hold", low=1, high=2000)
     max_pixels: int = setting(20_000_000, "largest image that is decoded, in pixels", low=1)
     max_pixels_in_flight: int = setting(
-        40_000_000, "pixels of all images that are worked on at once; each takes some 16 bytes", low=1
+        40_000_000, "pixels of all images that are worked on at once; each takes some 20 bytes", low=1
     )
     max_requests_per_address: int = setting(64, "requests at once from one address, open pages included", low=1)
     queue_size: int = setting(64, "requests for an answer that may wait or run at once; more are turned away", low=1)

@@ -153,12 +153,17 @@ def heat_to_slice(heat: torch.Tensor, shape: tuple[int, int], place: Placement) 
 
     y = in_square(height, top, bottom, target[1], target[3])
     x = in_square(width, left, right, target[0], target[2])
-    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)  # (H, W, 2)
-    full = functional.grid_sample(heat[None, None].float(), grid[None], "bicubic", "border", align_corners=False)
     seen = np.zeros(shape, np.float32)
-    seen[top:bottom, left:right] = full[0, 0, top:bottom, left:right].clamp(0, 1).numpy()
+    for first in range(top, bottom, BAND):
+        rows = slice(first, min(first + BAND, bottom))
+        grid = torch.stack(torch.meshgrid(x[left:right], y[rows], indexing="xy"), -1)[None]  # (1, BAND, W, 2)
+        band = functional.grid_sample(heat[None, None].float(), grid, "bicubic", "border", align_corners=False)
+        seen[rows, left:right] = band[0, 0].clamp(0, 1).numpy()
     return seen
 
+
+BAND = 128
+"""Rows of a slice that are drawn at once: all of a large one would take a hundred bytes a pixel."""
 
 ANCHORS = np.array(
     [(13, 8, 135), (76, 2, 161), (126, 3, 168), (170, 35, 149), (204, 71, 120), (230, 108, 92), (248, 149, 64),
@@ -185,5 +190,9 @@ def overlay(gray: np.ndarray, heat: torch.Tensor, place: Placement, opacity: flo
 
 def blend(gray: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:
     """As `overlay`, for heat float32 [H, W] in [0, 1] that lies over the slice already."""
-    share = (opacity * heat)[..., None]
-    return (gray[..., None] * (1 - share) + colors(heat) * share + 0.5).astype(np.uint8)
+    rgb = np.empty((*gray.shape, 3), np.uint8)
+    for first in range(0, len(gray), BAND):
+        rows = slice(first, first + BAND)
+        share = (opacity * heat[rows])[..., None]
+        rgb[rows] = gray[rows, :, None] * (1 - share) + colors(heat[rows]) * share + 0.5
+    return rgb

@@ -82,7 +82,7 @@ class Predictor:
 
     source: a bundle folder or `packaged`. limits: what a file may cost. batch: slices a forward pass at most; waiting:
     slices that may wait at once; seconds: how long one may take before the caller gets a BusyError; pixels: how many
-    may be decoded at once within `room`, each of which takes some 16 bytes until its answer is drawn.
+    may be decoded at once within `room`, each of which takes some 20 bytes until its answer is drawn.
     """
 
     def __init__(

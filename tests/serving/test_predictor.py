@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from chestct.errors import BundleError, DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.models.bundle import FACTS
+from chestct.serving.api import answer
 from chestct.serving.predictor import FRAMES_AHEAD, BusyError, Predictor, why_refused
 from tests.models.test_bundle import make
 
@@ -227,6 +229,78 @@ def test_closing_answers_what_waits_and_nothing_after(folder: Path) -> None:
         assert all(job.result(10) for job in waiting)
     with pytest.raises(BusyError, match="shutting down"):
         predictor.predict(png(0))
+
+
+def test_pixels_in_flight_have_a_budget(folder: Path) -> None:
+    predictor = Predictor(folder, pixels=2 * 96 * 96)
+    inside, most, lock = 0, 0, threading.Lock()
+
+    def work(data: bytes) -> str:
+        nonlocal inside, most
+        with predictor.room(data):
+            with lock:
+                inside += 1
+                most = max(most, inside)
+            time.sleep(0.02)
+            with lock:
+                inside -= 1
+            return predictor.predict(data).decision
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(work, [png(seed) for seed in range(12)]))) == 12
+    assert most == 2
+    with predictor.room(png(0, 200)):  # more than the whole budget: let in alone
+        pass
+    predictor.close()
+
+
+def test_who_waits_for_room_too_long_is_told_so(folder: Path) -> None:
+    predictor = Predictor(folder, pixels=96 * 96, seconds=0.2)
+    with predictor.room(png(0)), pytest.raises(BusyError), predictor.room(png(1)):
+        pass
+    with predictor.room(png(1)):  # the first has left
+        pass
+    predictor.close()
+
+
+def test_a_cancelled_request_costs_no_more_work(folder: Path) -> None:
+    predictor = Predictor(folder, batch=1, pixels=10 * 96 * 96)
+    passes: list[int] = []
+    gate, real = threading.Event(), predictor.bundle.predict
+
+    def gated(x: np.ndarray, explain: bool):
+        passes.append(len(x))
+        assert gate.wait(30)
+        return real(x, explain)
+
+    object.__setattr__(predictor.bundle, "predict", gated)
+    cancelled = threading.Event()
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(predictor.predict, png(0))
+        while not passes:
+            time.sleep(0.01)
+        given_up = [pool.submit(predictor.predict, png(seed), cancelled=cancelled) for seed in range(4)]
+        while predictor._jobs.qsize() < 4:
+            time.sleep(0.01)
+        cancelled.set()
+        gate.set()
+        assert first.result(30)
+        assert all(isinstance(one.exception(30), BusyError) for one in given_up)
+    with pytest.raises(BusyError):
+        predictor.predict(png(0), cancelled=cancelled)
+    assert passes == [1]
+    predictor.close()
+
+
+def test_a_large_image_with_its_overlay_takes_a_few_bytes_a_pixel(predictor: Predictor) -> None:
+    data = png(0, 3000)
+    tracemalloc.start()
+    try:
+        assert answer(predictor, data, with_overlay=True)["overlay"]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 30 * 3000 * 3000
 
 
 def test_predicting_imports_nothing_that_trains_or_serves(folder: Path, tmp_path: Path) -> None:
