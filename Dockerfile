@@ -1,5 +1,5 @@
 # The service as an image: docker build -t chestct . && docker run --rm -p 127.0.0.1:7860:7860 chestct
-# The model in the package is inside; nothing is downloaded when it starts. docs/deploy.md tells the rest.
+# The model in the package is inside; nothing is downloaded when it starts. See docs/deploy.md for the rest.
 
 # Pin it by digest: --build-arg BASE=python:3.11-slim-bookworm@sha256:...
 ARG BASE=python:3.11-slim-bookworm
@@ -45,8 +45,9 @@ FROM ${BASE} AS serve
 RUN useradd --no-create-home --uid 10001 chestct && install -d -o chestct /data
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /app /app
-# Uploads and whatever else is written goes to /tmp and, with monitor.enabled=true, to /data.
-ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# Uploads and whatever else is written goes to /tmp and, with monitor.enabled=true, to /data. With more arenas glibc
+# keeps what large images took.
+ENV PATH=/opt/venv/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MALLOC_ARENA_MAX=2
 WORKDIR /app
 USER 10001
 VOLUME /data

@@ -1,4 +1,4 @@
-"""docs/nginx.conf as it stands, but for addresses and files, run by a real nginx in front of a real service."""
+"""The configuration in docs/deploy.md, but for addresses and files, run by a real nginx in front of a real service."""
 
 import base64
 import os
@@ -48,7 +48,8 @@ def proxy(service: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    site = (CONF.parent / "docs" / "nginx.conf").read_text(encoding="utf-8")
+    page = (CONF.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+    site = page.split("```nginx\n")[1].split("```")[0]
     for old, new in {
         "listen 443": f"listen 127.0.0.1:{port}",
         "/etc/ssl/chestct/fullchain.pem": str(certificate),
