@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("start", "latency", "load", "soak")
 
 IDLE = 17
-"""Seconds after which the service has handed free memory back to the system."""
+"""Seconds without a request before the memory of the service is read."""
 
 Answer = tuple[int, dict[str, object]]
 

@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.errors import ChestCTError, Interrupted
+from chestct.errors import Interrupted
 from chestct.imaging.slice_files import describe_skipped
+from chestct.program import errors_for_people
 
 if TYPE_CHECKING:
     from chestct.serving.batch import Summary
@@ -24,23 +25,20 @@ Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130
 
 
 def main(argv: list[str]) -> int:
-    """The program; returns its exit status."""
+    """The program; returns its exit status, or exits with 2 after an error, 130 where it was interrupted."""
     arguments = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _terminate)
     began = time.perf_counter()
-    try:
-        skipped: list[tuple[str, str]] = []
-        done = _predict(arguments, skipped)
-    except (KeyboardInterrupt, Interrupted):
-        print(f"\nInterrupted. The same command goes on from {arguments.out}.partial.", file=sys.stderr)
-        return 130
-    except ChestCTError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(_told(done, arguments.out, time.perf_counter() - began))
-    if skipped:
-        print(f"{describe_skipped(skipped)}.")
-    return 2 if not done.scored else 1 if done.unreadable else 0
+    skipped: list[tuple[str, str]] = []
+    with errors_for_people():
+        try:
+            summary = _predict(arguments, skipped)
+        except (KeyboardInterrupt, Interrupted):
+            raise Interrupted(f"Interrupted. The same command goes on from {arguments.out}.partial.") from None
+        print(_sentences(summary, arguments.out, time.perf_counter() - began))
+        if skipped:
+            print(f"{describe_skipped(skipped)}.")
+    return 2 if not summary.scored else 1 if summary.unreadable else 0
 
 
 def _predict(arguments: argparse.Namespace, skipped: list[tuple[str, str]]) -> "Summary":
@@ -76,20 +74,22 @@ def _bundle(arguments: argparse.Namespace) -> str:
     return fetch_bundle(name, compose(*([f"tracking.uri={arguments.tracking_uri}"] if arguments.tracking_uri else [])))
 
 
-def _told(done: "Summary", out: Path, seconds: float) -> str:
+def _sentences(summary: "Summary", out: Path, seconds: float) -> str:
     from chestct.serving.predictor import NOT_MEDICAL
 
     decisions = ("cancer", "normal", "uncertain", "refused")
-    counts = ", ".join(f"{done.decisions[name]:,} {name}" for name in decisions if done.decisions[name])
-    files = _several(done.files, "file")
-    sentences = [f"{_several(done.scored, 'slice')} of {files} scored by bundle {done.bundle} in {seconds:,.0f} s"]
+    counts = ", ".join(f"{summary.decisions[name]:,} {name}" for name in decisions if summary.decisions[name])
+    files = _several(summary.files, "file")
+    sentences = [
+        f"{_several(summary.scored, 'slice')} of {files} scored by bundle {summary.bundle} in {seconds:,.0f} s"
+    ]
     sentences[0] += f": {counts}." if counts else "."
-    if done.unreadable:
-        sentences.append(f"{_several(done.unreadable, 'file')} could not be read; the table says why.")
-    if done.reused:
-        sentences.append(f"{_several(done.reused, 'file')} had been scored before and did not change.")
-    if done.known:
-        slices = f"{done.known:,} slice was" if done.known == 1 else f"{done.known:,} slices were"
+    if summary.unreadable:
+        sentences.append(f"{_several(summary.unreadable, 'file')} could not be read; the table says why.")
+    if summary.reused:
+        sentences.append(f"{_several(summary.reused, 'file')} had been scored before and did not change.")
+    if summary.known:
+        slices = f"{summary.known:,} slice was" if summary.known == 1 else f"{summary.known:,} slices were"
         sentences.append(f"{slices} in the model's training data; there a score says little about the model.")
     return " ".join([*sentences, f"Table: {out}"]) + f"\n{NOT_MEDICAL}"
 

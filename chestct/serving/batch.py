@@ -2,10 +2,9 @@
 
 A few files are read and decoded ahead while the network works, and answers are written in order as they come, so that
 memory does not grow with the number of files and a killed run loses seconds. A file whose bytes are in the table with
-this bundle's answer is not asked about again.
+this bundle's answer is not predicted again.
 """
 
-import hashlib
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chestct.errors import DataError, DecodeError
+from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read
 from chestct.imaging.slice_files import describe_skipped, walk
 from chestct.models.device import pick_device
@@ -24,7 +24,7 @@ from chestct.serving.predictor import Prediction, Predictor
 from chestct.serving.table import UNREADABLE, Row, Table, TableError, columns
 
 AHEAD = 6
-"""Files read, decoded and asked about at once: enough for shared forward passes, few enough to hold in memory."""
+"""Files read, decoded and predicted at once: enough for shared forward passes, few enough to hold in memory."""
 
 PATIENCE = 24 * 3600.0
 """Seconds that a slice may wait for the network: here nobody waits but the program itself."""
@@ -115,8 +115,8 @@ def predict_files(
             raise TableError(f"Cannot make the folder {overlays} for overlays: {error.strerror}.") from None
     predictor = Predictor(bundle, batch=AHEAD, seconds=PATIENCE)
     predictor.bundle.net.to(pick_device())
-    asked = _Asked(predictor, overlays, every)
-    done = Summary(bundle=predictor.bundle.id, files=len(paths))
+    wanted = _Request(predictor, overlays, every)
+    summary = Summary(bundle=predictor.bundle.id, files=len(paths))
     pool = ThreadPoolExecutor(AHEAD, "batch")
     ahead: deque[tuple[Path, list[dict[str, str]], Future[list[Row] | None]]] = deque()
     waiting = iter(paths)
@@ -125,24 +125,24 @@ def predict_files(
             while True:
                 for path in itertools.islice(waiting, AHEAD - len(ahead)):
                     old = table.rows(str(path))
-                    ahead.append((path, old, pool.submit(_answer, asked, path, old)))
+                    ahead.append((path, old, pool.submit(_answer, wanted, path, old)))
                 if not ahead:
                     break
                 path, old, answer = ahead.popleft()
                 rows = answer.result()
                 if rows is not None:
                     table.put(str(path), rows)
-                done.add(old if rows is None else rows, reused=rows is None)
+                summary.add(old if rows is None else rows, reused=rows is None)
                 advance()
             table.finish(map(str, paths))
     finally:
         pool.shutdown(cancel_futures=True)
         predictor.close()
-    return done
+    return summary
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Request:
     """What is wanted of every file."""
 
     predictor: Predictor
@@ -162,47 +162,48 @@ class _Asked:
         )
 
 
-def _answer(asked: _Asked, path: Path, old: list[dict[str, str]]) -> list[Row] | None:
+def _answer(wanted: _Request, path: Path, old: list[dict[str, str]]) -> list[Row] | None:
     """The new rows of a file; None where the old ones hold."""
     file_hash = ""
     try:
-        data = read(path, asked.predictor.limits)
-        file_hash = hashlib.sha256(data).hexdigest()
-        if asked.holds(old, file_hash):
+        data = read(path, wanted.predictor.limits)
+        file_hash = digest(data)
+        if wanted.holds(old, file_hash):
             return None
-        explain = asked.overlays is not None
-        if not asked.every:
-            return [_row(asked, path, asked.predictor.predict(data, name=str(path), explain=explain), file_hash)]
-        answers = asked.predictor.predict_frames(data, name=str(path), explain=explain)
-        rows = [_row(asked, path, found, file_hash) for found in answers]
+        predictor, explain = wanted.predictor, wanted.overlays is not None
+        with predictor.room(data, every=wanted.every):
+            if not wanted.every:
+                return [_row(wanted, path, predictor.predict(data, name=str(path), explain=explain), file_hash)]
+            answers = predictor.predict_frames(data, name=str(path), explain=explain)
+            rows = [_row(wanted, path, prediction, file_hash) for prediction in answers]
         return [row | {"frames": len(rows)} for row in rows]
     except DecodeError as error:
-        bundle = asked.predictor.bundle.id
+        bundle = wanted.predictor.bundle.id
         unreadable = {"decision": UNREADABLE, "reason": error.reason, "bundle": bundle, "file_hash": file_hash}
         return [{"path": str(path), **unreadable}]
 
 
-def _row(asked: _Asked, path: Path, found: Prediction, file_hash: str) -> Row:
+def _row(wanted: _Request, path: Path, prediction: Prediction, file_hash: str) -> Row:
     """The row of a slice, whose overlay is on the disk by then."""
     overlay = ""
-    if asked.overlays is not None:
-        overlay = overlay_name(path, f"{file_hash} {found.slice.frame} {found.bundle}")
-        _save_overlay(found, asked.overlays / overlay)
+    if wanted.overlays is not None:
+        overlay = overlay_name(path, f"{file_hash} {prediction.slice.frame} {prediction.bundle}")
+        _save_overlay(prediction, wanted.overlays / overlay)
     row: Row = {
         "path": str(path),
-        "frame": found.slice.frame,
-        "score": _short(found.score),
-        "decision": found.decision,
-        "reason": found.reason,
-        "possible": " ".join(found.possible),
-        "novelty": _short(found.novelty),
-        "known": found.known,
-        "bundle": found.bundle,
+        "frame": prediction.slice.frame,
+        "score": _short(prediction.score),
+        "decision": prediction.decision,
+        "reason": prediction.reason,
+        "possible": " ".join(prediction.possible),
+        "novelty": _short(prediction.novelty),
+        "known": prediction.known,
+        "bundle": prediction.bundle,
         "file_hash": file_hash,
         "frames": "",
         "overlay": overlay,
     }
-    return row | {f"probability_{name}": _short(value) for name, value in found.probabilities.items()}
+    return row | {f"probability_{name}": _short(value) for name, value in prediction.probabilities.items()}
 
 
 def _short(value: float) -> float:
@@ -210,18 +211,14 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def overlay_name(path: Path, what: str) -> str:
+def overlay_name(path: Path, answer: str) -> str:
     """A file name that says which slice it shows, fits every file system and stands for this answer alone."""
     readable = re.sub(r"[^A-Za-z0-9.-]+", "_", str(path)).strip("._-")[-80:]
-    digest = hashlib.sha256(f"{path} {what}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return f"{readable}-{digest}.png".lstrip("._-")
+    return f"{readable}-{digest(f'{path} {answer}'.encode('utf-8', 'surrogateescape'))[:16]}.png".lstrip("._-")
 
 
-def _save_overlay(found: Prediction, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}")
+def _save_overlay(prediction: Prediction, path: Path) -> None:
     try:
-        part.write_bytes(overlay(found))
-        part.replace(path)
+        write_atomic(path, overlay(prediction))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise TableError(f"Cannot write {path}: {error.strerror or error}. Free space there.") from None

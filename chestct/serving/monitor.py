@@ -56,10 +56,10 @@ class Monitor:
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self._thread.start()
 
-    def record(self, found: Prediction) -> None:
+    def record(self, prediction: Prediction) -> None:
         """Notes an answer. Returns at once and never raises for what is wrong with the disk."""
-        numbers = {"score": found.score, "novelty": found.novelty, **found.statistics}
-        what = (int(self._clock()), found.bundle, found.decision, int(found.known))
+        numbers = {"score": prediction.score, "novelty": prediction.novelty, **prediction.statistics}
+        what = (int(self._clock()), prediction.bundle, prediction.decision, int(prediction.known))
         row: Record = (*what, *(float(numbers[name]) for name in NUMBERS))
         try:
             self._waiting.put_nowait(row)
@@ -99,7 +99,7 @@ class Monitor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction. Opened anew each time: a file that was moved away or mended is found again."""
+    """One transaction. Opened anew each time: a file that was moved away or mended is taken up again."""
     path.parent.mkdir(parents=True, exist_ok=True)
     os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would let everybody read it
     with closing(sqlite3.connect(path, timeout=BUSY)) as database, database:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, TimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +33,7 @@ SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""
 
 FRAMES_AHEAD = 4
-"""Frames of one file that are decoded before the first of them is answered: they share forward passes, and a file of a
-thousand frames takes no more memory than one of four."""
+"""Frames of a file that are decoded before the first is answered: they share forward passes, and no more are held."""
 
 NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagnosis or treatment."
 
@@ -96,7 +95,7 @@ class Predictor:
         pixels: int = 128_000_000,
     ) -> None:
         self.source, self.limits, self.batch, self.seconds, self.pixels = source, limits, batch, seconds, pixels
-        self.bundle = _load(source)
+        self.bundle = load_bundle(source)
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
         self._closed = False
         self._jobs: queue.Queue[_Job | None] = queue.Queue(waiting)
@@ -174,7 +173,7 @@ class Predictor:
         Returns the id of the bundle now in use. Raises BundleError, and the old one stays.
         """
         source = source or self.source
-        self.bundle, self.source = _load(source), source
+        self.bundle, self.source = load_bundle(source), source
         return self.bundle.id
 
     def close(self) -> None:
@@ -232,28 +231,18 @@ class Predictor:
 
     def _work(self) -> None:
         """Takes what waits, up to a batch, and answers it."""
-        while (first := self._jobs.get()) is not None:
-            jobs: list[_Job] = [first]
-            last = False
-            while len(jobs) < self.batch and not last:
-                try:
-                    job = self._jobs.get_nowait()
-                except queue.Empty:
-                    break
-                last = job is None
-                if job is not None:
+        while (job := self._jobs.get()) is not None:
+            jobs = [job]
+            with suppress(queue.Empty):
+                while len(jobs) < self.batch and (job := self._jobs.get_nowait()) is not None:
                     jobs.append(job)
-            for job in jobs:
-                if job.cancelled.is_set():
-                    job.answer.cancel()
-            for bundle in {id(job.bundle): job.bundle for job in jobs}.values():
-                _answer([job for job in jobs if job.bundle is bundle and job.answer.set_running_or_notify_cancel()])
-            if last:
+            for waiting in jobs:
+                if waiting.cancelled.is_set():
+                    waiting.answer.cancel()
+            for bundle in {id(waiting.bundle): waiting.bundle for waiting in jobs}.values():
+                _answer([one for one in jobs if one.bundle is bundle and one.answer.set_running_or_notify_cancel()])
+            if job is None:
                 return
-
-
-def _load(source: str | Path) -> Bundle:
-    return load_bundle(source)
 
 
 def _answer(jobs: list[_Job]) -> None:

@@ -8,6 +8,7 @@ import csv
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -37,7 +38,7 @@ def columns(classes: Iterable[str]) -> list[str]:
 
 def cell(text: str) -> str:
     """Text as a cell shows it: on one line, as UTF-8, and never taken for a formula (OWASP, CSV injection)."""
-    printable = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    printable = re.sub(r"[\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]", lambda match: ascii(match[0])[1:-1], text)
     return (
         "'" + printable if printable[:1] in ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20") else printable
     )
@@ -53,6 +54,7 @@ class Table:
     def __init__(self, out: Path, columns: list[str]) -> None:
         self.out, self.columns = out, columns
         self.partial = out.with_name(out.name + ".partial")
+        self._new = out.with_name(f".{out.name}.new")  # what a killed run leaves, the next one overwrites
         self._lock = FileLock(out.with_name(f".{out.name}.lock"))
         self._places: dict[str, list[tuple[int, int]]] = {}
         self._file: BinaryIO
@@ -99,20 +101,19 @@ class Table:
 
     def finish(self, paths: Iterable[str]) -> None:
         """Writes `out`: the rows of these files in this order, and no others."""
-        whole = self.out.with_name(f".{self.out.name}.{os.getpid()}")
         try:
-            with whole.open("wb") as file:
+            with self._new.open("wb") as file:
                 file.write(self._as_csv(self.columns))
                 for path in paths:
                     file.writelines(self._line(place) for place in self._places.get(cell(path), []))
                 file.flush()
                 os.fsync(file.fileno())
-            whole.replace(self.out)
+            self._new.replace(self.out)
             self.partial.unlink()
         except OSError as error:
             raise self._unwritable(error) from None
         finally:
-            whole.unlink(missing_ok=True)
+            self._new.unlink(missing_ok=True)
 
     def _open(self) -> None:
         """Opens OUT.partial, begun as a copy of OUT, and learns where its rows lie."""
@@ -123,9 +124,8 @@ class Table:
                     f"{self.out} is there and is no table of this program. Choose another --out, or remove it."
                 )
             if self.out.exists() and not self.partial.exists():
-                begun = self.out.with_name(f".{self.out.name}.{os.getpid()}")
-                begun.write_bytes(self.out.read_bytes())
-                begun.replace(self.partial)
+                shutil.copyfile(self.out, self._new)
+                self._new.replace(self.partial)
             self._file = self.partial.open("a+b")
         except OSError as error:
             raise self._unwritable(error) from None

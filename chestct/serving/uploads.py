@@ -57,17 +57,17 @@ def expand(files: Sequence[tuple[str, bytes]], max_files: int, max_bytes: int) -
 
     max_files: after opening; max_bytes: all together, inflated. Raises UploadError.
     """
-    found: list[Upload] = []
+    uploads: list[Upload] = []
     left = max_bytes
     for name, data in files:
         parts = unzip(data, max_files, left) if data[:4] in ZIPS else [(name, data)]
         left -= sum(len(part) for _, part in parts)
-        found += [Upload(part_name, part, scan_position(part)) for part_name, part in parts]
-        if len(found) > max_files:
-            raise too_many(len(found), max_files)
-    if not found:
+        uploads += [Upload(part_name, part, scan_position(part)) for part_name, part in parts]
+        if len(uploads) > max_files:
+            raise too_many(len(uploads), max_files)
+    if not uploads:
         raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
-    return in_order(found)
+    return in_order(uploads)
 
 
 def too_many(count: int, most: int) -> UploadError:
@@ -89,12 +89,12 @@ def unzip(data: bytes, max_files: int, max_bytes: int) -> list[tuple[str, bytes]
             entries = [entry for entry in archive.infolist() if is_slice_name(entry.filename)]
             if len(entries) > max_files:
                 raise too_many(len(entries), max_files)
-            found, left = [], max_bytes
+            files, left = [], max_bytes
             for entry in entries:
                 content = _inflated(archive, entry, left)
                 left -= len(content)
-                found.append((entry.filename, content))
-            return found
+                files.append((entry.filename, content))
+            return files
     except UploadError:
         raise
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:

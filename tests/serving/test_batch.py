@@ -52,44 +52,45 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def call(*arguments: object) -> int:
-    return predict.main([str(argument) for argument in arguments])
+    try:
+        return predict.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        return int(stop.code or 0)
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that the predictor is asked about."""
+def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that are answered anew."""
     names: list[str] = []
+    real = batch._answer
 
-    def spied(real):
-        def spy(self, source, **options):
-            names.append(Path(options["name"]).name)
-            return real(self, source, **options)
+    def spy(wanted, path, old):
+        rows = real(wanted, path, old)
+        names.extend([] if rows is None else [path.name])
+        return rows
 
-        return spy
-
-    for method in ("predict", "predict_frames"):
-        monkeypatch.setattr(Predictor, method, spied(getattr(Predictor, method)))
+    monkeypatch.setattr(batch, "_answer", spy)
     return names
 
 
 def test_every_file_gets_a_row_in_order_with_the_predictors_numbers(bundle, scans, tmp_path, capsys):
     status = call(scans, "--bundle", bundle, "--out", tmp_path / "s.csv")
-    found = rows(tmp_path / "s.csv")
+    table = rows(tmp_path / "s.csv")
     assert status == 1
-    assert [row["path"] for row in found] == [str(path) for path in sorted(scans.rglob("*.*"))]
-    (bad,) = [row for row in found if row["decision"] == "unreadable"]
+    assert [row["path"] for row in table] == [str(path) for path in sorted(scans.rglob("*.*"))]
+    (bad,) = [row for row in table if row["decision"] == "unreadable"]
     assert bad["path"].endswith("notes.txt")
     assert "neither PNG" in bad["reason"]
     assert bad["score"] == ""
     predictor = Predictor(bundle)
-    for row in found:
+    for row in table:
         if row["decision"] == "unreadable":
             continue
-        told = predictor.predict(Path(row["path"]))
-        assert float(row["score"]) == pytest.approx(told.score, abs=1e-5)
-        assert float(row["novelty"]) == pytest.approx(told.novelty, abs=1e-4)
+        own = predictor.predict(Path(row["path"]))
+        assert float(row["score"]) == pytest.approx(own.score, abs=1e-5)
+        assert float(row["novelty"]) == pytest.approx(own.novelty, abs=1e-4)
         assert float(row["probability_normal"]) + float(row["probability_cancer"]) == pytest.approx(1, abs=1e-5)
-        assert (row["decision"], row["reason"][:20]) == (told.decision, told.reason[:20])
+        assert (row["decision"], row["reason"][:20]) == (own.decision, own.reason[:20])
         assert row["bundle"] == predictor.bundle.id
     predictor.close()
     printed = capsys.readouterr().out
@@ -111,15 +112,15 @@ def test_exit_status_tells_whether_all_some_or_nothing_was_scored(bundle, scans,
     assert "No bundle in" in capsys.readouterr().err
 
 
-def test_a_second_run_asks_only_about_what_changed_or_could_not_be_read(bundle, scans, tmp_path, asked, capsys):
+def test_a_second_run_reads_only_what_changed_or_could_not_be_read(bundle, scans, tmp_path, answered, capsys):
     out = tmp_path / "s.csv"
     call(scans, "--bundle", bundle, "--out", out)
     first = rows(out)
-    asked.clear()
+    answered.clear()
     (scans / "a" / "s0.png").write_bytes(png(50))
     (scans / "a" / "new.png").write_bytes(png(51))
     assert call(scans, "--bundle", bundle, "--out", out) == 1
-    assert sorted(asked) == ["new.png", "notes.txt", "s0.png"]
+    assert sorted(answered) == ["new.png", "notes.txt", "s0.png"]
     second = rows(out)
     assert [row["path"] for row in second] == [str(path) for path in sorted(scans.rglob("*.*"))]
     kept = {row["path"]: row for row in first}
@@ -129,24 +130,24 @@ def test_a_second_run_asks_only_about_what_changed_or_could_not_be_read(bundle, 
     assert not list(tmp_path.glob("*.partial")) + list(tmp_path.glob(".*"))
 
 
-def test_another_bundle_answers_everything_anew_and_with_its_own_columns(bundle, scans, tmp_path, asked):
+def test_another_bundle_answers_everything_anew_and_with_its_own_columns(bundle, scans, tmp_path, answered):
     out = tmp_path / "s.csv"
     call(scans / "b", "--bundle", bundle, "--out", out)
-    asked.clear()
+    answered.clear()
     other = Path(shutil.copytree(bundle, tmp_path / "other"))
     facts = json.loads((other / FACTS).read_text()) | {"note": "trained again"}
     del facts["digest"]
     (other / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}))
     call(scans / "b", "--bundle", other, "--out", out)
-    assert len(asked) == 3
-    asked.clear()
+    assert len(answered) == 3
+    answered.clear()
     make(tmp_path / "four", classes=4)
     call(scans / "b", "--bundle", tmp_path / "four", "--out", out)
-    assert len(asked) == 3
+    assert len(answered) == 3
     assert {"probability_squamous", "probability_normal"} <= set(rows(out)[0])
 
 
-def test_every_gives_a_row_a_page_and_knows_when_only_one_was_asked_about(bundle, tmp_path, asked):
+def test_every_gives_a_row_a_page_and_knows_when_only_one_was_wanted(bundle, tmp_path, answered):
     pages = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (96, 96), np.uint8)) for i in range(3)]
     pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
     out = tmp_path / "s.csv"
@@ -156,26 +157,26 @@ def test_every_gives_a_row_a_page_and_knows_when_only_one_was_asked_about(bundle
     assert [row["frame"] for row in rows(out)] == ["0", "1", "2"]
     assert len({row["score"] for row in rows(out)}) == 3
     predict_files([tmp_path / "a.tiff"], out, bundle=bundle, every=True)
-    assert len(asked) == 2
+    assert len(answered) == 2
     predict_files([tmp_path / "a.tiff"], out, bundle=bundle)
     assert len(rows(out)) == 1
 
 
-def test_overlays_show_the_slice_at_its_own_size_and_are_made_when_missing(bundle, scans, tmp_path, asked):
+def test_overlays_show_the_slice_at_its_own_size_and_are_made_when_missing(bundle, scans, tmp_path, answered):
     out, pictures = tmp_path / "s.csv", tmp_path / "overlays"
     call(scans / "b", "--bundle", bundle, "--out", out)
-    asked.clear()
+    answered.clear()
     call(scans / "b", "--bundle", bundle, "--out", out, "--overlays", pictures)
     names = [row["overlay"] for row in rows(out)]
     assert sorted(path.name for path in pictures.iterdir()) == sorted(names)
-    assert len(asked) == 3
+    assert len(answered) == 3
     for name in names:
         with Image.open(pictures / name) as image:
             assert (image.format, image.mode, image.size) == ("PNG", "RGB", (96, 96))
     (pictures / names[1]).unlink()
-    asked.clear()
+    answered.clear()
     call(scans / "b", "--bundle", bundle, "--out", out, "--overlays", pictures)
-    assert len(asked) == 1
+    assert len(answered) == 1
     assert (pictures / names[1]).is_file()
 
 
@@ -202,8 +203,8 @@ def test_own_outputs_hidden_files_and_loops_are_not_looked_at(scans):
     (scans / "s.csv.partial").write_text("")
     (scans / "overlays").mkdir()
     (scans / "overlays" / "a.png").write_bytes(b"")
-    found = find_files([scans, scans / "a" / "s0.png"], [scans / "s.csv", scans / "overlays"])
-    assert [path.name for path in found] == ["notes.txt", "s0.png", "s2.png", "s4.png", "s1.png", "s3.png", "s5.png"]
+    table = find_files([scans, scans / "a" / "s0.png"], [scans / "s.csv", scans / "overlays"])
+    assert [path.name for path in table] == ["notes.txt", "s0.png", "s2.png", "s4.png", "s1.png", "s3.png", "s5.png"]
 
 
 def test_what_systems_leave_behind_is_skipped_and_listed(bundle, tmp_path, capsys):
@@ -244,11 +245,11 @@ def test_what_may_not_be_read_gets_a_row_with_the_reason(bundle):
             stack.callback(os.seteuid, 0)
         paths = find_files([folder], [folder / "bundle"])
         predict_files(paths, folder / "s.csv", bundle=bundle)
-        found = {Path(row["path"]).name: row for row in rows(folder / "s.csv")}
-    assert set(found) == {"closed", "open.png", "secret.png"}
-    assert found["open.png"]["decision"] != "unreadable"
-    assert "Permission denied" in found["secret.png"]["reason"]
-    assert found["closed"]["decision"] == "unreadable"
+        table = {Path(row["path"]).name: row for row in rows(folder / "s.csv")}
+    assert set(table) == {"closed", "open.png", "secret.png"}
+    assert table["open.png"]["decision"] != "unreadable"
+    assert "Permission denied" in table["secret.png"]["reason"]
+    assert table["closed"]["decision"] == "unreadable"
 
 
 def test_names_of_all_kinds_stay_one_row_each(bundle, tmp_path):
@@ -267,8 +268,8 @@ def test_names_of_all_kinds_stay_one_row_each(bundle, tmp_path):
     out = tmp_path / "s.csv"
     assert call(folder, "--bundle", bundle, "--out", out, "--overlays", tmp_path / "o") == 0
     assert out.read_bytes().count(b"\n") == len(names) + 1
-    told = {Path(row["path"]).name for row in rows(out)}
-    assert {"läsion 肺 🫁.png", "x" * 251 + ".png", 'a,"b";c.png', "two\\nlines.png", "\\udcff.png"} <= told
+    names_in_table = {Path(row["path"]).name for row in rows(out)}
+    assert {"läsion 肺 🫁.png", "x" * 251 + ".png", 'a,"b";c.png', "two\\nlines.png", "\\udcff.png"} <= names_in_table
     assert call(folder, "--bundle", bundle, "--out", out) == 0
     assert len(rows(out)) == len(names)
 
@@ -309,42 +310,44 @@ def test_two_runs_do_not_write_the_same_table(bundle, scans, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 40])
-def test_a_torn_row_is_read_again_and_whole_ones_are_kept(bundle, scans, tmp_path, asked, cut):
+def test_a_torn_row_is_read_again_and_whole_ones_are_kept(bundle, scans, tmp_path, answered, cut):
     out = tmp_path / "s.csv"
     paths = find_files([scans / "b"])
     predict_files(paths, out, bundle=bundle)
     whole = out.read_bytes()
     (tmp_path / "s.csv.partial").write_bytes(whole[:-cut])
     out.unlink()
-    asked.clear()
+    answered.clear()
     predict_files(paths, out, bundle=bundle)
-    assert asked == ["s5.png"]
+    assert answered == ["s5.png"]
     assert out.read_bytes() == whole
 
 
-def test_of_a_file_with_two_rows_the_later_one_counts(bundle, scans, tmp_path, asked):
+def test_of_a_file_with_two_rows_the_later_one_counts(bundle, scans, tmp_path, answered):
     out = tmp_path / "s.csv"
     paths = find_files([scans / "b"])
     predict_files(paths, out, bundle=bundle)
     lines = out.read_text().splitlines(keepends=True)
     stale = lines[1].replace(rows(out)[0]["file_hash"], "0" * 64)
     (tmp_path / "s.csv.partial").write_text("".join([lines[0], stale, *lines[1:]]))
-    asked.clear()
+    answered.clear()
     predict_files(paths, out, bundle=bundle)
-    assert asked == []
+    assert answered == []
     assert out.read_text() == "".join(lines)
 
 
-def test_an_edited_row_is_read_again(bundle, scans, tmp_path, asked):
+def test_an_edited_row_is_read_again(bundle, scans, tmp_path, answered):
     out = tmp_path / "s.csv"
     paths = find_files([scans / "b"])
     predict_files(paths, out, bundle=bundle)
-    lines = out.read_text().splitlines()
+    before, lines = rows(out), out.read_text().splitlines()
     out.write_text("\n".join([lines[0], lines[1] + ",extra", *lines[2:]]) + "\n")
-    asked.clear()
+    answered.clear()
     predict_files(paths, out, bundle=bundle)
-    assert asked == ["s1.png"]
-    assert out.read_text().splitlines() == lines
+    assert answered == ["s1.png"]
+    assert [row["path"] for row in rows(out)] == [row["path"] for row in before]
+    assert rows(out)[1:] == before[1:]
+    assert float(rows(out)[0]["score"]) == pytest.approx(float(before[0]["score"]), abs=1e-5)  # alone in its pass now
 
 
 def start(folder: Path, bundle: Path, out: Path) -> subprocess.Popen:
@@ -369,16 +372,16 @@ def test_a_run_that_is_stopped_goes_on_where_it_ended(bundle, tmp_path, stop):
     first = start(folder, bundle, out)
     wait_for_rows(partial, 20)
     first.send_signal(stop)
-    _, said = first.communicate(timeout=60)
-    assert first.returncode == (-9 if stop == signal.SIGKILL else 130), said
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == (-9 if stop == signal.SIGKILL else 130), errors
     assert not out.exists()
     kept = partial.read_bytes()
     whole = kept[: kept.rindex(b"\n") + 1].count(b"\n") - 1
     assert 20 <= whole < 120
     second = start(folder, bundle, out)
-    told, said = second.communicate(timeout=120)
-    assert second.returncode == 0, said
-    assert f"{whole} files had been scored before" in told
+    printed, errors = second.communicate(timeout=120)
+    assert second.returncode == 0, errors
+    assert f"{whole} files had been scored before" in printed
     assert not partial.exists()
     straight = tmp_path / "straight.csv"
     predict_files(find_files([folder]), straight, bundle=bundle)
@@ -387,6 +390,23 @@ def test_a_run_that_is_stopped_goes_on_where_it_ended(bundle, tmp_path, stop):
     assert [float(row["score"]) for row in resumed] == pytest.approx(
         [float(row["score"]) for row in expected], abs=1e-5
     )
+
+
+@pytest.mark.slow
+def test_a_terminal_that_lacks_a_character_ends_nothing(bundle, tmp_path):
+    folder = tmp_path / "健康"
+    folder.mkdir()
+    for name in ("läsion 肺.png", ".hidden 肺.png"):
+        (folder / name).write_bytes(png(1))
+    command = [sys.executable, "-m", "chestct.predict", folder, "--bundle", bundle, "--out", tmp_path / "健康.csv"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"1 slice of 1 file scored" in done.stdout
+    assert [row["path"] for row in rows(tmp_path / "健康.csv")] == [str(folder / "läsion 肺.png")]
+    done = subprocess.run([*command[:3], tmp_path / "没有"], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 2
+    assert b"No such file or folder" in done.stderr
 
 
 @pytest.mark.slow
@@ -413,7 +433,7 @@ print(max(seen[-20:]) - max(seen[40:60]))
 def test_a_few_files_are_read_ahead_and_no_more(bundle, tmp_path, monkeypatch):
     read: list[str] = []
     real = batch._answer
-    monkeypatch.setattr(batch, "_answer", lambda asked, path, old: read.append(path.name) or real(asked, path, old))
+    monkeypatch.setattr(batch, "_answer", lambda wanted, path, old: read.append(path.name) or real(wanted, path, old))
     paths = [tmp_path / f"{i:02}.png" for i in range(30)]
     for i, path in enumerate(paths):
         path.write_bytes(png(i))

@@ -22,9 +22,21 @@ ROOT = Path(__file__).parents[2]
 def prediction(score: float = 0.25, decision: str = "normal", patient: str = "") -> Prediction:
     gray = np.full((70, 80), 137, np.uint8)
     statistics = {"width": 80, "height": 70, "mean": 0.5, "std": 0.1, "border_mean": 0.0, "border_std": 0.0}
-    found = Slice(gray, "DICOM", "DICOM", patient=patient)
+    result = Slice(gray, "DICOM", "DICOM", patient=patient)
     return Prediction(
-        score, decision, "", {"normal": 1 - score}, ("normal",), 0.7, False, gray, None, found, statistics, {}, "b" * 12
+        score,
+        decision,
+        "",
+        {"normal": 1 - score},
+        ("normal",),
+        0.7,
+        False,
+        gray,
+        None,
+        result,
+        statistics,
+        {},
+        "b" * 12,
     )
 
 
@@ -34,31 +46,31 @@ def test_a_record_holds_what_the_drift_report_needs(tmp_path):
     kept.record(prediction(0.25))
     kept.record(prediction(0.75, "cancer"))
     kept.close()
-    found = read_records(tmp_path / "m.db")
-    assert set(found) == {
+    result = read_records(tmp_path / "m.db")
+    assert set(result) == {
         *("time", "bundle", "decision", "known", "score", "novelty", "width", "height", "mean", "std"),
         *("border_mean", "border_std"),
     }
-    assert found["score"].tolist() == [0.25, 0.75]
-    assert found["decision"].tolist() == ["normal", "cancer"]
-    assert found["width"].tolist() == [80, 80]
-    assert set(found["bundle"]) == {"b" * 12}
-    assert all(before <= moment <= time.time() for moment in found["time"])
+    assert result["score"].tolist() == [0.25, 0.75]
+    assert result["decision"].tolist() == ["normal", "cancer"]
+    assert result["width"].tolist() == [80, 80]
+    assert set(result["bundle"]) == {"b" * 12}
+    assert all(before <= moment <= time.time() for moment in result["time"])
 
 
 def test_nothing_of_a_file_but_its_numbers_is_written(small_bundle, tmp_path):
     predictor, kept = Predictor(small_bundle), Monitor(tmp_path / "records" / "m.db")
     data = png(3)
     (tmp_path / "Jane-Doe-1970.png").write_bytes(data)
-    found = predictor.predict(tmp_path / "Jane-Doe-1970.png")
-    kept.record(found)
+    result = predictor.predict(tmp_path / "Jane-Doe-1970.png")
+    kept.record(result)
     kept.record(prediction(patient="Jane-Doe-1970"))
     kept.close()
     predictor.close()
     written = b"".join(path.read_bytes() for path in (tmp_path / "records").iterdir())
     assert b"Jane" not in written
     assert b"1970" not in written
-    pixels = found.gray.tobytes()
+    pixels = result.gray.tobytes()
     assert not any(pixels[i : i + 16] in written for i in range(0, len(pixels), 16))
     assert not any(data[i : i + 16] in written for i in range(0, len(data), 16))
 

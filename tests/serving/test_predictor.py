@@ -43,15 +43,15 @@ def predictor(folder: Path):
 
 def test_a_file_gets_the_numbers_that_the_bundle_gives_its_square(predictor: Predictor, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
-    found = predictor.predict(tmp_path / "a.png")
+    result = predictor.predict(tmp_path / "a.png")
     square = predictor.bundle.preprocess(decode(png(1), predictor.bundle.window).gray)
     direct = predictor.bundle.predict(square[None], explain=True)
-    assert found.score == pytest.approx(direct.score[0], abs=1e-6)
-    assert found.novelty == pytest.approx(direct.novelty[0], abs=1e-4)
-    assert found.heat is not None
-    assert found.heat.shape == found.gray.shape == (96, 96)
-    assert found.bundle == predictor.bundle.id
-    assert set(found.seconds) == {"decode", "wait", "draw"}
+    assert result.score == pytest.approx(direct.score[0], abs=1e-6)
+    assert result.novelty == pytest.approx(direct.novelty[0], abs=1e-4)
+    assert result.heat is not None
+    assert result.heat.shape == result.gray.shape == (96, 96)
+    assert result.bundle == predictor.bundle.id
+    assert set(result.seconds) == {"decode", "wait", "draw"}
 
 
 def test_concurrent_callers_get_their_own_answers_in_shared_passes(predictor: Predictor) -> None:
@@ -60,8 +60,8 @@ def test_concurrent_callers_get_their_own_answers_in_shared_passes(predictor: Pr
     real = predictor.bundle.predict
     object.__setattr__(predictor.bundle, "predict", lambda x, explain: passes.append(len(x)) or real(x, explain))
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(lambda i: predictor.predict(png(i % 12)), range(60)))
-    assert [one.score for one in found] == pytest.approx([expected[i % 12] for i in range(60)], abs=1e-5)
+        result = list(pool.map(lambda i: predictor.predict(png(i % 12)), range(60)))
+    assert [one.score for one in result] == pytest.approx([expected[i % 12] for i in range(60)], abs=1e-5)
     assert sum(passes) == 60
     assert max(passes) > 1
 
@@ -70,9 +70,9 @@ def test_every_page_of_a_file_is_answered(predictor: Predictor) -> None:
     pages = [Image.open(io.BytesIO(png(seed))) for seed in range(3)]
     file = io.BytesIO()
     pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
-    found = list(predictor.predict_frames(file.getvalue()))
-    assert [one.slice.frame for one in found] == [0, 1, 2]
-    assert [one.score for one in found] == pytest.approx(
+    result = list(predictor.predict_frames(file.getvalue()))
+    assert [one.slice.frame for one in result] == [0, 1, 2]
+    assert [one.score for one in result] == pytest.approx(
         [predictor.predict(png(seed)).score for seed in range(3)], abs=1e-5
     )
 
@@ -82,9 +82,9 @@ def test_of_a_file_with_many_frames_only_a_few_are_held(predictor: Predictor, mo
 
     def frames(*_: object, **__: object) -> Iterator[Slice]:
         for i in range(40):
-            found = decode(png(i), predictor.bundle.window)
-            alive.add(found)
-            yield found
+            result = decode(png(i), predictor.bundle.window)
+            alive.add(result)
+            yield result
 
     monkeypatch.setattr("chestct.serving.predictor.decode_frames", frames)
     held = [len(alive) for _ in predictor.predict_frames(b"")]
@@ -130,7 +130,7 @@ def gray(height: int = 100, width: int = 100) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("found", "novelty", "reason"),
+    ("result", "novelty", "reason"),
     [
         (Slice(gray(), "PNG", "RGB", color=0.3), 0.5, "colour"),
         (Slice(gray(), "DICOM", "DICOM", modality="MR"), 0.5, "not CT"),
@@ -139,8 +139,8 @@ def gray(height: int = 100, width: int = 100) -> np.ndarray:
         (Slice(gray(), "DICOM", "DICOM", modality="CT"), 0.99, ""),
     ],
 )
-def test_what_is_no_chest_ct_is_refused_with_its_reason(found: Slice, novelty: float, reason: str) -> None:
-    assert (reason in why_refused(found, novelty)) if reason else not why_refused(found, novelty)
+def test_what_is_no_chest_ct_is_refused_with_its_reason(result: Slice, novelty: float, reason: str) -> None:
+    assert (reason in why_refused(result, novelty)) if reason else not why_refused(result, novelty)
 
 
 def test_a_failing_network_fails_the_request_and_not_the_predictor(predictor: Predictor) -> None:
