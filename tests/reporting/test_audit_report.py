@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from chestct.audit.findings import findings
 from chestct.reporting.audit_report import HEIGHT, stack, summary, write
 from tests.audit.conftest import faulty, make, make_data, official, quick, run  # noqa: F401 - fixtures
 
@@ -70,3 +71,15 @@ def test_a_column_of_the_map_keeps_its_proportions_when_it_is_cut():
     column = stack(["train"] * 300 + ["test"] * 100)
     assert len(column) == HEIGHT
     assert column.count("test") == pytest.approx(HEIGHT / 4, abs=1)
+
+
+def test_files_that_are_not_used_and_identifiers_that_link_nothing_are_listed(official, faulty, tmp_path):  # noqa: F811
+    skipped = [{"source": "s", "path": f"Training/<{i}>.txt", "reason": "not an image"} for i in range(5)]
+    audit = replace(official, skipped=skipped, disbelieved=["PatientID is ANONYMOUS in all 60 slices."])
+    audit = replace(audit, findings=findings(audit))
+    assert {("skipped", "info"), ("identifiers", "warning")} <= {(f.kind, f.severity) for f in audit.findings}
+    write(audit, faulty.manifest, faulty.images, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("not an image</td>") == 5
+    assert "PatientID is ANONYMOUS in all 60 slices." in page
+    assert "&lt;4&gt;.txt" in page
