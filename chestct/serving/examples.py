@@ -57,7 +57,7 @@ def _photograph() -> Example:
     pen.ellipse((250, 150, 310, 210), fill=(255, 226, 150))
     pen.polygon([(0, 230), (120, 150), (220, 235), (310, 180), (400, 240), (400, 300), (0, 300)], fill=(58, 84, 74))
     pen.polygon([(0, 270), (160, 225), (400, 285), (400, 300), (0, 300)], fill=(34, 56, 48))
-    return Example("Not a CT slice", "Picture, refused", "hills.jpg", encoded(image, "JPEG", quality=90), _thumb(image))
+    return Example("Not a slice", "Picture, refused", "hills.jpg", encoded(image, "JPEG", quality=90), _thumb(image))
 
 
 def _thumb(image: Image.Image) -> str:

@@ -61,7 +61,7 @@ def visit(browser, served: Served) -> Iterator[Callable]:
         page.goto(served.url)
         page.wait_for_selector("text=Drop a slice, or try an example")
         page.wait_for_selector("#upload input[type=file]", state="attached")
-        page.wait_for_selector("#examples >> text=Not a CT slice")
+        page.wait_for_selector("#examples >> text=Not a slice")
         return page
 
     yield open_page
@@ -99,7 +99,7 @@ def test_an_upload_is_answered_with_decision_and_pictures(visit, files, examples
 
 def test_a_photograph_is_refused_and_the_score_comes_with_a_warning(visit) -> None:
     page = visit()
-    page.click("text=Not a CT slice")
+    page.click("text=Not a slice")
     page.wait_for_selector("#headline h2")
     assert page.inner_text("#headline h2") == "No answer for this image"
     assert "colour image" in page.inner_text("#verdict")
