@@ -64,8 +64,8 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
 
     CT is windowed in HU: `window`, or the file's own first window with `window.from_file`. Where the values are no HU
     (another modality, or unsigned values without a rescale) the file's own window is used, or else the whole range
-    of its stored bits. MONOCHROME1 is inverted; padding (PixelPaddingValue) and what is not a number are black; RGB
-    becomes luma.
+    of its stored bits. Floating-point values of CT are taken as HU. MONOCHROME1 is inverted; padding
+    (PixelPaddingValue) and what is not a number are black; RGB becomes luma.
 
     Raises RefusedError and whatever pydicom raises.
     """
@@ -252,6 +252,12 @@ def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any
     slope, intercept = (1.0 if slope is None else slope, intercept or 0.0) if table is None else (1.0, 0.0)
     if not slope:
         raise RefusedError("RescaleSlope is 0")
+    if stored.dtype.kind == "f" and (slope, intercept) != (1, 0):
+        rescale = f"slope {slope:g}, intercept {intercept:g}"
+        raise RefusedError(
+            f"{layout['pixel_keyword']} with a rescale ({rescale}): whether its values are Hounsfield units already "
+            "cannot be known. Export it with integer pixel data"
+        )
     if own_center is not None and own_width is not None and own_width >= 1 and (window.from_file or not hounsfield):
         center, width = own_center, own_width
     elif hounsfield:

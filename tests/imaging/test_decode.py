@@ -377,10 +377,12 @@ def float_dicom(values: np.ndarray, syntax: str = uid.ExplicitVRLittleEndian, **
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_floating_point_pixels_are_hounsfield_units(dtype: type, syntax: str) -> None:
     values = np.random.default_rng(0).uniform(-1500, 500, (2, 24, 40)).astype(dtype)
-    frames = [frame.gray for frame in decode_frames(float_dicom(values + 1024, syntax), LUNG)]
+    frames = [frame.gray for frame in decode_frames(float_dicom(values, syntax, RescaleIntercept="0"), LUNG)]
     np.testing.assert_allclose(frames, windowed(values), atol=1e-5)
     bare = float_dicom(values, syntax, RescaleSlope=None, RescaleIntercept=None)
     np.testing.assert_allclose(decode(bare, LUNG).gray, windowed(values[1]), atol=1e-5)
+    with pytest.raises(DecodeError, match=r"FloatPixelData with a rescale \(slope 1, intercept -1024\)"):
+        decode(float_dicom(values, syntax), LUNG)
 
 
 def test_floating_point_pixels_that_are_no_hounsfield_units_need_a_window() -> None:
@@ -396,7 +398,7 @@ def test_what_is_no_number_and_floating_point_padding_are_black() -> None:
     values = np.full((4, 4), 3000, np.float32)
     values[0, :2] = np.nan, np.inf
     values[1, :2] = 2500, 2600
-    elements = {"FloatPixelPaddingValue": 2500.0, "FloatPixelPaddingRangeLimit": 2550.0}
+    elements = {"FloatPixelPaddingValue": 2500.0, "FloatPixelPaddingRangeLimit": 2550.0, "RescaleIntercept": "0"}
     gray = decode(float_dicom(values, **elements), LUNG).gray
     assert (gray[0, 0], gray[0, 1], gray[1, 0], gray[1, 1], gray[3, 3]) == (0, 1, 0, 1, 1)
 
