@@ -43,8 +43,11 @@ def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwarg
 def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None:
     """Raises ConfigError where the settings in a file name code that a file may not choose.
 
-    source: the file, for the message; trust: packages that are trusted besides.
+    source: the file, for the message; trust: packages that are trusted besides. What is never taken from a file, its
+    callbacks and loggers, may be anything.
     """
+    if isinstance(settings, dict):
+        settings = {key: value for key, value in settings.items() if key not in ("callbacks", "loggers")}
     for target in foreign(settings, trust):
         package = str(target).split(".", 1)[0]
         raise ConfigError(

@@ -71,6 +71,8 @@ def test_a_callback_and_a_logger(run, tmp_path):
     assert re.search(r"after 1 \d\.\d+", printed)
     (table,) = tmp_path.glob("runs/*/lightning_logs/version_0/metrics.csv")
     assert "valid/loss" in table.read_text(encoding="utf-8")
+    # callbacks are not taken from the checkpoint, and so need no trust
+    run.evaluate("ckpt=last", "evaluation.resamples=100")
 
 
 @pytest.mark.slow
