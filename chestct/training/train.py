@@ -95,7 +95,8 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     if not cfg.always_frozen:
         data.features.clear()  # they are of convolutions that have trained since
 
-    paths = Path(best.best_model_path), out / "checkpoints" / "last.ckpt"
+    kept = Path(best.best_model_path).parent  # the first process's folder, in all of them
+    paths = Path(best.best_model_path), kept / "last.ckpt"
     metrics, predictions = _measure(cfg, paths[0], model, data, trainer)
     return Result(out, *paths, read_checkpoint(paths[1])["epoch"] + 1, metrics, predictions, data, model)
 
