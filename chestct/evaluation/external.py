@@ -5,7 +5,6 @@ training data are left out, which the bundle knows by their hashes.
 """
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +15,7 @@ from chestct.data.prepare import is_synthetic, prepare_store
 from chestct.data.splits import load_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
-from chestct.evaluation.evaluate import Evaluation, Row, decided, made, measured
+from chestct.evaluation.evaluate import Evaluation, decided, made, measured, row
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
 from chestct.stats.drift import differences
@@ -44,7 +43,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         bundle.point,
         bundle.novelty_model,
         metrics := {"test": measured(table, cfg, bundle.point.threshold)},
-        [_row(table, metrics["test"], cfg)],
+        [row(cfg, cfg.data.split, table, metrics["test"], None)],
         {
             "task": cfg.task,
             "data": cfg.data.name,
@@ -101,9 +100,3 @@ def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
     table = decided(prediction_table(manifest, "test", logits, bundle.task), bundle.point, novelty, bundle.task)
     return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])
-
-
-def _row(table: pd.DataFrame, estimates: dict[str, Any], cfg: Config) -> Row:
-    counts = table["label"].value_counts()
-    slices = {name: int(counts.get(name, 0)) for name in ("normal", "cancer")}
-    return Row(cfg.data.split, estimates, slices, int(table["group"].nunique()), int(table["leaked"].sum()))

@@ -201,15 +201,13 @@ def calibration_bins(scores: np.ndarray, bins: int, adaptive: bool = False) -> n
     return ((count.cumsum() - count / 2)[level] * bins / len(scores)).astype(int)
 
 
-def reliability_table(
-    scores: np.ndarray, targets: np.ndarray, bins: int = 10, adaptive: bool = False
-) -> list[dict[str, float]]:
+def reliability_table(scores: np.ndarray, targets: np.ndarray, bins: int = 10) -> list[dict[str, float]]:
     """The reliability diagram's points: for each bin that holds slices, {"score", "observed", "n", "low", "high"}.
 
     score: mean of the scores; observed: share of targets that are 1, with Wilson's interval, which takes slices as
-    independent. Bins as in `expected_calibration_error`.
+    independent. Bins of equal width.
     """
-    index = calibration_bins(scores, bins, adaptive)
+    index = calibration_bins(scores, bins)
     rows = []
     for b in np.unique(index):
         n, k = int((index == b).sum()), float(targets[index == b].sum())

@@ -19,6 +19,7 @@ from PIL import Image
 from chestct import predict
 from chestct.files import json_digest
 from chestct.models.bundle import FACTS
+from chestct.models.vgg16 import VGG16
 from chestct.serving import batch
 from chestct.serving.batch import find_files, overlay_name, predict_files
 from chestct.serving.predictor import Predictor
@@ -71,6 +72,14 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(batch, "_answer", spy)
     return names
+
+
+def test_an_accelerator_computes_where_there_is_one(bundle, scans, tmp_path, monkeypatch):
+    devices: list[str] = []
+    monkeypatch.setattr(batch, "pick_device", lambda: "the accelerator")
+    monkeypatch.setattr(VGG16, "to", lambda net, device: devices.append(device))  # none is needed for this test
+    call(scans, "--bundle", bundle, "--out", tmp_path / "s.csv")
+    assert devices == ["the accelerator"]
 
 
 def test_every_file_gets_a_row_in_order_with_the_predictors_numbers(bundle, scans, tmp_path, capsys):

@@ -219,7 +219,6 @@ def test_reliability_table_counts_every_slice_once():
     assert rows[0]["score"] == pytest.approx(0.25 / 3)
     assert rows[0]["observed"] == pytest.approx(1 / 3)
     assert (rows[0]["low"], rows[0]["high"]) == wilson(1, 3)
-    assert sum(row["n"] for row in reliability_table(np.full(7, 0.3), np.ones(7), 4, adaptive=True)) == 7
 
 
 def test_risk_falls_where_the_confident_are_right():
