@@ -214,7 +214,7 @@ def load_bundle(source: str | Path) -> Bundle:
         net = _network(facts, tensors, folder)
         novelty_model = NoveltyModel.from_tensors(_part(tensors, "novelty."))
         baseline = tensors["saliency.baseline"]
-        if baseline.shape[:2] != (2, net.head[-1].out_features):
+        if baseline.shape[:2] != (2, 1 if facts["task"] == "binary" else len(facts["classes"])):
             raise ValueError(f"saliency.baseline is shaped {list(baseline.shape)}")
         point = OperatingPoint.from_dict(facts["operating_point"])
         card = files[CARD].decode()
@@ -290,10 +290,12 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
     head = _part(tensors, "head.")
     cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"], head=model.get("head", {}))
     check_trusted(cfg.head, f"The bundle {folder}")
-    layers = sorted((int(key.split(".")[0]), tensor) for key, tensor in head.items() if key.endswith(".weight"))
-    widths = [len(tensor) for _, tensor in layers]
-    if not cfg.head and widths != [*model["hidden"], outputs]:  # before memory is taken for what bundle.json says
-        raise ValueError(f"the head's layers are {widths} wide, not {[*model['hidden'], outputs]}")
+    if not cfg.head:  # before memory is taken for what bundle.json says
+        layers = sorted(
+            (int(key.split(".")[0]), len(tensor)) for key, tensor in head.items() if key.endswith(".weight")
+        )
+        if [width for _, width in layers] != [*model["hidden"], outputs]:
+            raise ValueError(f"the head's layers are {layers} wide, not {[*model['hidden'], outputs]}")
     net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
     net.head.load_state_dict(head)
     return net

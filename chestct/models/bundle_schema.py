@@ -61,8 +61,8 @@ RULES: dict[str, Any] = {
         "hidden": Many(Number(1, 65536, whole=True), most=16),
         "dropout": _setting(MODEL["dropout"]),
         "trained_convolutions": bool,
+        "backbone?": str,
         "head?": {"*": object},  # a head of the user's own, whose class check_trusted allows or not
-        "*": str,
     },
     "preprocess": {
         "size": _setting(DATA["size"]),
