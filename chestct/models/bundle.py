@@ -46,8 +46,7 @@ LOCK = ".lock"
 """In the temporary folder of an export, held as long as its process lives."""
 
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
-"""Bytes of each file beyond which it is not read: a head on flattened maps with wide layers takes 0.4 GB, a million
-slices in `data.seen` 20 MB."""
+"""Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -282,20 +281,16 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
         if weights.digest != about["digest"]:
             raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
     else:
-        mean, scale = tuple(about["mean"]), tuple(about["scale"])
-        weights = Weights(
-            "bundle", _part(tensors, "features."), mean, scale, about["digest"], model.get("backbone", "vgg16")
-        )
+        mean, scale, backbone = tuple(about["mean"]), tuple(about["scale"]), model.get("backbone", "vgg16")
+        weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"], backbone)
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
     head = _part(tensors, "head.")
     cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"], head=model.get("head", {}))
     check_trusted(cfg.head, f"The bundle {folder}")
     if not cfg.head:  # before memory is taken for what bundle.json says
-        layers = sorted(
-            (int(key.split(".")[0]), len(tensor)) for key, tensor in head.items() if key.endswith(".weight")
-        )
-        if [width for _, width in layers] != [*model["hidden"], outputs]:
-            raise ValueError(f"the head's layers are {layers} wide, not {[*model['hidden'], outputs]}")
+        layers = sorted((int(key.split(".")[0]), len(w)) for key, w in head.items() if key.endswith(".weight"))
+        if (widths := [width for _, width in layers]) != [*model["hidden"], outputs]:
+            raise ValueError(f"the head's layers are {widths} wide, not {[*model['hidden'], outputs]}")
     net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
     net.head.load_state_dict(head)
     return net
