@@ -1,8 +1,7 @@
 """What one client may cost: how slowly, how much and how often it may send, and which paths exist at all.
 
-uvicorn has no deadline for the head or the body of a request, and its `limit_concurrency` counts idle sockets and turns
-away health probes with everybody else. Hence a subclass of its HTTP protocol, passed by its own `http=` option, and one
-ASGI middleware, which every request but a health probe passes first. Rates, many users and TLS are a proxy's work.
+One ASGI middleware, which every request but a health probe passes first: uvicorn has no deadline for a body, and its
+`limit_concurrency` turns away health probes with everybody else. Rates, many users and TLS are a proxy's work.
 """
 
 import asyncio
@@ -17,24 +16,17 @@ from typing import Any, cast
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chestct.config.schema import ServeConfig
 from chestct.serving.metrics import Metrics
 
 logger = logging.getLogger("chestct.serving")
 
-HEAD_S = 10.0
-"""Seconds within which the head of a request has to arrive."""
-
 BODY_S, BODY_RATE = 20.0, 50_000.0
 """Seconds that a body has at least, and bytes for each of which it gets another 1 / BODY_RATE seconds."""
 
-SEND_S = 60.0
-"""Seconds for which a client may leave an answer unread."""
-
-MAX_CONNECTIONS, MAX_REQUESTS = 700, 400
-"""Of all clients together. A process may usually open 1,024 files, sockets included."""
+MAX_REQUESTS = 400
+"""Under way at once, of all clients together; fewer than connections, so that a health probe finds one."""
 
 UNCOUNTED = 256_000
 """Bytes of each body that do not count as in flight: a large upload of one client leaves room for slices of others."""
@@ -79,59 +71,6 @@ UPLOAD = re.compile(r"[0-9a-f]{32}/[0-9a-f]{32}")
 
 class NoUploadError(Exception):
     """A request that names another file than an upload."""
-
-
-class PatientProtocol(H11Protocol):
-    """HTTP/1.1 whose patience ends. When connections run out, the one that has been idle longest is closed."""
-
-    idle_since = 0.0
-    head_timer: asyncio.TimerHandle | None = None
-    send_timer: asyncio.TimerHandle | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether no request is under way."""
-        return self.cycle is None or self.cycle.response_complete
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect_head()
-        if len(self.connections) > MAX_CONNECTIONS:
-            open_ones = [cast(PatientProtocol, one) for one in self.connections if not one.transport.is_closing()]
-            idle = [one for one in open_ones if one.idle]
-            if len(open_ones) > MAX_CONNECTIONS and idle:
-                min(idle, key=lambda one: one.idle_since).transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.idle and self.head_timer is None:
-            self._expect_head()
-        elif not self.idle and self.head_timer is not None:
-            self.head_timer.cancel()
-            self.head_timer = None
-
-    def on_response_complete(self) -> None:
-        self.idle_since = self.loop.time()
-        super().on_response_complete()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.send_timer = self.loop.call_later(SEND_S, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self.send_timer is not None:
-            self.send_timer.cancel()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        for timer in (self.head_timer, self.send_timer):
-            if timer is not None:
-                timer.cancel()
-
-    def _expect_head(self) -> None:
-        self.idle_since = self.loop.time()
-        self.head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
 
 
 def route_of(method: str, path: str) -> str:

@@ -19,9 +19,10 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from chestct.config.schema import ServeConfig
-from chestct.serving import limits
-from chestct.serving.limits import HEADERS, PatientProtocol, RequestLimits, route_of
+from chestct.serving import limits, protocol
+from chestct.serving.limits import HEADERS, RequestLimits, route_of
 from chestct.serving.metrics import Metrics
+from chestct.serving.protocol import PatientProtocol
 
 
 async def length(scope: Scope, receive: Receive, send: Send) -> None:
@@ -190,7 +191,7 @@ POST = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
 
 @pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\nHost:", b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET"])
 def test_a_head_that_does_not_come_ends_its_connection(monkeypatch: pytest.MonkeyPatch, head: bytes) -> None:
-    monkeypatch.setattr(limits, "HEAD_S", 0.3)
+    monkeypatch.setattr(protocol, "HEAD_S", 0.3)
     with listening() as service, service.open(head) as connection:
         assert ends(connection).count(b"HTTP/1.1") == head.count(b"healthz")
 
@@ -217,7 +218,7 @@ def test_slow_bodies_take_no_place_of_others() -> None:
 
 
 def test_idle_sockets_shut_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_CONNECTIONS", 50)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 50)
     with listening() as service, contextlib.ExitStack() as stack:
         for i in range(200):
             stack.enter_context(service.open(b"" if i % 2 else b"GET /"))
@@ -227,9 +228,11 @@ def test_idle_sockets_shut_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_request_under_way_is_not_given_up_for_idle_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "MAX_CONNECTIONS", 20)
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 20)
     with listening() as service, contextlib.ExitStack() as stack:
         busy = stack.enter_context(service.open(POST))
+        while not service.server.server_state.tasks:
+            time.sleep(0.01)
         for _ in range(60):
             stack.enter_context(service.open(b""))
         assert service.healthy()
@@ -295,7 +298,7 @@ def test_an_answer_that_is_not_read_ends_its_connection(monkeypatch: pytest.Monk
     async def large(scope: Scope, receive: Receive, send: Send) -> None:
         await PlainTextResponse("x" * 30_000_000)(scope, receive, send)
 
-    monkeypatch.setattr(limits, "SEND_S", 0.3)
+    monkeypatch.setattr(protocol, "SEND_S", 0.3)
     with listening(large) as service, service.open(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"):
         deadline = time.monotonic() + 20
         while not service.server.server_state.connections:
