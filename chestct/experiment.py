@@ -23,7 +23,7 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
     from chestct.training import train as fit
 
     if cfg.ckpt:
-        cfg = from_checkpoint(cfg)
+        cfg = from_checkpoint(cfg, best=False)
     if rank():  # takes part, and leaves all else to the first process
         return fit(cfg, out).metrics
     with sole_writer(out), open_run(cfg, out) as run:
@@ -141,11 +141,11 @@ def write_bundle(cfg: Config, out: Path) -> None:
     print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
 
 
-def from_checkpoint(cfg: Config) -> Config:
-    """The settings in the checkpoint cfg.ckpt, with those given on the command line laid over them."""
+def from_checkpoint(cfg: Config, best: bool = True) -> Config:
+    """The settings in the checkpoint cfg.ckpt, with the command line's on top; `best` as for find_checkpoint."""
     from hydra.core.hydra_config import HydraConfig
 
-    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking)
+    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking, best)
     stored = read_checkpoint(path)["hyper_parameters"]["settings"]
     check_trusted(stored, str(path), cfg.trust)
     overrides = list(HydraConfig.get().overrides.task)

@@ -188,7 +188,10 @@ class Config:
         "binary", "binary: cancer or normal; subtype: normal and three carcinomas", choices=("binary", "subtype")
     )
     seed: int = setting(0, "seed of initial weights, order and views", low=0)
-    ckpt: str | None = setting(None, "checkpoint to resume or to evaluate: a path, or `last` for the newest run's")
+    ckpt: str | None = setting(
+        None,
+        "a .ckpt file, a run folder, or `last` for the newest run; training goes on, evaluation takes the best epoch",
+    )
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
     bundle: str | None = setting(
         None, "bundle to evaluate or to serve: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID"

@@ -23,25 +23,28 @@ END_OF_ARCHIVE = b"PK\x05\x06"
 """How the last 22 bytes of a zip archive begin. They end with the length of a comment, in which the seal is kept."""
 
 
-def find_checkpoint(ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig | None = None) -> Path:
+def find_checkpoint(
+    ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig | None = None, best: bool = False
+) -> Path:
     """The checkpoint file that `ckpt` names.
 
-    A file, a run folder (its last), `last` (of the newest run), or runs:/RUN_ID (the best of an MLflow run, in the
-    stores that `tracking` names). Raises ConfigError where there is none.
+    A file, a run folder, `last` (the newest run), or runs:/RUN_ID (the best of an MLflow run, in the stores that
+    `tracking` names). Of a run, `best` takes the best epoch, which evaluation measures, and else the last, where
+    training goes on. Raises ConfigError where there is none.
     """
     if ckpt.startswith("runs:/"):
         from chestct.tracking import checkpoint_of_run
 
         return checkpoint_of_run(ckpt, tracking or TrackingConfig(), runs_dir)
-    path = Path(ckpt)
+    path, name = Path(ckpt), "best.ckpt" if best else "last.ckpt"
     if ckpt == "last":
         # Runs that end in the same instant are told apart by their names, which begin with the time.
         runs = sorted(_last_of_runs(Path(runs_dir)), key=lambda last: (last.stat().st_mtime_ns, last.parts))
         if not runs:
             raise ConfigError(f"ckpt=last: no run with a checkpoint under {runs_dir}. Train first: python train.py")
-        return runs[-1]
-    if path.is_dir():
-        path = path / "checkpoints" / "last.ckpt"
+        path = runs[-1].with_name(name)
+    elif path.is_dir():
+        path = path / "checkpoints" / name
     if not path.is_file():
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no .ckpt file"
         raise ConfigError(

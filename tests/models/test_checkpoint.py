@@ -48,10 +48,18 @@ def test_last_is_looked_for_below_a_folder_of_any_name(tmp_path):
     assert find_checkpoint("last", str(tmp_path / "refits" / ".hidden" / "runs")) == own
 
 
-def test_a_run_folder_means_its_last_and_a_wrong_path_is_told_with_what_is_near(tmp_path):
+def test_a_run_folder_means_its_last_or_its_best_and_a_wrong_path_says_what_is_near(tmp_path):
     last = last_of(tmp_path / "run", age=0)
     assert find_checkpoint(str(tmp_path / "run")) == last
     assert find_checkpoint(str(last)) == last
+    best = last.with_name("best.ckpt")
+    with pytest.raises(ConfigError, match=r"no checkpoint .*best\.ckpt"):
+        find_checkpoint("last", str(tmp_path), best=True)
+    best.write_bytes(b"")
+    assert (
+        find_checkpoint("last", str(tmp_path), best=True) == find_checkpoint(str(tmp_path / "run"), best=True) == best
+    )
+    best.unlink()
     with pytest.raises(ConfigError, match=r"bets\.ckpt \(in that folder: last\.ckpt\)"):
         find_checkpoint(str(last.with_name("bets.ckpt")))
 
