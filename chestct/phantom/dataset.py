@@ -20,6 +20,7 @@ from rich.progress import track
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import DataError
+from chestct.imaging.slice_files import why_skipped
 from chestct.phantom import defects, files, thorax
 from chestct.phantom.defects import File
 
@@ -46,6 +47,10 @@ def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int
         return known
     if root.exists() and not (root / TRUTH).is_file() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root} holds something other than phantoms. Move it away, or draw into another folder.")
+    if foreign := [path for path in root.rglob("*") if path.is_file() and not _own(path)]:  # drawing anew removes all
+        raise DataError(
+            f"{root} holds files that are no phantoms, {foreign[0]} first. Move them away before it is redrawn."
+        )
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
         if known := _complete(root, cfg):  # drawn by another process while this one waited
@@ -73,6 +78,11 @@ def read_truth(root: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return truth if isinstance(truth, dict) and {"settings", "generator", "files"} <= truth.keys() else None
+
+
+def _own(path: Path) -> bool:
+    """Whether a file of a set is one that `write` put there, or that an operating system leaves anywhere."""
+    return path.name == TRUTH or path.name.startswith("phantom_") or bool(why_skipped(path.name))
 
 
 def _complete(root: Path, cfg: PhantomConfig) -> dict[str, Any] | None:

@@ -121,6 +121,22 @@ def test_other_settings_draw_anew(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.lock"}
 
 
+@pytest.mark.parametrize("truth", ["whole", "cut"])
+def test_a_set_that_holds_somebodys_files_is_not_drawn_anew(tmp_path, truth):
+    root = tmp_path / "set"
+    dataset.write(root, PhantomConfig(**SMALL))
+    mine = root / "train" / "normal" / "my notes.txt"
+    mine.write_text("keep me", encoding="utf-8")
+    (root / "train" / ".DS_Store").write_bytes(b"")
+    if truth == "cut":
+        (root / "truth.json").write_text("{", encoding="utf-8")
+    with pytest.raises(DataError, match=r"my notes\.txt"):
+        dataset.write(root, PhantomConfig(**SMALL, difficulty=0.9))
+    assert mine.read_text(encoding="utf-8") == "keep me"
+    mine.unlink()
+    dataset.write(root, PhantomConfig(**SMALL, difficulty=0.9))
+
+
 @pytest.mark.parametrize("damage", ["slice", "mask", "truth_cut"])
 def test_a_set_with_something_missing_is_not_reused(tmp_path, damage):
     cfg, root = PhantomConfig(**SMALL), tmp_path / "set"
