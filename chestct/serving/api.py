@@ -38,9 +38,9 @@ import chestct
 from chestct.config.schema import ServeConfig
 from chestct.errors import ConfigError, DecodeError
 from chestct.serving.limits import RequestLimits
-from chestct.serving.metrics import Metrics
 from chestct.serving.pictures import data_uri, overlay
 from chestct.serving.predictor import NEVER, NOT_MEDICAL, BusyError, Prediction, Predictor
+from chestct.serving.prometheus import Metrics
 from chestct.serving.reading import OnAnswer, record
 from chestct.serving.uploads import FormError, UploadError, files_in_form, keep, sweep
 

@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chestct.config.schema import ServeConfig
-from chestct.serving.metrics import Metrics
+from chestct.serving.prometheus import Metrics
 
 logger = logging.getLogger("chestct.serving")
 

@@ -27,8 +27,8 @@ from chestct.config.schema import Config, ServeConfig
 from chestct.errors import ChestCTError, ConfigError
 from chestct.imaging.slice import Limits
 from chestct.serving.api import Login, make_app
-from chestct.serving.metrics import Metrics
 from chestct.serving.predictor import Predictor
+from chestct.serving.prometheus import Metrics
 from chestct.serving.protocol import PatientProtocol
 
 logger = logging.getLogger("chestct.serving")

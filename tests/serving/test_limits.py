@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from chestct.config.schema import ServeConfig
 from chestct.serving import limits, protocol
 from chestct.serving.limits import HEADERS, RequestLimits, route_of
-from chestct.serving.metrics import Metrics
+from chestct.serving.prometheus import Metrics
 from chestct.serving.protocol import PatientProtocol
 
 
