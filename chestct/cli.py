@@ -206,13 +206,13 @@ def params() -> None:
 
 
 def predict() -> None:
-    from chestct.predict import main
+    from chestct.predict_command import main
 
     sys.exit(main(sys.argv[1:]))
 
 
 def drift() -> None:
-    from chestct.drift import main
+    from chestct.drift_command import main
 
     sys.exit(main(sys.argv[1:]))
 

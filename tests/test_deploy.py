@@ -90,7 +90,7 @@ import sys
 for name in {json.dumps(missing)}:
     sys.modules[name] = None  # importing it now fails as where it is not installed
 from chestct.config.compose import compose
-from chestct.predict import main
+from chestct.predict_command import main
 import chestct.serving.page, chestct.serving.server
 import chestct.reporting.drift_report, chestct.serving.monitor, chestct.serving.shift
 from chestct.serving.examples import make_examples

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.audit import examples, inventory, leakage, shortcuts
+from chestct.audit import inventory, leakage, shortcuts, showcase
 from chestct.audit.findings import Audit, findings
 from chestct.config.schema import Config
 from chestct.data.splits import make_splits
@@ -67,8 +67,8 @@ def audit(
         conflicts=conflicts,
         shortcuts=shortcuts.shortcuts(manifest, policies, images, seed=seed),
         shift=[row | {"title": shortcuts.TITLES[row["name"]]} for row in shifts],
-        contacts=examples.contacts(manifest, in_force, seed=seed),
-        examples=examples.examples(manifest, pairs, conflicts, shown),
+        contacts=showcase.contacts(manifest, in_force, seed=seed),
+        examples=showcase.examples(manifest, pairs, conflicts, shown),
         skipped=[] if skipped is None else inventory.records(skipped),
         disbelieved=list(disbelieved),
     )

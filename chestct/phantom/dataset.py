@@ -21,7 +21,7 @@ from rich.progress import track
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import DataError
 from chestct.imaging.slice_files import why_skipped
-from chestct.phantom import defects, files, thorax
+from chestct.phantom import defects, encode, thorax
 from chestct.phantom.defects import File
 
 GENERATOR = 3
@@ -149,12 +149,12 @@ def _write_file(work: Path, cfg: PhantomConfig, file: File) -> dict[str, Any]:
         path.write_bytes(defects.encode_odd(thorax.display(phantom.hu, phantom.window), str(file.operation)))
     elif path.suffix == ".dcm":
         # A copy is a copy of the bytes, so it keeps the identity of its original.
-        files.write_dicom(path, phantom, f"{cfg.seed}-{file.index:05d}")
+        encode.write_dicom(path, phantom, f"{cfg.seed}-{file.index:05d}")
     else:
-        files.write_png(path, phantom)
+        encode.write_png(path, phantom)
     mask_name = f"masks/{Path(file.path).with_suffix('.png')}" if file.readable and mask.any() else None
     if mask_name:
-        files.write_mask(work / mask_name, mask)
+        encode.write_mask(work / mask_name, mask)
     return dataclasses.asdict(file) | {
         "seed": seed,
         "window": list(phantom.window),

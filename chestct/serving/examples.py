@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from chestct.config.schema import PhantomConfig
-from chestct.phantom.files import write_dicom
+from chestct.phantom.encode import write_dicom
 from chestct.phantom.thorax import display, draw
 from chestct.serving.pictures import data_uri, encoded
 

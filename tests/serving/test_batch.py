@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct import predict
+from chestct import predict_command as predict
 from chestct.files import json_digest
 from chestct.models.bundle import FACTS
 from chestct.models.vgg16 import VGG16
@@ -360,7 +360,7 @@ def test_an_edited_row_is_read_again(bundle, scans, tmp_path, answered):
 
 
 def start(folder: Path, bundle: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "chestct.predict", str(folder), "--bundle", str(bundle), "--out", str(out)]
+    command = [sys.executable, "-m", "chestct", "predict", str(folder), "--bundle", str(bundle), "--out", str(out)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -407,7 +407,7 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(bundle, tmp_path):
     folder.mkdir()
     for name in ("läsion 肺.png", ".hidden 肺.png"):
         (folder / name).write_bytes(png(1))
-    command = [sys.executable, "-m", "chestct.predict", folder, "--bundle", bundle, "--out", tmp_path / "健康.csv"]
+    command = [sys.executable, "-m", "chestct", "predict", folder, "--bundle", bundle, "--out", tmp_path / "健康.csv"]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -457,8 +457,10 @@ def test_help_is_quick_and_the_program_is_light(bundle, scans):
         "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas') if m in sys.modules])"
     )
     arguments = [str(scans / "b"), "--bundle", str(bundle), "--out", str(scans / "s.csv")]
-    code = f"import sys; from chestct.predict import main; main({arguments}); {light}"
+    code = f"import sys; from chestct.predict_command import main; main({arguments}); {light}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    code = "import sys; from chestct.predict import main; 'torch' in sys.modules and sys.exit(1); main(['--help'])"
+    code = (
+        "import sys; from chestct.predict_command import main; 'torch' in sys.modules and sys.exit(1); main(['--help'])"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

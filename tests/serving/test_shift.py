@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.stats import fisher_exact
 
-from chestct import drift as program
+from chestct import drift_command as program
 from chestct.files import json_digest
 from chestct.imaging.statistics import STATISTICS
 from chestct.models.bundle import FACTS, Bundle, load_bundle
@@ -256,7 +256,7 @@ def test_the_report_imports_nothing_that_trains_or_serves(bundle, folder, tmp_pa
     db = write(tmp_path / "m.db", records(bundle, np.random.default_rng(5), 70))
     arguments = ["report", "--db", str(db), "--bundle", str(folder), "--out", str(tmp_path / "d.html")]
     code = (
-        f"import sys; from chestct.drift import main; main({arguments}); "
+        f"import sys; from chestct.drift_command import main; main({arguments}); "
         "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
