@@ -21,16 +21,17 @@ class DataError(ChestCTError):
 
 
 class DecodeError(DataError):
-    """A file that cannot be turned into pixels."""
+    """A file that cannot be turned into pixels; `lasting` where no other machine or moment would change that."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str, lasting: bool = True) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
         self.reason = reason
+        self.lasting = lasting
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        # Decoding runs in worker processes; an exception with two arguments does not pickle by itself.
-        return type(self), (self.path, self.reason)
+    def __reduce__(self) -> tuple[type, tuple[str, str, bool]]:
+        # Decoding runs in worker processes; an exception with several arguments does not pickle by itself.
+        return type(self), (self.path, self.reason, self.lasting)
 
 
 class WeightsError(ChestCTError):

@@ -65,13 +65,17 @@ def program(
                 _refuse_several(config_name, bool(flags.keys() & {"-m", "--multirun"}))
                 overrides = [readable(override, bool(flags.keys() & {"-m", "--multirun"})) for override in overrides]
                 _refuse_passwords(overrides)
+                folder = None if flags.keys() & NO_RUN else run_folder(_check(config_name, flags, overrides))
+                elsewhere = any(override.startswith("hydra.run.dir=") for override in overrides)
+                if folder and elsewhere and processes() > 1:  # the others could not tell where the first goes on
+                    raise ConfigError(
+                        f"Several processes go on in the run's own folder, {folder}: leave out hydra.run.dir."
+                    )
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")
                     overrides += [quoted("hydra.run.dir", scratch.name), "hydra.output_subdir=null"]
-                elif not flags.keys() & NO_RUN:
-                    folder = run_folder(_check(config_name, flags, overrides))
-                    if folder and not any(override.startswith("hydra.run.dir=") for override in overrides):
-                        overrides.append(quoted("hydra.run.dir", str(folder)))
+                elif folder and not elsewhere:
+                    overrides.append(quoted("hydra.run.dir", str(folder)))
                 options = [
                     part for flag, value in flags.items() for part in ([flag] if value is None else [flag, value])
                 ]
@@ -88,9 +92,14 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def processes() -> int:
+    """How many processes torchrun or srun started for one training."""
+    return max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
 def _refuse_several(config_name: str, sweep: bool) -> None:
     """Raises ConfigError where torchrun or srun started several processes for what one does."""
-    several = max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    several = processes()
     if several > 1 and config_name != "train":
         raise ConfigError(f"{several} processes were started; only `chestct train` takes several.")
     if several > 1 and sweep:

@@ -204,7 +204,8 @@ def _measure(
         data = read(file.root / file.path, limits)
         slice_ = decode(data, cfg.window, limits, name=file.path)
     except DecodeError as error:
-        return {"file_hash": file_hash, "reason": error.reason}, None
+        # Without its hash a file is tried again: a decoder may have been installed, a disk may answer again.
+        return {"file_hash": file_hash if error.lasting else "", "reason": error.reason}, None
     # Bytes stay bytes: passes over floats would cost as much again as decoding.
     gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
     facts = {

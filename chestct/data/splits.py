@@ -81,7 +81,7 @@ def leaked(manifest: pd.DataFrame, splits: pd.Series) -> pd.Series:
 
 def _grouped(manifest: pd.DataFrame, classes: pd.Series, cfg: DataConfig) -> pd.Series:
     splits = pd.Series(LEFT_OUT, index=manifest.index, dtype=object)
-    kept = manifest.index[_distinct(manifest, classes)]
+    kept = manifest.index[~manifest["content"].duplicated() & ~_conflicting(manifest, classes)]
     counts = pd.crosstab(manifest["group"][kept], classes[kept])  # groups x classes
     if cfg.folds:
         fold = stratified_group_split(counts, [1 / cfg.folds] * cfg.folds, cfg.split_seed)
@@ -130,24 +130,31 @@ def _official(manifest: pd.DataFrame, cfg: DataConfig) -> pd.Series:
             f"data.split={cfg.split} takes the folders' own split, but there are no train and test folders (saw: "
             f"{', '.join(sorted(folders - {''})) or 'none'}). Use data.split=grouped."
         )
-    if "valid" not in folders:
-        train = splits == "train"
-        counts = pd.crosstab(manifest["group"][train], manifest["subtype"][train])
-        part = stratified_group_split(counts, [1 - cfg.valid_fraction, cfg.valid_fraction], cfg.split_seed)
-        splits[train] = manifest["group"][train].map(part).map({0: "train", 1: "valid"})
+    if not splits.isin(SPLITS).all():
+        unsplit = manifest["source"][~splits.isin(SPLITS)].unique()
+        raise DataError(
+            f"data.split={cfg.split} takes the folders' own split, and these sources have none: {', '.join(unsplit)}. "
+            "Use data.split=grouped, or leave them out."
+        )
+    for source in manifest["source"].unique():
+        own = manifest["source"] == source
+        if "valid" not in set(splits[own]):
+            train = own & (splits == "train")
+            counts = pd.crosstab(manifest["group"][train], manifest["subtype"][train])
+            part = stratified_group_split(counts, [1 - cfg.valid_fraction, cfg.valid_fraction], cfg.split_seed)
+            splits[train] = manifest["group"][train].map(part).map({0: "train", 1: "valid"})
     return splits
 
 
 def _clean(manifest: pd.DataFrame, classes: pd.Series, splits: pd.Series) -> pd.Series:
-    """Official splits without what crosses them: train keeps one of each copy, valid and test only what is new."""
-    copies = ~_distinct(manifest, classes)
-    return splits.mask(leaked(manifest, splits) | (copies & (splits == "train")), LEFT_OUT)
+    """Official splits without what crosses them: each keeps one of its copies, valid and test only what is new."""
+    copies = manifest.assign(split=splits).duplicated(["content", "split"])
+    return splits.mask(leaked(manifest, splits) | copies | _conflicting(manifest, classes), LEFT_OUT)
 
 
-def _distinct(manifest: pd.DataFrame, classes: pd.Series) -> pd.Series:
-    """True for the first slice of each content, False for its copies and for contents that carry two classes."""
-    conflict = classes.groupby(manifest["content"]).transform("nunique") > 1
-    return ~manifest["content"].duplicated() & ~conflict
+def _conflicting(manifest: pd.DataFrame, classes: pd.Series) -> pd.Series:
+    """True for slices whose content carries two classes."""
+    return classes.groupby(manifest["content"]).transform("nunique") > 1
 
 
 def _check_classes(splits: pd.Series, classes: pd.Series, groups: pd.Series, task: str) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
 from chestct.imaging import raster
-from chestct.imaging.slice import DEFAULT_LIMITS, Limits, RefusedError, Slice
+from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, RefusedError, Slice
 
 # Real archives are full of odd values, and Pillow and pydicom warn of each; what matters is in `decode`'s errors.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
@@ -102,7 +102,7 @@ def read(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
             raise DecodeError(path, f"{status.st_size:,} bytes; data.max_bytes allows {limits.max_bytes:,}")
         return path.read_bytes()
     except OSError as error:
-        raise DecodeError(path, f"cannot be read: {error.strerror or error}") from None
+        raise DecodeError(path, f"cannot be read: {error.strerror or error}", lasting=False) from None
     except ValueError as error:  # a name that no file can have
         raise DecodeError(path, f"cannot be read: {error}") from None
 
@@ -153,6 +153,7 @@ def _explained(label: str, format: str) -> Iterator[None]:
     try:
         yield
     except RefusedError as error:
-        raise DecodeError(label, f"{format}: {error}") from error
+        lasting = not isinstance(error, MissingDecoderError)
+        raise DecodeError(label, f"{format}: {error}", lasting) from error
     except Exception as error:
         raise DecodeError(label, f"damaged {format}; export it again ({error or type(error).__name__})") from error

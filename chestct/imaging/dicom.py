@@ -36,7 +36,7 @@ from pydicom.uid import (
 )
 
 from chestct.config.schema import WindowConfig
-from chestct.imaging.slice import BudgetedFile, Limits, RefusedError, Slice
+from chestct.imaging.slice import BudgetedFile, Limits, MissingDecoderError, RefusedError, Slice
 
 # It logs each odd value, and a traceback of each exception that it then raises; `decode` says what matters.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -172,7 +172,7 @@ def _frame(pixels: bytes, frame: int, layout: dict[str, Any], syntax: UID) -> np
     """Stored values of one frame: [H, W], or [H, W, 3] for RGB."""
     decoder = get_decoder(syntax)  # NotImplementedError for transfer syntaxes that are no images, such as video
     if not decoder.is_available:
-        raise RefusedError(f"{syntax.name} needs a decoder: pip install 'chestct[dicom]'")
+        raise MissingDecoderError(f"{syntax.name} needs a decoder: pip install 'chestct[dicom]'")
     if syntax.is_encapsulated:
         offsets = layout.get("extended_offsets")
         file, count = BudgetedFile(pixels, MAX_READS), layout["number_of_frames"]

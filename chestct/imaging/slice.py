@@ -32,6 +32,10 @@ class RefusedError(ValueError):
     """A file that is not decoded because of what it contains; the text says what that is and what is allowed."""
 
 
+class MissingDecoderError(RefusedError):
+    """A file that this machine cannot decode, and another can."""
+
+
 @dataclass(frozen=True, eq=False)  # arrays have no single truth value
 class Slice:
     """One decoded slice.

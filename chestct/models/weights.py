@@ -33,7 +33,7 @@ class Weights:
     tensors: Mapping[str, torch.Tensor] | None  # `{i}.weight|bias` as in torchvision's vgg16().features; None: random
     mean: tuple[float, float, float]
     scale: tuple[float, float, float]
-    digest: str  # identity of the tensors
+    digest: str  # identity of the tensors, and of a file with its mean and scale
     backbone: str = "vgg16"  # the name of torchvision's network
 
 
@@ -77,6 +77,7 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
         tensors, identity = _torchvision(backbone)
     else:
         tensors, identity = _file(Path(name))
+        identity = digest(f"{identity} {mean} {scale}")  # the file's name decides about them
     return Weights(name, _checked(tensors, name, backbone), mean, scale, identity, backbone)
 
 

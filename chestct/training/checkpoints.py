@@ -20,8 +20,30 @@ def keepers(cfg: TrainerConfig, folder: Path) -> tuple[ModelCheckpoint, ModelChe
     that the last holds what it knows.
     """
     settings: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    best = ModelCheckpoint(folder, "best", monitor=cfg.monitor, mode=cfg.mode, **settings)
-    return best, ModelCheckpoint(folder, "last", monitor=None, **settings)
+    best = Keeper(folder, "best", monitor=cfg.monitor, mode=cfg.mode, **settings)
+    return best, Keeper(folder, "last", monitor=None, **settings)
+
+
+class Keeper(ModelCheckpoint):
+    """ModelCheckpoint that knows its best in a run folder that was moved or copied, too.
+
+    Lightning keeps absolute paths; where they differ, it forgets what was best, and the next epoch would replace it.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath))
+
+        def moved(path: str) -> str:
+            return str(here / Path(path).name) if path else path
+
+        if all((here / Path(path).name).is_file() for path in state_dict["best_k_models"]):
+            state_dict = state_dict | {
+                "dirpath": str(here),
+                "best_model_path": moved(state_dict["best_model_path"]),
+                "kth_best_model_path": moved(state_dict["kth_best_model_path"]),
+                "best_k_models": {moved(path): score for path, score in state_dict["best_k_models"].items()},
+            }
+        super().load_state_dict(state_dict)
 
 
 class SealedCheckpoints(TorchCheckpointIO):

@@ -81,7 +81,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         data.setup()
         _check_shares(cfg, data, trainer.world_size)
         model = _classifier(cfg, data)
-        resume = _resumable(cfg, out, model)
+        resume = _resumable(cfg, out, model, where)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
@@ -217,7 +217,7 @@ def _check_shares(cfg: Config, data: SliceModule, processes: int) -> None:
         )
 
 
-def _resumable(cfg: Config, out: Path, model: Classifier) -> Path | None:
+def _resumable(cfg: Config, out: Path, model: Classifier, where: ClusterEnvironment) -> Path | None:
     """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data.
 
     In the run's own folder that is the last one, whichever is named: epochs are never thrown away.
@@ -226,9 +226,12 @@ def _resumable(cfg: Config, out: Path, model: Classifier) -> Path | None:
         return None
     path = Path(cfg.ckpt)
     checkpoint = read_checkpoint(path)
+    # Only the first of several processes has the run's folder; all go on in it.
+    in_place = path.resolve().parent == (out / "checkpoints").resolve()
+    own = path.parent.name == "checkpoints" and (in_place or where.global_rank() > 0)
     with suppress(WeightsError):  # no last one, or damaged
-        last = read_checkpoint(out / "checkpoints" / "last.ckpt")
-        if path.resolve().parent == (out / "checkpoints").resolve() and last["epoch"] > checkpoint["epoch"]:
+        last = read_checkpoint(path.with_name("last.ckpt")) if own else checkpoint
+        if last["epoch"] > checkpoint["epoch"]:
             print(
                 f"{path.name} is of epoch {checkpoint['epoch'] + 1}: going on with last.ckpt, of {last['epoch'] + 1}."
             )

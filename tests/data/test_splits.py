@@ -101,6 +101,37 @@ def test_official_clean_drops_what_crosses_and_copies_in_train():
     assert not leaked(manifest, splits).any()
 
 
+def test_official_clean_keeps_one_of_each_copy_whatever_the_order_of_the_folders():
+    # test folders come first in a listing: [copy across, two copies within, two labels] + enough of everything else
+    folders = ["test", "test", "test", "test", "test", "train"] + ["train", "valid", "test"] * 4
+    subtypes = ["normal", "normal", "normal", "normal", "squamous", "normal"] + ["normal"] * 6 + ["squamous"] * 6
+    content = ["across", "twice", "twice", "both", "both", "across", *(f"c{i}" for i in range(12))]
+    groups = [0, 1, 1, 2, 2, 0, *range(3, 15)]
+    splits = make_splits(
+        make_manifest(groups, subtypes, folders, content), "binary", DataConfig(split="official_clean")
+    )
+    assert splits[:6].tolist() == ["", "test", "", "", "", "train"]
+    assert (splits[6:] != "").all()
+
+
+@pytest.mark.parametrize("split", ["official", "official_clean"])
+def test_a_source_without_a_split_of_its_own_is_named_not_dropped(split):
+    manifest = make_manifest(range(28), [*CLASSES, *CLASSES], [*OFFICIAL, *[""] * 14])
+    manifest.loc[14:, "source"] = "clinic"
+    with pytest.raises(DataError, match=r"these sources have none: clinic\. Use data\.split=grouped"):
+        make_splits(manifest, "binary", DataConfig(split=split))
+
+
+def test_a_source_without_a_valid_folder_gives_some_of_its_training_slices():
+    manifest = make_manifest(
+        range(74), [*CLASSES, *["normal", "squamous"] * 30], [*OFFICIAL, *["train"] * 40, *["test"] * 20]
+    )
+    manifest.loc[14:, "source"] = "clinic"
+    splits = make_splits(manifest, "binary", DataConfig(split="official"))
+    assert splits[:14].tolist() == OFFICIAL
+    assert (splits[14:] == "valid").sum() == 6
+
+
 def test_folders_without_a_split_need_a_grouped_one():
     with pytest.raises(DataError, match=r"data\.split=grouped"):
         make_splits(make_manifest(range(14), CLASSES), "binary", DataConfig(split="official"))

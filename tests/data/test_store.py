@@ -21,7 +21,7 @@ from chestct.data import ingest as ingest_module
 from chestct.data import store as store_module
 from chestct.data.ingest import ingest
 from chestct.data.store import open_store, store_folder
-from chestct.errors import DataError
+from chestct.errors import DataError, DecodeError
 
 LABELS = {"normal": "normal", "cancer": "cancer"}
 
@@ -132,6 +132,24 @@ def test_unreadable_files_are_listed_and_fail_beyond_the_limit(cfg, tmp_path):
     assert sorted(store.unreadable["path"]) == ["normal/broken.png", "normal/note.txt"]
     assert store.unreadable["reason"].str.len().min() > 5
     assert len(store.manifest) == 12
+
+
+def test_a_file_that_needed_a_decoder_is_read_once_it_is_installed(cfg, tmp_path, monkeypatch):
+    cfg.max_unreadable = 1
+    real = ingest_module.decode
+
+    def missing(data, window, limits, name):
+        if name.endswith(victim):
+            raise DecodeError(name, "needs a decoder: pip install 'chestct[dicom]'", lasting=False)
+        return real(data, window, limits, name=name)
+
+    victim = next((tmp_path / "data").rglob("*.png")).name
+    monkeypatch.setattr(ingest_module, "decode", missing)
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 11
+    monkeypatch.undo()
+    store = ingest(cfg, tmp_path / "store")
+    assert len(store.manifest) == 12
+    assert store.unreadable.empty
 
 
 def test_nothing_readable_is_an_error(tmp_path):

@@ -46,7 +46,11 @@ def test_a_file_of_the_same_tensors_gives_the_same_convolutions(tmp_path, kind):
 
 def test_a_torchvision_file_gets_torchvisions_mean_and_scale(tmp_path):
     save_file(load_file(PACKAGED), tmp_path / "vgg16_imagenet1k_v1.safetensors")
-    assert load_weights(str(tmp_path / "vgg16_imagenet1k_v1.safetensors")).mean == (0.485, 0.456, 0.406)
+    weights = load_weights(str(tmp_path / "vgg16_imagenet1k_v1.safetensors"))
+    assert weights.mean == (0.485, 0.456, 0.406)
+    # so that a renamed file is not taken for the same network, whose features are in the cache
+    (tmp_path / "vgg16_imagenet1k_v1.safetensors").rename(tmp_path / "other.safetensors")
+    assert load_weights(str(tmp_path / "other.safetensors")).digest != weights.digest
 
 
 class Evil:

@@ -284,6 +284,19 @@ def test_the_last_checkpoint_is_of_the_last_epoch_even_where_the_first_was_best(
     assert epoch_in(longer.last) == 5
 
 
+def test_a_run_whose_folder_moved_still_knows_its_best(small, tmp_path):
+    result = train(small("optim.lr=1000", "trainer.max_epochs=3", "trainer.patience=0"), tmp_path / "run")
+    best = epoch_in(result.best)
+    assert best < 2
+    (tmp_path / "run").rename(tmp_path / "moved")
+    last = tmp_path / "moved" / "checkpoints" / "last.ckpt"
+    settings = ("optim.lr=1000", "trainer.max_epochs=4", "trainer.patience=0", f"ckpt={last}")
+    again = train(small(*settings), tmp_path / "moved")
+    assert epoch_in(again.last) == 3
+    assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(again.best)
+    assert again.best.parent == last.parent
+
+
 def test_a_damaged_checkpoint_is_never_gone_on_with(small, tmp_path):
     last = train(small(), tmp_path / "run").last
     content = bytearray(last.read_bytes())
