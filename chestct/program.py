@@ -157,8 +157,7 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str | None], list[s
 def _check(config_name: str, flags: dict[str, str | None], overrides: list[str]) -> Config:
     folder = flags.get("--config-dir") or flags.get("-cd")
     name = flags.get("--config-name") or flags.get("-cn") or config_name
-    search = [f"hydra.searchpath=['{Path(folder).resolve()}']"] if folder else []
-    return compose(*overrides, *search, config_name=name)
+    return compose(*overrides, config_name=name, config_dir=Path(folder).resolve() if folder else None)
 
 
 def _run(task: Task, config_name: str) -> None:

@@ -44,17 +44,21 @@ MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "dete
 """What the files of conf/trainer set."""
 
 
-def compose(*overrides: str, config_name: str = "train") -> Config:
+def compose(*overrides: str, config_name: str = "train", config_dir: Path | None = None) -> Config:
     """The settings that the program conf/<config_name>.yaml would see for these overrides; for tests and notebooks.
 
-    Raises ConfigError like the program does.
+    config_dir: an absolute folder with more files, as Hydra's --config-dir. Raises ConfigError like the program does.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
+    first, second = CONF, config_dir
+    if config_dir and (config_dir / f"{config_name}.yaml").is_file():  # Hydra looks for it in the first folder alone
+        first, second = config_dir, CONF
+    search = [f"hydra.searchpath=['{second}']"] if second else []
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose(config_name, [readable(override) for override in overrides])
+        with initialize_config_dir(str(first), version_base="1.3"):
+            composed = hydra_compose(config_name, [*map(readable, overrides), *search])
     except Exception as error:
         if not type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")) and not isinstance(
             error, ValueError

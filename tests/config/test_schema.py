@@ -147,3 +147,11 @@ def test_a_path_is_read_as_typed(value):
 def test_a_pipeline_with_a_group_in_place_of_its_settings_says_how():
     with pytest.raises(ConfigError, match=r"chestct params data=chest_ct"):
         resolve({"data": "chest_ct"})
+
+
+def test_a_config_of_another_folder_is_composed_with_the_groups_of_conf(tmp_path):
+    (tmp_path / "params.yaml").write_text((CONF.parent / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    assert compose("seed=3", config_name="params", config_dir=tmp_path).seed == 3
+    (tmp_path / "optim").mkdir()
+    (tmp_path / "optim" / "mine.yaml").write_text("lr: 0.5\n", encoding="utf-8")
+    assert compose("optim=mine", config_dir=tmp_path).optim.lr == 0.5

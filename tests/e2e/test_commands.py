@@ -56,7 +56,9 @@ def test_train_then_evaluate_tell_the_same_numbers(call, tmp_path):
     trained = json.loads((run / "evaluation" / "metrics.json").read_text())
     for name in ("roc.svg", "precision_recall.svg", "confusion.svg", "curves.png", "predictions.parquet"):
         assert (run / "evaluation" / name).stat().st_size > 0
-    status, again, err = call("evaluate.py", "ckpt=last", "hydra.run.dir=evaluated", small=False)
+    status, again, err = call(
+        "evaluate.py", "ckpt=last", "hydra.run.dir=evaluated", "trainer.progress=false", small=False
+    )
     assert status == 0, err
     evaluated = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())
     for split in ("valid", "test"):

@@ -143,12 +143,12 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint(call, tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     before = client.get_run(run_id)
     out = f"hydra.run.dir={tmp_path}/evaluated"
-    status, printed, err = call("evaluate.py", f"ckpt={run}", out, "evaluation.threshold=half", small=False)  # last
+    status, printed, err = call("evaluate.py", f"ckpt={run}", out, "evaluation.threshold=half", small=False)
     assert status == 0, err
     assert run_id in printed
     after = client.get_run(run_id)
     assert after.info.status == "FINISHED"
-    assert after.data.metrics["last/test/auroc"] == pytest.approx(
+    assert after.data.metrics["best/test/auroc"] == pytest.approx(
         json.loads((tmp_path / "evaluated" / "metrics.json").read_text())["test"]["auroc"]
     )
     assert after.data.params == before.data.params
