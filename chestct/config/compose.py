@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from chestct.config.checks import explain, resolve
 from chestct.config.schema import Config, leaves, type_name
+from chestct.config.targets import refuse_expressions
 from chestct.errors import ConfigError
 from chestct.files import write_atomic
 
@@ -106,7 +107,7 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
     where groups are opened and types are right.
     Raises ConfigError where the stored settings hold an interpolation, which could read this machine's environment.
     """
-    _refuse_interpolation(stored)
+    refuse_expressions(stored, "The checkpoint")
     merged, source = OmegaConf.create(stored), OmegaConf.structured(cfg)
     keys = [override.split("=", 1)[0].lstrip("+~").split("@")[0] for override in overrides]
     keys = [{"data.labels_file": "data.labels"}.get(key, key) for key in keys]  # `resolve` read the file
@@ -119,15 +120,6 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
         for part in [f"trainer.{name}" for name in MACHINE] if key == "trainer" else [key]:
             OmegaConf.update(merged, part, OmegaConf.select(source, part), merge=False, force_add=True)
     return resolve(merged)
-
-
-def _refuse_interpolation(value: Any, key: str = "") -> None:
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"The checkpoint's setting {key}={value!r} is an expression, which files may not hold.")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, item in items:
-        _refuse_interpolation(str(name), key)
-        _refuse_interpolation(item, f"{key}.{name}".lstrip("."))
 
 
 def help_text(usage: str) -> str:

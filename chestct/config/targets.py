@@ -43,10 +43,10 @@ def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwarg
 def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None:
     """Raises ConfigError where the settings in a file name code that a file may not choose.
 
-    source: the file, for the message; trust: packages that are trusted besides. What is never taken from a file, its
-    callbacks and loggers, may be anything.
+    source: the file, for the message; trust: packages that are trusted besides. Expressions are refused everywhere.
     """
-    if isinstance(settings, dict):
+    refuse_expressions(settings, source)
+    if isinstance(settings, dict):  # callbacks and loggers are never taken from a file, so they may be anything
         settings = {key: value for key, value in settings.items() if key not in ("callbacks", "loggers")}
     for target in foreign(settings, trust):
         package = str(target).split(".", 1)[0]
@@ -55,6 +55,19 @@ def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None
             f"torchvision.models, lightning.pytorch or chestct have. If you know the file and that code, say "
             f"trust=[{package}]."
         )
+
+
+def refuse_expressions(value: Any, source: str, key: str = "") -> None:
+    """Raises ConfigError where settings in a file, or their keys, hold an interpolation.
+
+    It would read this machine's environment, or make settings anew (`oc.create`) after all checks.
+    """
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{source} sets {key}={value!r}: an expression, which files may not hold.")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        refuse_expressions(str(name), source, key)
+        refuse_expressions(item, source, f"{key}.{name}".lstrip("."))
 
 
 def foreign(settings: Any, trust: Sequence[str] = ()) -> list[Any]:

@@ -92,3 +92,12 @@ def test_what_is_trusted_on_the_command_line_may_be_named(tmp_path, monkeypatch)
     check_trusted({"_target_": "trusted_package.Head"}, "x.ckpt", ["trusted_package"])
     with pytest.raises(ConfigError):
         check_trusted({"_target_": "trusted_package.os.system"}, "x.ckpt", ["trusted_package"])
+
+
+@pytest.mark.parametrize(
+    "argument", [{"y": "${oc.create:'{_target_: builtins.print}'}"}, {"${oc.env:HOME}": 1}, {"y": [{"z": "\\${a}"}]}]
+)
+@pytest.mark.parametrize("place", ["model", "callbacks"])
+def test_a_file_holds_no_expression_which_could_name_code_later(argument, place):
+    with pytest.raises(ConfigError, match=r"x\.ckpt sets .*an expression"):
+        check_trusted({place: {"head": {"_target_": "torch.nn.Identity", **argument}}}, "x.ckpt")

@@ -16,7 +16,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from chestct.config.schema import EvaluationConfig, ModelConfig
-from chestct.errors import BundleError
+from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
 from chestct.models.bundle import CARD, FACTS, PACKAGED_BUNDLE, TENSORS, Bundle, load_bundle, save_bundle
 from chestct.models.novelty import channel_means, fit_novelty
@@ -202,6 +202,15 @@ def test_facts_that_break_the_schema_are_refused_by_the_key(folder: Path, messag
     rewrite(folder, FAULTS[message])
     with pytest.raises(BundleError, match=message):
         load_bundle(folder)
+
+
+def test_a_head_that_would_make_its_target_by_an_expression_runs_nothing(folder: Path, tmp_path: Path) -> None:
+    copy = f"{{_target_: shutil.copyfile, src: {folder / CARD}, dst: {tmp_path / 'sprung'}}}"
+    head = {"_target_": "torch.nn.Identity", "y": f"${{oc.create:'{copy}'}}"}
+    rewrite(folder, lambda facts: facts["model"].update(head=head))
+    with pytest.raises(ChestCTError, match="expression"):
+        load_bundle(folder)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_what_else_is_worth_knowing_may_stand_in_the_facts(folder: Path) -> None:
