@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from chestct.config.schema import TrackingConfig
+from chestct.config.targets import refuse_expressions
 from chestct.errors import ConfigError, WeightsError
 from chestct.files import digest
 
@@ -67,7 +68,8 @@ def _last_of_runs(runs_dir: Path) -> Iterator[Path]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint in a file, without running anything that is in it.
 
-    Raises WeightsError where the file is missing, damaged, unsafe, or not a checkpoint of this project.
+    Raises WeightsError where the file is missing, damaged, unsafe, or not a checkpoint of this project, ConfigError
+    where an expression stands in its settings.
     """
     import torch
 
@@ -89,9 +91,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever its unpickler and its zip reader happen to raise
         reason = "it holds more than plain data and tensors" if "weights_only" in str(error) else "it is damaged"
         raise WeightsError(f"The checkpoint {path} cannot be read: {reason}.") from None
-    if not isinstance(checkpoint, dict) or "chestct" not in checkpoint:
+    parts = [checkpoint, *(_part(checkpoint, name) for name in ("chestct", "state_dict", "hyper_parameters"))]
+    parts += [_part(parts[-1], name) for name in ("settings", "data")]
+    if not all(isinstance(part, dict) for part in parts):  # OmegaConf would read a text as YAML
         raise WeightsError(f"{path} is not a checkpoint of this project.")
+    refuse_expressions(parts[-2], str(path))
     return checkpoint
+
+
+def _part(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def sealed(archive: bytes) -> bytes:

@@ -72,6 +72,7 @@ def saved(value):
 
 CONTENT = {
     "chestct": {"weights": "x"},
+    "hyper_parameters": {"settings": {}, "data": {}},
     "epoch": 3,
     "state_dict": {"w": torch.rand(40, 30)},
     "optimizer_states": [{"state": {0: {"exp_avg": torch.rand(40, 30)}}}],
@@ -126,4 +127,31 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path, what):
     if what in content:
         path.write_bytes(content[what])
     with pytest.raises(WeightsError, match=r"x\.ckpt"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"chestct": "x"},
+        ["chestct"],
+        CONTENT | {"chestct": "x"},
+        CONTENT | {"state_dict": []},
+        CONTENT | {"hyper_parameters": {"data": {}}},
+        CONTENT | {"hyper_parameters": {"settings": "model: {head: {_target_: os.system}}", "data": {}}},
+        CONTENT | {"hyper_parameters": {"settings": {}, "data": "x"}},
+    ],
+    ids=range(7),
+)
+def test_a_checkpoint_of_other_parts_is_refused_before_any_is_used(tmp_path, content):
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(sealed(saved(content)))
+    with pytest.raises(WeightsError, match=r"x\.ckpt is not a checkpoint of this project"):
+        read_checkpoint(path)
+
+
+def test_a_checkpoint_with_an_expression_is_refused_before_any_is_used(tmp_path):
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(sealed(saved(CONTENT | {"hyper_parameters": {"settings": {"a": "${oc.env:HOME}"}, "data": {}}})))
+    with pytest.raises(ConfigError, match=r"x\.ckpt sets a="):
         read_checkpoint(path)
