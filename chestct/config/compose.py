@@ -38,8 +38,11 @@ HERE = (
         "data.workers",
     ),
     *("trainer.strategy", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.progress"),
+    "trainer.args",
 )
-"""Settings that describe this machine, never taken from a file that may come from elsewhere."""
+"""Settings that describe this machine, never taken from a file that may come from elsewhere.
+
+Callbacks, loggers and arguments of the Trainer's, such as default_root_dir or a profiler, write where they like."""
 
 MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "deterministic")
 """What the files of conf/trainer set."""

@@ -1,8 +1,9 @@
 """Parts that users bring: `_target_` names a class or a function, and the keys next to it are its arguments.
 
 Who types a command or writes a file in conf/ may name anything. A checkpoint or a bundle may come from anywhere, so its
-settings may only name classes of the libraries below, of the kinds that a model or a run is made of: whatever else
-Python can reach by a dotted name, os.system among it, is refused. `trust` on the command line adds packages.
+settings may only name networks, optimisers and schedules of the libraries below: whatever else Python can reach by a
+dotted name, os.system among it, is refused. `trust` on the command line adds packages. Callbacks, loggers and profilers
+write to paths and talk to servers that their arguments name, so they are never taken from a file.
 """
 
 import inspect
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from chestct.errors import ConfigError
 
-TRUSTED = ("torch.nn", "torch.optim", "torchvision.models", "lightning.pytorch", "chestct")
+TRUSTED = ("torch.nn", "torch.optim", "torchvision.models", "chestct.models.vgg16")
 """Packages whose classes a file may name."""
 
 T = TypeVar("T")
@@ -27,16 +28,21 @@ def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwarg
 
     if not isinstance(spec, dict) or "_target_" not in spec:
         raise ConfigError(f"{setting} names no class: give {setting}._target_=PACKAGE.CLASS, see docs/extend.md.")
+    wrong = f"{setting}._target_={spec['_target_']} is no {kind.__module__}.{kind.__name__}."
     try:
         # Partial, because Hydra would copy tensors that it is given.
         part = instantiate({**spec, "_partial_": True, "_convert_": "all"})
+        if isinstance(part.func, type) and not issubclass(part.func, kind):
+            raise ConfigError(wrong)  # before it is made, which may open files
         taken = inspect.signature(part.func).parameters
         made = part(*args, **{name: kwargs[name] for name in kwargs.keys() & taken.keys() - part.keywords.keys()})
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the class of a user raises
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise ConfigError(f"{setting}._target_={spec['_target_']} cannot be made: {reason.strip()}") from error
     if not isinstance(made, kind):
-        raise ConfigError(f"{setting}._target_={spec['_target_']} is no {kind.__module__}.{kind.__name__}.")
+        raise ConfigError(wrong)
     return made
 
 
@@ -46,14 +52,11 @@ def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None
     source: the file, for the message; trust: packages that are trusted besides. Expressions are refused everywhere.
     """
     refuse_expressions(settings, source)
-    if isinstance(settings, dict):  # callbacks and loggers are never taken from a file, so they may be anything
-        settings = {key: value for key, value in settings.items() if key not in ("callbacks", "loggers")}
     for target in foreign(settings, trust):
         package = str(target).split(".", 1)[0]
         raise ConfigError(
-            f"{source} names code to run, {target}, which is no part of a model or a run that torch.nn, torch.optim, "
-            f"torchvision.models, lightning.pytorch or chestct have. If you know the file and that code, say "
-            f"trust=[{package}]."
+            f"{source} names code to run, {target}, which is no network, optimiser or schedule of "
+            f"{', '.join(TRUSTED)}. If you know the file and that code, say trust=[{package}]."
         )
 
 
@@ -71,7 +74,14 @@ def refuse_expressions(value: Any, source: str, key: str = "") -> None:
 
 
 def foreign(settings: Any, trust: Sequence[str] = ()) -> list[Any]:
-    """What settings name with `_target_` that a file may not choose."""
+    """What settings name with `_target_` that a file may not choose.
+
+    Callbacks, loggers and trainer.args in a run's settings are left out: no file decides them, so they may be anything.
+    """
+    if isinstance(settings, dict) and "_target_" not in settings:  # a part's own arguments may be called the same
+        settings = {key: value for key, value in settings.items() if key not in ("callbacks", "loggers")}
+        if isinstance(trainer := settings.get("trainer"), dict):
+            settings["trainer"] = {key: value for key, value in trainer.items() if key != "args"}
     return [target for target in _targets(settings) if not _trusted(target, trust)]
 
 
@@ -84,9 +94,9 @@ def _targets(value: Any) -> Iterator[Any]:
 
 
 def _trusted(target: Any, trust: Sequence[str]) -> bool:
-    """Whether a name leads to a class of TRUSTED that is part of a model or a run, or to anything of `trust`.
+    """Whether a name leads to a network, optimiser or schedule of TRUSTED, or to anything of `trust`.
 
-    Not the name counts, but where the class comes from: lightning.pytorch.callbacks.timer.timedelta is datetime's.
+    Not the name counts, but where the class comes from: torch.nn.modules.module.OrderedDict is collections'.
     """
     from hydra.utils import get_object
 
@@ -106,15 +116,6 @@ def _within(name: str, packages: Sequence[str]) -> bool:
 
 
 def _kinds() -> tuple[type, ...]:
-    import sys
-
     from torch import nn, optim
 
-    kinds: list[type] = [nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler]
-    if "lightning" in sys.modules:  # serving does without
-        from lightning.pytorch.callbacks import Callback
-        from lightning.pytorch.loggers import Logger
-        from lightning.pytorch.profilers import Profiler
-
-        kinds += [Callback, Logger, Profiler]
-    return tuple(kinds)
+    return nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler

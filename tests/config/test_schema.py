@@ -116,12 +116,15 @@ def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine()
     stored["cache_dir"] = stored["runs_dir"] = "/somewhere"
     stored["trainer"]["accelerator"] = "gpu"
     stored["serve"]["host"] = "0.0.0.0"
+    stored["trainer"]["args"] = {"default_root_dir": "https://elsewhere.example"}
     here = compose("tracking=off")
     cfg = merge_settings(here, [], stored)
     assert cfg.optim.lr == 0.5
     assert (cfg.tracking, cfg.serve, cfg.monitor) == (here.tracking, here.serve, here.monitor)
     assert (cfg.cache_dir, cfg.runs_dir, cfg.data.store) == (here.cache_dir, here.runs_dir, None)
     assert cfg.trainer.accelerator == "auto"
+    assert cfg.trainer.args == {}
+    assert merge_settings(compose("trainer.args.a=1"), ["trainer.args.a=1"], stored).trainer.args == {"a": 1}
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,6 @@ GOOD = (
     "torch.optim.lr_scheduler.StepLR",
     "torch.nn.Linear",
     "torchvision.models.VGG",
-    "lightning.pytorch.callbacks.Timer",
-    "lightning.pytorch.loggers.CSVLogger",
     "chestct.models.vgg16.Pool",
 )
 
@@ -62,6 +60,10 @@ BAD = (
     "builtins.exec",
     "torch.hub.load",
     "torch.load",
+    "lightning.pytorch.callbacks.Timer",
+    "lightning.pytorch.loggers.MLFlowLogger",
+    "lightning.pytorch.profilers.SimpleProfiler",
+    "chestct.models.lightning_module.Classifier",
     "lightning.pytorch.callbacks.model_checkpoint.os.system",
     "lightning.pytorch.callbacks.timer.timedelta",
     "torch.nn.modules.module.OrderedDict",
@@ -101,3 +103,18 @@ def test_what_is_trusted_on_the_command_line_may_be_named(tmp_path, monkeypatch)
 def test_a_file_holds_no_expression_which_could_name_code_later(argument, place):
     with pytest.raises(ConfigError, match=r"x\.ckpt sets .*an expression"):
         check_trusted({place: {"head": {"_target_": "torch.nn.Identity", **argument}}}, "x.ckpt")
+
+
+def test_what_no_file_decides_may_be_anything_but_a_part_s_arguments_may_not():
+    named = {"_target_": "os.system"}
+    check_trusted({"callbacks": {"a": named}, "loggers": {"b": named}, "trainer": {"args": {"c": named}}}, "x.ckpt")
+    for name in ("callbacks", "loggers", "trainer"):
+        with pytest.raises(ConfigError, match=r"os\.system"):  # the head of a bundle, for one
+            check_trusted({"_target_": "torch.nn.Identity", name: {"args": named}}, "bundle")
+
+
+def test_a_class_of_another_kind_is_refused_before_it_is_made(tmp_path):
+    spec = {"_target_": "logging.FileHandler", "filename": str(tmp_path / "log.txt")}
+    with pytest.raises(ConfigError, match=r"logging\.FileHandler is no .*Module"):
+        build(spec, torch.nn.Module, "model.head")
+    assert not list(tmp_path.iterdir())
