@@ -122,6 +122,7 @@ def write_bundle(cfg: Config, out: Path) -> None:
     """Evaluates the checkpoint of the settings and writes its bundle."""
     from chestct.evaluation.export import export
     from chestct.evaluation.sections import optional_sections
+    from chestct.models.bundle_folder import check_target
     from chestct.reporting.render import model_card
     from chestct.tracking import run_of
 
@@ -129,6 +130,7 @@ def write_bundle(cfg: Config, out: Path) -> None:
         raise ConfigError("Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt.")
     cfg = from_checkpoint(cfg)
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
+    check_target(folder)  # now, not after an evaluation of minutes
     evaluation = _evaluate_with_refits(cfg, out)
     evaluation.sections |= optional_sections(evaluation)
     bundle = export(evaluation, folder, model_card(evaluation))

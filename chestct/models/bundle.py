@@ -4,11 +4,7 @@ Safetensors and JSON only, with the hash of every file, so that a bundle from a 
 one is noticed. A head on the packaged convolutions makes a bundle of some kilobytes; torch is all that loading needs.
 """
 
-import contextlib
 import json
-import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
@@ -27,6 +22,7 @@ from chestct.config.targets import check_trusted
 from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
+from chestct.models.bundle_folder import CARD, FACTS, TENSORS, replacing
 from chestct.models.bundle_schema import check_facts
 from chestct.models.novelty import NoveltyModel, channel_means
 from chestct.models.operating_point import OperatingPoint
@@ -39,11 +35,6 @@ SCHEMA = 2
 
 PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
 """The bundle in the package, trained on real slices; its model card says on which."""
-
-TENSORS, FACTS, CARD = "model.safetensors", "bundle.json", "MODEL_CARD.md"
-
-LOCK = ".lock"
-"""In the temporary folder of an export, held as long as its process lives."""
 
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
 """Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
@@ -139,7 +130,8 @@ def save_bundle(
     """Writes a bundle whole or not at all, and returns it as loaded from there.
 
     The convolutions are written too unless they are the packaged ones and were not trained further. facts: task,
-    classes, model, preprocess, window, data and whatever else is worth knowing.
+    classes, model, preprocess, window, data and whatever else is worth knowing. Raises BundleError where the folder
+    holds anything but a bundle.
     """
     own = net.digest != PACKAGED_SHA256 or facts["model"]["trained_convolutions"]
     tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
@@ -147,57 +139,28 @@ def save_bundle(
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
     tensors |= {f"novelty.{key}": value for key, value in novelty_model.to_tensors().items()}
     tensors["saliency.baseline"] = baseline
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_left_overs(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    lock = FileLock(temporary / LOCK)
-    try:
-        lock.acquire()
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary / TENSORS)
-        (temporary / CARD).write_bytes(card.encode())
-        facts = {
-            "schema": SCHEMA,
-            "chestct": chestct.__version__,
-            **facts,
-            "weights": {
-                "packaged": not own,
-                "mean": net.mean.flatten().tolist(),
-                "scale": net.scale.flatten().tolist(),
-                "digest": net.digest,
-            },
-            "operating_point": point.to_dict(),
-            "files": {name: digest((temporary / name).read_bytes()) for name in (TENSORS, CARD)},
-        }
+    facts = {
+        "schema": SCHEMA,
+        "chestct": chestct.__version__,
+        **facts,
+        "weights": {
+            "packaged": not own,
+            "mean": net.mean.flatten().tolist(),
+            "scale": net.scale.flatten().tolist(),
+            "digest": net.digest,
+        },
+        "operating_point": point.to_dict(),
+    }
+    with replacing(folder) as new:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, new / TENSORS)
+        (new / TENSORS).chmod(0o644)  # safetensors' files are for one user
+        (new / CARD).write_bytes(card.encode())
+        facts["files"] = {name: digest((new / name).read_bytes()) for name in (TENSORS, CARD)}
         facts = json.loads(json.dumps(facts, allow_nan=False))
         check_facts(facts)
         text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
-        (temporary / FACTS).write_bytes(text.encode())
-        temporary.chmod(0o755)  # mkdtemp's folders, and safetensors' files, are for one user
-        (temporary / TENSORS).chmod(0o644)
-        _swap(temporary, folder)
-    finally:
-        lock.release()
-        shutil.rmtree(temporary, ignore_errors=True)
-    (folder / LOCK).unlink(missing_ok=True)
+        (new / FACTS).write_bytes(text.encode())
     return load_bundle(folder)
-
-
-def _swap(new: Path, folder: Path) -> None:
-    """Puts a folder in the place of another that may be there; what stood there goes last."""
-    old = new.with_name(new.name + ".old")
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_left_overs(folder: Path) -> None:
-    """Removes what killed exports left next to `folder`: not locked by anyone, with nothing but a bundle in it."""
-    for left in folder.parent.iterdir():
-        named = re.fullmatch(rf"\.{re.escape(folder.name)}-\w{{8}}(\.old)?", left.name) and left.is_dir()
-        if named and {entry.name for entry in left.iterdir()} <= {TENSORS, FACTS, CARD, LOCK}:
-            with contextlib.suppress(Timeout), FileLock(left / LOCK, timeout=0):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def load_bundle(source: str | Path) -> Bundle:

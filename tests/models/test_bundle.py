@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
+from chestct import experiment
+from chestct.config.compose import compose
 from chestct.config.schema import EvaluationConfig, ModelConfig
 from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
 from chestct.models.bundle import CARD, FACTS, PACKAGED_BUNDLE, TENSORS, Bundle, load_bundle, save_bundle
+from chestct.models.bundle_folder import check_target, replacing
 from chestct.models.novelty import channel_means, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores
@@ -55,6 +59,10 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
     with torch.no_grad():
         baseline = normal_cam(net, net.conv5(torch.from_numpy(squares(4)).unsqueeze(1).float() / 255))
     return save_bundle(folder, net, point, fit_novelty(pooled, pooled), baseline, facts, "# Card\n")
+
+
+def visible(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
 
 
 @pytest.fixture
@@ -103,7 +111,7 @@ def test_a_bundle_is_replaced_whole(folder: Path) -> None:
     before = load_bundle(folder).id
     make(folder, classes=4)
     assert load_bundle(folder).id != before
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert visible(folder.parent) == [folder.name]
 
 
 def test_loading_imports_nothing_that_trains_or_serves(small_bundle: Path) -> None:
@@ -244,28 +252,76 @@ def test_tensors_of_other_shapes_are_refused(folder: Path) -> None:
 
 def test_what_a_killed_export_left_goes_with_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, signal; from pathlib import Path; from chestct.models import bundle; "
+        "import os, signal; from pathlib import Path; from chestct.models import bundle_folder; "
         "from tests.models.test_bundle import make; "
-        "bundle._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        "bundle_folder._swap = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
         f"make(Path({str(tmp_path / 'one')!r}))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".one-")
+    assert [path.name[:5] for path in tmp_path.iterdir() if path.suffix != ".lock"] == [".one-"]
     foreign = [tmp_path / ".one-ofaholiday", tmp_path / ".one-holidays"]
     for other in foreign:
         other.mkdir()
         (other / "photo.jpg").touch()
     make(tmp_path / "one")
-    assert set(tmp_path.iterdir()) == {tmp_path / "one", *foreign}
+    assert set(tmp_path.iterdir()) == {tmp_path / "one", tmp_path / ".one.lock", *foreign}
 
 
-def test_an_export_that_still_runs_is_left_alone(tmp_path: Path) -> None:
-    running = tmp_path / ".one-abcdefgh"
-    running.mkdir()
-    with FileLock(running / ".lock"):
-        make(tmp_path / "one")
-        assert running.is_dir()
+def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    def export(name: str) -> None:
+        with replacing(tmp_path / "one") as new:
+            (new / FACTS).write_text(name, "utf-8")
+            running.append(new)
+            time.sleep(0.05)
+            seen.append([path.exists() for path in running])
+            running.remove(new)
+
+    running: list[Path] = []
+    seen: list[list[bool]] = []
+    threads = [threading.Thread(target=export, args=(str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [[True]] * 4
+    assert {path.name for path in tmp_path.iterdir()} == {"one", ".one.lock"}
+
+
+def test_a_bundle_that_a_killed_export_had_moved_away_comes_back(folder: Path) -> None:
+    folder.rename(folder.with_name(f".{folder.name}-abcdefgh.old"))
+    shutil.copytree(PACKAGED_BUNDLE, folder.with_name(f".{folder.name}-abcdefgh"))
+    with pytest.raises(BundleError), replacing(folder):
+        load_bundle(folder / "nothing")
+    assert load_bundle(folder).id
+    assert visible(folder.parent) == [folder.name]
+
+
+@pytest.mark.parametrize("names", [("thesis.tex",), (FACTS, "thesis.tex"), (TENSORS,), (FACTS, "folder/a")])
+def test_a_folder_with_somebody_s_files_is_never_replaced(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / name).touch()
+    with pytest.raises(BundleError, match=r"work holds .* and is no bundle"):
+        make(tmp_path / "work")
+    assert all((tmp_path / "work" / name).is_file() for name in names)
+
+
+def test_an_export_onto_somebody_s_folder_is_refused_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
+    monkeypatch.setattr(experiment, "_evaluate_with_refits", lambda *_: pytest.fail("evaluated"))
+    with pytest.raises(BundleError, match=r"thesis\.tex"):
+        experiment.write_bundle(compose("ckpt=x", f"bundle={tmp_path}"), tmp_path)
+
+
+def test_a_file_is_not_replaced_and_an_empty_folder_is(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BundleError, match="not a folder"):
+        check_target(tmp_path / "file")
+    assert make(tmp_path / "empty").id
 
 
 def test_a_checkout_that_changes_line_ends_leaves_the_packaged_bundle_whole(tmp_path: Path) -> None:
