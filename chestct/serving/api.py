@@ -6,7 +6,6 @@ guards page and API alike, which is why it is not Gradio's `auth`: that covers i
 
 import asyncio
 import base64
-import binascii
 import contextlib
 import hashlib
 import hmac
@@ -196,7 +195,7 @@ class Login(AuthenticationBackend):
         scheme, _, credentials = conn.headers.get("authorization", "").partition(" ")
         try:
             given = base64.b64decode(credentials, validate=True)
-        except binascii.Error:
+        except ValueError:  # not base64, or not ASCII
             given = b""
         if scheme.lower() == "basic" and hmac.compare_digest(_hash(given), self._expected):
             return AuthCredentials(["authenticated"]), SimpleUser(self.username)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -273,9 +274,10 @@ def basic(text: str) -> dict[str, str]:
         ({"authorization": f"Bearer {PASSWORD}"}, 401),
         ({"authorization": "Basic !!!"}, 401),
         ({"authorization": "Basic"}, 401),
+        ({"authorization": b"Basic \xe9"}, 401),
     ],
 )
-def test_only_who_has_the_password_comes_in(guarded: Served, headers: dict[str, str], status: int) -> None:
+def test_only_who_has_the_password_comes_in(guarded: Served, headers: dict[str, Any], status: int) -> None:
     for path in ("/", "/config", "/metrics", "/gradio_api/info"):
         answer = httpx.get(f"{guarded.url}{path}", headers=headers)
         assert answer.status_code == status
