@@ -88,7 +88,8 @@ def make_app(
         with_overlay = request.query_params.get("overlay", "").lower() in ("1", "true", "yes")
         cancelled = threading.Event()
         try:
-            data = _file_in(await request.body(), request.headers.get("content-type", ""))
+            body, content_type = await request.body(), request.headers.get("content-type", "")
+            data = await run_in_threadpool(_file_in, body, content_type)
             if not slots.acquire(blocking=False):  # only now: a slow body holds none
                 raise BusyError("The service is busy. Try again in a few seconds.")
             work = pool.submit(answer, predictor, data, with_overlay, on_answer, cancelled)
@@ -110,7 +111,8 @@ def make_app(
     async def upload(request: Request) -> Response:
         """What Gradio's page and clients expect of its own route, which this one stands before."""
         try:
-            files = files_in_form(await request.body(), request.headers.get("content-type", ""))
+            body, content_type = await request.body(), request.headers.get("content-type", "")
+            files = await run_in_threadpool(files_in_form, body, content_type)
             paths = await run_in_threadpool(keep, files, uploads, cfg.max_slices, 2 * cfg.max_upload_bytes)
             return JSONResponse([path.relative_to(uploads).as_posix() for path in paths])
         except UploadError as error:

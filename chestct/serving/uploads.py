@@ -11,12 +11,13 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pydicom
@@ -26,11 +27,16 @@ from chestct.imaging.decode import declared_size, sniff
 from chestct.imaging.slice import BudgetedFile
 from chestct.imaging.slice_files import is_slice_name
 
+T = TypeVar("T")
+
 ZIPS = (b"PK\x03\x04", b"PK\x05\x06")
 """How an archive begins, and an empty one."""
 
 CHUNK = 1 << 20
 MAX_READS = 20_000
+MAX_HEAD, MAX_HEADS = 16_384, 1_000_000
+"""Bytes of the headers of a form's part, and of all its parts together."""
+
 MAX_LISTED = 10_000
 """Entries of an archive, wanted or not; zipfile makes a Python object of each."""
 
@@ -171,7 +177,7 @@ def files_in_form(body: bytes, content_type: str) -> list[bytes]:
     """
     head = Message()
     head["content-type"] = content_type
-    boundary = head.get_boundary()
+    boundary = _parsed(head.get_boundary) if len(content_type) <= MAX_HEAD else None
     if not boundary:
         raise FormError("The form cannot be read: its content type names no boundary.")
     delimiter = b"--" + boundary.encode("latin-1", "replace")
@@ -182,13 +188,26 @@ def files_in_form(body: bytes, content_type: str) -> list[bytes]:
         del parts[0]  # what may stand before the first part
     if not parts or not parts.pop().startswith(b"--"):
         raise FormError("The form cannot be read: it is cut off, or its boundary is another.")
-    files = []
+    files, read = [], 0
     for part in parts:
-        headers, _, content = part.partition(b"\r\n\r\n")
-        disposition = message_from_bytes(headers.strip())
-        if disposition.get_param("filename", header="content-disposition") is not None:
-            files.append(content)
+        end = part.find(b"\r\n\r\n", 0, MAX_HEAD)
+        read += end
+        if end < 0 or read > MAX_HEADS:  # before the parser, which takes a second for some megabytes
+            raise FormError("The form cannot be read: the head of a part has no end, or is too long.")
+        if _parsed(_filename, part[:end]) is not None:
+            files.append(part[end + 4 :])
     return files
+
+
+def _filename(headers: bytes) -> object:
+    return message_from_bytes(headers.strip()).get_param("filename", header="content-disposition")
+
+
+def _parsed(parse: Callable[..., T], *args: Any) -> T:
+    try:
+        return parse(*args)
+    except Exception:  # the email package raises whatever odd parameters, such as `a*=; a*0=`, lead it to
+        raise FormError("The form cannot be read: the parameters of a header are damaged.") from None
 
 
 def keep(files: list[bytes], folder: Path, max_files: int, max_bytes: int) -> list[Path]:

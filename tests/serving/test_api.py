@@ -91,6 +91,9 @@ def test_a_photograph_is_refused_with_its_reason(served: Served, examples: dict[
         (form("name=a", b"text"), FORM, 400, "no file"),
         (b"", FORM, 400, "form"),
         (b"x" * 3_000_001, {}, 413, "too large"),
+        (form("name=a; filename*=b; filename*0=c", b"x"), FORM, 400, "parameters"),
+        (b"--x--", {"content-type": "multipart/form-data; boundary*=a; boundary*1=b"}, 400, "parameters"),
+        (b"--x\r\n" + b"x" * 20_000 + b"\r\n--x--\r\n", FORM, 400, "head of a part"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_one_sentence(
@@ -100,6 +103,19 @@ def test_what_is_wrong_with_a_request_is_one_sentence(
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
     assert httpx.get(f"{served.url}/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/predict", "/gradio_api/upload"])
+def test_a_form_is_read_off_the_event_loop(served: Served, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    def parse(*_: object) -> list[bytes]:
+        with pytest.raises(RuntimeError):
+            api.asyncio.get_running_loop()
+        raise api.FormError("read in a thread")
+
+    monkeypatch.setattr(api, "files_in_form", parse)
+    answer = httpx.post(f"{served.url}{path}", content=b"x", headers=FORM)
+    assert answer.status_code == 400
+    assert "read in a thread" in answer.text
 
 
 def test_a_decompression_bomb_is_refused(served: Served) -> None:

@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 
-from chestct.serving.uploads import UploadError, expand, frame_count, natural, scan_position, unzip
+from chestct.serving import uploads
+from chestct.serving.uploads import (
+    FormError,
+    UploadError,
+    expand,
+    files_in_form,
+    frame_count,
+    natural,
+    scan_position,
+    unzip,
+)
 
 MANY, MUCH = 10, 1_000_000
 
@@ -116,3 +126,48 @@ def test_frames_are_counted_without_decoding_any() -> None:
     pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
     assert frame_count(file.getvalue(), 100) == 7
     assert frame_count(file.getvalue(), 4) == 5  # enough to know
+
+
+FORM = "multipart/form-data; boundary=b"
+
+
+def part(headers: bytes, content: bytes = b"data") -> bytes:
+    return b"--b\r\n" + headers + b"\r\n\r\n" + content + b"\r\n"
+
+
+NAMED = b"Content-Disposition: form-data; name=f; filename=a"
+
+
+@pytest.mark.parametrize("header", [16_000, 16_380, 8_000_000])
+def test_the_head_of_a_part_has_a_limit(header: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = part(NAMED + b"\r\nX: " + b"x" * (header - len(NAMED) - 5)) + b"--b--"
+    if header < 16_380:
+        assert files_in_form(body, FORM) == [b"data"]
+        return
+    monkeypatch.setattr(uploads, "message_from_bytes", lambda _: pytest.fail("parsed"))
+    with pytest.raises(FormError, match="head of a part"):
+        files_in_form(body, FORM)
+
+
+def test_the_heads_of_all_parts_together_have_a_limit_too() -> None:
+    many = part(NAMED + b"\r\nX: " + b"x" * 10_000)
+    assert len(files_in_form(many * 90 + b"--b--", FORM)) == 90
+    with pytest.raises(FormError, match="head of a part"):
+        files_in_form(many * 110 + b"--b--", FORM)
+
+
+def test_a_part_whose_head_has_no_end_is_refused() -> None:
+    with pytest.raises(FormError, match="head of a part"):
+        files_in_form(b"--b\r\n" + NAMED + b"\r\n--b--", FORM)
+
+
+@pytest.mark.parametrize("name", ["filename*=a; filename*0=b", f"filename*{'9' * 5000}=a", "filename*=a; filename*1=b"])
+def test_odd_parameters_of_a_part_are_a_form_that_cannot_be_read(name: str) -> None:
+    with pytest.raises(FormError, match="parameters"):
+        files_in_form(part(b"Content-Disposition: form-data; " + name.encode()) + b"--b--", FORM)
+
+
+def test_odd_parameters_of_a_form_are_a_form_that_cannot_be_read() -> None:
+    for odd in ("boundary*=a; boundary*1=b", "boundary=" + "b" * 20_000):
+        with pytest.raises(FormError, match="cannot be read"):
+            files_in_form(part(NAMED) + b"--b--", f"multipart/form-data; {odd}")
