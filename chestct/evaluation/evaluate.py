@@ -241,7 +241,8 @@ def made() -> dict[str, Any]:
 def _program() -> list[str]:
     """How the running program was called, without its place on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    program, *command = sys.argv[0].rsplit(" ", 1)  # `chestct export` stands there as one
+    return ["-m", spec.name.removesuffix(".__main__"), *command] if spec else [Path(program).name, *command]
 
 
 def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:
