@@ -241,8 +241,11 @@ def made() -> dict[str, Any]:
 def _program() -> list[str]:
     """How the running program was called, without its place on this machine."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program, *command = sys.argv[0].rsplit(" ", 1)  # `chestct export` stands there as one
-    return ["-m", spec.name.removesuffix(".__main__"), *command] if spec else [Path(program).name, *command]
+    program, _, command = sys.argv[0].rpartition(" ")  # `chestct export` stands there as one
+    if not command.isalpha():  # a path, which may hold spaces
+        program, command = sys.argv[0], ""
+    name = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(program).name]
+    return [*name, *command.split()]
 
 
 def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:
