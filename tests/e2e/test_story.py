@@ -236,7 +236,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     name = "models:/chest@champion"
     run(bob, "python", "evaluate.py", f"bundle={name}", shared, "hydra.run.dir=named")
     assert metrics(bob / "named")["test"]["auroc"] == pytest.approx(baseline["test"]["auroc"], abs=1e-6)
-    slices = next((ada / ".cache/phantom").glob("*")) / "test"
+    slices = next((ada / ".cache/phantom").glob("[!.]*")) / "test"
     printed = run(
         bob, "python", "-m", "chestct", "predict", str(slices), "--bundle", name, "--tracking-uri", server.uri
     )
