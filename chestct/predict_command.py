@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from chestct.errors import Interrupted
 from chestct.imaging.slice_files import describe_skipped
-from chestct.program import errors_for_people
+from chestct.program import errors_for_people, terminate
 
 if TYPE_CHECKING:
     from chestct.serving.batch import Summary
@@ -27,7 +27,7 @@ Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130
 def main(argv: list[str]) -> int:
     """The program; returns its exit status, or exits with 2 after an error, 130 where it was interrupted."""
     arguments = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     began = time.perf_counter()
     skipped: list[tuple[str, str]] = []
     with errors_for_people():
@@ -96,10 +96,6 @@ def _sentences(summary: "Summary", out: Path, seconds: float) -> str:
 
 def _several(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
-
-
-def _terminate(signum: int, _: object) -> None:
-    raise Interrupted("Terminated.")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -60,10 +60,11 @@ def program(
                     print(help_text(inspect.getdoc(task) or ""))
                     return
                 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
-                signal.signal(signal.SIGTERM, _terminate)
+                signal.signal(signal.SIGTERM, terminate)
                 flags, overrides = split_arguments(arguments)
-                _refuse_several(config_name, bool(flags.keys() & {"-m", "--multirun"}))
-                overrides = [readable(override, bool(flags.keys() & {"-m", "--multirun"})) for override in overrides]
+                sweep = bool(flags.keys() & {"-m", "--multirun"})
+                _refuse_several(config_name, sweep)
+                overrides = [readable(override, sweep) for override in overrides]
                 _refuse_passwords(overrides)
                 folder = None if flags.keys() & NO_RUN else run_folder(_check(config_name, flags, overrides))
                 elsewhere = any(override.startswith("hydra.run.dir=") for override in overrides)
@@ -208,5 +209,6 @@ def _refuse_passwords(overrides: list[str]) -> None:
             refuse_password(override.split("=", 1)[1])
 
 
-def _terminate(signum: int, _: object) -> None:
+def terminate(signum: int, _: object) -> None:
+    """Handler of SIGTERM: what has to be kept is kept on the way out, as after Ctrl-C."""
     raise Interrupted("Terminated.")
