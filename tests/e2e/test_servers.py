@@ -240,6 +240,15 @@ def test_a_training_is_shared_whole_and_no_file_holds_a_password(settings, serve
     assert fetched.read_bytes() == (folder / "checkpoints" / "best.ckpt").read_bytes()
 
 
+def logged(store):
+    """Whether the newest run of a local store holds a validation loss: a checkpoint is written shortly before it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1)
+    return bool(runs) and "valid/loss" in runs[0].data.metrics
+
+
 def test_a_killed_training_is_pushed_as_killed(settings, server, small, phantoms, cache, tmp_path):
     from mlflow import MlflowClient
 
@@ -248,10 +257,11 @@ def test_a_killed_training_is_pushed_as_killed(settings, server, small, phantoms
     going = train(*more, "trainer.max_epochs=2000", "trainer.patience=0", cwd=tmp_path)
     try:
         deadline = time.monotonic() + 90
-        while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-            assert going.poll() is None, going.communicate()[0]
-            time.sleep(0.3)
         cfg = small(*settings)
+        while not (logged(store) and list(tmp_path.glob("runs/*/checkpoints/last.ckpt"))):
+            assert going.poll() is None, going.communicate()[0]
+            assert time.monotonic() < deadline, "no epoch ended within 90 s"
+            time.sleep(0.3)
         assert sync(cfg) == 0  # still running: left alone
         going.send_signal(signal.SIGSTOP)  # it keeps its folder and leaves the processor to the other
         again = train(*more, "ckpt=last", cwd=tmp_path)

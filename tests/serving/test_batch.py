@@ -413,7 +413,7 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(bundle, tmp_path):
     assert done.returncode == 0, done.stderr
     assert b"1 slice of 1 file scored" in done.stdout
     assert [row["path"] for row in rows(tmp_path / "健康.csv")] == [str(folder / "läsion 肺.png")]
-    done = subprocess.run([*command[:3], tmp_path / "没有"], cwd=ROOT, env=environment, capture_output=True)
+    done = subprocess.run([*command[:4], tmp_path / "没有"], cwd=ROOT, env=environment, capture_output=True)
     assert done.returncode == 2
     assert b"No such file or folder" in done.stderr
 
