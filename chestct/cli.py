@@ -1,86 +1,19 @@
 """The commands: `chestct COMMAND`, also as `python -m chestct COMMAND`, train.py, evaluate.py and serve.py.
 
-Each command's steps stand here; whatever they need is imported when the settings are known to be right, so that
-`--help` and a misspelt key are answered at once.
+Whatever a command needs is imported when its settings are known to be right, so that `--help` is answered at once.
 """
 
+import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chestct.config.compose import change_params
+from chestct.config.compose import change_params, compose
 from chestct.config.schema import Config
-from chestct.errors import ChestCTError, ConfigError, DataError
-from chestct.models.checkpoint import find_checkpoint
-from chestct.program import errors_for_people, program, rank
-
-
-def _resumed_folder(cfg: Config) -> Path | None:
-    """Where a resumed run began, and goes on."""
-    path = find_checkpoint(cfg.ckpt, cfg.runs_dir, cfg.tracking).resolve() if cfg.ckpt else None
-    return path.parent.parent if path and path.parent.name == "checkpoints" else None
-
-
-@program("train", _resumed_folder)
-def train(cfg: Config, out: Path) -> float:
-    """Trains VGG16 on chest CT slices and tests the best checkpoint.
-
-    python train.py                                       phantoms, frozen convolutions
-    python train.py data=chest_ct data.root=FOLDER        your class folders
-    python train.py model.freeze=true optim.lr=1e-4       single settings
-    python train.py experiment=two_stage                  a named experiment
-    python train.py -m optim.lr=1e-3,1e-4 model.freeze=true,false    all combinations
-    python train.py -m sweep=head                         a search; the same command goes on with it
-    python train.py tracking.register=NAME                bundle=models:/NAME@champion then finds the bundle
-    python train.py ckpt=last                             goes on with the newest run
-    python train.py trainer=ddp trainer.devices=2         two processes, one training; see docs/clusters.md
-    """
-    from chestct.experiment import train_and_report
-
-    if cfg.seeds == 1:
-        return train_and_report(cfg, out)[cfg.trainer.monitor]
-    from chestct.training.seeds import train_seeds
-
-    table = train_seeds(cfg, out, train_and_report)
-    if not rank():
-        print(f"\n{cfg.seeds} seeds, mean and standard deviation (each: {out / 'seeds.csv'})")
-        print(table.map("{:.4f}".format).to_string())
-    return float(table["mean"][cfg.trainer.monitor])
-
-
-@program("evaluate")
-def evaluate(cfg: Config, out: Path) -> None:
-    """Scores the valid and test slices of a checkpoint's data, or other data, and writes a report and a model card.
-
-      python evaluate.py ckpt=last                                 the newest run
-      python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
-      python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    with other splits and folds
-      python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
-                                                                   heat maps, refusals and robustness checked
-      python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
-                                                                   a bundle on slices that it never saw
-      python evaluate.py bundle=models:/NAME@champion              a bundle by its name in MLflow
-      python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
-
-    Settings that are not given come from the checkpoint.
-    """
-    from chestct.experiment import measure
-
-    measure(cfg, out)
-
-
-@program("evaluate")
-def export(cfg: Config, out: Path) -> None:
-    """Evaluates a checkpoint and writes its bundle: weights, preprocessing, threshold, calibration, model card.
-
-      chestct export ckpt=last bundle=FOLDER
-
-    Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point, and the
-    other checks that evaluation.* switches on go into the model card.
-    """
-    from chestct.experiment import write_bundle
-
-    write_bundle(cfg, out)
+from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.experiment import evaluate, export, train
+from chestct.program import errors_for_people, program
 
 
 @program("serve")
@@ -98,23 +31,24 @@ def serve(cfg: Config, out: Path) -> None:
     from chestct.serving.monitor import Monitor
     from chestct.serving.server import serve
 
-    def locate() -> str:
-        source = cfg.bundle or "packaged"
-        if not source.startswith(("models:/", "runs:/")):
-            return source
-        try:
-            from chestct.tracking.registry import fetch_bundle  # MLflow takes seconds to import
-
-            return fetch_bundle(source, cfg)
-        except ModuleNotFoundError as error:  # as in the image
-            raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None
-
     monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
     try:
-        serve(cfg, locate, monitor.record if monitor else None)
+        serve(cfg, lambda: _bundle(cfg.bundle or "packaged", cfg), monitor.record if monitor else None)
     finally:
         if monitor:
             monitor.close()
+
+
+def _bundle(source: str, cfg: Config | None = None, *overrides: str) -> str:
+    """The bundle's folder; MLflow, which takes seconds to import, only for a name in it."""
+    if not source.startswith(("models:/", "runs:/")):
+        return source
+    try:
+        from chestct.tracking.registry import fetch_bundle
+
+        return fetch_bundle(source, cfg or compose(*overrides))
+    except ModuleNotFoundError as error:  # as in the image
+        raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None
 
 
 @program("stage")
@@ -138,39 +72,6 @@ def ingest(cfg: Config, out: Path) -> None:
     from chestct.data.prepare import prepare_store
 
     print(describe(prepare_store(cfg, cfg.trainer.progress)))
-
-
-@program("stage")
-def phantom(cfg: Config, out: Path) -> None:
-    """Draws the synthetic slices.
-
-    chestct phantom data.phantom.slices=1000 data.phantom.defects=[exact,near]
-    """
-    from chestct.data.prepare import draws_phantoms, located
-    from chestct.phantom.dataset import write
-
-    if not draws_phantoms(cfg.data) and cfg.data.name != "phantom":
-        raise DataError(f"data={cfg.data.name} is not drawn. Use data=phantom.")
-    root = Path(located(cfg).root or "")
-    write(root, cfg.data.phantom, cfg.trainer.progress)
-    print(f"Phantoms (synthetic): {root}")
-
-
-@program("stage")
-def show(cfg: Config, out: Path) -> None:
-    """Prints slices and groups by split and class.
-
-    chestct show data=chest_ct data.root=FOLDER
-    """
-    from chestct.data.datamodule import SliceModule
-
-    data = SliceModule(cfg)
-    data.prepare_data()
-    data.setup()
-    columns = {"slices": ("path", "size"), "groups": ("group", "nunique"), "leaked": ("leaked", "sum")}
-    print(data.manifest.groupby(["source", "split", "subtype"]).agg(**columns).to_string())
-    assert data.store is not None
-    print(f"\nstore  {data.store.folder}")
 
 
 @program("stage")
@@ -200,21 +101,64 @@ def dagshub_remote(cfg: Config, out: Path) -> None:
 
 def params() -> None:
     """Changes params.yaml, which DVC's stages read, by overrides; groups such as data=chest_ct are opened."""
-    with errors_for_people():
-        for key, old, new in change_params(sys.argv[1:]):
-            print(f"{key}: {old} -> {new}")
+    for key, old, new in change_params(sys.argv[1:]):
+        print(f"{key}: {old} -> {new}")
 
 
 def predict() -> None:
-    from chestct.predict_command import main
+    """Scores chest CT slices (PNG, JPEG, TIFF, BMP, WebP, DICOM) into a table. Research use only.
 
-    sys.exit(main(sys.argv[1:]))
+    The table has one row a slice: path, frame, score (calibrated P(cancer)), decision (cancer, normal, uncertain,
+    refused, or unreadable for a file), reason, possible (classes that cannot be excluded), a probability for each
+    class, novelty (distance to the training data; beyond 1 unfamiliar), known (the slice was in the training data),
+    bundle, file_hash, frames. The same command again goes on where the last one ended, and reads only what changed.
+
+    Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
+    """
+    parser = _parser("predict", predict.__doc__)
+    parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, and folders to look through")
+    parser.add_argument("--bundle", default="packaged", help="folder, models:/NAME@champion or runs:/ID (packaged)")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store or server that knows such a name")
+    parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
+    parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")
+    given = parser.parse_args()
+    from chestct.serving.batch import describe, find_files, predict_files
+
+    began = time.perf_counter()
+    paths, skipped = find_files(given.sources, given.out)
+    bundle = _bundle(given.bundle, None, *([f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []))
+    try:
+        rows, reused = predict_files(paths, given.out, bundle, every=given.every, progress=sys.stderr.isatty())
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
+    print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
+    print(describe(rows, reused, skipped))
+    unreadable = sum(row["decision"] == "unreadable" for row in rows)
+    sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))
 
 
 def drift() -> None:
-    from chestct.drift_command import main
+    """Compares what the service saw with what the model was trained on.
 
-    sys.exit(main(sys.argv[1:]))
+    The service keeps records with monitor.enabled=true monitor.path=FILE.
+
+    Exit status, for cron and CI: 0 no drift, 1 drift, 2 error, 3 too few records to judge.
+    """
+    parser = _parser("drift", drift.__doc__)
+    parser.add_argument("command", choices=["report"])
+    parser.add_argument("--bundle", default="packaged", help="bundle folder (packaged)")
+    parser.add_argument("--out", type=Path, metavar="HTML", help="also write the report as a page")
+    parser.add_argument("--db", type=Path, default=Path("monitor.sqlite"), help="records (monitor.sqlite)")
+    parser.add_argument("--days", type=float, help="only the last so many days")
+    given = parser.parse_args()
+    from chestct.reporting.drift_report import report
+
+    sys.exit(report(given.db, given.bundle, given.days, given.out))
+
+
+def _parser(command: str, text: str | None) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(f"chestct {command}", description=text, formatter_class=form)
 
 
 COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
@@ -227,8 +171,6 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "drift": (drift, "compare what the service saw with what the model was trained on"),
     "sync": (sync, "copy local MLflow runs to a server"),
     "ingest": (ingest, "decode slices into a store, and group copies"),
-    "phantom": (phantom, "draw synthetic slices"),
-    "show": (show, "count slices and groups by split and class"),
     "params": (params, "change params.yaml, the settings of DVC's pipeline"),
     "dagshub-remote": (dagshub_remote, "let DVC keep data on DagsHub"),
 }

@@ -24,14 +24,11 @@ class DecodeError(DataError):
     """A file that cannot be turned into pixels; `lasting` where no other machine or moment would change that."""
 
     def __init__(self, path: Path | str, reason: str, lasting: bool = True) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
-        self.lasting = lasting
+        super().__init__(str(path), reason, lasting)  # as `args`, so that it pickles: files are decoded by workers
+        self.path, self.reason, self.lasting = str(path), reason, lasting
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, bool]]:
-        # Decoding runs in worker processes; an exception with several arguments does not pickle by itself.
-        return type(self), (self.path, self.reason, self.lasting)
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
 
 
 class WeightsError(ChestCTError):

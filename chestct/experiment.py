@@ -1,4 +1,8 @@
-"""One experiment, step by step: train it, measure it, write its bundle. The commands of the same names call this."""
+"""One experiment, step by step: train it, measure it, write its bundle; the commands of these names.
+
+Whatever a step needs is imported when the settings are known to be right, so that `--help` and a misspelt key are
+answered at once.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -9,12 +13,43 @@ from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
-from chestct.program import rank
+from chestct.program import program, rank
 
 if TYPE_CHECKING:
     from chestct.evaluation.evaluate import Evaluation
     from chestct.tracking import Run
     from chestct.training import Result
+
+
+def _resumed_folder(cfg: Config) -> Path | None:
+    """Where a resumed run began, and goes on."""
+    path = find_checkpoint(cfg.ckpt, cfg.runs_dir, cfg.tracking).resolve() if cfg.ckpt else None
+    return path.parent.parent if path and path.parent.name == "checkpoints" else None
+
+
+@program("train", _resumed_folder)
+def train(cfg: Config, out: Path) -> float:
+    """Trains VGG16 on chest CT slices and tests the best checkpoint.
+
+    python train.py                                       phantoms, frozen convolutions
+    python train.py data=chest_ct data.root=FOLDER        your class folders
+    python train.py model.freeze=true optim.lr=1e-4       single settings
+    python train.py experiment=two_stage                  a named experiment
+    python train.py -m optim.lr=1e-3,1e-4 model.freeze=true,false    all combinations
+    python train.py -m sweep=head                         a search; the same command goes on with it
+    python train.py tracking.register=NAME                bundle=models:/NAME@champion then finds the bundle
+    python train.py ckpt=last                             goes on with the newest run
+    python train.py trainer=ddp trainer.devices=2         two processes, one training; see docs/clusters.md
+    """
+    if cfg.seeds == 1:
+        return train_and_report(cfg, out)[cfg.trainer.monitor]
+    from chestct.training.seeds import train_seeds
+
+    table = train_seeds(cfg, out, train_and_report)
+    if not rank():
+        print(f"\n{cfg.seeds} seeds, mean and standard deviation (each: {out / 'seeds.csv'})")
+        print(table.map("{:.4f}".format).to_string())
+    return float(table["mean"][cfg.trainer.monitor])
 
 
 def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
@@ -41,42 +76,59 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
 
 def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns a summary."""
-    import pandas as pd
-
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
     from chestct.pyfunc import log_bundle
-    from chestct.reporting.figures import draw_history
-    from chestct.reporting.render import flat, model_card, write
+    from chestct.reporting.render import model_card, write
     from chestct.reporting.text import summary
 
     own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
     trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
     evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)
     write(evaluation, out / "evaluation")
-    bundled = not foreign(cfg.model.head)
-    if bundled:
+    bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
+    if not foreign(cfg.model.head):
         export(evaluation, out / "bundle", model_card(evaluation))
-    draw_history(pd.read_csv(out / "history.csv"), out / "evaluation" / "curves.png")
-    values = flat(evaluation)
-    run.evaluation("best", {split: values[split] for split in evaluation.metrics}, out / "evaluation")
-    if bundled and cfg.tracking.log_model:
-        log_bundle(run, out / "bundle")
-    bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
-    if not bundled:
-        bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
+        bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
+        if cfg.tracking.log_model:
+            log_bundle(run, out / "bundle")
+    _record(run, evaluation, result.best, out / "evaluation")
     return f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n{bundle}\n"
 
 
-def measure(cfg: Config, out: Path) -> None:
-    """Evaluates the checkpoint or bundle of the settings, or compares two runs, and writes the report to `out`."""
+def _record(run: "Run", evaluation: "Evaluation", ckpt: Path, folder: Path) -> None:
+    """The training's curves next to the report in `folder`, and all of it in the checkpoint's run."""
     import pandas as pd
 
+    from chestct.reporting.figures import draw_history
+    from chestct.reporting.render import flat
+
+    if (history := ckpt.parent.parent / "history.csv").is_file():
+        draw_history(pd.read_csv(history), folder / "curves.png")
+    values = flat(evaluation)
+    run.evaluation(ckpt.stem, {split: values[split] for split in evaluation.metrics}, folder)
+
+
+@program("evaluate")
+def evaluate(cfg: Config, out: Path) -> None:
+    """Scores the valid and test slices of a checkpoint's data, or other data, and writes a report and a model card.
+
+      python evaluate.py ckpt=last                                 the newest run
+      python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
+      python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    with other splits and folds
+      python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
+                                                                   heat maps, refusals and robustness checked
+      python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
+                                                                   a bundle on slices that it never saw
+      python evaluate.py bundle=models:/NAME@champion              a bundle by its name in MLflow
+      python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
+
+    Settings that are not given come from the checkpoint.
+    """
     from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.external import evaluate_bundle
     from chestct.evaluation.sections import optional_sections
-    from chestct.reporting.figures import draw_history
-    from chestct.reporting.render import flat, write
+    from chestct.reporting.render import write
     from chestct.reporting.text import summary
     from chestct.tracking import fetch_bundle, run_of
 
@@ -85,28 +137,27 @@ def measure(cfg: Config, out: Path) -> None:
         return
     if cfg.bundle:
         evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
+        evaluation.sections |= optional_sections(evaluation)
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
-        evaluation = _evaluate_with_refits(cfg, out)
-    evaluation.sections |= optional_sections(evaluation)
+        evaluation = _evaluate_checkpoint(cfg, out)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
     if cfg.ckpt and _as_trained(evaluation):
-        if (history := Path(cfg.ckpt).parent.parent / "history.csv").is_file():
-            draw_history(pd.read_csv(history), out / "curves.png")
-        values = flat(evaluation)
         with run_of(cfg, Path(cfg.ckpt)) as run:
-            run.evaluation(Path(cfg.ckpt).stem, {split: values[split] for split in evaluation.metrics}, out)
+            _record(run, evaluation, Path(cfg.ckpt), out)
 
 
-def _evaluate_with_refits(cfg: Config, out: Path) -> "Evaluation":
-    """The checkpoint's evaluation, with a row for each other split, fold or permutation that the settings ask for."""
+def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
+    """The checkpoint's evaluation, with each other split, fold, permutation or check that the settings ask for."""
     from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.sections import optional_sections
     from chestct.evaluation.split_policies import refits
     from chestct.training import train as fit
 
     evaluation = evaluate(cfg)
     evaluation.rows += refits(cfg, lambda name, cfg, data: fit(cfg, out / REFITS / name, data=data).predictions)
+    evaluation.sections |= optional_sections(evaluation)
     return evaluation
 
 
@@ -118,11 +169,18 @@ def _as_trained(evaluation: "Evaluation") -> bool:
     return same_data and splitting == evaluation.about["splitting"]
 
 
-def write_bundle(cfg: Config, out: Path) -> None:
-    """Evaluates the checkpoint of the settings and writes its bundle."""
+@program("evaluate")
+def export(cfg: Config, out: Path) -> None:
+    """Evaluates a checkpoint and writes its bundle: weights, preprocessing, threshold, calibration, model card.
+
+      chestct export ckpt=last bundle=FOLDER
+
+    Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point, and the
+    other checks that evaluation.* switches on go into the model card.
+    """
     from chestct.evaluation.export import export
-    from chestct.evaluation.sections import optional_sections
     from chestct.models.bundle_folder import check_target
+    from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.tracking import run_of
 
@@ -131,12 +189,9 @@ def write_bundle(cfg: Config, out: Path) -> None:
     cfg = from_checkpoint(cfg)
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
     check_target(folder)  # now, not after an evaluation of minutes
-    evaluation = _evaluate_with_refits(cfg, out)
-    evaluation.sections |= optional_sections(evaluation)
+    evaluation = _evaluate_checkpoint(cfg, out)
     bundle = export(evaluation, folder, model_card(evaluation))
     if cfg.tracking.log_model:
-        from chestct.pyfunc import log_bundle
-
         with run_of(cfg, Path(cfg.ckpt or "")) as run:
             log_bundle(run, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())

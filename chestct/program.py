@@ -5,7 +5,6 @@ makes the folder, logs, and runs one job or many.
 """
 
 import contextlib
-import errno
 import functools
 import inspect
 import io
@@ -26,15 +25,10 @@ from chestct.config.compose import CONF, compose, help_text, quoted, readable
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
-"""What the operating system says of a place that cannot be written to; any other OSError is a bug of ours."""
-
-WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
+CONFIG = ("--config-name", "-cn", "--config-dir", "-cd")
+WITH_VALUE = (*CONFIG, "--cfg", "-c", "--package", "-p")
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
 """Hydra's own options; everything else is a setting, `key=value`."""
-
-NO_RUN = {"-m", "--multirun", "--hydra-help", "--version", "--info", "-i", "--cfg", "-c"}
-"""Those with which there is no single run, and so no folder to go on in."""
 
 HYDRAS_FILES = {".hydra", ".lock", "settings.yaml", "train.log", "evaluate.log"}
 """What lies in a run folder before anything was computed."""
@@ -55,31 +49,27 @@ def program(
         @functools.wraps(task)
         def run() -> None:
             with errors_for_people():
-                arguments = sys.argv[1:]
-                if {"-h", "--help"} & set(arguments):
+                if {"-h", "--help"} & set(sys.argv):
                     print(help_text(inspect.getdoc(task) or ""))
                     return
-                os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
-                signal.signal(signal.SIGTERM, terminate)
-                flags, overrides = split_arguments(arguments)
+                flags, overrides = split_arguments(sys.argv[1:])
                 sweep = bool(flags.keys() & {"-m", "--multirun"})
-                _refuse_several(config_name, sweep)
+                started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1
+                if int(started) > 1 and (config_name != "train" or sweep):
+                    raise ConfigError(f"{started} processes were started; only a single training takes several.")
                 overrides = [readable(override, sweep) for override in overrides]
-                _refuse_passwords(overrides)
-                folder = None if flags.keys() & NO_RUN else run_folder(_check(config_name, flags, overrides))
-                elsewhere = any(override.startswith("hydra.run.dir=") for override in overrides)
-                if folder and elsewhere and processes() > 1:  # the others could not tell where the first goes on
-                    raise ConfigError(
-                        f"Several processes go on in the run's own folder, {folder}: leave out hydra.run.dir."
-                    )
+                for uri in (override.split("=", 1)[1] for override in overrides if override[:13] == "tracking.uri="):
+                    from chestct.tracking.remote_store import refuse_password
+
+                    refuse_password(uri)  # before Hydra writes it into the run's folder
+                # Checked now, so that a mistake leaves no folder; a sweep or --cfg has no single run to look at.
+                folder = run_folder(_check(config_name, flags, overrides)) if {*flags} <= {*CONFIG} else None
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")
                     overrides += [quoted("hydra.run.dir", scratch.name), "hydra.output_subdir=null"]
-                elif folder and not elsewhere:
+                elif folder and not any(override.startswith("hydra.run.dir=") for override in overrides):
                     overrides.append(quoted("hydra.run.dir", str(folder)))
-                options = [
-                    part for flag, value in flags.items() for part in ([flag] if value is None else [flag, value])
-                ]
+                options = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
                 sys.argv[1:] = [*options, *overrides]
                 _run(task, config_name)
 
@@ -93,26 +83,13 @@ def rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def processes() -> int:
-    """How many processes torchrun or srun started for one training."""
-    return max(int(os.environ.get(name) or 1) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
-
-
-def _refuse_several(config_name: str, sweep: bool) -> None:
-    """Raises ConfigError where torchrun or srun started several processes for what one does."""
-    several = processes()
-    if several > 1 and config_name != "train":
-        raise ConfigError(f"{several} processes were started; only `chestct train` takes several.")
-    if several > 1 and sweep:
-        raise ConfigError(
-            f"{several} processes of a sweep were started. Start one: with trainer=ddp each job starts its own "
-            "processes, and launcher=... spreads jobs over machines."
-        )
-
-
 @contextlib.contextmanager
 def errors_for_people() -> Iterator[None]:
-    """Ends the program with one message and a status, without a traceback, for whatever a user can mend."""
+    """Ends the program with one message and a status, without a traceback, for whatever a user can mend.
+
+    SIGTERM ends it as Ctrl-C does: what has to be kept is kept on the way out.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a finished training
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
@@ -126,10 +103,13 @@ def errors_for_people() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        if rank() and isinstance(error, ConfigError | DataError):
-            sys.exit(2)  # all processes find it, and the first one says it
-        print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
+        if not (rank() and isinstance(error, ConfigError | DataError)):  # all processes find it, the first one says it
+            print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    raise Interrupted("Terminated.")
 
 
 def split_arguments(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -166,6 +146,7 @@ def _run(task: Task, config_name: str) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     failures: list[ChestCTError] = []
 
     # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
@@ -192,23 +173,9 @@ def _explained(error: Exception) -> str:
     raised_by = (type(error).__module__, frame.f_globals.get("__name__", ""))  # Hydra raises plain ValueErrors, too
     if any(name.startswith(("hydra.", "omegaconf.", "antlr4.")) for name in raised_by):  # one of Hydra's is an OSError
         return explain(error)
-    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+    if isinstance(error, OSError) and error.strerror:
         return (
-            f"Cannot write {error.filename or 'a file'}: {error.strerror}. Free space there, or choose other folders "
-            "with runs_dir=FOLDER and cache_dir=FOLDER."
+            f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, or choose another place: "
+            "runs_dir=FOLDER and cache_dir=FOLDER, --out for a table or page."
         )
     raise error
-
-
-def _refuse_passwords(overrides: list[str]) -> None:
-    """Stops before Hydra writes a password that stands in an override into the run's folder."""
-    for override in overrides:
-        if override.startswith("tracking.uri="):
-            from chestct.tracking.remote_store import refuse_password
-
-            refuse_password(override.split("=", 1)[1])
-
-
-def terminate(signum: int, _: object) -> None:
-    """Handler of SIGTERM: what has to be kept is kept on the way out, as after Ctrl-C."""
-    raise Interrupted("Terminated.")

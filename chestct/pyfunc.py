@@ -7,6 +7,7 @@ code a foreign model names, so for a bundle of unknown origin use `bundle=models
 
 import logging
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +21,12 @@ from chestct.tracking.registry import BUNDLE
 if TYPE_CHECKING:
     from chestct.tracking import Run
 
-BATCH = 16
 
-
+@dataclass
 class Scorer:
     """What `mlflow.pyfunc.load_model` wraps."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle = bundle
+    bundle: Bundle
 
     def predict(self, images: np.ndarray, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Answers for slices as they were decoded, all of one size, uint8 [N, H, W] with 255 for white.
@@ -38,37 +37,27 @@ class Scorer:
         images = np.asarray(images, np.uint8)
         if images.ndim != 3:
             raise ValueError(f"Slices are uint8 [N, H, W]; got an array of shape {list(images.shape)}.")
-        parts = [self._answers(images[at : at + BATCH]) for at in range(0, len(images), BATCH)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame({"score": [], "decision": []})
-
-    def _answers(self, images: np.ndarray) -> pd.DataFrame:
-        bundle = self.bundle
-        answers = bundle.predict(np.stack([bundle.preprocess(image) for image in images]))
-        names = [f"probability_{name}" for name in bundle.classes]
-        return pd.DataFrame(
-            {"score": answers.score, "decision": answers.decision, "novelty": answers.novelty}
-            | dict(zip(names, answers.probabilities.T, strict=True))
-        )
+        columns = ["score", "decision", "novelty", *(f"probability_{name}" for name in self.bundle.classes)]
+        answers = [self.bundle.predict(self.bundle.preprocess(image)[None]) for image in images]
+        rows = [[a.score[0], a.decision[0], a.novelty[0], *a.probabilities[0]] for a in answers]
+        return pd.DataFrame(rows, columns=columns)
 
 
 def save_model(bundle: Path, folder: Path) -> None:
-    """Writes the bundle in a folder as an MLflow model with its signature and an example of its input."""
+    """Writes the bundle in a folder as an MLflow model with its signature."""
     from mlflow import pyfunc
-    from mlflow.models import infer_signature
-    from mlflow.models.signature import ModelSignature
+    from mlflow.models.signature import ModelSignature, infer_signature
     from mlflow.types import Schema, TensorSpec
 
-    scorer = Scorer(load_bundle(bundle))
-    size = scorer.bundle.preprocess.size
-    example = np.zeros((1, size, size), np.uint8)
-    answer = infer_signature(example, scorer.predict(example))
+    example = np.zeros((1, 64, 64), np.uint8)
+    answer = Scorer(load_bundle(bundle)).predict(example)
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])  # any number of slices, of any one size
-    logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)
+    logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)  # it would tell of the example, in every run
     pyfunc.save_model(
         folder,
         loader_module=__name__,
         data_path=str(bundle),
-        signature=ModelSignature(images, answer.outputs),
+        signature=ModelSignature(images, infer_signature(answer).inputs),
         input_example=example,
         pip_requirements=[f"chestct=={chestct.__version__}"],  # MLflow would look for them in a process of its own
     )

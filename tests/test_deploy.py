@@ -89,14 +89,15 @@ def test_what_is_installed_in_the_image_suffices(tmp_path):
 import sys
 for name in {json.dumps(missing)}:
     sys.modules[name] = None  # importing it now fails as where it is not installed
+from chestct.cli import main
 from chestct.config.compose import compose
-from chestct.predict_command import main
 import chestct.serving.page, chestct.serving.server
-import chestct.reporting.drift_report, chestct.serving.monitor, chestct.serving.shift
+import chestct.reporting.drift_report, chestct.serving.monitor
 from chestct.serving.examples import make_examples
 assert compose("bundle=packaged", config_name="serve").bundle == "packaged"
 make_examples()
-sys.exit(main({arguments}))
+sys.argv = ["chestct", "predict", *{arguments}]
+main()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -5,13 +5,11 @@ full disk, a lock or a broken file costs records, never an answer.
 """
 
 import logging
-import os
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +23,13 @@ logger = logging.getLogger("chestct.serving")
 NUMBERS = ("score", "novelty", *STATISTICS)
 COLUMNS = ("time", "bundle", "decision", "known", *NUMBERS)
 
-SCHEMA = 1
 WAITING = 10_000
 """Records that may wait to be written; more are dropped."""
-
-PRUNE = 3600.0
-"""Seconds between two looks for records that are too old."""
 
 BUSY = 5.0
 """Seconds to wait for another process that writes the same file."""
 
 Record = tuple[int | float | str, ...]
-
-
-class MonitorError(ChestCTError):
-    """A file of records that is missing or something else."""
 
 
 class Monitor:
@@ -48,21 +38,18 @@ class Monitor:
     path: made where it is missing; keep_days: older records are deleted. `dropped`: records that could not be written.
     """
 
-    def __init__(self, path: str | Path, keep_days: int = 90, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str | Path, keep_days: int = 90) -> None:
         self.path, self.keep_days, self.dropped = Path(path), keep_days, 0
-        self._clock = clock
         self._waiting: queue.Queue[Record | None] = queue.Queue(WAITING)
-        self._pruned = -PRUNE
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self._thread.start()
 
     def record(self, prediction: Prediction) -> None:
         """Notes an answer. Returns at once and never raises for what is wrong with the disk."""
         numbers = {"score": prediction.score, "novelty": prediction.novelty, **prediction.statistics}
-        what = (int(self._clock()), prediction.bundle, prediction.decision, int(prediction.known))
-        row: Record = (*what, *(float(numbers[name]) for name in NUMBERS))
+        what = (int(time.time()), prediction.bundle, prediction.decision, int(prediction.known))
         try:
-            self._waiting.put_nowait(row)
+            self._waiting.put_nowait((*what, *(float(numbers[name]) for name in NUMBERS)))
         except queue.Full:
             self.dropped += 1
 
@@ -81,60 +68,41 @@ class Monitor:
             self._write([row for row in rows if row is not None])
 
     def _write(self, rows: list[Record]) -> None:
-        if not rows:
-            return
+        """One transaction. The file is opened anew each time: one that was moved away or mended is taken up again."""
         try:
-            with _opened(self.path) as database:
-                marks = ", ".join("?" * len(COLUMNS))
-                database.executemany(f"INSERT INTO answers ({', '.join(COLUMNS)}) VALUES ({marks})", rows)
-                if time.monotonic() > self._pruned + PRUNE:
-                    oldest = self._clock() - self.keep_days * 86400
-                    database.execute("DELETE FROM answers WHERE time < ?", (oldest,))
-                    self._pruned = time.monotonic()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch(0o600)  # SQLite would let everybody read it
+            with closing(sqlite3.connect(self.path, timeout=BUSY)) as database, database:
+                database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
+                database.execute(f"CREATE TABLE IF NOT EXISTS answers ({', '.join(COLUMNS)})")
+                database.execute("CREATE INDEX IF NOT EXISTS by_time ON answers (time)")
+                database.executemany(f"INSERT INTO answers VALUES ({', '.join('?' * len(COLUMNS))})", rows)
+                database.execute("DELETE FROM answers WHERE time < ?", (time.time() - self.keep_days * 86400,))
         except (sqlite3.Error, OSError) as error:
             if not self.dropped:  # once is enough: a full disk needs no full log
                 logger.error("monitor: cannot write %s (%s); answers go on without a record", self.path, error)
             self.dropped += len(rows)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[sqlite3.Connection]:
-    """One transaction. Opened anew each time: a file that was moved away or mended is taken up again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite would let everybody read it
-    with closing(sqlite3.connect(path, timeout=BUSY)) as database, database:
-        if database.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
-            database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
-            types = {"time": "INTEGER", "bundle": "TEXT", "decision": "TEXT", "known": "INTEGER"}
-            columns = ", ".join(f"{name} {types.get(name, 'REAL')}" for name in COLUMNS)
-            database.execute(f"CREATE TABLE IF NOT EXISTS answers ({columns})")
-            database.execute("CREATE INDEX IF NOT EXISTS by_time ON answers (time)")
-            database.execute(f"PRAGMA user_version = {SCHEMA}")
-        yield database
-
-
 def read_records(path: str | Path, days: float | None = None) -> dict[str, np.ndarray]:
     """The records of the last `days`, or all, by column.
 
-    `time`: int64, Unix seconds; `bundle`, `decision`: text; `known`: bool; NUMBERS: float64. Raises
-    MonitorError where the file is missing or holds something else.
+    `time`: int64, Unix seconds; `bundle`, `decision`: text; `known`: bool; NUMBERS: float64. Raises ChestCTError where
+    the file is missing or holds something else.
     """
     path = Path(path)
     if not path.is_file():
-        raise MonitorError(
+        raise ChestCTError(
             f"No records in {path}: there is no such file. Start the service with monitor.enabled=true "
             f"monitor.path={path}, or give the right file with --db."
         )
     since = 0 if days is None else time.time() - days * 86400
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY)) as database:
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version != SCHEMA:
-                raise MonitorError(f"{path} holds no records of this version (schema {version}, not {SCHEMA}).")
             query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE time >= ? ORDER BY time"
             rows = database.execute(query, (since,)).fetchall()
     except sqlite3.Error as error:
-        raise MonitorError(f"{path} cannot be read as records of the service: {error}.") from None
+        raise ChestCTError(f"{path} cannot be read as records of the service: {error}.") from None
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     types = {"time": np.int64, "bundle": str, "decision": str, "known": bool}
     return {name: np.array(values, types.get(name, np.float64)) for name, values in zip(COLUMNS, columns, strict=True)}

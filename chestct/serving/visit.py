@@ -3,8 +3,8 @@
 import csv
 import io
 
+from chestct.serving.batch import cell
 from chestct.serving.reading import Reading
-from chestct.serving.table import cell
 
 COLUMNS = ("Time", "File", "Decision", "Probability", "Distance", "Reason", "Bundle")
 

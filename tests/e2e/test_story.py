@@ -240,7 +240,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     printed = run(
         bob, "python", "-m", "chestct", "predict", str(slices), "--bundle", name, "--tracking-uri", server.uri
     )
-    assert f"scored by bundle {load_bundle(ada / 'runs/a/bundle').id}" in printed
+    assert f"Scored by bundle {load_bundle(ada / 'runs/a/bundle').id}" in printed
     assert not [path for root in (ada, bob) for path in root.rglob("*") if _holds(path, PASSWORDS["writer"])]
 
 
