@@ -42,13 +42,18 @@ def call(tmp_path, monkeypatch, phantoms, cache, capfd):
     return run
 
 
+def only_run(tmp_path) -> Path:
+    (run,) = (tmp_path / "runs").iterdir()
+    return run
+
+
 @pytest.mark.slow
 def test_train_then_evaluate_tell_the_same_numbers_and_the_mlflow_run_holds_them(call, tmp_path):
     status, printed, err = call("train.py", "trainer.max_epochs=2", "tracking=mlflow")
     assert status == 0, err
     assert printed.startswith("SYNTHETIC")
     assert "AUROC" in printed
-    (run,) = (tmp_path / "runs").iterdir()
+    run = only_run(tmp_path)
     trained = json.loads((run / "evaluation" / "metrics.json").read_text())
     for name in ("roc.svg", "precision_recall.svg", "confusion.svg", "curves.png", "predictions.parquet"):
         assert (run / "evaluation" / name).stat().st_size > 0
