@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-runs bench-data bench-evaluation bench-serve bundle demo dagshub-remote ui clean
+.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo dagshub-remote ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,22 +70,14 @@ bundle: $(READY) ## make the packaged bundle again (DATA=../shared/data/chest-ct
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
-bench: $(READY) ## time the forward pass, features, head training and two processes, as ratios
-	$(BIN)/python -m benchmarks.speed
-	$(BIN)/python -m benchmarks.ddp
+bench: $(READY) ## time head training with and without cached features, as ratios
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
-bench-runs: $(READY) ## time what tracking costs, and a sweep of twelve trials
-	$(BIN)/python -m benchmarks.experiments $(ARGS)
-
-bench-data: $(READY) ## time grouping on 10k to 100k slices, count what it finds; time ingest where DATA is there
-	$(BIN)/python -m benchmarks.groups $(ARGS)
+bench-data: $(READY) ## count what grouping finds; time it on 10k to 100k slices
 	$(BIN)/python -m benchmarks.copies
-	@test ! -d $(DATA) || $(BIN)/python -m benchmarks.ingest $(DATA)
+	$(BIN)/python -m benchmarks.groups $(ARGS)
 
-bench-evaluation: $(READY) ## time intervals, heat maps, and with ARGS="--ckpt FILE" a whole evaluation
-	$(BIN)/python -m benchmarks.evaluation $(ARGS)
-
-bench-serve: $(READY) ## time the service: start, latency, fifty clients (ARGS="--keras PYTHON", ARGS=soak)
+bench-serve: $(READY) ## time the service: start, latency, fifty clients (ARGS="--keras PYTHON")
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## remove caches (not runs, data or tracking)

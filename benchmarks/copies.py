@@ -14,8 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.table import Table
 
 from chestct.config.schema import PhantomConfig, WindowConfig
 from chestct.data.duplicates import find_pairs, group
@@ -159,18 +157,13 @@ def main() -> None:
     together = groups == groups[original]
     own = original[pairs["a"]] == original[pairs["b"]]
     near = (pairs["kind"] == "near").to_numpy()
-    table = Table("change", "copies", "found", "recall", "least alike")
-    for kind, name in enumerate(CHANGES):
-        of_kind = change == kind
-        alike = pairs["similarity"][own & near & (of_kind[pairs["a"]] | of_kind[pairs["b"]])]
+    for kind, name in enumerate([*CHANGES, "all"]):
+        of_kind = change == kind if name != "all" else change >= 0
         found = together[of_kind]
-        table.add_row(name, str(len(found)), str(found.sum()), f"{found.mean():.3f}", f"{alike.min():.3f}")
-    copies = change >= 0
-    table.add_row("all", str(copies.sum()), str(together[copies].sum()), f"{together[copies].mean():.4f}", "")
-    Console(width=100).print(table)
+        print(f"{name:26}{len(found):6} copies {found.sum():6} found   recall {found.mean():.4f}")
     others = pairs["similarity"][near & ~own]
     print(
-        f"{(~copies).sum()} different slices; {len(others)} pairs of different ones among {near.sum()} near pairs"
+        f"{(change < 0).sum()} different slices; {len(others)} pairs of different ones among {near.sum()} near pairs"
         + (f", the most alike {others.max():.3f}" if len(others) else "")
     )
 

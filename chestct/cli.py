@@ -108,10 +108,10 @@ def params() -> None:
 def predict() -> None:
     """Scores chest CT slices (PNG, JPEG, TIFF, BMP, WebP, DICOM) into a table. Research use only.
 
-    The table has one row a slice: path, frame, score (calibrated P(cancer)), decision (cancer, normal, uncertain,
-    refused, or unreadable for a file), reason, possible (classes that cannot be excluded), a probability for each
-    class, novelty (distance to the training data; beyond 1 unfamiliar), known (the slice was in the training data),
-    bundle, file_hash, frames. The same command again goes on where the last one ended, and reads only what changed.
+    One row a slice: path, frame, score (calibrated P(cancer)), decision (cancer, normal, uncertain, refused, or
+    unreadable for a file), reason, possible (classes that cannot be excluded), a probability for each class, novelty
+    (distance to the training data; beyond 1 unfamiliar), known (the slice was in the training data), bundle, file_hash,
+    frames. The same command again goes on where the last one ended, and reads only what changed.
 
     Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
     """

@@ -1,8 +1,6 @@
-"""Errors meant for people.
+"""Errors for people: the text says what was looked for, where, and how to mend it, and is printed alone.
 
-Whatever goes wrong because of an input, a setting or the world outside is raised as a `ChestCTError` whose text says
-what was looked for, where, and how to mend it. The doors print that text alone; any other exception is a bug of ours
-and keeps its traceback.
+Any other exception is a bug of ours and keeps its traceback.
 """
 
 from pathlib import Path

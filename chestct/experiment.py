@@ -37,9 +37,7 @@ def train(cfg: Config, out: Path) -> float:
     python train.py experiment=two_stage                  a named experiment
     python train.py -m optim.lr=1e-3,1e-4 model.freeze=true,false    all combinations
     python train.py -m sweep=head                         a search; the same command goes on with it
-    python train.py tracking.register=NAME                bundle=models:/NAME@champion then finds the bundle
     python train.py ckpt=last                             goes on with the newest run
-    python train.py trainer=ddp trainer.devices=2         two processes, one training; see docs/clusters.md
     """
     if cfg.seeds == 1:
         return train_and_report(cfg, out)[cfg.trainer.monitor]
@@ -114,13 +112,10 @@ def evaluate(cfg: Config, out: Path) -> None:
     """Scores the valid and test slices of a checkpoint's data, or other data, and writes a report and a model card.
 
       python evaluate.py ckpt=last                                 the newest run
-      python evaluate.py ckpt=runs/.../checkpoints/best.ckpt       any run
+      python evaluate.py ckpt=runs/RUN                             any run
       python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    with other splits and folds
-      python evaluate.py ckpt=last evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
-                                                                   heat maps, refusals and robustness checked
-      python evaluate.py bundle=FOLDER data.name=other data.root=FOLDER 'data.labels={healthy: normal, tumour: cancer}'
-                                                                   a bundle on slices that it never saw
-      python evaluate.py bundle=models:/NAME@champion              a bundle by its name in MLflow
+      python evaluate.py ckpt=last evaluation.phantoms=100         heat maps held against known lesions
+      python evaluate.py bundle=FOLDER data.root=FOLDER            a bundle on slices that it never saw
       python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
 
     Settings that are not given come from the checkpoint.

@@ -11,10 +11,9 @@ from typing import Any
 
 
 def write_atomic(path: Path, content: bytes | str) -> Path:
-    """Writes `content` beside `path` and renames it into place, so that a reader or a kill never sees half a file.
+    """Writes `content`, text as UTF-8, beside `path` and renames it, so that nobody sees half a file; returns `path`.
 
-    content: text is written as UTF-8 with its line ends as they are. The folder is made where it is missing. Returns
-    `path`; raises OSError where it cannot be written, and leaves nothing behind.
+    The folder is made where it is missing. Raises OSError where it cannot be written, and leaves nothing behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
@@ -43,10 +42,7 @@ def file_digest(path: Path) -> str:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; never waits, as reading a pipe would.
-
-    Raises OSError, also where the path is no regular file (EINVAL) or a larger one (EFBIG).
-    """
+    """The bytes of a file; never waits as on a pipe. Raises OSError, also for no regular file or a larger one."""
     with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

@@ -124,12 +124,6 @@ def test_the_image_runs_as_nobody_and_is_probed():
     assert not any(re.search(r"apt|build-essential|gcc|pip", rest) for keyword, rest in stage if keyword == "RUN")
 
 
-def test_the_address_of_wheels_and_the_base_are_arguments():
-    arguments = dict(rest.split("=", 1) for keyword, rest in DOCKERFILE if keyword == "ARG")
-    assert arguments["TORCH_INDEX"] == '""'
-    assert {rest.split()[0] for keyword, rest in DOCKERFILE if keyword == "FROM"} == {"${BASE}"}
-
-
 def test_compose_starts_stages_that_exist_and_is_open_to_this_machine_only():
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     stages = {rest.split()[-1] for keyword, rest in DOCKERFILE if keyword == "FROM"}

@@ -26,8 +26,7 @@ FEWEST = 50
 """Slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2."""
 
 SIGNIFICANT = 0.001
-"""Stricter than custom: slices come in series and copies, so there is less in them than their number says. At 0.05 the
-public set's own test slices raise an alarm (110 that the packaged bundle has not seen: p from 0.015)."""
+"""Stricter than custom: slices come in series and copies, so there is less in them than their number says."""
 
 SHARE_LARGE = 0.1
 """Change of the share of refusals that counts as large."""
@@ -123,7 +122,7 @@ def html(drift: Drift) -> str:
 def summary(drift: Drift) -> str:
     """The report for a terminal, one line for each thing compared."""
     lines = [f"Bundle {drift.bundle}, {drift.period}. {drift.sentence}"]
-    lines += [f"  {'DRIFT' if s.drifted else 'same':<7}{s.name:<13}{s.change}, p {s.p:.3f}" for s in drift.shifts]
+    lines += [f"  {'DRIFT' if s.drifted else 'same':<7}{s.name:<13}{s.change}, p {s.p:.2g}" for s in drift.shifts]
     lines += [f"  {count:,} {decision}" for decision, count in drift.decisions.items()]
     return "\n".join([*lines, f"  Left out: {drift.others:,} of other bundles, {drift.known:,} of the training data."])
 

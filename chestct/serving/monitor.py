@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,8 +30,6 @@ WAITING = 10_000
 BUSY = 5.0
 """Seconds to wait for another process that writes the same file."""
 
-Record = tuple[int | float | str, ...]
-
 
 class Monitor:
     """Appends records to a file; safe to call from any number of threads, and several processes may share the file.
@@ -40,7 +39,7 @@ class Monitor:
 
     def __init__(self, path: str | Path, keep_days: int = 90) -> None:
         self.path, self.keep_days, self.dropped = Path(path), keep_days, 0
-        self._waiting: queue.Queue[Record | None] = queue.Queue(WAITING)
+        self._waiting: queue.Queue[tuple[Any, ...] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self._thread.start()
 
@@ -67,7 +66,7 @@ class Monitor:
             last = None in rows
             self._write([row for row in rows if row is not None])
 
-    def _write(self, rows: list[Record]) -> None:
+    def _write(self, rows: list[tuple[Any, ...]]) -> None:
         """One transaction. The file is opened anew each time: one that was moved away or mended is taken up again."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,24 +108,6 @@ def test_another_torchvision_backbone(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_data_source(run, tmp_path, phantoms):
-    (settings,) = commands("data.name=other")
-    folder = tmp_path / "other"
-    for split in ("train", "valid", "test"):
-        for mine, theirs in (("healthy", "normal"), ("tumour", "*carcinoma*")):
-            for source in (phantoms / split).glob(f"{theirs}/*"):
-                target = folder / split / mine / source.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(source)
-    run(
-        *[setting.replace("FOLDER", str(folder)) for setting in settings if not setting.startswith("data.root=")],
-        f"data.root={folder}",
-    )
-    assert last(tmp_path)["hyper_parameters"]["settings"]["data"]["name"] == "other"
-    assert len(commands("data.sources")) == 0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fast", "overfit", "profile"])
 def test_presets_for_debugging(run, tmp_path, preset):
     run(f"debug={preset}", *(("trainer.max_epochs=60",) if preset == "overfit" else ()))

@@ -106,10 +106,6 @@ def experiments(folder: Path) -> dict[str, dict]:
     return {known["name"]: known["revs"][0]["data"] for known in last["experiments"] or []}
 
 
-def changed(folder: Path) -> set[str]:
-    return set(json.loads(run(folder, "dvc", "status", "--json")))
-
-
 def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatch, tmp_path):
     log_in(monkeypatch, "writer")
     ada = clone(origin, "ada")
@@ -134,21 +130,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     for split in baseline:
         assert by_hand[split] == pytest.approx(baseline[split], abs=1e-6, nan_ok=True)
 
-    # Only what depends on a module runs again when it changes.
-    for module, stages in (
-        ("chestct/reporting/figures.py", {"evaluate", "export"}),
-        ("chestct/experiment.py", {"train", "evaluate", "export"}),
-        ("chestct/training/callbacks.py", {"train"}),
-        ("chestct/tracking/run.py", set()),
-    ):
-        before = (ada / module).read_text()
-        (ada / module).write_text(before + "# changed\n")
-        assert changed(ada) == stages, module
-        (ada / module).write_text(before)
-
-    # A sweep, and experiments: one here, two at once in temporary copies.
-    printed = run(ada, "python", "train.py", "-m", "optim.lr=0.05,0.005", "evaluation.report=false")
-    assert "best of 2" in printed
+    # Experiments: one here, two at once in temporary copies.
     run(ada, "dvc", "exp", "run", "-n", "faster", "-S", "optim.lr=0.05")
     assert run(ada, "git", "status", "--short").split() == [
         *("M", "artifacts/evaluation/metrics.json", "M", "dvc.lock", "M", "params.yaml")

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image
 
 from chestct.cli import main
-from chestct.errors import ChestCTError
 from chestct.files import json_digest
 from chestct.models.bundle import FACTS
 from chestct.models.vgg16 import VGG16
@@ -264,10 +263,3 @@ main()
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == b"[]"
     assert [row["path"] for row in rows(tmp_path / "健康.csv")] == [str(folder / "läsion 肺.png")]
-
-
-def test_a_foreign_partial_table_is_left_alone(small_bundle, scans, tmp_path):
-    (tmp_path / "s.csv.partial").write_text("somebody's\n")
-    with pytest.raises(ChestCTError, match="no table of this program"):
-        predict_files([scans / "b" / "s1.png"], tmp_path / "s.csv", small_bundle)
-    assert (tmp_path / "s.csv.partial").read_text() == "somebody's\n"

@@ -1,8 +1,6 @@
 """The record of what the service saw: what is in it, what is not, and what it survives."""
 
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -76,20 +74,6 @@ def test_threads_and_monitors_of_one_file_lose_nothing(tmp_path):
         kept.close()
     assert len(read_records(tmp_path / "m.db")["time"]) == 1200
     assert [kept.dropped for kept in monitors] == [0, 0, 0]
-
-
-@pytest.mark.slow
-def test_processes_of_one_file_lose_nothing(tmp_path):
-    code = (
-        "from tests.serving.test_monitor import prediction; import sys, time\n"
-        "from chestct.serving.monitor import Monitor\n"
-        "m = Monitor(sys.argv[1])\n"
-        "for _ in range(100): m.record(prediction()); time.sleep(0.002)\n"
-        "m.close(); sys.exit(m.dropped)"
-    )
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "m.db")], cwd=ROOT) for _ in range(3)]
-    assert [run.wait(120) for run in runs] == [0, 0, 0]
-    assert len(read_records(tmp_path / "m.db")["time"]) == 300
 
 
 def test_old_records_are_deleted_and_a_window_leaves_older_ones_out(tmp_path):
