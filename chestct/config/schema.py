@@ -168,7 +168,6 @@ class ServeConfig:
     max_requests_per_address: int = setting(64, "requests at once from one address, open pages included", low=1)
     queue_size: int = setting(64, "requests for an answer that may wait or run at once; more are turned away", low=1)
     request_timeout_s: float = setting(60.0, "longest time that one answer may take, in seconds", low=1, high=3600)
-    batch_size: int = setting(8, "slices that share a forward pass at most; each takes some 30 MB", low=1)
 
 
 @dataclass

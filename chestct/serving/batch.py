@@ -70,7 +70,7 @@ def predict_files(
     BundleError, and ChestCTError where `out` cannot be written or is no table of this program.
     """
     partial = out.with_name(f"{out.name}.partial")
-    predictor = Predictor(bundle, batch=THREADS, seconds=PATIENCE)
+    predictor = Predictor(bundle, seconds=PATIENCE)
     predictor.bundle.net.to(pick_device())
     columns = [*FIRST, *(f"probability_{name}" for name in predictor.bundle.classes), *LAST]
     pool = ThreadPoolExecutor(THREADS, "batch")
@@ -97,7 +97,6 @@ def predict_files(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-        predictor.close()
     return table, reused
 
 
@@ -113,7 +112,7 @@ def _answer(predictor: Predictor, path: Path, old: list[Row], every: bool) -> tu
             and old[0]["frames"] == (str(len(old)) if every else "")
         ):
             return old, True
-        with predictor.room(data, every=every):
+        with predictor.room(data):
             if every:
                 rows = [_row(path, one) for one in predictor.predict_frames(data, name=str(path), explain=False)]
             else:

@@ -1,11 +1,8 @@
-"""Four pictures to click: drawn when the service starts, so that nothing is downloaded and no patient is shown.
-
-Three phantoms and something that is no CT slice at all; the first is DICOM, so that the window can be tried.
-"""
+"""Pictures to click: drawn when the service starts, so that nothing is downloaded and no patient is shown."""
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -13,14 +10,17 @@ from PIL import Image, ImageDraw, ImageOps
 from chestct.config.schema import PhantomConfig
 from chestct.phantom.encode import write_dicom
 from chestct.phantom.thorax import display, draw
-from chestct.serving.pictures import data_uri, encoded
+from chestct.serving.pictures import encoded, jpeg_uri
 
-THUMB = 112
-LUNG = (-600.0, 1500.0)
+PHANTOMS = {
+    "large-lesion.dcm": ("Large lesion", "large_cell", 0.0, 12),
+    "small-lesion.dcm": ("Small lesion", "adenocarcinoma", 0.7, 9),
+    "no-lesion.dcm": ("No lesion", "normal", 0.4, 5),
+}
+"""Title, kind, difficulty and seed by file name."""
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A file to click. thumb: data URI."""
 
     title: str
@@ -31,35 +31,22 @@ class Example:
 
 
 def make_examples() -> list[Example]:
-    """The examples, always the same ones; takes a tenth of a second."""
-    return [
-        _phantom("Large lesion", "large-lesion.dcm", "large_cell", 0.0, 12),
-        _phantom("Small lesion", "small-lesion.dcm", "adenocarcinoma", 0.7, 9),
-        _phantom("No lesion", "no-lesion.dcm", "normal", 0.4, 5),
-        _photograph(),
-    ]
-
-
-def _phantom(title: str, name: str, subtype: str, difficulty: float, seed: int) -> Example:
-    phantom = draw(np.random.default_rng(seed), subtype, PhantomConfig(difficulty=difficulty, size=384))
+    """Phantoms as DICOM, and a picture that is no slice; always the same ones; takes a tenth of a second."""
+    examples = []
     with tempfile.TemporaryDirectory(prefix="chestct-") as folder:
-        path = Path(folder) / name
-        write_dicom(path, phantom, f"example-{seed}")
-        data = path.read_bytes()
-    return Example(title, "DICOM phantom", name, data, _thumb(Image.fromarray(display(phantom.hu, LUNG))))
-
-
-def _photograph() -> Example:
-    """Evening over hills, drawn: coloured like a photograph."""
+        for name, (title, kind, difficulty, seed) in PHANTOMS.items():
+            phantom = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384))
+            path = Path(folder) / name
+            write_dicom(path, phantom, f"example-{seed}")
+            thumb = _thumb(Image.fromarray(display(phantom.hu, (-600.0, 1500.0))))
+            examples.append(Example(title, "DICOM phantom", name, path.read_bytes(), thumb))
     sky = np.linspace((46, 74, 138), (246, 170, 96), 300).astype(np.uint8)
-    image = Image.fromarray(np.repeat(sky[:, None], 400, 1))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((250, 150, 310, 210), fill=(255, 226, 150))
-    pen.polygon([(0, 230), (120, 150), (220, 235), (310, 180), (400, 240), (400, 300), (0, 300)], fill=(58, 84, 74))
-    pen.polygon([(0, 270), (160, 225), (400, 285), (400, 300), (0, 300)], fill=(34, 56, 48))
-    return Example("Not a slice", "Picture, refused", "hills.jpg", encoded(image, "JPEG", quality=90), _thumb(image))
+    evening = Image.fromarray(np.repeat(sky[:, None], 400, 1))  # coloured like a photograph
+    hills = [(0, 230), (120, 150), (220, 235), (310, 180), (400, 240), (400, 300), (0, 300)]
+    ImageDraw.Draw(evening).polygon(hills, fill=(58, 84, 74))
+    data = encoded(evening, "JPEG", quality=90)
+    return [*examples, Example("Not a slice", "Picture, refused", "hills.jpg", data, _thumb(evening))]
 
 
 def _thumb(image: Image.Image) -> str:
-    small = ImageOps.fit(image, (THUMB, THUMB), Image.Resampling.LANCZOS)
-    return data_uri(encoded(small, "JPEG", quality=85), "jpeg")
+    return jpeg_uri(ImageOps.fit(image, (112, 112), Image.Resampling.LANCZOS))

@@ -1,55 +1,60 @@
-"""What one client may cost: how slowly, how much and how often it may send, and which paths exist at all.
+"""What one client may cost, and which paths exist at all: one ASGI middleware that every request passes first.
 
-One ASGI middleware, which every request but a health probe passes first: uvicorn has no deadline for a body, and its
+Bodies are read here, whole, before anything works on them: uvicorn has no deadline for one, and its
 `limit_concurrency` turns away health probes with everybody else. Rates, many users and TLS are a proxy's work.
 """
 
 import asyncio
+import hmac
 import json
 import logging
 import re
 import time
+from base64 import b64encode
 from collections import Counter
-from collections.abc import MutableMapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from prometheus_client import Histogram
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chestct.config.schema import ServeConfig
-from chestct.serving.prometheus import Metrics
+from chestct.errors import ConfigError
 
 logger = logging.getLogger("chestct.serving")
+
+REQUESTS = Histogram("chestct_request_seconds", "Time to answer, by route and HTTP status", ["route", "status"])
 
 BODY_S, BODY_RATE = 20.0, 50_000.0
 """Seconds that a body has at least, and bytes for each of which it gets another 1 / BODY_RATE seconds."""
 
-MAX_REQUESTS = 400
-"""Under way at once, of all clients together; fewer than connections, so that a health probe finds one."""
-
 UNCOUNTED = 256_000
 """Bytes of each body that do not count as in flight: a large upload of one client leaves room for slices of others."""
 
+MAX_JSON = 1_000_000
+"""Bytes of a body that carries no file."""
+
+WRONG_PASSWORD_S = 1.0
+"""Seconds before a wrong password is answered."""
+
 ROUTES = {
     "GET": (
-        *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"),
-        *("/metrics", "/assets/*", "/static/*"),
-        *("/gradio_api/info", "/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/heartbeat/*"),
-        *("/gradio_api/queue/data", "/gradio_api/call/*", "/gradio_api/upload_progress"),
+        *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/metrics", "/assets/*"),
+        *("/static/*", "/gradio_api/app_id", "/gradio_api/startup-events", "/gradio_api/heartbeat/*"),
+        *("/gradio_api/queue/data", "/gradio_api/upload_progress"),
     ),
-    "POST": (
-        *("/predict", "/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/call/*"),
-        *("/gradio_api/cancel", "/gradio_api/reset"),
-    ),
+    "POST": ("/predict", *(f"/gradio_api/{name}" for name in ("upload", "queue/join", "cancel", "reset"))),
 }
 """Paths that exist; a `*` stands for whatever follows. Gradio opens many more (files by path, proxies, code editors),
 and a later Gradio may add some: they stay shut."""
 
 WITH_FILES = ("/predict", "/gradio_api/upload")
-LASTING = ("/assets/*", "/static/*")
-MAX_JSON = 1_000_000
-"""Bytes of a body that carries no file."""
+SOON = {"retry-after": "5"}
 
 HEADERS = {
     # Gradio compiles its templates in the browser and writes inline scripts and styles: hence the unsafe ones.
@@ -57,7 +62,6 @@ HEADERS = {
     "'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; object-src 'none'; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'self'",
     "x-content-type-options": "nosniff",
-    "x-frame-options": "SAMEORIGIN",
     "referrer-policy": "no-referrer",
     "permissions-policy": "camera=(), microphone=(), geolocation=()",
     "cross-origin-opener-policy": "same-origin",
@@ -65,18 +69,32 @@ HEADERS = {
 }
 
 
-UPLOAD = re.compile(r"[0-9a-f]{32}/[0-9a-f]{32}")
-"""How `uploads.keep` names one."""
+class Refused(Exception):  # noqa: N818 - an answer, not a failure
+    """A request that is answered with a status and a sentence instead of by the app."""
+
+    def __init__(self, status: int, message: str, **headers: str) -> None:
+        super().__init__(message)
+        # What of a body was not read would be taken for the next request.
+        self.response = JSONResponse({"error": message}, status, {"connection": "close"} | headers)
 
 
-class NoUploadError(Exception):
-    """A request that names another file than an upload."""
+def login_from(environ: Mapping[str, str]) -> bytes:
+    """The digest of the one Authorization header that is let in; b"" where no password is set. Raises ConfigError."""
+    username, password = environ.get("CHESTCT_USERNAME", ""), environ.get("CHESTCT_PASSWORD", "")
+    if not username and not password:
+        return b""
+    if not username or ":" in username or len(password) < 12:
+        raise ConfigError(
+            "CHESTCT_USERNAME and CHESTCT_PASSWORD belong together: a name without a colon, and a password of at least "
+            "12 characters, such as `python -c 'import secrets; print(secrets.token_urlsafe())'` makes."
+        )
+    return sha256(b"Basic " + b64encode(f"{username}:{password}".encode())).digest()
 
 
 def route_of(method: str, path: str) -> str:
     """The entry of ROUTES that a request belongs to, or ""."""
     for route in ROUTES.get("GET" if method == "HEAD" else method, ()):
-        if path == route or path.rstrip("/") == route or (route.endswith("*") and path.startswith(route[:-1])):
+        if path == route or (route.endswith("*") and path.startswith(route[:-1])):
             return route
     return ""
 
@@ -84,10 +102,10 @@ def route_of(method: str, path: str) -> str:
 class RequestLimits:
     """ASGI middleware; see the module. health: answers /healthz, to which no limit applies; uploads: their folder."""
 
-    def __init__(self, app: ASGIApp, health: ASGIApp, metrics: Metrics, cfg: ServeConfig, uploads: Path) -> None:
-        self.app, self.health, self.metrics, self.cfg, self.uploads = app, health, metrics, cfg, uploads
+    def __init__(self, app: ASGIApp, health: ASGIApp, cfg: ServeConfig, uploads: Path, login: bytes = b"") -> None:
+        self.app, self.health, self.cfg, self.uploads, self.login = app, health, cfg, uploads, login
         self.requests: Counter[str] = Counter()  # under way, by address
-        self.bytes: Counter[str] = Counter()  # received of bodies under way, by address, without UNCOUNTED
+        self.bytes: Counter[str] = Counter()  # of bodies under way, by address, without UNCOUNTED
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -98,154 +116,101 @@ class RequestLimits:
             await self._request(scope, receive, send)
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        route = route_of(scope["method"], scope["path"])
-        exchange = Exchange(self, scope, receive, send, route)
-        begun = time.perf_counter()
-        self.requests[exchange.client] += 1
+        route, client = route_of(scope["method"], scope["path"]), scope["client"][0] if scope.get("client") else ""
+        began, status, whole = time.perf_counter(), 0, list[Message]()
+
+        async def read() -> Message:
+            return whole.pop() if whole else await receive()
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                ours = HEADERS | ({} if route in ("/assets/*", "/static/*") else {"cache-control": "no-store"})
+                kept = [pair for pair in message.get("headers", []) if pair[0].decode().lower() not in ours]
+                message["headers"] = kept + [(name.encode(), value.encode()) for name, value in ours.items()]
+            await send(message)
+
+        self.requests[client] += 1
         try:
-            if not await self._refused(exchange):
-                await self.app(scope, exchange.receive, exchange.send)
-        except Exception:
-            logger.exception("%s %s failed", scope["method"], route)
-            await exchange.refuse(500, "Something went wrong on our side. It was noted in the log.")
+            if not self.cfg.proxies:  # Gradio builds addresses from these headers, whoever sent them
+                scope["headers"] = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded-")]
+            await self._check(scope, route, client)
+            async with self._body(scope, receive, route, client) as body:
+                if scope["method"] == "POST" and route not in WITH_FILES:
+                    body = self._checked_json(body)
+                whole.append({"type": "http.request", "body": body, "more_body": False})
+                await self.app(scope, read, answer)
+        except ClientDisconnect:
+            pass
+        except Refused as refusal:
+            await refusal.response(scope, receive, answer)
         finally:
-            self._forget(exchange)
-            seconds = time.perf_counter() - begun
-            self.metrics.requested(route or "other", exchange.status, seconds)
+            self.requests -= Counter([client])  # which forgets who has none
+            seconds = time.perf_counter() - began
+            REQUESTS.labels(route or "other", status).observe(seconds)
             # The route, not the path: what follows it may hold what a client made up.
-            level = logging.INFO if scope["method"] == "POST" or exchange.status >= 400 else logging.DEBUG
-            logger.log(level, "%s %s %s %.0f ms", scope["method"], route or "other", exchange.status, 1000 * seconds)
+            level = logging.INFO if scope["method"] == "POST" or status >= 400 else logging.DEBUG
+            logger.log(level, "%s %s %s %.0f ms", scope["method"], route or "other", status, 1000 * seconds)
 
-    async def _refused(self, exchange: "Exchange") -> bool:
-        """Refuses what the head of a request is enough to refuse, and JSON that is none."""
-        if not exchange.route:
-            await exchange.refuse(404, "There is nothing here.")
-        elif self.requests.total() > MAX_REQUESTS:
-            await exchange.refuse(503, "The service is busy. Try again in a few seconds.")
-        elif self.requests[exchange.client] > self.cfg.max_requests_per_address:
-            most = self.cfg.max_requests_per_address
-            await exchange.refuse(429, f"More than {most} requests at once from your address. Wait for answers first.")
-        elif exchange.announced > exchange.max_bytes:
-            await exchange.refuse_size()
-        elif exchange.scope["method"] == "POST" and exchange.route not in WITH_FILES:
-            await exchange.check_json()
-        return exchange.refused
+    async def _check(self, scope: Scope, route: str, client: str) -> None:
+        """Refuses what the head of a request is enough to refuse."""
+        headers, most = dict(scope["headers"]), self.cfg.max_requests_per_address
+        if not route:
+            raise Refused(404, "There is nothing here.")
+        if self.requests[client] > most:
+            raise Refused(429, f"More than {most} requests at once from your address.", **SOON)
+        given = headers.get(b"authorization", b"")
+        if self.login and not hmac.compare_digest(sha256(given).digest(), self.login):
+            await asyncio.sleep(WRONG_PASSWORD_S if given else 0)
+            ask = {"www-authenticate": 'Basic realm="chestct", charset="UTF-8"'}
+            raise Refused(401, "Name and password, please.", **ask)
 
-    def room_for(self, client: str) -> bool:
-        """Whether bodies in flight leave room: a client may fill half of it."""
+    @asynccontextmanager
+    async def _body(self, scope: Scope, receive: Receive, route: str, client: str) -> AsyncIterator[bytes]:
+        """A whole body, read within its deadline and the budgets. Raises Refused, and ClientDisconnect."""
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        began, more, parts, size, counted = asyncio.get_running_loop().time(), True, list[bytes](), 0, 0
         half = self.cfg.max_upload_bytes
-        return self.bytes[client] <= half and self.bytes.total() <= 2 * half
-
-    def _forget(self, exchange: "Exchange") -> None:
-        for counter, amount in ((self.requests, 1), (self.bytes, exchange.counted)):
-            counter[exchange.client] -= amount
-            if not counter[exchange.client]:
-                del counter[exchange.client]
-
-
-class Exchange:
-    """A request and its answer on their way: bytes are counted while they stream, and deadlines kept.
-
-    After `refuse`, which answers in place of the app, nothing that the app sends goes out.
-    """
-
-    def __init__(self, limits: RequestLimits, scope: Scope, receive: Receive, send: Send, route: str) -> None:
-        self.limits, self.scope, self.route = limits, scope, route
-        self.client = scope["client"][0] if scope.get("client") else ""
-        self.max_bytes = limits.cfg.max_upload_bytes if route in WITH_FILES else MAX_JSON
-        self.announced = _content_length(scope)
-        self.status = self.size = self.counted = 0
-        self.refused = self.complete = False
-        self._receive, self._send = receive, send
-        self._begun = asyncio.get_running_loop().time()
-        self._again: list[Message] = []
-        if not limits.cfg.proxies:  # Gradio builds addresses from these headers, whoever sent them
-            scope["headers"] = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded-")]
-
-    async def receive(self) -> Message:
-        """The next part of the body; http.disconnect where it comes too late or is too much."""
-        if self.refused:
-            return {"type": "http.disconnect"}
-        if self._again:
-            return self._again.pop()
-        if self.complete:
-            return await self._receive()
+        most = half if route in WITH_FILES else MAX_JSON
         try:
-            async with asyncio.timeout_at(self._begun + BODY_S + self.size / BODY_RATE):
-                message = await self._receive()
-        except TimeoutError:
-            await self.refuse(408, "The request came too slowly. Try again over a faster connection.")
-            return {"type": "http.disconnect"}
-        self.complete = not message.get("more_body", False)
-        self._count(len(message.get("body", b"")))
-        if self.size > self.max_bytes:
-            await self.refuse_size()
-        elif not self.limits.room_for(self.client):
-            await self.refuse(503, "Too much is being sent at the moment. Try again in a few seconds.")
-        return {"type": "http.disconnect"} if self.refused else message
+            while more:
+                if max(size, int(announced)) > most:
+                    raise Refused(413, f"That is too large: one request may send {most:,} bytes.")
+                try:
+                    async with asyncio.timeout_at(began + BODY_S + size / BODY_RATE):
+                        message = await receive()
+                except TimeoutError:
+                    raise Refused(408, "The request came too slowly. Try again over a faster connection.") from None
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                more = message.get("more_body", False)
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self.bytes[client] += max(0, size - UNCOUNTED) - counted
+                counted = max(0, size - UNCOUNTED)
+                if self.bytes[client] > half or self.bytes.total() > 2 * half:
+                    raise Refused(503, "Too much is being sent at the moment. Try again.", **SOON)
+            body = b"".join(parts)
+            parts.clear()
+            yield body
+        finally:
+            self.bytes -= Counter({client: counted})
 
-    def _count(self, length: int) -> None:
-        self.size += length
-        more = max(0, self.size - UNCOUNTED) - self.counted
-        self.counted += more
-        self.limits.bytes[self.client] += more
-
-    async def check_json(self) -> None:
-        """Refuses a body that is not JSON, holds NaN, over which Gradio fails, or names a file that is no upload."""
-        body, message = b"", cast(MutableMapping[str, Any], {"more_body": True})
-        while message.get("more_body"):
-            message = await self.receive()
-            body += message.get("body", b"")
+    def _checked_json(self, body: bytes) -> bytes:
+        """The body, unless it is not JSON, holds NaN, over which Gradio fails, or names a file that is no upload."""
         try:
-            content = json.loads(body, parse_constant=_no_number, object_hook=self._located)
-            body = json.dumps(content).encode()
-        except NoUploadError:
-            await self.refuse(400, "This is no file that was uploaded.")
+            return json.dumps(json.loads(body, object_hook=self._located), allow_nan=False).encode()
         except (ValueError, RecursionError):
-            await self.refuse(400, "The request cannot be read: it is to be JSON.")
-        self._again.append({"type": "http.request", "body": body, "more_body": False})
+            raise Refused(400, "The request cannot be read: it is to be JSON.") from None
 
     def _located(self, item: dict[str, Any]) -> dict[str, Any]:
         """A file of a Gradio client with the path it has here: clients know its name alone, never the folder.
 
-        Gradio itself would fetch a path that is an address, and copy one that leads elsewhere. Raises NoUploadError.
+        Gradio itself would fetch a path that is an address, and copy one that leads elsewhere.
         """
         if "path" in item and "meta" in item:
-            if not UPLOAD.fullmatch(str(item["path"])):
-                raise NoUploadError
-            item |= {"path": str(self.limits.uploads / item["path"]), "url": None}
+            if not re.fullmatch("[0-9a-f]{32}", str(item["path"])):  # as `reading.keep` names one
+                raise Refused(400, "This is no file that was uploaded.")
+            item |= {"path": str(self.uploads / item["path"]), "url": None}
         return item
-
-    async def send(self, message: Message) -> None:
-        """Sends what the app answers, with HEADERS."""
-        if self.refused:
-            return
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            mine = HEADERS | ({} if self.route in LASTING else {"cache-control": "no-store"})
-            kept = [(name, value) for name, value in message.get("headers", []) if name.decode().lower() not in mine]
-            message["headers"] = kept + [(name.encode(), value.encode()) for name, value in mine.items()]
-        await self._send(message)
-
-    async def refuse(self, status: int, message: str) -> None:
-        """Answers with a sentence, unless an answer is under way, and ends the connection if its body goes on."""
-        if not self.status:
-            headers = {} if self.complete else {"connection": "close"}
-            headers |= {"retry-after": "5"} if status in (429, 503) else {}
-            await JSONResponse({"error": message}, status, headers)(self.scope, self._receive, self.send)
-        self.refused = True
-
-    async def refuse_size(self) -> None:
-        """Refuses a body for its size."""
-        most = f"{self.max_bytes:,}"
-        await self.refuse(413, f"That is too large: one request may send {most} bytes. Send fewer or smaller files.")
-
-
-def _content_length(scope: Scope) -> float:
-    """The body's length as announced, 0 where it is not, infinity where it is nonsense."""
-    text = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(text) if text.isdigit() else float("inf")
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")

@@ -1,143 +1,217 @@
-"""From the files of one request to what is shown of each slice: read, ask, draw; one bad file spoils no other.
+"""From what a visitor sends to what is shown of each slice: files out of forms and archives, answers, pictures.
 
-Slices are scored a few at a time, so that they share forward passes, and what is large about an answer is dropped
-as soon as its pictures are drawn.
+Archives are opened in memory, where a name can lead nowhere, and their directory is believed as little as any header.
+One bad file spoils no other, and of an answer only what is shown is kept.
 """
 
-import dataclasses
+import io
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import re
+import secrets
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
+from PIL import Image
+from prometheus_client import Counter
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 
 from chestct.errors import ChestCTError, DecodeError
-from chestct.serving.pictures import Pictures, hounsfield_frames
+from chestct.imaging.decode import declared_size
+from chestct.imaging.slice_files import is_slice_name
+from chestct.models.bundle import Bundle
+from chestct.serving.pictures import jpeg_uri, shows_heat, with_heat
 from chestct.serving.predictor import BusyError, Prediction, Predictor
-from chestct.serving.uploads import Upload, frame_count, too_many
+from chestct.serving.sentences import explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
 
-AT_ONCE = 4
+SLICES = Counter("chestct_slices", "Slices answered, by decision", ["decision"])
 
-MANY = 12
-"""Slices from which on pictures are made smaller, so that a series stays within some megabytes."""
-
-NOTHING = np.zeros((0, 0), np.uint8)
+FILENAME = re.compile(rb";\s*filename\*?(0\*?)?\s*=", re.IGNORECASE)
 
 OnAnswer = Callable[[Prediction], None]
+Files = list[tuple[str, bytes]]
+"""(name, bytes); names are as their owner calls them: shown to them, never logged."""
+
+
+class UploadError(ChestCTError):
+    """A request that asks for more than the service gives, or that cannot be read."""
+
+
+def files_in_form(body: bytes, content_type: str) -> list[bytes]:
+    """The content of each file in a body of multipart/form-data, fields left out. Raises UploadError.
+
+    For Starlette, a part named by `filename*=` (RFC 5987, as older clients write names that are not ASCII) is a field.
+    """
+    parts: list[tuple[bytearray, bytearray]] = []
+    ends: list[bool] = []
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    callbacks: Any = {
+        "on_part_begin": lambda: parts.append((bytearray(), bytearray())),
+        "on_header_value": lambda data, start, end: parts[-1][0].extend(data[start:end]),
+        "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
+        "on_end": lambda: ends.append(True),
+    }
+    try:
+        MultipartParser(boundary, callbacks).write(body)
+    except FormParserError as error:
+        raise UploadError(f"The form cannot be read: {error}.") from None
+    if not boundary or not ends:
+        raise UploadError("The form cannot be read: it is cut off, or its content type names another boundary.")
+    return [bytes(content) for headers, content in parts if FILENAME.search(headers)]
+
+
+def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
+    """Writes uploads under random names, which it returns. max_bytes: everybody's together. Raises BusyError."""
+    size = sum(map(len, files))
+    for path in folder.iterdir():
+        with suppress(OSError):  # read and removed meanwhile
+            size += path.stat().st_size
+    if size > max_bytes:
+        raise BusyError("Too many uploads wait to be read. Try again in a minute.")
+    names = [secrets.token_hex(16) for _ in files]
+    for name, content in zip(names, files, strict=True):
+        (folder / name).write_bytes(content)
+    return names
+
+
+def take(files: list[dict[str, Any]], folder: Path) -> Files:
+    """The uploads that Gradio names by `path` and `orig_name`; the folder has them no longer. Raises UploadError."""
+    paths = [Path(str(file.get("path") if isinstance(file, dict) else "")) for file in files or []]
+    if any(path.parent != folder for path in paths):
+        raise UploadError("This is no file that was uploaded.")
+    try:
+        if not paths:
+            raise UploadError("No file came with it. Choose at least one.")
+        names = [str(file.get("orig_name") or "unnamed") for file in files]
+        return [(name, path.read_bytes()) for name, path in zip(names, paths, strict=True)]
+    except OSError:
+        raise UploadError("The upload is no longer there. Choose the file again.") from None
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
+    """The files, archives opened, by name with numbers in their order. Raises UploadError.
+
+    max_slices: frames and pages counted by their headers; max_bytes: all together, inflated.
+    """
+    slices: Files = []
+    for name, data in files:
+        left = max_bytes - sum(len(part) for _, part in slices)
+        slices += (
+            unzip(data, max_slices, max(0, left)) if data[:4] in (b"PK\x03\x04", b"PK\x05\x06") else [(name, data)]
+        )
+    if not slices:
+        raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
+    _check_count(sum(_frames(data) for _, data in slices), max_slices)
+    return sorted(slices, key=lambda file: natural(file[0]))
+
+
+def unzip(data: bytes, max_files: int, max_bytes: int) -> Files:
+    """The files in an archive; folders and what `slice_files` skips are left out. Raises UploadError."""
+    files: Files = []
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = [entry for entry in archive.infolist() if is_slice_name(entry.filename)]
+            _check_count(len(entries), max_files)
+            for entry in entries:
+                with archive.open(entry) as file:
+                    content = file.read(max_bytes + 1)  # whatever size is announced
+                max_bytes -= len(content)
+                if max_bytes < 0:
+                    raise UploadError("The zip archive holds more bytes than one request may send.")
+                files.append((entry.filename, content))
+    except UploadError:
+        raise
+    except Exception as error:  # whatever wrong bytes lead zipfile and zlib to
+        reason = error or type(error).__name__
+        raise UploadError(f"The zip archive cannot be opened ({reason}). Make it again, without a password.") from None
+    return files
+
+
+def _check_count(count: int, most: int) -> None:
+    if count > most:
+        raise UploadError(
+            f"{count} slices at once; this service takes up to {most}. Send fewer, or use the command line for whole "
+            "folders: chestct predict."
+        )
+
+
+def _frames(data: bytes) -> int:
+    try:
+        return declared_size(data).frames
+    except DecodeError:  # decoding will say why
+        return 1
+
+
+def natural(name: str) -> list[tuple[str, int]]:
+    """Sorting key in which `slice 9` comes before `slice 10`."""
+    return [(text, int(digits[:18] or 0)) for text, digits in re.findall(r"([^0-9]*)([0-9]*)", name.lower())]
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is shown of one slice: an answer, or why there is none.
-
-    prediction: without its arrays; error: why there is none, else "".
-    """
+    """What is shown of one slice. Texts are Markdown, pictures data URIs or "" for none."""
 
     name: str
-    prediction: Prediction | None = None
-    error: str = ""
-    pictures: Pictures | None = None
+    decision: str  # as in Prediction, or unreadable
+    verdict: str
+    why: str = ""
+    score: float = 0.0
+    threshold: float = 0.0
+    slice: str = ""
+    heat: str = ""
 
     @property
-    def decision(self) -> str:
-        """The decision, or `unreadable`."""
-        return self.prediction.decision if self.prediction else "unreadable"
+    def suspicion(self) -> tuple[int, float]:
+        """Highest for the slice to show first: by score among those answered, then among the refused."""
+        return {"unreadable": 0, "refused": 1}.get(self.decision, 2), self.score
 
 
-def read_all(
-    predictor: Predictor, uploads: list[Upload], max_slices: int, seconds: float, on_answer: OnAnswer | None = None
-) -> Iterator[list[Reading]]:
-    """The readings of each file in turn, as they become ready.
-
-    seconds: for all together; what has not begun by then gets an error of its own. Raises UploadError where files of
-    several frames make more than `max_slices`.
-    """
-    counts = [frame_count(upload.data, max_slices) for upload in uploads]
-    if sum(counts) > max_slices:
-        raise too_many(sum(counts), max_slices)
-    ends = time.monotonic() + seconds
-    side = 384 if sum(counts) >= MANY else 768
-    cancelled = threading.Event()
-    with ThreadPoolExecutor(AT_ONCE, "reading") as pool:
-        try:
-            yield from pool.map(lambda upload: _read(predictor, upload, side, ends, on_answer, cancelled), uploads)
-        finally:
-            cancelled.set()  # where a visitor leaves before the last one
-
-
-def _read(
-    predictor: Predictor,
-    upload: Upload,
-    side: int,
-    ends: float,
-    on_answer: OnAnswer | None,
-    cancelled: threading.Event,
-) -> list[Reading]:
+def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | None = None) -> list[Reading]:
     """The readings of one file. A frame that cannot be read ends it, and those before it stay."""
-    read: list[Reading] = []
+    readings: list[Reading] = []
+    frames = _frames(data)
     try:
-        with predictor.room(upload.data, every=True, cancelled=cancelled):
-            units = hounsfield_frames(upload.data, predictor.limits)
-            for prediction in _in_time(predictor.predict_frames(upload.data, name="file", cancelled=cancelled), ends):
-                name = f"{upload.name}, frame {len(read) + 1}"
-                read.append(_drawn(name, prediction, side, next(units, None), on_answer))
-        if len(read) == 1:
-            read = [dataclasses.replace(read[0], name=upload.name)]
-        return read
+        with predictor.room(data):
+            for prediction in predictor.predict_frames(data, name="file"):
+                record(prediction, on_answer)
+                shown = name if frames == 1 else f"{name}, frame {len(readings) + 1}"
+                readings.append(_reading(predictor.bundle, shown, prediction))
+        return readings
     except DecodeError as error:
-        logger.info("unreadable file")
         message = f"This file cannot be read: {error.reason}."
     except ChestCTError as error:
-        logger.warning("no answer: %s", error)
         message = str(error)
     except Exception:
         logger.exception("an answer failed")
         message = "Something went wrong with this file on our side. It was noted in the log."
-    return [*read, Reading(upload.name, error=message)]
+    return [*readings, Reading(name, "unreadable", plain(message))]
 
 
-def _in_time(answers: Iterator[Prediction], ends: float) -> Iterator[Prediction]:
-    while True:
-        if time.monotonic() > ends:
-            raise BusyError("No time was left for this slice. Send fewer at once.")
-        if (prediction := next(answers, None)) is None:
-            return
-        yield prediction
-
-
-def _drawn(
-    name: str, prediction: Prediction, side: int, hounsfield: np.ndarray | None, on_answer: OnAnswer | None
-) -> Reading:
-    record(prediction, on_answer)
-    light = dataclasses.replace(
-        prediction,
-        gray=NOTHING,
-        heat=None,
-        slice=dataclasses.replace(prediction.slice, levels=NOTHING, patient="", study=""),
+def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
+    return Reading(
+        name,
+        prediction.decision,
+        verdict(prediction, bundle.point),
+        explanation(prediction, bundle),
+        prediction.score,
+        bundle.point.threshold,
+        jpeg_uri(Image.fromarray(prediction.gray)),
+        jpeg_uri(with_heat(prediction)) if shows_heat(prediction) else "",
     )
-    return Reading(name, light, "", Pictures.of(prediction, hounsfield, side))
 
 
 def record(prediction: Prediction, on_answer: OnAnswer | None) -> None:
-    """Passes an answer on to whoever counts or records it; their trouble is not the asker's."""
-    if on_answer is None:
-        return
-    try:
+    """Counts an answer, and passes it on to whoever records it."""
+    SLICES.labels(prediction.decision).inc()
+    if on_answer:
         on_answer(prediction)
-    except Exception:
-        logger.exception("an answer could not be recorded")
-
-
-def most_suspicious(readings: list[Reading]) -> int:
-    """Index of the slice to show first: the highest score among those answered, then among the refused."""
-
-    def rank(i: int) -> tuple[int, float]:
-        prediction = readings[i].prediction
-        return (0, 0.0) if prediction is None else (1 if prediction.decision == "refused" else 2, prediction.score)
-
-    return max(range(len(readings)), key=lambda i: (rank(i), -i))

@@ -11,46 +11,47 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
-from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from chestct.config.schema import Config, ServeConfig
+from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError
 from chestct.imaging.slice import Limits
-from chestct.serving.api import Login, make_app
+from chestct.serving.api import make_app
+from chestct.serving.limits import login_from
 from chestct.serving.predictor import Predictor
-from chestct.serving.prometheus import Metrics
-from chestct.serving.protocol import PatientProtocol
+from chestct.serving.reading import OnAnswer
 
 logger = logging.getLogger("chestct.serving")
 
-GRACE_S = 30
-"""Seconds that requests under way get after SIGTERM; a container's own patience is often 30."""
+STILL_S = 15.0
+"""Seconds for which a connection may wait for the head of a request, or leave an answer unread."""
 
-OnAnswer = Callable[[Any], None]
-Locate = Callable[[], str]
+MAX_CONNECTIONS = 700
+"""Of all clients together. A process may usually open 1,024 files, sockets included."""
 
 
-def serve(cfg: Config, locate: Locate, on_answer: OnAnswer | None = None) -> None:
-    """Serves until SIGTERM or Ctrl-C.
+def serve(cfg: Config, locate: Callable[[], str], on_answer: OnAnswer | None = None) -> None:
+    """Serves until SIGTERM or Ctrl-C. Raises ConfigError, BundleError and what else a user can mend.
 
     locate: where the bundle lies, called at the start and at each SIGHUP, since a name may have moved on; on_answer:
-    called with each Prediction, for a record of what the service saw. Raises ConfigError, BundleError and what else a
-    user can mend.
+    called with each Prediction, for a record of what the service saw.
     """
     _log_to_stderr()
-    login = Login.from_environment()
+    login = login_from(os.environ)
     listening = bind(cfg.serve.host, cfg.serve.port)
-    with upload_folder() as uploads, predictor_for(cfg, locate()) as predictor:
+    with upload_folder() as uploads:
+        predictor = predictor_for(cfg, locate())
         server = make_server(cfg, predictor, uploads, on_answer, login)
         # uvicorn handles the signal, then puts this handler back and raises it again: that end was a good one
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -59,72 +60,58 @@ def serve(cfg: Config, locate: Locate, on_answer: OnAnswer | None = None) -> Non
         server.run(sockets=[listening])
 
 
+def predictor_for(cfg: Config, bundle: str) -> Predictor:
+    """The service's predictor, with its limits."""
+    serve = cfg.serve
+    limits = Limits(min(cfg.data.max_bytes, serve.max_upload_bytes), min(cfg.data.max_pixels, serve.max_pixels))
+    return Predictor(bundle, limits, seconds=serve.request_timeout_s, pixels=serve.max_pixels_in_flight)
+
+
 def make_server(
-    cfg: Config, predictor: Predictor, uploads: Path, on_answer: OnAnswer | None = None, login: Login | None = None
-) -> "GracefulServer":
-    """The server with API and page, not yet running."""
-    from chestct.serving.examples import make_examples
-
-    metrics = Metrics()
-
-    def answered(prediction: Any) -> None:
-        metrics.answered(prediction)
-        if on_answer:
-            on_answer(prediction)
-
-    app = make_app(predictor, cfg.serve, uploads, metrics, answered, login)
-    examples = make_examples()
-    predictor.predict(examples[3].data)  # the first pass of a network is slower than the rest
-    page = mount_page(app, predictor, cfg.serve, uploads, examples, answered)
-    return GracefulServer(
-        uvicorn.Config(
-            app,
-            http=PatientProtocol,
-            ws="none",
-            loop="asyncio",
-            log_config=None,
-            access_log=False,  # `limits` logs, without paths that a client made up
-            server_header=False,
-            proxy_headers=bool(cfg.serve.proxies),
-            forwarded_allow_ips=cfg.serve.proxies,
-            timeout_keep_alive=15,
-            timeout_graceful_shutdown=GRACE_S,
-        ),
-        page.stop_event.set,
-    )
-
-
-def mount_page(
-    app: FastAPI, predictor: Predictor, cfg: ServeConfig, uploads: Path, examples: Any, on_answer: OnAnswer
-) -> Any:
-    """Puts the page at / of the app; returns Gradio's own app. What Gradio would keep, show or open is switched off."""
+    cfg: Config, predictor: Predictor, uploads: Path, on_answer: OnAnswer | None = None, login: bytes = b""
+) -> "PatientServer":
+    """The server with API and page, not yet running. What Gradio would keep, show or open is switched off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
     import gradio as gr
     from gradio.route_utils import FnIndexInferError
 
+    from chestct.serving.examples import make_examples
     from chestct.serving.page import LOOKS, make_page
 
-    page = make_page(predictor, cfg, uploads, examples, on_answer)
+    app = make_app(predictor, cfg.serve, uploads, on_answer, login)
+    examples = make_examples()
+    predictor.predict(examples[-1].data)  # the first pass of a network is slower than the rest
     gr.mount_gradio_app(
         app,
-        page,
+        make_page(predictor, cfg.serve, uploads, examples, on_answer),
         path="/",
-        server_name=cfg.host,
-        server_port=cfg.port,
+        server_name=cfg.serve.host,
+        server_port=cfg.serve.port,
         footer_links=[],
         run_history=False,
         ssr_mode=False,
         enable_monitoring=False,
-        mcp_server=False,
-        pwa=False,
         show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
-        max_file_size=cfg.max_upload_bytes,
+        max_file_size=cfg.serve.max_upload_bytes,
         app_kwargs={
             "exception_handlers": dict.fromkeys((RequestValidationError, KeyError, FnIndexInferError), _unreadable)
         },
         **LOOKS,
     )
-    return app.routes[-1].app  # type: ignore[attr-defined]
+    return PatientServer(
+        uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            log_config=None,
+            access_log=False,  # `limits` logs, without paths that a client made up
+            server_header=False,
+            proxy_headers=bool(cfg.serve.proxies),
+            forwarded_allow_ips=cfg.serve.proxies,
+            timeout_graceful_shutdown=30,  # a container's own patience after SIGTERM is often that
+        ),
+        app.routes[-1].app.stop_event.set,  # type: ignore[attr-defined]
+    )
 
 
 async def _unreadable(_: Request, error: Exception) -> Response:
@@ -132,53 +119,48 @@ async def _unreadable(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": "The request cannot be understood: no such function, or a wrong value."}, 422)
 
 
-class GracefulServer(uvicorn.Server):
-    """Ends the streams of open pages before it waits for requests: they would last until its patience ends."""
+class PatientServer(uvicorn.Server):
+    """Ends connections on which nothing moves: uvicorn waits for the head of a request for ever.
 
-    def __init__(self, config: uvicorn.Config, end_streams: Callable[[], object]) -> None:
+    Of more than MAX_CONNECTIONS, the ones that have waited longest go. end_streams: called before the end, which would
+    wait for the streams of open pages.
+    """
+
+    def __init__(self, config: uvicorn.Config, end_streams: Callable[[], object] = lambda: None) -> None:
         super().__init__(config)
         self.end_streams = end_streams
+        self._still: dict[H11Protocol, tuple[object, float]] = {}
+
+    async def on_tick(self, counter: int) -> bool:
+        now, before, self._still = time.monotonic(), self._still, {}
+        for connection in cast(set[H11Protocol], self.server_state.connections):
+            waits_for_head = connection.cycle is None or connection.cycle.response_complete
+            if connection.transport is not None and (waits_for_head or connection.flow.write_paused):
+                state = (connection.cycle, connection.transport.get_write_buffer_size())
+                old = before.get(connection, (None, now))
+                self._still[connection] = old if old[0] == state else (state, now)
+        surplus = len(self.server_state.connections) - MAX_CONNECTIONS
+        for i, connection in enumerate(sorted(self._still, key=lambda one: self._still[one][1])):
+            if i < surplus or self._still[connection][1] < now - STILL_S:
+                connection.transport.abort()
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.end_streams()
         await super().shutdown(sockets)
 
 
-@contextlib.contextmanager
-def predictor_for(cfg: Config, bundle: str) -> Iterator[Predictor]:
-    """The service's predictor, with its limits."""
-    serve = cfg.serve
-    predictor = Predictor(
-        bundle,
-        Limits(min(cfg.data.max_bytes, serve.max_upload_bytes), min(cfg.data.max_pixels, serve.max_pixels)),
-        batch=serve.batch_size,
-        waiting=4 * serve.max_slices,
-        seconds=serve.request_timeout_s,
-        pixels=serve.max_pixels_in_flight,
-    )
-    try:
-        yield predictor
-    finally:
-        predictor.close()
-
-
-def reload(predictor: Predictor, locate: Locate) -> None:
+def reload(predictor: Predictor, locate: Callable[[], str]) -> None:
     """Takes the bundle anew from where it lies by now; where that fails, the old one goes on."""
     try:
         logger.info("bundle reloaded: %s", predictor.reload(locate()))
     except ChestCTError as error:
         logger.error("bundle not reloaded, %s stays: %s", predictor.bundle.id, error)
-    except Exception:
-        logger.exception("bundle not reloaded, %s stays", predictor.bundle.id)
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that nobody else can listen on; connections are refused until the server runs.
-
-    Raises ConfigError where the address is taken or impossible.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
+    """A socket that nobody else can listen on; connections are refused until the server runs. Raises ConfigError."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
@@ -195,14 +177,8 @@ def bind(host: str, port: int) -> socket.socket:
 def upload_folder() -> Iterator[Path]:
     """A private folder for uploads, this process's own, which Gradio uses too; gone at the end."""
     with tempfile.TemporaryDirectory(prefix="chestct-uploads-", ignore_cleanup_errors=True) as folder:
-        before = os.environ.get("GRADIO_TEMP_DIR")
         os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            yield Path(folder)
-        finally:
-            os.environ.pop("GRADIO_TEMP_DIR")
-            if before is not None:
-                os.environ["GRADIO_TEMP_DIR"] = before
+        yield Path(folder)
 
 
 class QuietFormatter(logging.Formatter):

@@ -14,7 +14,9 @@ import httpx
 import pytest
 
 from chestct.config.compose import CONF
+from tests.e2e.loopback import free_port
 from tests.serving.conftest import Served, bundle_folder, files, serving
+from tests.serving.visitor import Visitor
 
 __all__ = ["bundle_folder", "files"]  # fixtures
 
@@ -45,9 +47,7 @@ def proxy(service: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         for user in ("ann", "bob"):
             made = subprocess.run([OPENSSL, "passwd", "-apr1", f"{user}-secret"], check=True, capture_output=True)
             file.write(f"{user}:{made.stdout.decode()}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     page = (CONF.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
     site = page.split("```nginx\n")[1].split("```")[0]
     for old, new in {
@@ -98,14 +98,10 @@ def test_every_user_has_a_password_and_the_service_never_sees_it(proxy: httpx.Cl
 
 def test_the_page_works_through_it(proxy: httpx.Client, files: list[bytes]) -> None:
     proxy.auth = ("ann", "ann-secret")
-    config = proxy.get("/config").json()
-    assert config["root"] == f"https://{NAME}"
-    uploaded = proxy.post("/gradio_api/upload", files={"files": ("a.png", files[0])}).json()
-    file = {"path": uploaded[0], "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
-    begun = proxy.post("/gradio_api/call/predict", json={"data": [file, False]}).json()
-    stream = proxy.get(f"/gradio_api/call/predict/{begun['event_id']}").text
-    assert "event: complete" in stream
-    assert '"decision"' in stream
+    visitor = Visitor("", proxy)
+    assert proxy.get("/config").json()["root"] == f"https://{NAME}"
+    visitor.look([("a.png", files[0])])
+    assert visitor.headline.startswith("The model")
 
 
 def test_bodies_and_rates_are_limited_before_the_service(proxy: httpx.Client, service: Served) -> None:

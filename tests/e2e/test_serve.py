@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,18 +15,13 @@ import pytest
 from chestct.config.compose import CONF
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.tracking.registry import register
+from tests.e2e.loopback import free_port
 from tests.serving.conftest import bundle_folder, examples, files
 from tests.serving.visitor import Visitor
 
 __all__ = ["bundle_folder", "examples", "files"]  # fixtures
 
 ROOT = CONF.parent
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextmanager
@@ -110,30 +104,15 @@ def test_an_alias_that_moves_is_followed_on_sighup(bundle_folder: Path, tmp_path
         assert until(url, second)
 
 
-@pytest.mark.slow
-def test_a_bundle_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "serve.py"), "bundle=gone", f"serve.port={free_port()}"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.mark.parametrize(
+    ("changed", "setting", "message"),
+    [({}, "bundle=gone", "No bundle in gone"), ({"CHESTCT_USERNAME": "ann"}, "bundle=packaged", "CHESTCT_PASSWORD")],
+)
+def test_a_service_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, changed, setting, message) -> None:
+    command = [sys.executable, str(ROOT / "serve.py"), setting, f"serve.port={free_port()}"]
+    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | changed, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert "No bundle in gone" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_a_login_that_would_not_hold_stops_the_start(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "serve.py"), f"serve.port={free_port()}"],
-        cwd=tmp_path,
-        env=os.environ | {"CHESTCT_USERNAME": "ann", "CHESTCT_PASSWORD": "short"},
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 2
-    assert "CHESTCT_PASSWORD" in ended.stderr
+    assert message in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

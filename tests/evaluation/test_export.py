@@ -40,7 +40,6 @@ def test_the_predictor_gives_the_same_numbers_for_the_files(
         assert not answer.known
     learned = run[1].data.manifest.query("split == 'train'").iloc[0]
     assert predictor.predict(Path(run[0].data.root or "") / learned["path"]).known
-    predictor.close()
 
 
 def test_the_bundle_knows_what_it_was_made_from(bundle: Bundle, evaluation: Evaluation) -> None:

@@ -75,7 +75,6 @@ def test_every_file_gets_a_row_in_order_with_the_predictors_numbers(call, small_
             assert float(row["probability_normal"]) + float(row["probability_cancer"]) == pytest.approx(1, abs=1e-5)
             assert (row["decision"], row["reason"][:20]) == (own.decision, own.reason[:20])
             assert row["bundle"] == predictor.bundle.id
-    predictor.close()
     printed = capsys.readouterr().out
     assert f"Scored by bundle {predictor.bundle.id}" in printed
     assert "1 unreadable" in printed

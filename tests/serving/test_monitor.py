@@ -50,7 +50,6 @@ def test_nothing_of_a_file_but_its_numbers_is_written_and_nobody_else_may_read_t
     predictor, data = Predictor(small_bundle), png(3)
     (tmp_path / "Jane-Doe-1970.png").write_bytes(data)
     result = predictor.predict(tmp_path / "Jane-Doe-1970.png")
-    predictor.close()
     record(tmp_path / "records" / "m.db", result, prediction(patient="Jane-Doe-1970"))
     written = b"".join(path.read_bytes() for path in (tmp_path / "records").iterdir())
     assert b"Jane" not in written

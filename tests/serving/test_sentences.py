@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from chestct.imaging.slice import Slice
+from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.models.operating_point import OperatingPoint
 from chestct.serving import sentences
-from chestct.serving.predictor import Prediction
+from chestct.serving.predictor import NOT_MEDICAL, Prediction
 from chestct.stats.calibration import Calibration
 
 
@@ -17,13 +18,11 @@ def point(**counts: int) -> OperatingPoint:
     return OperatingPoint(calibration, 0.41, "sensitivity>=0.95", 0.9, (0.5, 0.5), counts)
 
 
-def answer(score: float, decision: str, **changes) -> Prediction:
+def answer(score: float, decision: str, reason: str = "") -> Prediction:
     gray = np.zeros((100, 100), np.uint8)
     probabilities = {"normal": 1 - score, "cancer": score}
-    prediction = Prediction(
-        score, decision, "", probabilities, ("cancer",), 0.4, False, gray, None, Slice(gray, "PNG", "L"), {}, {}, "abc"
-    )
-    return dataclasses.replace(prediction, **changes)
+    shown = Slice(gray, "PNG", "L")
+    return Prediction(score, decision, reason, probabilities, ("cancer",), 0.4, False, gray, None, shown, {}, "abc")
 
 
 @pytest.mark.parametrize(
@@ -34,39 +33,25 @@ def test_no_probability_is_a_certainty(share: float, text: str) -> None:
     assert sentences.percent(share) == text
 
 
-def test_the_threshold_is_told_in_real_counts() -> None:
-    text = sentences.threshold_meaning(point(cancers=198, found=188, normals=110, flagged=9))
-    assert "95 of 100 cancers in the validation set were found (188 of 198)" in text
-    assert "8 of 100 normal slices were flagged by mistake (9 of 110)" in text
-
-
-def test_without_counts_nothing_is_made_up() -> None:
-    assert sentences.threshold_meaning(point()) == "From 41 % on, the model calls a slice cancer."
-
-
-@pytest.mark.parametrize(("part", "text"), [(0, 0), (1, 1), (999, 99), (1000, 100), (500, 50)])
-def test_all_and_none_are_text_only_where_they_are_true(part: int, text: int) -> None:
-    assert sentences.per_hundred(part, 1000) == text
-
-
-def test_the_verdict_names_score_and_threshold_or_the_reason() -> None:
-    assert "**87 %**, at or above the threshold of 41 %" in sentences.verdict(answer(0.87, "cancer"), point())
-    assert "**12 %**, below the threshold of 41 %" in sentences.verdict(answer(0.12, "normal"), point())
-    assert sentences.verdict(answer(0.5, "refused", reason="It is a cat."), point()) == r"It is a cat\."
-
-
-@pytest.mark.parametrize("decision", ["uncertain", "refused"])
-def test_without_an_answer_nothing_is_promised_of_a_hundred_such_slices(decision: str) -> None:
-    assert "of 100 slices with this probability about 92 show cancer" in sentences.calibration_meaning(
-        answer(0.92, "cancer")
+def test_the_verdict_names_the_score_and_what_the_threshold_does_in_real_counts_or_the_reason() -> None:
+    text = sentences.verdict(answer(0.87, "cancer"), point(cancers=198, found=188, normals=110, flagged=9))
+    assert "**87 %**, at or above the threshold" in text
+    assert "From 41 % on" in text
+    assert "188 of 198 cancers in the validation set were found, and 9 of 110 normal slices were flagged" in text
+    text = sentences.verdict(answer(0.12, "normal"), point())
+    assert text == "The probability of cancer is **12 %**, below the threshold.\n\n" + (
+        "From 41 % on, the model calls a slice cancer."  # without counts nothing is made up
     )
-    assert sentences.calibration_meaning(answer(0.92, decision, reason="It is far away.")) == ""
+    assert sentences.verdict(answer(0.5, "refused", "It is a cat."), point()) == r"It is a cat\."
+    known = dataclasses.replace(answer(0.9, "cancer"), known=True)
+    assert "used to train" in sentences.verdict(known, point())
 
 
-def test_heat_is_explained_only_where_it_is_shown() -> None:
-    assert "Coloured areas" in sentences.heat_meaning(answer(0.9, "cancer"), shown=True)
-    for decision in ("cancer", "normal"):
-        assert "No area" in sentences.heat_meaning(answer(0.1, decision), shown=False)
+def test_without_an_answer_nothing_is_promised_of_a_hundred_such_slices() -> None:
+    bundle, promise = load_bundle(PACKAGED_BUNDLE), "of 100 slices with this probability about 92 show cancer"
+    assert promise in sentences.explanation(answer(0.92, "cancer"), bundle)
+    for decision in ("uncertain", "refused"):
+        assert "of 100 slices" not in sentences.explanation(answer(0.92, decision), bundle)
 
 
 @pytest.mark.parametrize("text", ["<img src=x>", "[a](http://b)", "*a_b*", "# a", "1. a", "![a](b)", "a & b"])
@@ -78,14 +63,9 @@ def test_what_files_say_is_no_markup(text: str) -> None:
 
 
 def test_the_caveats_come_from_the_card() -> None:
-    card = "## Use\nfor fun\n## Limitations\n- one\n### Caveats\n- two\n## Licence\nnone\n## Out-of-scope use\nthree"
-    assert sentences.card_caveats(card).split() == ["-", "one", "###", "Caveats", "-", "two", "three"]
-    assert sentences.card_caveats("# Card\nnothing") == ""
-
-
-def test_what_to_know_first_stands_above_the_cards_first_section() -> None:
-    card = "---\nlicense: other\n---\n# Card\n**good**\n\n- **Few**: of them\n- odd\n## Use\n- not this\n"
-    assert sentences.card_findings(card) == "- **Few**: of them\n- odd"
+    card = (
+        "---\nlicense: other\n---\n# Card\n**good**\n\n- **Few**: odd\n## Use\n- fun\n## Limits\none\n### b\n## End\nx"
+    )
+    assert sentences.caveats(card) == f"- **Few**: odd\n\none\n### b\n\n{NOT_MEDICAL}"
     assert sentences.card_body(card).startswith("**good**")
-    assert "license" not in sentences.card_body(card)
-    assert sentences.card_findings("# Card\n## Use\n- not this") == ""
+    assert sentences.caveats("# Card\nnothing") == NOT_MEDICAL

@@ -13,8 +13,8 @@ Files = list[tuple[str, bytes]]
 class Visitor:
     """One session. `values` and `visible`: what each component that has a name (elem_id) shows by now."""
 
-    def __init__(self, url: str) -> None:
-        self.http = httpx.Client(base_url=url, timeout=120)
+    def __init__(self, url: str, http: httpx.Client | None = None) -> None:
+        self.http = http or httpx.Client(base_url=url, timeout=120)
         self.session = uuid.uuid4().hex
         config = self.http.get("/config").json()
         self.names = {part["id"]: part["props"].get("elem_id") for part in config["components"]}
@@ -39,10 +39,10 @@ class Visitor:
         ]
 
     def look(self, files: Files) -> None:
-        self.send(("upload", "upload"), [self.upload(files), None])
+        self.send(("upload", "upload"), [self.upload(files)])
 
     def example(self, index: int) -> None:
-        self.send(("examples", "click"), [index, None])
+        self.send(("examples", "click"), [index])
 
     def choose(self, index: int) -> None:
         self.send(("slices", "select"), [None], {"index": index, "value": None})

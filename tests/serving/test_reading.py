@@ -1,0 +1,101 @@
+"""Uploads as they come in: forms, archives, and their order."""
+
+import io
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chestct.serving.reading import UploadError, expand, files_in_form, natural, unzip
+from tests.serving.conftest import zipped
+
+MANY, MUCH = 10, 1_000_000
+
+
+def test_an_archive_gives_its_slices_and_nothing_else() -> None:
+    data = zipped({"a/1.png": b"1", "a/": b"", ".hidden": b"x", "__MACOSX/1.png": b"x", "DICOMDIR": b"x", "2": b"2"})
+    assert unzip(data, MANY, MUCH) == [("a/1.png", b"1"), ("2", b"2")]
+    data = zipped({"scan\\1.png": b"1", "scan\\": b"", "scan\\Thumbs.db": b"x"})  # as some Windows tools write them
+    assert [content for _, content in unzip(data, MANY, MUCH)] == [b"1"]
+
+
+def test_a_bomb_is_cut_off_whatever_it_announces() -> None:
+    data = zipped({"bomb": b"\0" * 5_000_000})
+    liar = data.replace(struct.pack("<L", 5_000_000), struct.pack("<L", 10))  # its directory says it is tiny
+    together = zipped({str(i): np.random.default_rng(i).bytes(300_000) for i in range(4)})
+    for bomb in (data, liar, together):
+        with pytest.raises(UploadError):
+            unzip(bomb, MANY, MUCH)
+    with pytest.raises(UploadError, match="more bytes"):
+        expand([("plain", b"x" * MUCH), ("a.zip", data)], MANY, MUCH)
+
+
+@pytest.mark.parametrize("broken", ["cut", "rubbish", "altered", "password"])
+def test_an_archive_that_cannot_be_opened_is_one_sentence(broken: str) -> None:
+    data = zipped({"a": np.random.default_rng(0).bytes(5000)}, zipfile.ZIP_STORED)
+    locked = bytearray(data)
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        locked[locked.index(signature) + at] |= 1  # the flag for encryption
+    bad = {
+        "cut": data[:3000],
+        "rubbish": b"PK\x03\x04" + b"?" * 100,
+        "altered": data[:500] + b"!!!" + data[503:],
+        "password": bytes(locked),
+    }
+    with pytest.raises(UploadError, match="password" if broken == "password" else "cannot be opened"):
+        unzip(bad[broken], MANY, MUCH)
+
+
+def test_too_many_slices_are_refused_with_the_way_out() -> None:
+    pages = [Image.fromarray(np.full((64, 64), i, np.uint8)) for i in range(11)]
+    scan = io.BytesIO()
+    pages[0].save(scan, "TIFF", save_all=True, append_images=pages[1:])
+    eleven = {str(i): b"x" for i in range(11)}
+    for files in (list(eleven.items()), [("a.zip", zipped(eleven))], [("a.tiff", scan.getvalue())]):
+        with pytest.raises(UploadError, match=r"11 slices.*up to 10.*chestct predict"):
+            expand(files, MANY, MUCH)
+
+
+@pytest.mark.parametrize("files", [[], [("a.zip", zipped({}))], [("a.zip", zipped({"DICOMDIR": b"x"}))]])
+def test_nothing_in_it_is_said(files: list[tuple[str, bytes]]) -> None:
+    with pytest.raises(UploadError, match="no file in it"):
+        expand(files, MANY, MUCH)
+
+
+def test_names_sort_as_people_count() -> None:
+    names = ["slice10", "slice9", "Slice1", "a", "10", "9", "²"]
+    assert sorted(names, key=natural) == ["9", "10", "a", "Slice1", "slice9", "slice10", "²"]
+
+
+FORM = "multipart/form-data; boundary=b"
+NAMED = b"Content-Disposition: form-data; name=f; filename=a"
+
+
+def part(headers: bytes, content: bytes = b"data") -> bytes:
+    return b"--b\r\n" + headers + b"\r\n\r\n" + content + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (part(NAMED), FORM),  # cut off
+        (b"rubbish", FORM),
+        (part(NAMED) + b"--b--", "multipart/form-data"),
+        (part(NAMED) + b"--b--", "multipart/form-data; boundary*=a; boundary*1=b"),
+        (part(NAMED) + b"--b--", "multipart/form-data; boundary=" + "b" * 20_000),
+        (part(NAMED + b"\r\nX: " + b"x" * 8_000_000) + b"--b--", FORM),
+        (part(NAMED + b"\r\nX: x" * 10_000) + b"--b--", FORM),
+        (b"--b\r\n" + NAMED + b"\r\n--b--", FORM),
+    ],
+)
+def test_a_form_that_cannot_be_read_is_one_sentence(body: bytes, content_type: str) -> None:
+    with pytest.raises(UploadError, match="The form cannot be read"):
+        files_in_form(body, content_type)
+
+
+def test_fields_are_left_out_of_forms_and_contents_come_as_they_are() -> None:
+    data = np.random.default_rng(0).bytes(10_000) + b"\r\n--a\r\n\r\n--"
+    body = part(b"Content-Disposition: form-data; name=filename") + part(NAMED, data) + part(NAMED, b"") + b"--b--\r\n"
+    assert files_in_form(body, FORM) == [data, b""]
