@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from PIL import Image
 from prometheus_client import generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
@@ -23,8 +24,8 @@ import chestct
 from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.limits import SOON, RequestLimits
-from chestct.serving.pictures import data_uri, overlay
-from chestct.serving.predictor import NOT_MEDICAL, BusyError, Predictor
+from chestct.serving.pictures import data_uri, encoded, with_heat
+from chestct.serving.predictor import BUSY, NOT_MEDICAL, BusyError, Predictor
 from chestct.serving.reading import OnAnswer, UploadError, files_in_form, keep, record
 
 HOSTS = ("localhost", "[::1]", *(f"*.{last}" for last in range(256)))
@@ -51,7 +52,7 @@ def make_app(
         with_overlay = request.query_params.get("overlay", "").lower() in ("1", "true", "yes")
         data = await run_in_threadpool(_file_in, await request.body(), request.headers.get("content-type", ""))
         if slots.locked():  # only now: a slow body holds none
-            raise BusyError
+            raise BusyError(BUSY)
         async with slots, _cancelled_with(request) as cancelled:
             work = run_in_threadpool(answer, predictor, data, with_overlay, on_answer, cancelled)
             return JSONResponse(await work)
@@ -134,4 +135,7 @@ def answer(
             "bundle": prediction.bundle,
             "notice": NOT_MEDICAL,
         }
-        return fields | ({"overlay": data_uri(overlay(prediction), "png")} if with_overlay else {})
+        if with_overlay:
+            image = with_heat(prediction) or Image.fromarray(prediction.gray)
+            fields["overlay"] = data_uri(encoded(image, "PNG", compress_level=1), "png")
+        return fields

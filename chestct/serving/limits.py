@@ -36,12 +36,8 @@ BODY_S, BODY_RATE = 20.0, 50_000.0
 UNCOUNTED = 256_000
 """Bytes of each body that do not count as in flight: a large upload of one client leaves room for slices of others."""
 
-MAX_JSON = 1_000_000
-"""Bytes of a body that carries no file."""
-
-WRONG_PASSWORD_S = 1.0
-"""Seconds before a wrong password is answered."""
-
+MAX_JSON = 1_000_000  # bytes of a body that carries no file
+WRONG_PASSWORD_S = 1.0  # before it is answered
 ROUTES = {
     "GET": (
         *("/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt", "/metrics", "/assets/*"),

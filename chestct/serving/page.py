@@ -27,8 +27,6 @@ Updates = dict[Any, Any]
 SESSIONS = 64
 """Visitors whose last answer is kept at once; the one who has been away longest starts anew."""
 
-SESSION_SECONDS = 1800
-
 TONES = {"cancer": "#dc2626", "normal": "#059669", "uncertain": "#d97706"}
 """Behind the headline, thinned so that its text stays readable on light and on dark ground."""
 
@@ -64,11 +62,7 @@ CSS = """
 .grid-container { grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)) !important; }
 """
 
-CHOOSE = "The most suspicious one is shown first; choose another to look at it."
 GREY = jpeg_uri(Image.new("L", (1, 1), 128))
-
-LOOKS: dict[str, Any] = {"theme": THEME, "css": CSS}
-"""For `gr.mount_gradio_app`."""
 
 START = """## Drop a slice, or try an example
 1. **Give it** one or more axial chest CT slices: PNG, JPEG, TIFF or DICOM, or a zip of them.
@@ -106,6 +100,7 @@ def make_page(
             shown += read(predictor, name, data, record)
         first = max(range(len(shown)), key=lambda i: (shown[i].suspicion, -i))
         counts = Counter(reading.decision for reading in shown).most_common()
+        choice = "The most suspicious one is shown first; choose another to look at it."
         height = 170 if len(shown) < 7 else 320
         tally = ", ".join(f"{count} {decision}" for decision, count in counts)
         thumbs = [
@@ -113,7 +108,7 @@ def make_page(
         ]
         yield {
             **show(shown[first]),
-            status: gr.update(value=f"<b>{len(shown)} slices</b>: {tally}. {CHOOSE}", visible=len(shown) > 1),
+            status: gr.update(value=f"<b>{len(shown)} slices</b>: {tally}. {choice}", visible=len(shown) > 1),
             start: gr.update(visible=False),
             box: None,
             readings: shown,
@@ -145,7 +140,7 @@ def make_page(
 
     address = f"http://{'127.0.0.1' if cfg.host in ('0.0.0.0', '::') else cfg.host}:{cfg.port}"
     with gr.Blocks(title="chestct: cancer or normal on chest CT", analytics_enabled=False) as page:
-        readings = gr.State([], time_to_live=SESSION_SECONDS)
+        readings = gr.State([], time_to_live=1800)
         gr.Markdown(NOTICE, elem_id="notice")
         gr.Markdown("# chestct\nCancer or normal on a chest CT slice, with the odds, the reasons and the doubts.")
         with gr.Tabs():

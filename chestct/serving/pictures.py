@@ -8,26 +8,15 @@ from PIL import Image
 from chestct.models.saliency import blend
 from chestct.serving.predictor import Prediction
 
-WITH_HEAT = ("cancer", "uncertain")
-"""Decisions for which heat is shown. Heat is relative to its own slice: on a normal one the brightest spot is no sign
-of anything."""
 
+def with_heat(prediction: Prediction) -> Image.Image | None:
+    """The slice at full resolution with its heat over it; None where there is none to show.
 
-def shows_heat(prediction: Prediction) -> bool:
-    """Whether there is heat, and a decision for which it says something."""
-    return prediction.decision in WITH_HEAT and prediction.heat is not None and bool(prediction.heat.any())
-
-
-def with_heat(prediction: Prediction) -> Image.Image:
-    """The slice at full resolution with its heat over it; the slice alone where no heat is shown."""
-    if shows_heat(prediction) and prediction.heat is not None:
-        return Image.fromarray(blend(prediction.gray, prediction.heat, 0.6))
-    return Image.fromarray(prediction.gray).convert("RGB")
-
-
-def overlay(prediction: Prediction) -> bytes:
-    """`with_heat` as a PNG."""
-    return encoded(with_heat(prediction), "PNG", compress_level=1)
+    Heat is relative to its own slice: on one called normal the brightest spot is no sign of anything.
+    """
+    if prediction.decision not in ("cancer", "uncertain") or prediction.heat is None or not prediction.heat.any():
+        return None
+    return Image.fromarray(blend(prediction.gray, prediction.heat, 0.6))
 
 
 def encoded(image: Image.Image, format: str, **options: int) -> bytes:
@@ -38,10 +27,7 @@ def encoded(image: Image.Image, format: str, **options: int) -> bytes:
 
 
 def jpeg_uri(image: Image.Image, side: int = 512) -> str:
-    """A data URI, which reaches the browser inside an answer: no picture of an upload lies on the server's disk.
-
-    side: pixels of the longer side at most.
-    """
+    """A data URI, at most `side` pixels a side: no picture of an upload lies on the server's disk."""
     image.thumbnail((side, side), Image.Resampling.BILINEAR)
     return data_uri(encoded(image, "JPEG", quality=90), "jpeg")
 

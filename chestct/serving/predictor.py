@@ -34,11 +34,11 @@ NEVER = threading.Event()
 """A request that nobody cancels."""
 
 
+BUSY = "The service is busy. Try again in a few seconds."
+
+
 class BusyError(ChestCTError):
     """More is asked than can be answered in time, or whoever asked has gone."""
-
-    def __init__(self, message: str = "The service is busy. Try again in a few seconds.") -> None:
-        super().__init__(message)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ class Predictor:
                 lambda: cancelled.is_set() or self._free_pixels >= pixels, timeout=self.seconds
             )
             if not free or cancelled.is_set():
-                raise BusyError
+                raise BusyError(BUSY)
             self._free_pixels -= pixels
         try:
             yield
@@ -132,10 +132,10 @@ class Predictor:
     def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, cancelled: threading.Event) -> Prediction:
         square = bundle.preprocess(decoded.gray)
         if not self._network.acquire(timeout=self.seconds):
-            raise BusyError
+            raise BusyError(BUSY)
         try:
             if cancelled.is_set():
-                raise BusyError
+                raise BusyError(BUSY)
             answer = bundle.predict(square[None], explain)
         finally:
             self._network.release()

@@ -25,7 +25,7 @@ from chestct.errors import ChestCTError, DecodeError
 from chestct.imaging.decode import declared_size
 from chestct.imaging.slice_files import is_slice_name
 from chestct.models.bundle import Bundle
-from chestct.serving.pictures import jpeg_uri, shows_heat, with_heat
+from chestct.serving.pictures import jpeg_uri, with_heat
 from chestct.serving.predictor import BusyError, Prediction, Predictor
 from chestct.serving.sentences import explanation, plain, verdict
 
@@ -41,7 +41,7 @@ Files = list[tuple[str, bytes]]
 
 
 class UploadError(ChestCTError):
-    """A request that asks for more than the service gives, or that cannot be read."""
+    """A request that asks for too much, or that cannot be read."""
 
 
 def files_in_form(body: bytes, content_type: str) -> list[bytes]:
@@ -198,6 +198,7 @@ def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | Non
 
 
 def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
+    heat = with_heat(prediction)
     return Reading(
         name,
         prediction.decision,
@@ -206,7 +207,7 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
         prediction.score,
         bundle.point.threshold,
         jpeg_uri(Image.fromarray(prediction.gray)),
-        jpeg_uri(with_heat(prediction)) if shows_heat(prediction) else "",
+        jpeg_uri(heat) if heat else "",
     )
 
 

@@ -76,10 +76,10 @@ def make_server(
     from gradio.route_utils import FnIndexInferError
 
     from chestct.serving.examples import make_examples
-    from chestct.serving.page import LOOKS, make_page
+    from chestct.serving.page import CSS, THEME, make_page
 
     app = make_app(predictor, cfg.serve, uploads, on_answer, login)
-    examples = make_examples()
+    examples, unreadable = make_examples(), (RequestValidationError, KeyError, FnIndexInferError)
     predictor.predict(examples[-1].data)  # the first pass of a network is slower than the rest
     gr.mount_gradio_app(
         app,
@@ -93,10 +93,9 @@ def make_server(
         enable_monitoring=False,
         show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
         max_file_size=cfg.serve.max_upload_bytes,
-        app_kwargs={
-            "exception_handlers": dict.fromkeys((RequestValidationError, KeyError, FnIndexInferError), _unreadable)
-        },
-        **LOOKS,
+        app_kwargs={"exception_handlers": dict.fromkeys(unreadable, _unreadable)},
+        theme=THEME,
+        css=CSS,
     )
     return PatientServer(
         uvicorn.Config(

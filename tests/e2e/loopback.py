@@ -1,6 +1,5 @@
 """Servers on loopback that stand for DagsHub's: MLflow with users, S3, and plain HTTP with a password."""
 
-import base64
 import os
 import secrets
 import signal
@@ -10,7 +9,6 @@ import sys
 import threading
 import time
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -118,51 +116,23 @@ def s3():
 @pytest.fixture
 def plain_http():
     """A server that keeps what is posted to it and asks for the token, as DagsHub's plain one does; its address."""
-    kept: dict[str, bytes] = {}
+    from flask import Flask, request
+    from werkzeug.serving import make_server
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    app, kept = Flask("plain"), {}
 
-        def do_POST(self):
-            if self.headers.get("Transfer-Encoding") == "chunked":
-                body = b""
-                while size := int(self.rfile.readline(), 16):
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-            else:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if self.allowed():
-                kept[self.path] = body
-                self.answer(200)
+    @app.route("/<path:name>", methods=["GET", "POST"])
+    def answer(name):
+        login = request.authorization
+        if not login or (login.username, login.password) != (TOKEN, TOKEN):
+            return "", 401
+        if request.method == "POST":
+            kept[name] = request.get_data()
+        return (kept[name], 200) if name in kept else ("", 404)
 
-        def do_GET(self):
-            if self.allowed():
-                self.answer(200 if self.path in kept else 404, kept.get(self.path, b""))
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def allowed(self):
-            expected = "Basic " + base64.b64encode(f"{TOKEN}:{TOKEN}".encode()).decode()
-            if self.headers.get("Authorization") != expected:
-                self.answer(401)
-                return False
-            return True
-
-        def answer(self, status, body=b""):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = make_server("127.0.0.1", 0, app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-    server.server_close()
     thread.join()
