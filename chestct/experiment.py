@@ -95,16 +95,10 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
 
 
 def _record(run: "Run", evaluation: "Evaluation", ckpt: Path, folder: Path) -> None:
-    """The training's curves next to the report in `folder`, and all of it in the checkpoint's run."""
-    import pandas as pd
-
-    from chestct.reporting.figures import draw_history
+    """The report in `folder` and its numbers into the checkpoint's run."""
     from chestct.reporting.render import flat
 
-    if (history := ckpt.parent.parent / "history.csv").is_file():
-        draw_history(pd.read_csv(history), folder / "curves.png")
-    values = flat(evaluation)
-    run.evaluation(ckpt.stem, {split: values[split] for split in evaluation.metrics}, folder)
+    run.evaluation(ckpt.stem, flat(evaluation), folder)
 
 
 @program("evaluate")

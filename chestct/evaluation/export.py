@@ -10,7 +10,6 @@ from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
 from chestct.stats.calibration import reliability_table
 from chestct.stats.drift import training_facts
-from chestct.stats.metrics import to_plain
 from chestct.tracking import code_version
 
 
@@ -58,7 +57,10 @@ def facts(evaluation: Evaluation) -> dict[str, Any]:
             **training["data"],
             "seen": sorted({content[:16] for content in learned["content"]}),
         },
-        "metrics": {split: to_plain(estimates) for split, estimates in evaluation.metrics.items()},
+        "metrics": {
+            split: {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
+            for split, estimates in evaluation.metrics.items()
+        },
         "statistics": training["statistics"],
         "code": code_version(),
     }

@@ -22,7 +22,7 @@ POLICIES = ("official", "official_clean", "grouped")
 Train = Callable[[str, Config, SliceModule], pd.DataFrame]
 """(name, settings, data) -> predictions of the model trained so, on its valid and test slices."""
 
-OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1", "mcc")
+OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1")
 
 
 def refits(cfg: Config, train: Train) -> Iterator[Row]:

@@ -5,22 +5,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chestct.audit import inventory, shortcuts
-from chestct.audit.findings import FEW_GROUPS, Audit, estimate, leaked
+from chestct.audit import findings
+from chestct.audit.findings import Audit, estimate, leaked
 from chestct.audit.stage import audit_store, kept_audit, kept_folder
 from chestct.config.schema import Config
 from chestct.data.prepare import prepare_store
-from chestct.data.splits import LEFT_OUT, SPLITS
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import write_atomic
 from chestct.reporting.environment import jpeg, render
-from chestct.stats.bootstrap import MIN_GROUPS
-
-SIDE = 144
-"""Side of a thumbnail in pixels."""
-COLUMNS, HEIGHT = 160, 24
-"""Sets of copies on the duplicate map, the largest first, and squares in the column of one."""
 
 
 def validate(cfg: Config, out: Path) -> Audit:
@@ -32,11 +25,9 @@ def validate(cfg: Config, out: Path) -> Audit:
     audit = audit_store(cfg, store)
     write(audit, store.manifest, store.images, out)
     print(f"{summary(audit)}\n\nreport  {out / 'report.html'}")
-    failed = sorted({f.kind for f in audit.findings if f.severity != "info"} & set(cfg.data.audit.fail_on))
-    if failed:
-        raise DataError(
-            f"The audit reports {', '.join(failed)}, which data.audit.fail_on forbids. See {out / 'report.html'}."
-        )
+    if failed := sorted({f.kind for f in audit.findings if f.severity != "info"} & set(cfg.data.audit.fail_on)):
+        why = f"The audit reports {', '.join(failed)}, which data.audit.fail_on forbids."
+        raise DataError(f"{why} See {out / 'report.html'}.")
     return audit
 
 
@@ -47,24 +38,10 @@ def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -
     """
     shown = {position for row in audit.contacts for position in row["slices"]}
     shown |= {pair[side] for pair in audit.examples for side in "ab"}
-    rows = manifest["row"].to_numpy()
     write_atomic(out / "report.json", audit.to_json())
-    page = render(
-        "audit.html.j2",
-        audit=audit,
-        thumbnails={position: jpeg(images[rows[position]], SIDE) for position in shown},
-        worst=max(audit.leakage, key=lambda policy: len(audit.leakage[policy]["list"])),
-        baselines=sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0)),
-        classes=[name for name in inventory.CLASSES if name in audit.duplicates["by_class"]],
-        clusters=audit.duplicates["clusters"][:COLUMNS],
-        height=HEIGHT,
-        few=FEW_GROUPS,
-        material=shortcuts.MATERIAL,
-        min_groups=MIN_GROUPS,
-        estimate=estimate,
-        leaked=leaked,
-        stack=stack,
-    )
+    thumbnails = {position: jpeg(images[manifest["row"].iloc[position]], 144) for position in shown}
+    baselines = sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))
+    page = render("audit.html.j2", audit=audit, thumbnails=thumbnails, baselines=baselines, findings=findings)
     write_atomic(out / "report.html", page)
 
 
@@ -93,13 +70,3 @@ def summary(audit: Audit) -> str:
     for row in sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))[:5]:
         lines.append(f"  {row['title']:<55}{estimate(row)}{'  shortcut' if row['flagged'] else ''}")
     return "\n".join(lines)
-
-
-def stack(splits: list[str]) -> list[str]:
-    """The column of a set of copies on the duplicate map, from the bottom: one square a file, by split.
-
-    A larger set keeps its proportions in HEIGHT squares: neighbouring slices of a whole scan may all be near-copies.
-    """
-    ordered = sorted(splits, key=[*SPLITS, LEFT_OUT].index)
-    squares = min(len(ordered), HEIGHT)
-    return [ordered[i * len(ordered) // squares] for i in range(squares)]

@@ -1,13 +1,11 @@
 """Metrics of one split's slices, each with its 95 % interval and the slices and groups that it rests on.
 
-One function computes every metric for many weightings of the slices at once; the value is the weighting by ones, and a
-resample is a weighting by how often each slice's group was drawn. An undefined metric is None with a reason, never 0 or
-NaN, and no interval is without width merely because nothing went wrong in a small split.
+Every metric is computed for many weightings of the slices at once: the value weights them by one, a resample by how
+often each slice's group was drawn. An undefined metric is None with a reason, never 0 or NaN, and no interval is
+without width merely because nothing went wrong in a small split.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -16,11 +14,6 @@ from chestct.config.schema import classes_of
 from chestct.errors import DataError
 from chestct.stats.bootstrap import MIN_GROUPS, draws, effective_size, percentiles
 from chestct.stats.calibration import calibration_bins, wilson
-
-LEVELS = (90, 95)
-"""Percentages at which sensitivity is read at a specificity, and the reverse."""
-
-Statistics = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -37,21 +30,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Sample:
-    """All that metrics depend on: scores float [N, K] (binary: 1 - p, p), target, decision and group int [N].
+    """All that metrics depend on."""
 
-    flagged: bool [N], whether the slice counts as cancer at the threshold.
-    """
-
-    scores: np.ndarray
-    target: np.ndarray
-    decision: np.ndarray
-    flagged: np.ndarray
-    group: np.ndarray
     names: tuple[str, ...]
-
-    @property
-    def binary(self) -> bool:
-        return len(self.names) == 2
+    scores: np.ndarray  # float [N, K]; binary: 1 - p, p
+    target: np.ndarray  # int [N]
+    decision: np.ndarray  # int [N]
+    flagged: np.ndarray  # bool [N], whether the slice counts as cancer at the threshold
+    group: np.ndarray  # int [N]
 
 
 def measure(
@@ -68,22 +54,18 @@ def measure(
     called cancer if P(cancer) >= threshold; subtypes are called by the largest score. Subtype names without a class are
     macro means; `cancer/...` is the reduction to cancer by 1 - P(normal).
 
-    Intervals: proportions (accuracy, sensitivity, specificity, precision, npv) have Wilson's with the
-    `effective_size` of their slices. All others have the 2.5 and 97.5 % quantiles over `resamples` draws of groups with
-    replacement, widened to `_unseen` where a class has under MIN_GROUPS groups or no draw differs from another, and to
-    the value itself (resampling inflates calibration errors).
+    Intervals: shares of slices have Wilson's with their `effective_size`; all else the 2.5 and 97.5 % quantiles over
+    `resamples` draws of groups, widened to `_unseen` where a class has few of them or no draw differs from another.
     Raises DataError without slices, or where a score is not finite.
     """
     sample = sample_of(table, task, scores, threshold)
-    everything = np.ones(len(table), bool)
     values = {name: float(v[0]) for name, v in statistics(sample, np.ones((1, len(table)))).items()}
     drawn = [statistics(sample, weights) for weights in draws(sample.group, resamples, seed)]
-    proportions = proportions_of(sample)
-    extremes = _unseen(sample)
+    proportions, extremes = proportions_of(sample), _unseen(sample)
     few = any(0 < len(np.unique(sample.group[sample.target == k])) < MIN_GROUPS for k in range(len(sample.names)))
     estimates = {}
     for name, value in values.items():
-        hit, base, empty = proportions.get(name, (None, everything, ""))
+        hit, base, empty = proportions.get(name, (None, np.ones(len(table), bool), ""))
         slices, groups = int(base.sum()), len(np.unique(sample.group[base]))
         if np.isnan(value):
             estimates[name] = Estimate(None, None, None, slices, groups, empty or missing(sample))
@@ -98,12 +80,6 @@ def measure(
     return estimates
 
 
-def to_plain(estimates: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
-    """Estimates as plain values for JSON: {"auroc": {"value", "low", "high", "slices", "groups"[, "reason"]}}."""
-    plain = {name: asdict(estimate) for name, estimate in estimates.items()}
-    return {name: {k: v for k, v in row.items() if k != "reason" or v} for name, row in plain.items()}
-
-
 def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray | None, threshold: float) -> Sample:
     """What `measure` measures, with its decisions; arguments as there."""
     names = classes_of(task)
@@ -116,123 +92,85 @@ def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray | None, thresho
     if strays := int((~np.isfinite(scores)).any(1).sum()):
         raise DataError(f"{strays} of {len(table)} slices have no finite score: the model diverged. Lower optim.lr.")
     scores = np.hstack([1 - scores, scores]) if task == "binary" else scores
-    cancer = scores[:, 1] if task == "binary" else 1 - scores[:, 0]
-    flagged = cancer >= threshold
+    flagged = (scores[:, 1] if task == "binary" else 1 - scores[:, 0]) >= threshold
     decision = flagged.astype(int) if task == "binary" else scores.argmax(1)
     group = np.unique(table["group"], return_inverse=True)[1]
-    return Sample(scores, table["target"].to_numpy(int), decision, flagged, group, names)
+    return Sample(names, scores, table["target"].to_numpy(int), decision, flagged, group)
 
 
-def statistics(sample: Sample, weights: np.ndarray) -> Statistics:
+def statistics(sample: Sample, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Every metric under each of R weightings: weights float [R, N] -> {name: float [R]}, NaN where undefined.
 
-    The tests compare each with scikit-learn's, which takes one weighting at a time: 2,000 of them take it minutes.
+    The tests compare each with scikit-learn's, which would take minutes for 2,000 weightings.
     """
-    s, K = sample, len(sample.names)
-    proportions = proportions_of(sample)
+    s, K, proportions = sample, len(sample.names), proportions_of(sample)
     hits = weights @ np.column_stack([hit & base for hit, base, _ in proportions.values()]).astype(float)
     bases = weights @ np.column_stack([base for _, base, _ in proportions.values()]).astype(float)
     confusion = (weights @ np.eye(K * K)[s.target * K + s.decision]).reshape(-1, K, K)
     actual, called, right = confusion.sum(2), confusion.sum(1), np.diagonal(confusion, axis1=1, axis2=2)
     total = weights.sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        values = dict(zip(proportions, (hits / bases).T, strict=True))
         sensitivity = right / actual
         f1 = np.where(actual > 0, 2 * right / (actual + called), np.nan)
-        values["balanced_accuracy"] = sensitivity.mean(1)
-        # Matthews' correlation for K classes (Gorodkin 2004); NaN if one class takes all.
-        covariance = right.sum(1) * total - (actual * called).sum(1)
-        spread = (total**2 - (actual**2).sum(1)) * (total**2 - (called**2).sum(1))
-        values["mcc"] = covariance / np.sqrt(spread)
-        if s.binary:
-            values["f1"] = f1[:, 1]
-            values |= _ranking(s.scores[:, 1], s.target == 1, weights, LEVELS)
-        else:
-            outside = total[:, None] - actual
-            values["sensitivity"] = sensitivity.mean(1)
-            values["specificity"] = ((outside - called + right) / outside).mean(1)
-            values["precision"] = (right / called).mean(1)
-            values["f1"] = f1.mean(1)
-            by_class = [_ranking(s.scores[:, k], s.target == k, weights) for k in range(K)]
-            for name in by_class[0]:
-                values[name] = np.mean([ranking[name] for ranking in by_class], axis=0)
-            values |= {f"auroc/{name}": r["auroc"] for name, r in zip(s.names, by_class, strict=True)}
+        by_class = [_ranking(s.scores[:, k], s.target == k, weights) for k in range(K)]
+        area, precision = by_class[1] if K == 2 else np.mean(by_class, axis=0)
+        values = {"auroc": area, "average_precision": precision, "balanced_accuracy": sensitivity.mean(1)}
+        values |= dict(zip(proportions, (hits / bases).T, strict=True)) | {"f1": f1[:, 1] if K == 2 else f1.mean(1)}
+        if K > 2:
+            values |= {"sensitivity": sensitivity.mean(1), "precision": (right / called).mean(1)}
+            values |= {f"auroc/{name}": area for name, (area, _) in zip(s.names, by_class, strict=True)}
             values["cancer/auroc"] = auroc(-s.scores[:, 0], s.target > 0, weights)
         truth = s.scores[np.arange(len(s.target)), s.target].clip(np.finfo(float).eps, 1)
-        values["brier"] = weights @ ((s.scores - np.eye(K)[s.target]) ** 2).sum(1) / total / (2 if s.binary else 1)
+        values["brier"] = weights @ ((s.scores - np.eye(K)[s.target]) ** 2).sum(1) / total / (2 if K == 2 else 1)
         values["log_loss"] = weights @ -np.log(truth) / total
-        confidence = s.scores[:, 1] if s.binary else s.scores.max(1)
-        member = np.eye(15)[calibration_bins(confidence, 15)]
-        gap = confidence - (s.target if s.binary else s.target == s.decision)
-        values["ece"] = np.abs(weights @ (member * gap[:, None])).sum(1) / total
+        # Gap between confidence and accuracy, averaged over bins by their slices (Guo et al. 2017, eq. 3).
+        confidence = s.scores[:, 1] if K == 2 else s.scores.max(1)
+        gap = confidence - (s.target if K == 2 else s.target == s.decision)
+        values["ece"] = np.abs(weights @ (np.eye(15)[calibration_bins(confidence, 15)] * gap[:, None])).sum(1) / total
     return values
 
 
 def auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
-    """Area under the ROC curve under each of R weightings, ties counted half: float [R], NaN where a class is missing.
+    """AUROC [R] of scores float [N] for targets bool [N] under weights float [R, N] (left out: one); see `_ranking`."""
+    return _ranking(scores, targets.astype(bool), np.ones((1, len(scores))) if weights is None else weights)[0]
 
-    scores: float [N]; targets: bool [N]; weights: float [R, N], how often each slice counts; left out: once, [1]. The
-    probability that a random positive scores above a random negative (Hanley & McNeil 1982).
-    """
-    weights = np.ones((1, len(scores))) if weights is None else weights
+
+def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """AUROC (ties count half) and average precision (equal scores are one step), [R] each, NaN without both classes."""
+    order = np.argsort(-scores, kind="stable")
+    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
+    gained = np.add.reduceat(weights[:, order] * positive[order], starts, axis=1)
+    lost = np.add.reduceat(weights[:, order] * ~positive[order], starts, axis=1)
+    tp, fp = gained.cumsum(1), lost.cumsum(1)
+    pairs = tp[:, -1] * fp[:, -1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _ranking(scores, targets.astype(bool), weights)["auroc"]
+        area = (gained * (fp[:, -1:] - fp + lost / 2)).sum(1) / pairs
+        precision = (gained * tp / np.maximum(tp + fp, 1e-300)).sum(1) / tp[:, -1]
+    return area, np.where(pairs > 0, precision, np.nan)
 
 
 def proportions_of(sample: Sample) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
     """Metrics that are a share of slices: (which count, out of which, what it means if there are none)."""
     s = sample
     shares = {"accuracy": (s.target == s.decision, np.ones(len(s.target), bool), "")}
-
-    def add(sensitivity: str, precision: str, k: int) -> None:
+    by_class = [(1, "sensitivity", "precision"), (0, "specificity", "npv")]
+    if len(s.names) > 2:
+        by_class = [(k, f"sensitivity/{name}", f"precision/{name}") for k, name in enumerate(s.names)]
+        shares["cancer/sensitivity"] = (s.flagged, s.target > 0, "no cancer slices in this split")
+        shares["cancer/specificity"] = (~s.flagged, s.target == 0, "no normal slices in this split")
+    for k, sensitivity, precision in by_class:
         actual, called = s.target == k, s.decision == k
         shares[sensitivity] = (called, actual, f"no {s.names[k]} slices in this split")
         shares[precision] = (actual, called, f"no slice was called {s.names[k]}")
-
-    if s.binary:
-        add("sensitivity", "precision", 1)
-        add("specificity", "npv", 0)
-        return shares
-    for k, name in enumerate(s.names):
-        add(f"sensitivity/{name}", f"precision/{name}", k)
-    shares["cancer/sensitivity"] = (s.flagged, s.target > 0, "no cancer slices in this split")
-    shares["cancer/specificity"] = (~s.flagged, s.target == 0, "no normal slices in this split")
     return shares
 
 
-def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray, levels: tuple[int, ...] = ()) -> Statistics:
-    """AUROC (ties count half), average precision (equal scores are one step) and the best operating points.
-
-    scores float [N], positive bool [N], weights [R, N]. `sensitivity_at_90_specificity` is the largest sensitivity of
-    any threshold whose specificity is at least 0.90: what these slices allow, not what a frozen threshold reached.
-    """
-    order = np.argsort(-scores, kind="stable")
-    starts = np.flatnonzero(np.diff(scores[order], prepend=np.nan) != 0)
-    sorted_weights = weights[:, order]
-    gained = np.add.reduceat(sorted_weights * positive[order], starts, axis=1)
-    lost = np.add.reduceat(sorted_weights * ~positive[order], starts, axis=1)
-    tp, fp = gained.cumsum(1), lost.cumsum(1)
-    P, N = tp[:, -1:], fp[:, -1:]
-    values = {
-        "auroc": (gained * (N - fp + lost / 2)).sum(1) / (P * N)[:, 0],
-        "average_precision": (gained * tp / np.maximum(tp + fp, 1e-300)).sum(1) / P[:, 0],
-    }
-    for level in levels:
-        allowed = fp <= (1 - level / 100) * N + 1e-9
-        enough = tp >= level / 100 * P - 1e-9
-        values[f"sensitivity_at_{level}_specificity"] = np.where(allowed, tp, 0).max(1) / P[:, 0]
-        values[f"specificity_at_{level}_sensitivity"] = 1 - np.where(enough, fp, np.inf).min(1) / N[:, 0]
-    both = (P * N)[:, 0] > 0
-    return {name: np.where(both, value, np.nan) for name, value in values.items()}
-
-
-def _unseen(sample: Sample) -> Statistics:
+def _unseen(sample: Sample) -> dict[str, np.ndarray]:
     """Metrics if what a class may hide had been seen: float [2C] for C classes that occur, for worse and for better.
 
-    After m groups without an exception, Wilson's interval leaves room for a share of 1 - wilson(m, m) of exceptions
-    (Wilson 1927; cf. the rule of three). Here that share of each class in turn scores like the slice that is least, or
-    most, like the class. For an AUROC of 1 this gives wilson(m, m) of the smaller class: the smallest AUROC that can
-    be, whatever the distributions of scores.
+    After m groups without an exception, Wilson's interval leaves room for a share of 1 - wilson(m, m) of exceptions.
+    Here that share of each class in turn scores like the slice that is least, or most, like the class. For an AUROC of
+    1 this gives wilson(m, m) of the smaller class, the smallest that can be whatever the distributions of scores.
     """
     s, K = sample, len(sample.names)
     classes = np.repeat([k for k in range(K) if (s.target == k).any()], 2)
@@ -246,47 +184,13 @@ def _unseen(sample: Sample) -> Statistics:
         kept = wilson(m, m)[0]
         seen[row, inside] = kept
         unseen[row, row] = (1 - kept) * inside.sum()
-    both = Sample(
-        np.vstack([s.scores, scores]),
-        np.concatenate([s.target, classes]),
-        np.concatenate([s.decision, s.decision[copied]]),
-        np.concatenate([s.flagged, s.flagged[copied]]),
-        np.concatenate([s.group, s.group[copied]]),
-        s.names,
-    )
+    measured = (s.scores, s.target, s.decision, s.flagged, s.group)
+    added = (scores, classes, s.decision[copied], s.flagged[copied], s.group[copied])
+    both = Sample(s.names, *map(np.concatenate, zip(measured, added, strict=True)))
     return statistics(both, np.hstack([seen, unseen]))
 
 
 def missing(sample: Sample) -> str:
     """Why a metric over all classes is undefined."""
-    for index, text in ((sample.target, "no {} slices in this split"), (sample.decision, "no slice was called {}")):
-        if names := [name for k, name in enumerate(sample.names) if not (index == k).any()]:
-            return text.format(", no ".join(names) if "split" in text else " or ".join(names))
-    return "undefined for these slices"
-
-
-def confusion(table: pd.DataFrame, task: str, scores: np.ndarray | None = None, threshold: float = 0.5) -> np.ndarray:
-    """Counts int [K, K], actual class by called class; arguments and decisions as in `measure`."""
-    sample = sample_of(table, task, scores, threshold)
-    K = len(sample.names)
-    return np.bincount(sample.target * K + sample.decision, minlength=K * K).reshape(K, K)
-
-
-def predictive_values(
-    sensitivity: float, specificity: float, prevalences: Sequence[float]
-) -> dict[float, dict[str, float | None]]:
-    """{prevalence: {"ppv", "npv"}} by Bayes' rule; None where nothing would be called so.
-
-    Test sets hold far more cancer than clinics do; precision counted on them says little about a patient.
-    """
-
-    def share(right: float, wrong: float) -> float | None:
-        return right / (right + wrong) if right + wrong > 0 else None
-
-    return {
-        p: {
-            "ppv": share(sensitivity * p, (1 - specificity) * (1 - p)),
-            "npv": share(specificity * (1 - p), (1 - sensitivity) * p),
-        }
-        for p in prevalences
-    }
+    absent = [name for k, name in enumerate(sample.names) if not (sample.target == k).any()]
+    return f"no {', no '.join(absent)} slices in this split" if absent else "a class is never called"

@@ -13,7 +13,7 @@ from chestct.evaluation import external
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
 from chestct.evaluation.external import evaluate_bundle
-from chestct.reporting.gallery import gallery
+from chestct.reporting.figures import gallery
 from chestct.training.train import Result
 
 

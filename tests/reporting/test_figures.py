@@ -1,3 +1,5 @@
+import base64
+import io
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -5,66 +7,72 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from chestct.reporting import figures
-from tests.evaluation.evaluations import draw, made_up
-
-CURVES = ("roc", "precision_recall", "reliability", "decision_curve", "risk_coverage")
-
-
-@pytest.mark.parametrize(("task", "classes"), [("binary", ["cancer"]), ("subtype", ["normal", "adenocarcinoma"])])
-def test_points_of_the_roc_curve_give_the_auroc(task, classes):
-    evaluation = made_up(task)
-    for name in classes:
-        part = pd.DataFrame([point for point in figures.points(evaluation)["roc"] if point["class"] == name])
-        area = np.trapezoid(part["tpr"], part["fpr"])
-        truth = evaluation.test["label" if task == "binary" else "subtype"] == name
-        assert area == pytest.approx(roc_auc_score(truth, evaluation.test[f"probability_{name}"]), abs=1e-12)
+from chestct.config.schema import ModelConfig
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
+from chestct.reporting.figures import figures, gallery, points
+from tests.evaluation.evaluations import made_up, with_images
 
 
-def test_points_of_the_confusion_count_every_slice_at_the_threshold():
+def test_points_give_the_auroc_and_count_every_slice():
+    evaluation = made_up("subtype")
+    part = pd.DataFrame([point for point in points(evaluation)["roc"] if point["class"] == "adenocarcinoma"])
+    theirs = roc_auc_score(
+        evaluation.test["subtype"] == "adenocarcinoma", evaluation.test["probability_adenocarcinoma"]
+    )
+    assert np.trapezoid(part["tpr"], part["fpr"]) == pytest.approx(theirs, abs=1e-12)
     evaluation = made_up()
-    table = pd.DataFrame(figures.points(evaluation)["confusion"])
-    flagged = (evaluation.test["probability_cancer"] >= evaluation.point.threshold).sum()
-    assert len(table) == 80
-    assert (table["predicted"] == "cancer").sum() == flagged
-
-
-def test_reliability_is_given_before_and_after_calibration():
-    points = pd.DataFrame(figures.points(made_up())["reliability"])
-    assert points.groupby("when")["n"].sum().to_dict() == {"before": 80, "after": 80}
-
-
-def test_curves_of_one_class_are_a_reason():
-    _labels, logits = draw(8, "binary", 0)
-    evaluation = made_up(test=(["normal"] * 8, logits))
-    drawn = figures.figures(evaluation)
-    assert drawn["roc"] == "n/a: no cancer slices in test"
-    assert isinstance(drawn["scores"], bytes)
-    assert figures.points(evaluation)["roc"] == []
+    table = pd.DataFrame(points(evaluation)["confusion"])
+    assert len(table) == 80 == sum(row["n"] for row in points(evaluation)["reliability"])
+    assert (table["predicted"] == "cancer").sum() == evaluation.test["flagged"].sum()
 
 
 @pytest.mark.parametrize("task", ["binary", "subtype"])
-def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(task):
+def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(task, tmp_path: Path):
     evaluation = made_up(task)
-    drawn = figures.figures(evaluation)
-    assert set(drawn) == {*CURVES, "scores", "confusion"}
+    history = pd.DataFrame(
+        {"epoch": [0, 1], "train/loss": [1.0, 0.5], "valid/loss": [1.1, 0.7], "valid/auroc": [0.5, 1]}
+    )
+    history.to_csv(tmp_path / "history.csv")
+    evaluation.cfg.ckpt = str(tmp_path / "checkpoints" / "best.ckpt")
+    drawn = figures(evaluation)
+    assert set(drawn) == {"roc", "scores", "reliability", "curves"}
     for svg in drawn.values():
         assert ElementTree.fromstring(svg).tag.endswith("svg")
-        assert not re.search(rb'(href|src)="(?!#|data:)|url\((?!#)|@import', svg)
-    assert figures.figures(evaluation) == drawn
+        assert not re.search(rb'(href|src)="(?!#|data:)|url\((?!#)|@import|"[^"]*\b(inf|nan)\b', svg)
+    assert figures(evaluation) == drawn
 
 
-def test_scores_of_0_and_1_can_be_drawn():
-    labels, logits = draw(20, "binary", 0)
-    drawn = figures.figures(made_up(test=(labels, 1000 * logits)))["scores"]
-    assert not re.search(rb'"[^"]*\b(inf|nan)\b', drawn)
+@pytest.fixture(scope="module", params=["binary", "subtype"])
+def evaluation(request):
+    torch.manual_seed(0)
+    net = VGG16(ModelConfig(), 1 if request.param == "binary" else 4, 32, load_weights("oxford")).eval()
+    evaluation = with_images(made_up(request.param), net, 32)
+    evaluation.cfg.evaluation.gallery = 2
+    return evaluation
 
 
-def test_the_history_is_drawn_with_what_it_has(tmp_path: Path):
-    history = pd.DataFrame({"epoch": [0, 1], "train/loss": [1.0, 0.5], "valid/loss": [1.1, 0.7]})
-    figures.draw_history(history, tmp_path / "curves.png")
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.size[0] > 500
+def test_the_gallery_shows_the_surest_errors_and_some_that_were_right(evaluation):
+    pictures = gallery(evaluation)
+    assert 0 < len(pictures["errors"]) <= 2
+    assert len(pictures["right"]) == 2
+    assert all(picture["truth"] != picture["called"] for picture in pictures["errors"])
+    assert all(picture["truth"] == picture["called"] for picture in pictures["right"])
+    sure = [picture["sureness"] for picture in pictures["errors"]]
+    assert sure == sorted(sure, reverse=True)
+    evaluation.table["group"] = 0  # slices of one group would show the same again
+    assert {len(shown) for shown in gallery(evaluation).values()} <= {0, 1}
+
+
+def test_pictures_are_the_slices_and_the_heat_colours_them(evaluation):
+    picture = gallery(evaluation)["right"][0]
+    encoded = [picture[name].split(",")[1] for name in ("plain", "heat")]
+    plain, heat = (Image.open(io.BytesIO(base64.b64decode(part))) for part in encoded)
+    assert (plain.mode, heat.mode) == ("L", "RGB")
+    square = evaluation.images[evaluation.manifest.set_index("path")["row"][picture["path"]]]
+    assert np.corrcoef(np.asarray(plain.resize((32, 32))).ravel(), square.ravel())[0, 1] > 0.9
+    assert gallery(made_up()) == {}  # without a network

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,18 +8,8 @@ from chestct.errors import DataError
 from chestct.models.lightning_module import metric_collection
 from chestct.models.predictions import output_names, to_scores
 from chestct.stats.bootstrap import draws, effective_size
-from chestct.stats.calibration import decision_curve, expected_calibration_error, wilson
-from chestct.stats.metrics import (
-    Estimate,
-    confusion,
-    measure,
-    predictive_values,
-    sample_of,
-    statistics,
-    to_plain,
-)
-
-SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
+from chestct.stats.calibration import wilson
+from chestct.stats.metrics import Estimate, measure, sample_of, statistics
 
 
 def table(targets, scores, groups=None):
@@ -44,148 +32,68 @@ def drawn(n, task="binary", seed=0, decimals=1, groups=None):
     return table(targets, scores, None if groups is None else rng.integers(0, groups, n))
 
 
-def values(estimates):
-    return {name: estimate.value for name, estimate in estimates.items()}
-
-
-def sklearn_binary(y, p, threshold, weight):
-    w = {"sample_weight": weight}
-    called = p >= threshold
-    fpr, tpr, _ = sk.roc_curve(y, p, drop_intermediate=False, **w)
-    return {
-        "auroc": sk.roc_auc_score(y, p, **w),
-        "average_precision": sk.average_precision_score(y, p, **w),
-        "accuracy": sk.accuracy_score(y, called, **w),
-        "balanced_accuracy": sk.balanced_accuracy_score(y, called, **w),
-        "sensitivity": sk.recall_score(y, called, **w),
-        "specificity": sk.recall_score(y, called, pos_label=0, **w),
-        "precision": sk.precision_score(y, called, **w),
-        "npv": sk.precision_score(y, called, pos_label=0, **w),
-        "f1": sk.f1_score(y, called, **w),
-        "mcc": sk.matthews_corrcoef(y, called, **w),
-        "brier": sk.brier_score_loss(y, p, **w),
-        "log_loss": sk.log_loss(y, p, **w),
-        "sensitivity_at_90_specificity": tpr[fpr <= 0.1 + 1e-9].max(),
-        "sensitivity_at_95_specificity": tpr[fpr <= 0.05 + 1e-9].max(),
-        "specificity_at_90_sensitivity": 1 - fpr[tpr >= 0.9 - 1e-9].min(),
-        "specificity_at_95_sensitivity": 1 - fpr[tpr >= 0.95 - 1e-9].min(),
-    }
-
-
-def sklearn_subtype(y, p, threshold, weight):
-    w = {"sample_weight": weight}
-    called, one_hot, eye = p.argmax(1), np.eye(4)[y], range(4)
-    macro = {"average": "macro", **w}
-    recall, precision = (f(y, called, average=None, **w) for f in (sk.recall_score, sk.precision_score))
-    auroc = [sk.roc_auc_score(one_hot[:, k], p[:, k], **w) for k in eye]
-    flagged = 1 - p[:, 0] >= threshold
-    return {
-        "accuracy": sk.accuracy_score(y, called, **w),
-        "balanced_accuracy": sk.balanced_accuracy_score(y, called, **w),
-        "sensitivity": sk.recall_score(y, called, **macro),
-        "specificity": np.mean([sk.recall_score(y == k, called == k, pos_label=0, **w) for k in eye]),
-        "precision": sk.precision_score(y, called, **macro),
-        "f1": sk.f1_score(y, called, **macro),
-        "mcc": sk.matthews_corrcoef(y, called, **w),
-        "auroc": np.mean(auroc),
-        "average_precision": sk.average_precision_score(one_hot, p, **macro),
-        "brier": np.average(((p - one_hot) ** 2).sum(1), weights=weight),
-        "log_loss": np.average(-np.log(p[np.arange(len(y)), y].clip(np.finfo(float).eps)), weights=weight),
-        "cancer/auroc": sk.roc_auc_score(y > 0, 1 - p[:, 0], **w),
-        "cancer/sensitivity": sk.recall_score(y > 0, flagged, **w),
-        "cancer/specificity": sk.recall_score(y > 0, flagged, pos_label=0, **w),
-        **{f"auroc/{name}": auroc[k] for k, name in enumerate(SUBTYPES)},
-        **{f"sensitivity/{name}": recall[k] for k, name in enumerate(SUBTYPES)},
-        **{f"precision/{name}": precision[k] for k, name in enumerate(SUBTYPES)},
-    }
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("task", "theirs"), [("binary", sklearn_binary), ("subtype", sklearn_subtype)])
-def test_every_metric_equals_scikit_learns_with_ties_and_with_weights(task, theirs, seed):
-    frame = drawn(150, task, seed)
-    y = frame["target"].to_numpy()
-    p = frame.filter(like="score_").to_numpy()
-    weights = np.vstack([np.ones(150), np.random.default_rng(seed + 100).integers(0, 4, (6, 150))]).astype(float)
-    ours = statistics(sample_of(frame, task, None, 0.4), weights)
-    for i, weight in enumerate(weights):
-        expected = theirs(y, p[:, 0] if task == "binary" else p, 0.4, weight)
-        assert {name: float(v[i]) for name, v in ours.items() if name != "ece"} == pytest.approx(expected, abs=1e-12)
-    assert values(measure(frame, task, threshold=0.4, resamples=20)) == pytest.approx(
-        {name: float(v[0]) for name, v in ours.items()}
-    )
-
-
-def test_calibration_error_is_of_the_score_or_of_the_top_label():
-    frame = drawn(300)
-    expected = expected_calibration_error(frame["score_cancer"].to_numpy(), frame["target"].to_numpy())
-    assert measure(frame, "binary", resamples=20)["ece"].value == pytest.approx(expected)
-    frame = drawn(300, "subtype")
-    p = frame.filter(like="score_").to_numpy()
-    expected = expected_calibration_error(p.max(1), (p.argmax(1) == frame["target"]).to_numpy())
-    assert measure(frame, "subtype", resamples=20)["ece"].value == pytest.approx(expected)
+@pytest.mark.parametrize("task", ["binary", "subtype"])
+def test_metrics_equal_those_of_training_and_of_scikit_learn_with_ties(task):
+    frame = drawn(200, task, decimals=1 if task == "binary" else 3)
+    if task == "binary":
+        frame = frame.replace({"score_cancer": {0.5: 0.6}})  # torchmetrics calls 0.5 normal
+    scores = frame.filter(like="score_").to_numpy().copy()
+    target = frame["target"].to_numpy().copy()
+    training = metric_collection(scores.shape[1], "test")
+    training.update(*map(torch.from_numpy, (scores[:, 0] if task == "binary" else scores, target)))
+    theirs = {name.removeprefix("test/").replace("recall", "sensitivity"): v for name, v in training.compute().items()}
+    theirs["log_loss"] = sk.log_loss(target, scores)
+    theirs["brier"] = sk.brier_score_loss(target, scores, scale_by_half=task == "binary")
+    ours = measure(frame, task, resamples=20)
+    for name, value in theirs.items():
+        assert ours[name].value == pytest.approx(float(value), abs=1e-6), name
+    if task == "binary":
+        assert ours["npv"].value == pytest.approx(sk.precision_score(1 - target, scores[:, 0] < 0.5))
+    else:
+        assert ours["auroc/squamous"].value == pytest.approx(sk.roc_auc_score(target == 3, scores[:, 3]))
+        assert ours["precision/squamous"].value == pytest.approx(sk.precision_score(target == 3, scores.argmax(1) == 3))
+        reduced = measure(table(target > 0, 1 - scores[:, 0]), "binary", resamples=20)
+        assert all(ours[f"cancer/{n}"].value == reduced[n].value for n in ("auroc", "sensitivity", "specificity"))
 
 
 @pytest.mark.parametrize("task", ["binary", "subtype"])
-def test_metrics_equal_those_of_training(task):
-    frame = drawn(200, task, decimals=3)
-    scores = torch.from_numpy(frame.filter(like="score_").to_numpy().copy())
-    theirs = metric_collection(scores.shape[1], "test")
-    theirs.update(scores[:, 0] if task == "binary" else scores, torch.from_numpy(frame["target"].to_numpy()))
-    ours = measure(frame, task, resamples=20)
-    for name, value in theirs.compute().items():
-        name = name.removeprefix("test/").replace("recall", "sensitivity")
-        assert ours[name].value == pytest.approx(float(value), abs=1e-6), name
+def test_a_weight_counts_a_slice_as_often_as_repeating_it(task):
+    frame = drawn(150, task)
+    weights = np.random.default_rng(100).integers(0, 4, (4, 150))
+    weighted = statistics(sample_of(frame, task, None, 0.4), weights.astype(float))
+    for i, times in enumerate(weights):
+        repeated = frame.loc[np.repeat(frame.index, times)]
+        plain = statistics(sample_of(repeated, task, None, 0.4), np.ones((1, len(repeated))))
+        assert {n: v[i] for n, v in weighted.items()} == pytest.approx({n: v[0] for n, v in plain.items()}, nan_ok=True)
 
 
-def test_a_worked_example():
+def test_calibration_error_of_a_worked_example():
+    scores = [0.1, 0.12, 0.7, 0.9, 0.95]  # the first two share one of fifteen bins
+    ece = measure(table([0, 1, 1, 1, 0], scores), "binary", resamples=20)["ece"].value
+    assert ece == pytest.approx((abs(0.1 + 0.12 - 1) + 0.3 + 0.1 + 0.95) / 5)
+
+
+def test_a_worked_example_with_scores_and_threshold_of_its_own():
     scores = to_scores(np.array([-2, -1, 1, 2, 1.5, -0.5, 3, 0.5])[:, None])
-    found = measure(table([0, 0, 0, 1, 1, 1, 1, 1], scores), "binary")
+    found = measure(table([0, 0, 0, 1, 1, 1, 1, 1], 1 - scores), "binary", scores / 2, 0.25)
     assert found["auroc"].value == pytest.approx(13 / 15)  # pairs in the right order
     for name, k, n in (("sensitivity", 4, 5), ("specificity", 2, 3), ("accuracy", 6, 8), ("precision", 4, 5)):
-        estimate = found[name]
-        assert (estimate.slices, estimate.groups, estimate.reason) == (n, n, "")
-        assert (estimate.value, estimate.low, estimate.high) == pytest.approx((k / n, *wilson(k, n)))
+        assert found[name] == Estimate(pytest.approx(k / n), *map(pytest.approx, wilson(k, n)), n, n), name
     assert (found["auroc"].slices, found["auroc"].groups) == (8, 8)
-
-
-def test_calibrated_scores_and_threshold_are_taken_where_given():
-    frame = drawn(100)
-    scores = frame[["score_cancer"]].to_numpy() / 2
-    halved = measure(frame, "binary", scores, 0.25, resamples=20)
-    plain = measure(frame, "binary", resamples=20)
-    assert halved["accuracy"] == plain["accuracy"]
-    assert halved["brier"].value == pytest.approx(sk.brier_score_loss(frame["target"], scores[:, 0]))
-    with pytest.raises(ValueError, match=r"\[99, 1\] for 100 slices"):
-        measure(frame, "binary", scores[1:])
-
-
-def test_confusion_counts_actual_by_called():
-    frame = table([0, 0, 0, 1, 1], [0.1, 0.2, 0.8, 0.4, 0.9])
-    assert confusion(frame, "binary").tolist() == [[2, 1], [1, 1]]
-    assert confusion(frame, "binary", threshold=0.3).tolist() == [[2, 1], [0, 2]]
-    frame = drawn(80, "subtype")
-    expected = sk.confusion_matrix(frame["target"], frame.filter(like="score_").to_numpy().argmax(1))
-    assert (confusion(frame, "subtype") == expected).all()
 
 
 @pytest.mark.parametrize("task", ["binary", "subtype"])
 def test_values_lie_within_their_intervals_and_repeat_with_the_seed(task):
     frame = drawn(80, task, groups=50)
     found = measure(frame, task, resamples=300)
-    for name, estimate in found.items():
-        assert estimate.low <= estimate.value <= estimate.high, name
-        assert estimate.low < estimate.high, name
+    assert not [name for name, e in found.items() if not (e.low <= e.value <= e.high and e.low < e.high)]
     assert found == measure(frame, task, resamples=300)
     assert found["auroc"] != measure(frame, task, resamples=300, seed=1)["auroc"]
 
 
 def test_draws_take_whole_groups_and_as_many_as_there_are():
-    group = np.array([0, 0, 1, 2, 2, 2])
-    weights = np.concatenate(list(draws(group, 500, 0)))
-    assert weights.shape == (500, 6)
-    assert (weights[:, 0] == weights[:, 1]).all()
-    assert (weights[:, 3] == weights[:, 5]).all()
+    weights = np.concatenate(list(draws(np.array([0, 0, 1, 2, 2, 2]), 500, 0)))
+    assert (weights == weights[:, [0, 0, 2, 3, 3, 3]]).all()
     assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
     assert weights.mean() == pytest.approx(1, abs=0.05)
 
@@ -208,7 +116,7 @@ def test_copies_do_not_narrow_an_interval():
     found = measure(frame, "binary")
     alone = measure(frame[~frame["group"].duplicated()], "binary")
     naive = measure(frame.assign(group=range(len(frame))), "binary")
-    for name in ("auroc", "accuracy", "sensitivity", "specificity", "brier", "mcc"):
+    for name in ("auroc", "accuracy", "sensitivity", "specificity", "brier", "f1"):
         assert width(found[name]) == pytest.approx(width(alone[name]), rel=0.1), name
         assert width(found[name]) > 1.7 * width(naive[name]), name
 
@@ -232,14 +140,12 @@ def test_intervals_of_clustered_slices_hold_the_truth_as_often_as_they_say():
 
 
 def test_the_effective_size_of_a_share_counts_groups_not_copies():
-    rng = np.random.default_rng(0)
-    hit = rng.random(100) < 0.7
+    hit = np.random.default_rng(0).random(100) < 0.7
     assert effective_size(hit, np.arange(100)) == pytest.approx(100)
     assert effective_size(np.repeat(hit, 4), np.repeat(np.arange(100), 4)) == pytest.approx(100, rel=0.05)
     assert effective_size(np.ones(12, bool), np.repeat([0, 1, 2], [10, 1, 1])) == pytest.approx(144 / 102)
-    assert effective_size(np.ones(12, bool), np.zeros(12, int)) == 1
-    alike = effective_size(np.tile([1, 1, 1, 0], 20), np.repeat([0, 1], 40))
-    assert 1 <= alike < 3  # two groups that happen to agree are still two groups
+    # Two groups that happen to agree are still two groups.
+    assert 1 <= effective_size(np.tile([1, 1, 1, 0], 20), np.repeat([0, 1], 40)) < 3
 
 
 def test_a_perfect_score_has_an_interval_as_wide_as_its_smaller_class_deserves():
@@ -250,94 +156,43 @@ def test_a_perfect_score_has_an_interval_as_wide_as_its_smaller_class_deserves()
     assert found["sensitivity"].low == pytest.approx(wilson(200, 200)[0])
     assert found["auroc"].low == pytest.approx(least, abs=1e-6)
     assert found["balanced_accuracy"].low == pytest.approx((1 + least) / 2)
-    for name in ("average_precision", "f1", "mcc", "specificity_at_90_sensitivity", "sensitivity_at_90_specificity"):
-        assert found[name].value == 1.0, name
-        assert found[name].low < 0.995, name
+    assert found["average_precision"].low < 0.995
     copies = measure(table(y, np.linspace(0.01, 0.99, 208), np.r_[np.arange(8) // 2, 4 + np.arange(200)]), "binary")
     assert copies["auroc"].low == pytest.approx(wilson(4, 4)[0], abs=1e-6)
 
 
-def test_a_perfect_subtype_model_has_intervals_too():
-    y = np.repeat(np.arange(4), 12)
-    found = measure(table(y, 0.97 * np.eye(4)[y] + 0.0075), "subtype")
-    for name in ("auroc", "auroc/squamous", "sensitivity/squamous", "balanced_accuracy", "f1", "mcc", "accuracy"):
-        assert found[name].value == pytest.approx(1.0), name
-        assert 0.3 < found[name].low < 0.97, name
-    assert found["auroc/squamous"].low == pytest.approx(wilson(12, 12)[0], abs=1e-6)
-
-
-@pytest.mark.parametrize("task", ["binary", "subtype"])
-def test_metrics_of_one_class_are_none_with_the_reason_or_rest_on_that_class(task):
+@pytest.mark.parametrize(("task", "prefix"), [("binary", ""), ("subtype", "cancer/")])
+def test_metrics_of_one_class_are_none_with_the_reason_or_rest_on_that_class(task, prefix):
     frame = drawn(30, task)
     found = measure(frame[frame["target"] > 0], task, resamples=50)
-    for name in (
-        "auroc",
-        "balanced_accuracy",
-        "average_precision",
-        ("cancer/" if task == "subtype" else "") + "specificity",
-    ):
-        assert found[name].value is None, name
-        assert (found[name].low, found[name].high) == (None, None)
+    for name in ("auroc", "balanced_accuracy", "average_precision", f"{prefix}specificity"):
+        assert (found[name].value, found[name].low, found[name].high) == (None, None, None), name
         assert found[name].reason == "no normal slices in this split"
-    for name in ("accuracy", "brier", "log_loss", "ece", "sensitivity" if task == "binary" else "cancer/sensitivity"):
+    for name in ("accuracy", "brier", "log_loss", "ece", f"{prefix}sensitivity"):
         assert found[name].value is not None, name
-    assert "NaN" not in json.dumps(to_plain(found))
 
 
 def test_metrics_of_a_class_never_called_are_none_with_the_reason():
     found = measure(table([0, 1, 0, 1], [0.1, 0.2, 0.1, 0.3]), "binary")
     assert found["precision"] == Estimate(None, None, None, 0, 0, "no slice was called cancer")
-    assert found["mcc"].reason == "no slice was called cancer"
     assert found["f1"].value == 0.0
     found = measure(table([0, 1, 2, 3], np.full((4, 4), [0.4, 0.3, 0.2, 0.1])), "subtype")
-    assert found["precision"].reason == "no slice was called adenocarcinoma or large_cell or squamous"
+    assert found["precision"].reason == "a class is never called"
 
 
 @pytest.mark.parametrize("targets", [[0, 1], [1, 1]])
-@pytest.mark.parametrize("scores", [[0.2, 0.9], [0.9, 0.2], [0.5, 0.5], [0.0, 1.0]])
+@pytest.mark.parametrize("scores", [[0.2, 0.9], [0.5, 0.5], [0.0, 1.0]])
 def test_two_slices_give_wide_intervals_or_none_and_never_nan(targets, scores):
     found = measure(table(targets, scores), "binary", resamples=200)
-    for name, estimate in found.items():
-        assert "nan" not in str(estimate).lower(), name
-        assert estimate.value is not None or estimate.reason, name
-        assert (estimate.low is None) == (estimate.high is None), name
-        assert estimate.low is not None or estimate.reason, name
+    assert "nan" not in str(found).lower()
+    assert all(estimate.low is not None or estimate.reason for estimate in found.values())
     assert width(found["accuracy"]) > 0.6
-    if targets == [0, 1]:
-        assert "for want of groups" in found["auroc"].reason
 
 
-def test_an_empty_split_is_named():
-    with pytest.raises(DataError, match="this split is empty"):
-        measure(drawn(10).iloc[:0], "binary")
-
-
-def test_scores_that_are_not_finite_are_counted():
+def test_an_empty_split_and_scores_that_are_not_finite_are_named():
     frame = drawn(10)
+    with pytest.raises(DataError, match="this split is empty"):
+        measure(frame.iloc[:0], "binary")
     frame.loc[3, "score_cancer"] = np.nan
     with pytest.raises(DataError, match="1 of 10 slices have no finite score"):
         measure(frame, "binary")
-
-
-def test_predictive_values_follow_bayes():
-    found = predictive_values(0.9, 0.8, [0.01, 0.5])
-    assert found[0.01]["ppv"] == pytest.approx(0.009 / (0.009 + 0.198))
-    assert found[0.01]["npv"] == pytest.approx(0.792 / (0.792 + 0.001))
-    assert found[0.5] == {"ppv": pytest.approx(0.9 / 1.1), "npv": pytest.approx(0.8 / 0.9)}
-    assert predictive_values(0.0, 1.0, [0.1])[0.1]["ppv"] is None
-
-
-def test_net_benefit_of_a_worked_example():
-    """Vickers & Elkin 2006: net benefit = TP/n - FP/n * t / (1 - t)."""
-    scores, y = np.array([0.1, 0.3, 0.4, 0.8]), np.array([0, 1, 0, 1])
-    curve = decision_curve(scores, y, np.array([0.2, 0.5]))
-    assert curve["model"].tolist() == pytest.approx([2 / 4 - 1 / 4 * 0.25, 1 / 4])
-    assert curve["treat_all"].tolist() == pytest.approx([0.5 - 0.5 * 0.25, 0.0])
-    assert curve["treat_none"].tolist() == [0, 0]
-
-
-def test_estimates_become_plain_values():
-    plain = to_plain(measure(table([0, 1, 1], [0.1, 0.8, 0.9]), "binary", resamples=50))
-    assert set(plain["accuracy"]) == {"value", "low", "high", "slices", "groups"}
-    assert json.loads(json.dumps(plain)) == plain
-    assert all(type(v) in (float, int, str, type(None)) for row in plain.values() for v in row.values())
