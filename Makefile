@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data/chest-ct
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo dagshub-remote ui clean
+.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,9 +54,6 @@ audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct dat
 
 repro: $(READY) ## run the DVC pipeline as far as something changed
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro $(ARGS)
-
-dagshub-remote: $(READY) ## let DVC keep data on DagsHub (OWNER=... REPO=..., token in DAGSHUB_USER_TOKEN)
-	@$(BIN)/python -m chestct dagshub-remote tracking.owner=$(or $(OWNER),null) tracking.repo=$(or $(REPO),null)
 
 demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDER serve.port=...")
 	$(BIN)/python serve.py $(ARGS)

@@ -76,7 +76,7 @@ def ingest(cfg: Config, out: Path) -> None:
 
 @program("stage")
 def sync(cfg: Config, out: Path) -> None:
-    """Copies finished runs of the local MLflow store to a server; the same command again copies what is missing.
+    """Copies runs of the local MLflow store to a server; the same command again copies what is missing.
 
       chestct sync tracking.uri=https://SERVER
       chestct sync tracking=dagshub tracking.owner=OWNER tracking.repo=REPO
@@ -86,17 +86,6 @@ def sync(cfg: Config, out: Path) -> None:
     from chestct.tracking import sync
 
     sync(cfg)
-
-
-@program("stage")
-def dagshub_remote(cfg: Config, out: Path) -> None:
-    """Writes DVC's remotes for a DagsHub repository; the token comes from DAGSHUB_USER_TOKEN.
-
-    chestct dagshub-remote tracking.owner=OWNER tracking.repo=REPO
-    """
-    from chestct.tracking.dagshub import dagshub_remotes
-
-    dagshub_remotes(cfg.tracking)
 
 
 def params() -> None:
@@ -172,7 +161,6 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "sync": (sync, "copy local MLflow runs to a server"),
     "ingest": (ingest, "decode slices into a store, and group copies"),
     "params": (params, "change params.yaml, the settings of DVC's pipeline"),
-    "dagshub-remote": (dagshub_remote, "let DVC keep data on DagsHub"),
 }
 
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from chestct.training import Result
 
 
-def _resumed_folder(cfg: Config) -> Path | None:
+def _resumed_folder(given: dict[str, str]) -> Path | None:
     """Where a resumed run began, and goes on."""
-    path = find_checkpoint(cfg.ckpt, cfg.runs_dir, cfg.tracking).resolve() if cfg.ckpt else None
+    ckpt = given.get("ckpt", "null")
+    path = None if ckpt == "null" else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
     return path.parent.parent if path and path.parent.name == "checkpoints" else None
 
 
@@ -98,7 +99,7 @@ def _record(run: "Run", evaluation: "Evaluation", ckpt: Path, folder: Path) -> N
     """The report in `folder` and its numbers into the checkpoint's run."""
     from chestct.reporting.render import flat
 
-    run.evaluation(ckpt.stem, flat(evaluation), folder)
+    run.evaluation(flat(evaluation)["test"], folder)
 
 
 @program("evaluate")
@@ -132,7 +133,7 @@ def evaluate(cfg: Config, out: Path) -> None:
         evaluation = _evaluate_checkpoint(cfg, out)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
-    if cfg.ckpt and _as_trained(evaluation):
+    if cfg.ckpt and Path(cfg.ckpt).stem == "best" and _as_trained(evaluation):
         with run_of(cfg, Path(cfg.ckpt)) as run:
             _record(run, evaluation, Path(cfg.ckpt), out)
 
@@ -191,7 +192,7 @@ def from_checkpoint(cfg: Config, best: bool = True) -> Config:
     """The settings in the checkpoint cfg.ckpt, with the command line's on top; `best` as for find_checkpoint."""
     from hydra.core.hydra_config import HydraConfig
 
-    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, cfg.tracking, best)
+    path = find_checkpoint(cfg.ckpt or "", cfg.runs_dir, best)
     stored = read_checkpoint(path)["hyper_parameters"]["settings"]
     check_trusted(stored, str(path), cfg.trust)
     overrides = list(HydraConfig.get().overrides.task)

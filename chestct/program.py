@@ -1,7 +1,6 @@
 """What every command with settings has in common: Hydra in, a checked `Config` out, and errors for people.
 
-Settings are composed and checked once before Hydra starts, so that a mistake leaves no run folder behind; Hydra then
-makes the folder, logs, and runs one job or many.
+Hydra composes the settings, makes the run folder, logs, and runs one job or many; a mistake leaves no folder behind.
 """
 
 import contextlib
@@ -21,12 +20,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from chestct.config.checks import explain, resolve, suggest
-from chestct.config.compose import CONF, compose, help_text, quoted, readable
+from chestct.config.compose import CONF, help_text, quoted, readable
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 
-CONFIG = ("--config-name", "-cn", "--config-dir", "-cd")
-WITH_VALUE = (*CONFIG, "--cfg", "-c", "--package", "-p")
+WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
 """Hydra's own options; everything else is a setting, `key=value`."""
 
@@ -37,12 +35,13 @@ Task = Callable[[Config, Path], Any]
 
 
 def program(
-    config_name: str, run_folder: Callable[[Config], Path | None] = lambda cfg: None
+    config_name: str, run_folder: Callable[[dict[str, str]], Path | None] = lambda given: None
 ) -> Callable[[Task], Callable[[], None]]:
     """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
 
-    The task's docstring is the first part of `--help`. run_folder: the folder that a run goes on in; None for a new
-    one. The program exits with 0, with 2 after an error that the user can mend, with 130 when it was interrupted.
+    The task's docstring is the first part of `--help`. run_folder: from the settings that are given on the command
+    line, the folder that a run goes on in; None for a new one. The program exits with 0, with 2 after an error that the
+    user can mend, with 130 when it was interrupted.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -57,17 +56,17 @@ def program(
                 started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1
                 if int(started) > 1 and (config_name != "train" or sweep):
                     raise ConfigError(f"{started} processes were started; only a single training takes several.")
+                given = {key: value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
                 overrides = [readable(override, sweep) for override in overrides]
-                for uri in (override.split("=", 1)[1] for override in overrides if override[:13] == "tracking.uri="):
-                    from chestct.tracking.remote_store import refuse_password
+                if "tracking.uri" in given:
+                    from chestct.tracking.stores import refuse_password
 
-                    refuse_password(uri)  # before Hydra writes it into the run's folder
-                # Checked now, so that a mistake leaves no folder; a sweep or --cfg has no single run to look at.
-                folder = run_folder(_check(config_name, flags, overrides)) if {*flags} <= {*CONFIG} else None
+                    refuse_password(given["tracking.uri"])  # before Hydra writes it into the run's folder
+                folder = None if sweep else run_folder(given)
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")
                     overrides += [quoted("hydra.run.dir", scratch.name), "hydra.output_subdir=null"]
-                elif folder and not any(override.startswith("hydra.run.dir=") for override in overrides):
+                elif folder and "hydra.run.dir" not in given:
                     overrides.append(quoted("hydra.run.dir", str(folder)))
                 options = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
                 sys.argv[1:] = [*options, *overrides]
@@ -133,12 +132,6 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str | None], list[s
         else:
             overrides.append(argument)
     return flags, overrides
-
-
-def _check(config_name: str, flags: dict[str, str | None], overrides: list[str]) -> Config:
-    folder = flags.get("--config-dir") or flags.get("-cd")
-    name = flags.get("--config-name") or flags.get("-cn") or config_name
-    return compose(*overrides, config_name=name, config_dir=Path(folder).resolve() if folder else None)
 
 
 def _run(task: Task, config_name: str) -> None:

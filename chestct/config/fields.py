@@ -13,29 +13,30 @@ def setting(
     default: Any,
     help: str,
     *,
-    choices: tuple[Any, ...] = (),
+    choices: tuple[str, ...] = (),
     low: float = -math.inf,
     high: float = math.inf,
+    form: str = "",
 ) -> Any:
-    """A dataclass field with its meaning and its bounds, which `check` enforces (both bounds are allowed values)."""
-    meta = {"help": help, "choices": choices, "low": low, "high": high}
+    """A dataclass field with its meaning, and what `check` enforces for the value, or for each item of a list or table.
+
+    low, high: allowed values, too; form: a regular expression that the whole text matches.
+    """
+    meta = {"help": help, "choices": choices, "low": low, "high": high, "form": form}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=meta)
     return field(default=default, metadata=meta)
 
 
 def leaves(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Every setting of a dataclass (or class) as (dotted key, value or default, field), groups opened."""
+    """Every setting of a dataclass (or class, with its defaults) as (dotted key, value, field), groups opened."""
+    cfg = cfg() if isinstance(cfg, type) else cfg
     for item in dataclasses.fields(cfg):
-        key = f"{prefix}{item.name}"
-        if isinstance(cfg, type):
-            default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+        value = getattr(cfg, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
         else:
-            default = getattr(cfg, item.name)
-        if dataclasses.is_dataclass(default):
-            yield from leaves(default, f"{key}.")
-        else:
-            yield key, default, item
+            yield f"{prefix}{item.name}", value, item
 
 
 def type_name(item: dataclasses.Field) -> str:

@@ -9,19 +9,132 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chestct.config.data_schema import LABEL_NAMES as LABEL_NAMES
-from chestct.config.data_schema import SUBTYPES as SUBTYPES
-from chestct.config.data_schema import AuditConfig as AuditConfig
-from chestct.config.data_schema import AugmentConfig as AugmentConfig
-from chestct.config.data_schema import DataConfig as DataConfig
-from chestct.config.data_schema import PhantomConfig as PhantomConfig
-from chestct.config.data_schema import SourceConfig as SourceConfig
-from chestct.config.data_schema import WindowConfig as WindowConfig
-from chestct.config.data_schema import classes_of as classes_of
 from chestct.config.fields import at_home as at_home
 from chestct.config.fields import leaves as leaves
 from chestct.config.fields import setting
-from chestct.config.fields import type_name as type_name
+
+SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
+"""Classes of `task=subtype`, in the order of the network's outputs."""
+
+LABEL_NAMES = (*SUBTYPES, "cancer", "ignore")
+"""What a class folder may map to: a subtype, cancer of unknown subtype, or nothing (`ignore`)."""
+
+FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "unreadable", "shortcut", "sample_size", "imbalance")
+FINDINGS += ("identifiers", "shift", "duplicates")
+"""Kinds of findings of the audit."""
+
+THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
+DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
+
+
+def classes_of(task: str) -> tuple[str, ...]:
+    """Class names in the order of the targets 0, 1, ...: the positive class of the binary task is `cancer`."""
+    return ("normal", "cancer") if task == "binary" else SUBTYPES
+
+
+@dataclass
+class WindowConfig:
+    """The grey-value window that turns Hounsfield units (HU) into [0, 1]; used for DICOM only."""
+
+    center: float = setting(-600.0, "window centre in HU; -600/1500 is the usual lung window")
+    width: float = setting(1500.0, "window width in HU", low=1)
+    from_file: bool = setting(False, "use the window stored in the DICOM file instead, where it has one")
+
+
+@dataclass
+class AugmentConfig:
+    """Random changes of a training slice; each is drawn anew for every view. Zero switches one off."""
+
+    flip: float = setting(0.5, "probability of a left-right flip", low=0, high=1)
+    rotate: float = setting(10.0, "largest rotation in degrees, either way", low=0, high=180)
+    shift: float = setting(0.05, "largest shift as a fraction of the side", low=0, high=0.5)
+    zoom: float = setting(0.1, "largest zoom in or out as a fraction", low=0, high=0.9)
+    shear: float = setting(5.0, "largest shear in degrees", low=0, high=60)
+    window: float = setting(0.1, "largest change of grey level and of contrast, as a fraction", low=0, high=0.9)
+    gamma: float = setting(0.2, "largest change of log(gamma)", low=0, high=2)
+    blur: float = setting(0.0, "largest standard deviation of a blur, as a fraction of the side", low=0, high=0.1)
+    noise: float = setting(0.02, "largest standard deviation of added noise, in units of the grey range", low=0, high=1)
+
+
+@dataclass
+class PhantomConfig:
+    """Synthetic thorax slices, written as ordinary class folders."""
+
+    slices: int = setting(400, "how many slices to draw, all splits together", low=12)
+    seed: int = setting(0, "seed of everything drawn")
+    size: int = setting(320, "mean side of a drawn slice in pixels; single slices vary around it", low=64, high=1024)
+    difficulty: float = setting(0.4, "0: large lesions, much reaction around them; 1: small, faint ones", low=0, high=1)
+    cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
+    format: str = setting("png", "file format", choices=("png", "dicom"))
+    defects: list[str] = setting(
+        [],
+        "faults to plant, with their truth beside them: exact, near, across_splits, label_conflict, "
+        "shortcut_window, shortcut_size, shortcut_border, odd_files",
+    )
+    defect_rate: float = setting(0.05, "fraction of slices that get a copy for each copying defect", low=0, high=0.5)
+
+
+@dataclass
+class AuditConfig:
+    """What the audit does about what it finds."""
+
+    fail_on: list[str] = setting([], "findings that fail the validate stage", choices=FINDINGS)
+
+
+@dataclass
+class SourceConfig:
+    """One collection of slices in class folders."""
+
+    root: str = setting("", "folder that holds the class folders, or train/valid/test folders with class folders")
+    labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label, before those of data.labels")
+
+
+@dataclass
+class DataConfig:
+    """Where slices come from and how they become pixels, splits and batches."""
+
+    name: str = setting("phantom", "name of the source, shown in tables")
+    root: str | None = setting(None, "folder with the class folders; empty for phantoms: they are drawn when needed")
+    sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
+    labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label", choices=LABEL_NAMES)
+    labels_file: str | None = setting(None, "YAML file with more of `labels`: for names that Hydra cannot read")
+    store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
+    size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
+    fit: str = setting(
+        "pad",
+        "how a slice becomes square: pad (aspect ratio kept), stretch, or body (cropped to the body, then padded)",
+        choices=("pad", "stretch", "body"),
+    )
+    contrast: str = setting(
+        "keep",
+        "grey levels: keep (as decoded), or body (stretched linearly so that the 2nd and 98th percentile around the "
+        "body become black and white: brightness and contrast then tell nothing)",
+        choices=("keep", "body"),
+    )
+    window: WindowConfig = field(default_factory=WindowConfig)
+    split: str = setting(
+        "grouped",
+        "grouped (no group of copies in two splits), official (folders as they come), official_clean (official "
+        "without copies across splits)",
+        choices=("grouped", "official", "official_clean"),
+    )
+    split_seed: int = setting(0, "seed of the grouped split; apart from `seed` so that seeds share one test set")
+    valid_fraction: float = setting(0.15, "share of the slices for validation (grouped)", low=0.01, high=0.5)
+    test_fraction: float = setting(0.2, "share of the slices for test (grouped, without folds)", low=0.01, high=0.5)
+    folds: int = setting(0, "k-fold cross-validation over groups: how many folds; 0 for one split", low=0, high=50)
+    fold: int = setting(0, "which fold is the test set", low=0)
+    allow_leakage: bool = setting(False, "train although copies of test slices are in train; stamped on all results")
+    max_unreadable: int = setting(0, "how many unreadable files are tolerated", low=0)
+    max_pixels: int = setting(64_000_000, "largest image that is decoded, in pixels", low=1)
+    max_bytes: int = setting(256_000_000, "largest file that is read, in bytes", low=1)
+    workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
+    batch_size: int = setting(32, "slices a training step, over all processes together", low=1)
+    views: int = setting(
+        2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
+    )
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    phantom: PhantomConfig = field(default_factory=PhantomConfig)
+    audit: AuditConfig = field(default_factory=AuditConfig)
 
 
 @dataclass
@@ -30,13 +143,13 @@ class ModelConfig:
 
     backbone: str = setting("vgg16", "convolutions: vgg16, or another network of torchvision's that has `features`")
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
-    freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks from the input")
+    freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting(
         "gap",
         "gap: mean over places (512 inputs to the head); flatten: every place (25,088)",
         choices=("gap", "flatten"),
     )
-    hidden: list[int] = setting([], "widths of hidden layers between features and output")
+    hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")
     dropout: float = setting(0.0, "dropout before every linear layer of the head", low=0, high=0.95)
 
@@ -81,9 +194,7 @@ class TrainerConfig:
     unfreeze_blocks: int = setting(2, "how many of the five blocks then join in, counted from the head", low=1, high=5)
     accelerator: str = setting("auto", "device", choices=("auto", "cpu", "gpu", "cuda", "mps"))
     strategy: str = setting("single", "one process (single), or one a device (ddp)", choices=("single", "ddp"))
-    devices: str = setting(
-        "auto", "how many devices of a machine, or which: 1, 2, 0,1; auto: one (single), all of them (ddp)"
-    )
+    devices: str = setting("auto", "devices of a machine: how many (2), which ('0,1' or '1,'), or auto", form=DEVICES)
     num_nodes: int = setting(1, "machines (ddp); torchrun or srun starts the processes of several", low=1)
     precision: str = setting("32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
     deterministic: bool = setting(True, "only algorithms that repeat exactly")
@@ -101,24 +212,19 @@ class EvaluationConfig:
     """What is measured, and how the operating point is chosen; all of it from validation slices."""
 
     threshold: str = setting(
-        "half",
-        "which score counts as cancer: half (0.5), or by validation: youden, sensitivity>=X, specificity>=X, cost",
+        "half", "score that counts as cancer: half, youden, sensitivity>=0.95, specificity>=0.95, cost", form=THRESHOLD
     )
     cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
-    coverage: float = setting(
-        0.9, "share of each class whose conformal set holds the truth; other slices are uncertain", low=0.5, high=0.999
-    )
+    coverage: float = setting(0.9, "share of each class whose conformal set holds the truth", low=0.5, high=0.999)
     resamples: int = setting(2000, "bootstrap resamples over groups behind each interval", low=100, high=100_000)
-    prevalences: list[float] = setting([0.01, 0.1, 0.5], "shares of cancer at which predictive values are given")
-    policies: bool = setting(
-        False, "train the same head under every split policy too, and show all side by side (frozen models only)"
+    prevalences: list[float] = setting(
+        [0.01, 0.1, 0.5], "shares of cancer at which predictive values are given", low=1e-6, high=0.999999
     )
+    policies: bool = setting(False, "train the same head under every split policy too (frozen models only)")
     folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
     permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
     phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
-    novelty: int = setting(
-        0, "pictures of each kind that is no chest CT on which novelty is measured; 0: not measured", low=0
-    )
+    novelty: int = setting(0, "pictures of each kind that is no chest CT on which novelty is measured; 0: none", low=0)
     robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)
     gallery: int = setting(6, "slices a row of the report's galleries", low=0, high=50)
     report: bool = setting(True, "after training, write report and bundle; false: metrics only (jobs of a search)")
@@ -129,20 +235,14 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     name: str = setting("mlflow", "mlflow, dagshub or off", choices=("mlflow", "dagshub", "off"))
-    uri: str | None = setting(
-        None, "MLflow tracking URI: http(s)://SERVER or sqlite:///FILE; empty: MLFLOW_TRACKING_URI, else local"
-    )
+    uri: str | None = setting(None, "https://SERVER or sqlite:///FILE; empty: MLFLOW_TRACKING_URI, else local")
     local: str = setting("sqlite:///mlflow.db", "store on this machine, which every run is written to")
     owner: str | None = setting(None, "owner of the repository on DagsHub (tracking=dagshub)")
     repo: str | None = setting(None, "name of the repository on DagsHub (tracking=dagshub)")
     experiment: str = setting("chestct", "MLflow experiment")
-    run_name: str | None = setting(
-        None, "name of the run; empty: its DVC experiment's, its sweep's, or an invented one"
-    )
-    required: bool = setting(False, "stop when the server cannot be used, instead of going on with the local store")
+    run_name: str | None = setting(None, "name of the run; empty: its DVC experiment's, its sweep's, or invented")
     log_model: bool = setting(True, "keep the best checkpoint and the bundle, as an MLflow model, with the run")
     register: str | None = setting(None, "register the bundle under this name, and call it the champion of that name")
-    system_metrics: bool = setting(True, "record processor, memory, disk, network and GPU every ten seconds")
 
 
 @dataclass
@@ -151,20 +251,12 @@ class ServeConfig:
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
     port: int = setting(7860, "port to listen on", low=1, high=65535)
-    hosts: list[str] = setting(
-        [],
-        "names under which the service is reached, beside localhost and IPv4 addresses, such as [ct.example.org]; "
-        "['*']: any",
-    )
-    proxies: list[str] = setting(
-        [], "addresses or networks of reverse proxies, whose word (X-Forwarded-For) for a client's address is believed"
-    )
+    hosts: list[str] = setting([], "names of the service beside localhost and addresses: [ct.example.org]; ['*']: any")
+    proxies: list[str] = setting([], "addresses or networks of reverse proxies, whose X-Forwarded-For is believed")
     max_upload_bytes: int = setting(80_000_000, "bytes that one request may send", low=1_000)
     max_slices: int = setting(128, "slices that one request may hold", low=1, high=2000)
     max_pixels: int = setting(20_000_000, "largest image that is decoded, in pixels", low=1)
-    max_pixels_in_flight: int = setting(
-        40_000_000, "pixels of all images that are worked on at once; each takes some 20 bytes", low=1
-    )
+    max_pixels_in_flight: int = setting(40_000_000, "pixels that are worked on at once; each takes 20 bytes", low=1)
     max_requests_per_address: int = setting(64, "requests at once from one address, open pages included", low=1)
     queue_size: int = setting(64, "requests for an answer that may wait or run at once; more are turned away", low=1)
     request_timeout_s: float = setting(60.0, "longest time that one answer may take, in seconds", low=1, high=3600)
@@ -187,14 +279,9 @@ class Config:
         "binary", "binary: cancer or normal; subtype: normal and three carcinomas", choices=("binary", "subtype")
     )
     seed: int = setting(0, "seed of initial weights, order and views", low=0)
-    ckpt: str | None = setting(
-        None,
-        "a .ckpt file, a run folder, or `last` for the newest run; training goes on, evaluation takes the best epoch",
-    )
+    ckpt: str | None = setting(None, "a .ckpt file, a run folder, or `last` for the newest run")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
-    bundle: str | None = setting(
-        None, "bundle to evaluate or to serve: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID"
-    )
+    bundle: str | None = setting(None, "bundle: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID")
     compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
     callbacks: dict[str, Any] = setting({}, "callbacks of Lightning's or your own: {NAME: {_target_: CLASS, ...}}")
     loggers: dict[str, Any] = setting({}, "loggers next to MLflow's: {NAME: {_target_: CLASS, ...}}")

@@ -47,30 +47,20 @@ def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwarg
 
 
 def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None:
-    """Raises ConfigError where the settings in a file name code that a file may not choose.
+    """Raises ConfigError where the settings in a file name code that a file may not choose, or hold an expression.
 
-    source: the file, for the message; trust: packages that are trusted besides. Expressions are refused everywhere.
+    source: the file, for the message; trust: packages that are trusted besides. An expression would read this
+    machine's environment, or make settings anew (`oc.create`) after all checks.
     """
-    refuse_expressions(settings, source)
+    for key, value in _items(settings):
+        if "${" in key or (isinstance(value, str) and "${" in value):
+            raise ConfigError(f"{source} sets {key}={value!r}: an expression, which files may not hold.")
     for target in foreign(settings, trust):
         package = str(target).split(".", 1)[0]
         raise ConfigError(
             f"{source} names code to run, {target}, which is no network, optimiser or schedule of "
             f"{', '.join(TRUSTED)}. If you know the file and that code, say trust=[{package}]."
         )
-
-
-def refuse_expressions(value: Any, source: str, key: str = "") -> None:
-    """Raises ConfigError where settings in a file, or their keys, hold an interpolation.
-
-    It would read this machine's environment, or make settings anew (`oc.create`) after all checks.
-    """
-    if isinstance(value, str) and "${" in value:
-        raise ConfigError(f"{source} sets {key}={value!r}: an expression, which files may not hold.")
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
-    for name, item in items:
-        refuse_expressions(str(name), source, key)
-        refuse_expressions(item, source, f"{key}.{name}".lstrip("."))
 
 
 def foreign(settings: Any, trust: Sequence[str] = ()) -> list[Any]:
@@ -82,15 +72,16 @@ def foreign(settings: Any, trust: Sequence[str] = ()) -> list[Any]:
         settings = {key: value for key, value in settings.items() if key not in ("callbacks", "loggers")}
         if isinstance(trainer := settings.get("trainer"), dict):
             settings["trainer"] = {key: value for key, value in trainer.items() if key != "args"}
-    return [target for target in _targets(settings) if not _trusted(target, trust)]
+    targets = [value for key, value in _items(settings) if key.rpartition(".")[2] == "_target_"]
+    return [target for target in targets if not _trusted(target, trust)]
 
 
-def _targets(value: Any) -> Iterator[Any]:
-    """Everything that a `_target_` names, at any depth."""
-    if isinstance(value, dict):
-        yield from (item for key, item in value.items() if key == "_target_")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from _targets(item)
+def _items(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested tables and lists, with its dotted key."""
+    yield key, value
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for name, item in items:
+        yield from _items(item, f"{key}.{name}".lstrip("."))
 
 
 def _trusted(target: Any, trust: Sequence[str]) -> bool:
@@ -99,6 +90,7 @@ def _trusted(target: Any, trust: Sequence[str]) -> bool:
     Not the name counts, but where the class comes from: torch.nn.modules.module.OrderedDict is collections'.
     """
     from hydra.utils import get_object
+    from torch import nn, optim
 
     if not isinstance(target, str) or not _within(target, (*TRUSTED, *trust)):
         return False
@@ -106,16 +98,10 @@ def _trusted(target: Any, trust: Sequence[str]) -> bool:
         named = get_object(target)
     except Exception:
         return False
-    origin = f"{getattr(named, '__module__', '')}."
-    part = isinstance(named, type) and issubclass(named, _kinds())
+    kinds = (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler)
+    origin, part = f"{getattr(named, '__module__', '')}.", isinstance(named, type) and issubclass(named, kinds)
     return _within(origin, trust) or (_within(origin, TRUSTED) and part)
 
 
 def _within(name: str, packages: Sequence[str]) -> bool:
-    return any(name.startswith(f"{package}.") for package in packages)
-
-
-def _kinds() -> tuple[type, ...]:
-    from torch import nn, optim
-
-    return nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler
+    return name.startswith(tuple(f"{package}." for package in packages))

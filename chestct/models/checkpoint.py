@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from chestct.config.schema import TrackingConfig
-from chestct.config.targets import refuse_expressions
 from chestct.errors import ConfigError, WeightsError
 from chestct.files import digest
 
@@ -24,19 +22,12 @@ END_OF_ARCHIVE = b"PK\x05\x06"
 """How the last 22 bytes of a zip archive begin. They end with the length of a comment, in which the seal is kept."""
 
 
-def find_checkpoint(
-    ckpt: str, runs_dir: str = "runs", tracking: TrackingConfig | None = None, best: bool = False
-) -> Path:
+def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Path:
     """The checkpoint file that `ckpt` names.
 
-    A file, a run folder, `last` (the newest run), or runs:/RUN_ID (the best of an MLflow run, in the stores that
-    `tracking` names). Of a run, `best` takes the best epoch, which evaluation measures, and else the last, where
-    training goes on. Raises ConfigError where there is none.
+    A file, a run folder, or `last` (the newest run). Of a run, `best` takes the best epoch, which evaluation measures,
+    and else the last, where training goes on. Raises ConfigError where there is none.
     """
-    if ckpt.startswith("runs:/"):
-        from chestct.tracking import checkpoint_of_run
-
-        return checkpoint_of_run(ckpt, tracking or TrackingConfig(), runs_dir)
     path, name = Path(ckpt), "best.ckpt" if best else "last.ckpt"
     if ckpt == "last":
         # Runs that end in the same instant are told apart by their names, which begin with the time.
@@ -50,7 +41,7 @@ def find_checkpoint(
         near = ", ".join(sorted(p.name for p in path.parent.glob("*.ckpt"))) or "no .ckpt file"
         raise ConfigError(
             f"ckpt={ckpt}: no checkpoint {path} (in that folder: {near}). Give a .ckpt file, a run folder, or "
-            "ckpt=last for the newest run, or ckpt=runs:/ID for an MLflow run."
+            "ckpt=last for the newest run."
         )
     return path
 
@@ -68,8 +59,7 @@ def _last_of_runs(runs_dir: Path) -> Iterator[Path]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint in a file, without running anything that is in it.
 
-    Raises WeightsError where the file is missing, damaged, unsafe, or not a checkpoint of this project, ConfigError
-    where an expression stands in its settings.
+    Raises WeightsError where the file is missing, damaged, unsafe, or not a checkpoint of this project.
     """
     import torch
 
@@ -95,7 +85,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     parts += [_part(parts[-1], name) for name in ("settings", "data")]
     if not all(isinstance(part, dict) for part in parts):  # OmegaConf would read a text as YAML
         raise WeightsError(f"{path} is not a checkpoint of this project.")
-    refuse_expressions(parts[-2], str(path))
     return checkpoint
 
 

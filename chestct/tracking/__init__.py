@@ -13,13 +13,12 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # `sync` is the r
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # an epoch of a head is shorter than a write
 
-from chestct.tracking.local_store import TrackingError as TrackingError
-from chestct.tracking.record import Run as Run
-from chestct.tracking.record import code_version as code_version
-from chestct.tracking.registry import checkpoint_of_run as checkpoint_of_run
 from chestct.tracking.registry import fetch_bundle as fetch_bundle
-from chestct.tracking.remote_store import probe as probe
+from chestct.tracking.run import Run as Run
+from chestct.tracking.run import code_version as code_version
 from chestct.tracking.run import open_run as open_run
 from chestct.tracking.run import run_of as run_of
 from chestct.tracking.run import sole_writer as sole_writer
+from chestct.tracking.stores import TrackingError as TrackingError
+from chestct.tracking.stores import probe as probe
 from chestct.tracking.sync import sync as sync

@@ -5,10 +5,14 @@ Apart from chestct.tracking.run because Lightning takes seconds to import.
 
 import logging
 import multiprocessing
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger
 from mlflow import MlflowClient
+
+DETAILS = ("accuracy", "precision", "recall", "specificity", "f1", "average_precision", "epoch")
+"""Metrics of an epoch that history.csv has, and a run's page would be full of."""
 
 
 class RunLogger(MLFlowLogger):
@@ -19,7 +23,7 @@ class RunLogger(MLFlowLogger):
 
     def __init__(self, uri: str, run_id: str, shared: bool = False) -> None:
         super().__init__(tracking_uri=uri, run_id=run_id, synchronous=False)
-        self.client, self.shared = _Client(uri), shared
+        self.client = MlflowClient(uri) if shared else _LocalClient(uri)
         if shared:
             queue = logging.getLogger("mlflow.utils.async_logging.async_logging_queue")
             queue.addFilter(lambda record: run_id not in record.getMessage())
@@ -29,25 +33,17 @@ class RunLogger(MLFlowLogger):
         """Without Lightning's call of mlflow.set_tracking_uri, which sets MLFLOW_TRACKING_URI for all that follows."""
         return self.client
 
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """All but the details, and those of the test set, which the evaluation records with their intervals."""
+        skipped = {name for name in metrics if name.startswith("test/") or name.rpartition("/")[2] in DETAILS}
+        super().log_metrics({name: value for name, value in metrics.items() if name not in skipped}, step)
+
     def finalize(self, status: str = "success") -> None:
-        """The run goes on (a Trainer calls this after every fit and validation); open_run ends it.
-
-        A process that Lightning spawned ends without waiting for MLflow's threads, so it waits here.
-        """
-        if multiprocessing.parent_process() and not self.shared:
-            for operations in self.client.pending:
-                operations.wait()
+        """The run goes on (a Trainer calls this after every fit and validation); open_run ends it."""
 
 
-class _Client(MlflowClient):
-    """Remembers what is being written."""
-
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
-        self.pending: list[Any] = []
+class _LocalClient(MlflowClient):
+    """Waits in a process that Lightning spawned, which would end without waiting for MLflow's threads."""
 
     def log_batch(self, *args: Any, **kwargs: Any) -> Any:
-        operations = super().log_batch(*args, **kwargs)
-        if operations:
-            self.pending.append(operations)
-        return operations
+        return super().log_batch(*args, **kwargs | {"synchronous": multiprocessing.parent_process() is not None})

@@ -4,22 +4,29 @@ A run belongs to a folder, where its id is noted, so that a resumed training goe
 and data are known to be usable, so that a mistake leaves no failed run behind.
 """
 
-import logging
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from chestct.config.schema import Config, TrackingConfig
+from chestct.config.schema import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
-from chestct.tracking.local_store import TrackingError, first_line, local_uri, prepare, store_file
-from chestct.tracking.record import Run, code_version
-from chestct.tracking.registry import RUN_ID_FILE, remembered_run
-from chestct.tracking.remote_store import probe, server_uri, within
-from chestct.tracking.sync import FOLDER, LOCK_FILE, ORIGIN, PARENT, experiment_id, send
+from chestct.tracking.registry import ALIAS, BUNDLE, client_of, find_run
+from chestct.tracking.stores import (
+    first_line,
+    local_uri,
+    prepare,
+    probe,
+    server_uri,
+    store_file,
+    use_experiment,
+    within,
+)
+from chestct.tracking.sync import PARENT, send
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -28,88 +35,125 @@ if TYPE_CHECKING:
 BEGIN_SECONDS, END_SECONDS = 20.0, 300.0
 """How long the beginning and the end of a run wait for a server; what it has not got then, `sync` sends."""
 
+RUN_ID_FILE = "mlflow_run_id.txt"
+
+HEADLINE = ("auroc", "auroc_low", "auroc_high", "balanced_accuracy", "sensitivity", "specificity", "margin")
+"""What an evaluation shows on a run's page; all else is in its files."""
+
+
+class Run:
+    """One MLflow run; without a client (tracking=off, or not begun) every method does nothing."""
+
+    def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", uri: str = "") -> None:
+        self.client, self.run_id, self.uri = client, run_id, uri
+
+    def begin(self) -> None:
+        """Records the run from here on; for a run of open_run."""
+
+    def loggers(self) -> "list[Logger]":
+        """For Lightning's Trainer: write what modules log into this run, here and on the server."""
+        return []
+
+    def tags(self, tags: Mapping[str, object]) -> None:
+        if self.client:
+            for name, value in tags.items():
+                self.client.set_tag(self.run_id, name, str(value)[:5000])
+
+    def metrics(self, metrics: Mapping[str, float]) -> None:
+        if self.client:
+            for name, value in metrics.items():
+                self.client.log_metric(self.run_id, name, value)
+
+    def artifacts(self, path: Path, folder: str | None = None) -> None:
+        """A file, or everything in a folder."""
+        if self.client:
+            record = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
+            record(self.run_id, str(path), folder)
+
+    def evaluation(self, values: Mapping[str, float | None], folder: Path) -> None:
+        """The report's folder, and of the test set's numbers (None where undefined) the HEADLINE, as `test/NAME`."""
+        shown = {name: values.get(name) for name in HEADLINE}
+        self.metrics({f"test/{name}": value for name, value in shown.items() if value is not None})
+        self.artifacts(folder, "evaluation")
+
+    def register(self, name: str | None) -> None:
+        """Makes the run's bundle, if it has one, the newest version of the model `name`, and its champion."""
+        from mlflow.exceptions import MlflowException
+
+        if self.client is None or name is None or not self.client.list_artifacts(self.run_id, BUNDLE):
+            return
+        try:
+            if not self.client.search_registered_models(f"name = '{name}'"):
+                self.client.create_registered_model(name)
+            known = [v for v in self.client.search_model_versions(f"name = '{name}'") if v.run_id == self.run_id]
+            source = f"{self.client.get_run(self.run_id).info.artifact_uri}/{BUNDLE}"
+            version = (known or [self.client.create_model_version(name, source, self.run_id)])[0].version
+            self.client.set_registered_model_alias(name, ALIAS, version)
+        except MlflowException as error:
+            print(f"Not registered as {name} in {self.uri}: {first_line(error)}.")
+        else:
+            print(f"registered       bundle=models:/{name}@{ALIAS} is now version {version} in {self.uri}")
+
 
 class _OpenRun(Run):
     """The run of open_run: in the local store, and a copy on the server while that answers."""
 
-    def __init__(self, cfg: Config, out: Path, sweep: bool, uri: str, server: str | None) -> None:
-        super().__init__(uri=uri)
-        self.cfg, self.out, self.sweep, self.server = cfg, out, sweep, server
-        self.copy = Run()
-        self.monitor: Any = None
+    def __init__(self, cfg: Config, out: Path, sweep: bool) -> None:
+        super().__init__(uri=local_uri(cfg.tracking))
+        self.cfg, self.out, self.sweep, self.copy = cfg, out, sweep, Run()
+        self.server = server_uri(cfg.tracking)
+        # Next to the checkpoints, so that the id goes where they go: DVC removes, restores and shares them as one.
+        self.folder = out if sweep else out / "checkpoints"
+        self.parent = None if sweep else noted_run(out.parent)  # the run of the sweep that `out` is a job of
 
     def begin(self) -> None:
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
+        from mlflow.entities import Param
 
-        try:
-            client = MlflowClient(self.uri)
-            self.run_id = _start(client, self.cfg, self.uri, self.out, self.sweep)
-        except MlflowException as error:
-            raise TrackingError(f"MLflow cannot use {self.uri}: {first_line(error)}.") from None
+        client = MlflowClient(self.uri)
+        self.run_id = self._resume(client) or self._create(client)
         self.client = client
-        self.settings(self.cfg)
-        self.tags(code_version() | _called_by() | {FOLDER: self.out.resolve()})
+        known = client.get_run(self.run_id).data.params  # if a resumed run changes one, MLflow keeps the first
+        params = [Param(key, str(value)[:6000]) for key, value, _ in leaves(self.cfg) if key not in known]
+        client.log_batch(self.run_id, params=params)
+        self.tags(code_version() | {"folder": self.out.resolve()})
         if self.server:
             remote = MlflowClient(self.server)
-            copy_id = within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, artifacts=False))
-            if isinstance(copy_id, str):
-                self.copy = Run(remote, copy_id, self.server)
-        if self.cfg.tracking.system_metrics:
-            self._monitor()
+            if problem := probe(self.server, self.cfg.tracking.experiment):
+                print(f"{problem} The run is recorded in {self.uri}.")
+            elif isinstance(sent := within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, False)), str):
+                self.copy = Run(remote, sent, self.server)
+
+    def _resume(self, client: "MlflowClient") -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        known = noted_run(self.folder)
+        if known and (self.sweep or self.cfg.ckpt or self.parent):
+            try:
+                client.update_run(known, status="RUNNING")
+                return known
+            except MlflowException:
+                print(f"The MLflow run {known} of this folder is not in {self.uri}, or was deleted; a new one begins.")
+        return None
+
+    def _create(self, client: "MlflowClient") -> str:
+        experiment, file = self.cfg.tracking.experiment, store_file(self.uri)
+        # MLflow would keep artifacts in the working directory, which DVC may remove.
+        artifacts = str(file.resolve().parent / "mlruns" / quote(experiment, safe="")) if file else None
+        name = f"{self.out.parent.name} {self.out.name}" if self.parent else os.environ.get("DVC_EXP_NAME")
+        run = client.create_run(
+            use_experiment(client, experiment, artifacts),
+            tags={PARENT: self.parent} if self.parent else {},
+            run_name=self.cfg.tracking.run_name or (self.out.name if self.sweep else name),
+        )
+        write_atomic(self.folder / RUN_ID_FILE, f"{run.info.run_id}\n")
+        return str(run.info.run_id)
 
     def loggers(self) -> "list[Logger]":
         from chestct.tracking.logger import RunLogger
 
         runs = [run for run in (self, self.copy) if run.client]
         return [RunLogger(run.uri, run.run_id, shared=run is self.copy) for run in runs]
-
-    def end(self, status: str) -> None:
-        """Ends the run in the local store, and brings the server's copy up to date."""
-        if self.client is None:
-            return
-        if self.monitor:
-            self.monitor.finish()
-        if status == "FINISHED":
-            self.register(self.cfg.tracking.register)
-        self.client.set_terminated(self.run_id, status)  # waits for MLflow's threads
-        if self.server:
-            problem = probe(self.server, self.cfg.tracking.experiment) or self._complete(
-                self.client, self.server, status
-            )
-            print(
-                f"The MLflow server {self.server} has not all of this run ({problem.rstrip('.')}). Nothing is lost: it "
-                f"is in {self.uri}; send the rest with: {_sync_command(self.cfg.tracking)}"
-                if problem
-                else f"MLflow copy      {self.copy.run_id} on {self.server}"
-            )
-
-    def _complete(self, client: "MlflowClient", server: str, status: str) -> str | None:
-        """Sends what the server has not got; why that failed, if it did."""
-
-        def work() -> str:
-            if self.copy.client:  # waits for MLflow's threads, so that no metric is sent twice
-                self.copy.client.set_terminated(self.copy.run_id, status)
-            return send(client, remote, self.run_id)
-
-        from mlflow import MlflowClient
-
-        remote = MlflowClient(server)
-        copy_id = within(END_SECONDS, work)
-        if isinstance(copy_id, Exception):
-            return first_line(copy_id)
-        self.copy = Run(remote, copy_id, server)
-        if status == "FINISHED":
-            self.copy.register(self.cfg.tracking.register)
-        return None
-
-    def _monitor(self) -> None:
-        """MLflow's own record of processor, memory, disk, network and GPU."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
-        logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)
-        self.monitor = SystemMetricsMonitor(self.run_id, resume_logging=True, tracking_uri=self.uri)
-        self.monitor.start()
 
 
 @contextmanager
@@ -119,15 +163,13 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
     A training is resumed with cfg.ckpt or by its sweep; a sweep (whose jobs have folders in `out`) always.
 
     Ends as FINISHED, as KILLED when it was interrupted, as FAILED on any error. Raises TrackingError where the local
-    store cannot be used, or a server cannot and tracking.required=true.
+    store cannot be used; a server that cannot is reported, and misses nothing that `sync` does not send later.
     """
     if cfg.tracking.name == "off":
         yield Run()
         return
-    server = _usable_server(cfg.tracking)
-    uri = local_uri(cfg.tracking)
-    prepare(uri)
-    run = _OpenRun(cfg, out, sweep, uri, server)
+    run = _OpenRun(cfg, out, sweep)
+    prepare(run.uri)
     status = "FAILED"
     try:
         yield run
@@ -136,7 +178,11 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
-        run.end(status)
+        if run.client:
+            name = cfg.tracking.register if status == "FINISHED" else None
+            run.register(name)
+            run.client.set_terminated(run.run_id, status)  # waits for MLflow's threads
+            _share(run, cfg.tracking, name, run.copy)
 
 
 @contextmanager
@@ -145,89 +191,51 @@ def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
 
     Prints which; where the run or its store is gone, it prints that, and gives a run that records nothing.
     """
-    run_id = remembered_run(ckpt.resolve().parent)
-    if cfg.tracking.name == "off" or run_id is None:
-        yield Run()
-        return
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
+    run_id, uri, run = noted_run(ckpt.resolve().parent), local_uri(cfg.tracking), Run()
+    if run_id and cfg.tracking.name != "off":
+        from mlflow.exceptions import MlflowException
 
-    uri, run = cfg.tracking.local, Run()
-    try:
-        uri = local_uri(cfg.tracking)
-        if (file := store_file(uri)) and not file.is_file():
-            raise TrackingError("there is no such store")  # asking would make one
-        client = MlflowClient(uri)
-        if client.get_run(run_id).info.lifecycle_stage == "deleted":
-            raise TrackingError("it was deleted")
-        run = Run(client, run_id, uri)
-        yield run
-        run.register(cfg.tracking.register)
-        if server := _usable_server(cfg.tracking):
-            remote = MlflowClient(server)
-            Run(remote, send(client, remote, run_id), server).register(cfg.tracking.register)
-        print(f"MLflow run {run_id} in {uri} (make ui)")
-    except (MlflowException, ChestCTError, OSError) as error:
-        print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
-        if run.client is None:
-            yield run
-
-
-def _start(client: "MlflowClient", cfg: Config, uri: str, out: Path, sweep: bool) -> str:
-    """Id of the run of the folder."""
-    from mlflow.exceptions import MlflowException
-
-    # Next to the checkpoints, so that it goes where they go: DVC removes, restores and shares them as one.
-    folder = out if sweep else out / "checkpoints"
-    known, parent = remembered_run(folder), None if sweep else remembered_run(out.parent)
-    tags = {}
-    if known and (sweep or cfg.ckpt or parent):
         try:
-            client.update_run(known, status="RUNNING")
-            return known
-        except MlflowException:
-            print(f"The MLflow run {known} of this folder is not in {uri}, or was deleted; a new run is recorded.")
-            tags[ORIGIN] = known
-    name = cfg.tracking.experiment
-    experiment = client.get_experiment_by_name(name)
-    if experiment is not None and experiment.lifecycle_stage == "deleted":
-        raise TrackingError(
-            f"The MLflow experiment '{name}' was deleted in {uri}. Restore it, or choose another with "
-            "tracking.experiment=NAME."
-        )
-    file = store_file(uri)  # MLflow would keep artifacts in the working directory, which DVC may remove
-    artifacts = str(file.resolve().parent / "mlruns" / quote(name, safe="")) if file else None
-    run_name = out.name if sweep else os.environ.get("DVC_EXP_NAME")
-    if parent:
-        tags[PARENT] = parent
-        run_name = f"{out.parent.name} {out.name}"
-    run = client.create_run(
-        experiment_id(client, name, artifacts), tags=tags, run_name=cfg.tracking.run_name or run_name
-    )
-    write_atomic(folder / RUN_ID_FILE, f"{run.info.run_id}\n")
-    return str(run.info.run_id)
+            client = client_of(uri)
+            run = Run(client, find_run(client, run_id).info.run_id, uri)
+        except (MlflowException, LookupError) as error:
+            print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
+    yield run
+    if run.client:
+        run.register(cfg.tracking.register)
+        _share(run, cfg.tracking, cfg.tracking.register)
+        print(f"MLflow run {run_id} in {uri} (make ui)")
 
 
-def _usable_server(cfg: TrackingConfig) -> str | None:
-    """The server that gets a copy; None where none is named, or it cannot be used and need not be."""
+def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = None) -> None:
+    """Sends what the server, if any, lacks of a run, and registers its copy there as `name`; prints what came of it."""
+    from mlflow import MlflowClient
+
     server = server_uri(cfg)
-    problem = probe(server, cfg.experiment) if server else None
-    if problem is None:
-        return server
-    if cfg.required:
-        raise TrackingError(f"{problem} Set tracking.required=false to go on with the local store {cfg.local}.")
-    print(f"{problem} This run is recorded in {cfg.local}; send it later with: {_sync_command(cfg)}")
-    return None
+    if server is None:
+        return
+
+    def work() -> None:
+        assert run.client
+        if copy and copy.client:  # waits for MLflow's threads, so that no metric is sent twice
+            copy.client.set_terminated(copy.run_id)
+        remote = MlflowClient(server)
+        sent = send(run.client, remote, run.run_id)
+        print(f"MLflow copy      {sent or 'none: it was deleted there'} on {server}")
+        Run(remote if sent else None, sent or "", server).register(name)
+
+    if problem := probe(server, cfg.experiment) or within(END_SECONDS, work):
+        where = "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
+        print(
+            f"The MLflow server {server} has not all of this run ({problem}). Nothing is lost: it is in {run.uri}; "
+            f"send the rest with: chestct sync tracking.uri={server}{where}"
+        )
 
 
-def _sync_command(cfg: TrackingConfig) -> str:
-    where = (
-        f"tracking=dagshub tracking.owner={cfg.owner} tracking.repo={cfg.repo}"
-        if cfg.name == "dagshub"
-        else f"tracking.uri={server_uri(cfg)}"
-    )
-    where += "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
-    return f"chestct sync {where}"
+def noted_run(folder: Path) -> str | None:
+    """The id of the run that is noted in a folder."""
+    note = folder / RUN_ID_FILE
+    return note.read_text(encoding="utf-8").strip() if note.is_file() else None
 
 
 @contextmanager
@@ -236,25 +244,24 @@ def sole_writer(out: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK_FILE)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(out / ".lock", timeout=0):
+            yield
     except Timeout:
         raise ChestCTError(
             f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
             "or with hydra.run.dir=FOLDER."
         ) from None
+
+
+def code_version() -> dict[str, Any]:
+    """Commit of the code that runs, and whether files differ from it; empty outside a git checkout."""
+
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        yield
-    finally:
-        lock.release()
-
-
-def _called_by() -> dict[str, str]:
-    """The DVC experiment and Hydra's overrides, where there are any."""
-    from hydra.core.hydra_config import HydraConfig
-
-    tags = {"dvc.experiment": os.environ["DVC_EXP_NAME"]} if os.environ.get("DVC_EXP_NAME") else {}
-    if HydraConfig.initialized():
-        tags["hydra.overrides"] = " ".join(HydraConfig.get().overrides.task)
-    return tags
+        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

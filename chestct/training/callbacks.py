@@ -1,10 +1,10 @@
-"""What happens around the steps: history, convolutions that join in, early stopping, and hopeless trials ended."""
+"""What happens around the steps: history, convolutions that join in, and early stopping."""
 
 import gc
 import multiprocessing
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import lightning as L
 import pandas as pd
@@ -15,18 +15,12 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.files import write_atomic
 from chestct.models.lightning_module import Classifier
-from chestct.sweep.study import mark_pruned, trial_of
-
-if TYPE_CHECKING:
-    import optuna
 
 
 def callbacks_of(settings: Config, out: Path) -> list[Callback]:
     """Every callback of a training run but those that keep checkpoints."""
     cfg = settings.trainer
     callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
-    if trial := trial_of(out):
-        callbacks.append(Prune(trial, cfg.monitor))
     if cfg.unfreeze_epoch:
         callbacks.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
     if cfg.patience:
@@ -80,24 +74,6 @@ class Unfreeze(Callback):
             trainer.strategy.model = pl_module
             gc.collect()
             trainer.strategy.configure_ddp()
-
-
-class Prune(Callback):
-    """Ends a job of a search that does worse than the others did by the same epoch; its best checkpoint stays."""
-
-    def __init__(self, trial: "optuna.Trial", monitor: str) -> None:
-        self.trial, self.monitor = trial, monitor
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        value, epoch = float(trainer.callback_metrics[self.monitor]), trainer.current_epoch
-        if trainer.strategy.broadcast(trainer.is_global_zero and self._hopeless(value, epoch)):
-            trainer.should_stop = True
-
-    def _hopeless(self, value: float, epoch: int) -> bool:
-        self.trial.report(value, epoch)
-        if pruned := self.trial.should_prune():
-            mark_pruned(self.trial)
-        return pruned
 
 
 class EndWithParent(Callback):

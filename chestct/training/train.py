@@ -277,9 +277,9 @@ def _record(cfg: Config, data: SliceModule, model: Classifier, run: Run) -> None
     slices = {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()}
     leaks = int(data.manifest["leaked"].sum())
     run.artifacts(kept_report(cfg, data.store), "audit")
-    run.data(cfg.data.name, data.store.data_hash, str(data.store.folder.resolve()), slices)
     run.tags(
         {
+            "data.name": cfg.data.name,
             "data.hash": data.store.data_hash,
             "data.split": cfg.data.split,
             "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",

@@ -10,6 +10,7 @@ import torch
 
 from chestct.errors import ConfigError, WeightsError
 from chestct.models.checkpoint import find_checkpoint, read_checkpoint, sealed
+from chestct.models.lightning_module import load_classifier
 
 
 def last_of(folder, age):
@@ -154,4 +155,4 @@ def test_a_checkpoint_with_an_expression_is_refused_before_any_is_used(tmp_path)
     path = tmp_path / "x.ckpt"
     path.write_bytes(sealed(saved(CONTENT | {"hyper_parameters": {"settings": {"a": "${oc.env:HOME}"}, "data": {}}})))
     with pytest.raises(ConfigError, match=r"x\.ckpt sets a="):
-        read_checkpoint(path)
+        load_classifier(path)

@@ -18,13 +18,6 @@ def uri(tmp_path, monkeypatch, empty_store):
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
-@pytest.fixture
-def no_token(monkeypatch):
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "DAGSHUB_USER_TOKEN"):
-        monkeypatch.setenv(name, "")  # so that what the code sets is taken back, too
-        monkeypatch.delenv(name)
-
-
 @contextmanager
 def recorded(cfg, out):
     """A run of open_run that has begun."""

@@ -5,50 +5,51 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from chestct.config.compose import CONF
-from chestct.errors import Interrupted
-from chestct.tracking import TrackingError, open_run, sole_writer
-from chestct.tracking.registry import RUN_ID_FILE
+from chestct.errors import ConfigError, Interrupted
+from chestct.tracking import open_run, sole_writer
+from chestct.tracking.run import RUN_ID_FILE
 from tests.conftest import SMALL
 from tests.tracking.conftest import fit, recorded, runs
 
 ROOT = CONF.parent
 
 
-def test_a_run_keeps_settings_metrics_data_and_code(small, uri, tmp_path):
-    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "tracking.run_name=first", "data.labels={a.b: cancer}")
+def test_a_run_keeps_settings_code_files_and_a_dozen_metrics(small, uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "data.labels={a.b: cancer}")
     with recorded(cfg, tmp_path / "out") as run:
-        run.metrics({"best/test/auroc": 0.9})
         run.tags({"data.split": "grouped"})
-        run.data("phantom", "f" * 64, "somewhere", {"train": 3})
-        (tmp_path / "plot.png").write_bytes(b"x")
-        run.artifacts(tmp_path / "plot.png", "evaluation")
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "metrics.json").write_bytes(b"x")
+        run.evaluation({"auroc": 0.9, "auroc_low": 0.8, "margin": None, "f1": 0.7}, tmp_path / "report")
     (made,) = runs(uri)
     assert made.info.status == "FINISHED"
-    assert made.info.run_name == "first"
-    assert made.data.params["optim.lr"] == "0.01"
+    assert made.info.run_name == "brave-fox"
     assert made.data.params["data.augment.flip"] == "0.5"
-    assert made.data.metrics["best/test/auroc"] == 0.9
+    assert made.data.metrics == {"test/auroc": 0.9, "test/auroc_low": 0.8}
     assert "git.commit" in made.data.tags
-    assert made.inputs.dataset_inputs[0].dataset.name == "phantom"
-    assert [a.path for a in MlflowClient(uri).list_artifacts(made.info.run_id, "evaluation")] == ["evaluation/plot.png"]
+    assert made.data.tags["folder"] == str(tmp_path / "out")
+    files = [a.path for a in MlflowClient(uri).list_artifacts(made.info.run_id, "evaluation")]
+    assert files == ["evaluation/metrics.json"]
 
 
-def test_every_metric_of_a_training_is_in_its_run_and_no_variable_of_the_environment_changes(small, uri, tmp_path):
+def test_the_curves_of_a_training_are_in_its_run_and_no_variable_of_the_environment_changes(small, uri, tmp_path):
     cfg = small("tracking=mlflow", f"tracking.uri={uri}")
     before = dict(os.environ)
     with recorded(cfg, tmp_path / "out") as run:
         fit(run, range(3))
+        run.loggers()[0].log_metrics({"train/loss": 1.0, "train/f1": 1.0, "test/auroc": 1.0, "epoch": 1.0, "mine": 1.0})
         assert runs(uri)[0].info.status == "RUNNING"  # evaluation and report are to come
     history = MlflowClient(uri).get_metric_history(run.run_id, "valid/loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(0, 1.0), (1, 0.5), (2, pytest.approx(1 / 3))]
     assert runs(uri)[0].info.status == "FINISHED"
+    assert runs(uri)[0].data.metrics.keys() == {"valid/loss", "train/loss", "mine"}  # the details are in history.csv
     assert dict(os.environ) == before
 
 
@@ -114,15 +115,8 @@ def test_a_run_that_is_gone_is_replaced_with_a_message(small, uri, tmp_path, cap
         note.write_text("0123456789abcdef0123456789abcdef")
     with recorded(cfg, tmp_path / "out") as run:
         assert run.run_id != gone
-    assert "or was deleted; a new run" in capsys.readouterr().out
+    assert "or was deleted; a new one" in capsys.readouterr().out
     assert note.read_text().strip() == run.run_id
-
-
-def test_a_note_that_holds_no_run_id_is_not_believed(small, uri, tmp_path):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / RUN_ID_FILE).write_text("../' OR 1=1")
-    with recorded(small("tracking=mlflow", f"tracking.uri={uri}", "ckpt=last.ckpt"), tmp_path) as run:
-        assert [made.info.run_id for made in runs(uri)] == [run.run_id]
 
 
 def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_store, tmp_path, monkeypatch):
@@ -180,7 +174,7 @@ def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
     client = MlflowClient(uri)
     client.delete_experiment(client.create_experiment("chestct"))
     with (
-        pytest.raises(TrackingError, match=r"tracking\.experiment=NAME"),
+        pytest.raises(ConfigError, match=r"tracking\.experiment=NAME"),
         recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path),
     ):
         pass
@@ -195,22 +189,3 @@ def test_two_trainings_cannot_write_to_one_folder(tmp_path):
         assert f"Another training is writing to {tmp_path}" in done.stderr
     with sole_writer(tmp_path):
         pass
-
-
-def test_the_dvc_experiment_and_the_folder_are_on_the_run(small, uri, tmp_path, monkeypatch):
-    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
-    with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out"):
-        pass
-    (made,) = runs(uri)
-    assert made.data.tags["dvc.experiment"] == made.info.run_name == "brave-fox"
-    assert made.data.tags["folder"] == str(tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_system_metrics_are_recorded_if_set(small, uri, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
-    for name, value in (("a", "true"), ("b", "false")):
-        cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"tracking.system_metrics={value}")
-        with recorded(cfg, tmp_path / name):
-            time.sleep(2)
-        assert any(key.startswith("system/") for key in runs(uri)[0].data.metrics) is (value == "true")

@@ -1,0 +1,216 @@
+"""Sweeps: grids and searches over settings, behind Hydra's sweeper in hydra_plugins; Hydra's launchers run the jobs.
+
+The sweep's folder is the record: study.db holds Optuna's study, and each job has a folder with its number. A proposal
+depends on the seed and on the trials before it alone, so that a search that was killed and goes on makes the proposals
+that it would have made; a trial that was under way is run again under its own number.
+
+Not hydra-optuna-sweeper: its release needs Optuna 2 and cannot go on with a sweep that was killed.
+"""
+
+import math
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pandas as pd
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from chestct.config.schema import Config
+from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.files import write_atomic
+from chestct.tracking import Run, open_run, sole_writer
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+STARTUP = 5
+"""Random trials before TPE has something to go by: few, because a sweep here has some dozen trials."""
+
+NOT_THE_MODELS = ("sweep=", "launcher=", "hydra", "evaluation.report=", "tracking.run_name=")
+"""Beginnings of overrides that describe how a sweep runs, not what a job trains."""
+
+
+def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launcher: Launcher) -> None:
+    """Runs the jobs that `arguments` (Hydra's overrides) and config.hydra.sweeper describe, and sums them up.
+
+    Raises ConfigError for a setting that does not exist, ChestCTError in the end where jobs failed, and Interrupted.
+    """
+    options, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
+    if config.hydra.job.name != "train":
+        raise ConfigError("-m is for training: other commands have no objective.")
+    lines = [f"{key}={_line(value)}" for key, value in options.params.items()] + arguments
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
+    overrides = {override.get_key_element().lstrip("+"): override for override in parsed}  # the later ones count
+    swept = {o.get_key_element(): o for o in overrides.values() if o.is_sweep_override()}
+    fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
+    if not options.trials and (ranges := [k for k, o in swept.items() if isinstance(o.value(), IntervalSweep)]):
+        raise ConfigError(f"{ranges[0]}: an interval has no end of values; give hydra.sweeper.trials=N for a search.")
+    if options.trials and not swept:
+        raise ConfigError("Nothing to search: give ranges, as in 'optim.lr=interval(1e-4,1e-1)', or take a sweep=...")
+    cfg = _settings(list(overrides.values()), config, loader)
+    space = {key: _distribution(override) for key, override in swept.items()}
+    facts = [{key: str(value) for key, value in space.items()}, sorted(fixed), options.seed]
+    hint = "" if options.trials else f"With hydra.sweep.dir={folder}: "
+    with sole_writer(folder), _resumable(hint), open_run(cfg, folder, sweep=True) as run:
+        study = _open_study(folder, cfg.trainer.mode, facts, space, grid=not options.trials)
+        total = options.trials or len(study.trials)
+        run.begin()
+        try:
+            while trials := _next_trials(study, space, total, options.jobs, options.seed):
+                jobs = [[*fixed, *(f"{k}={v}" for k, v in _written(trial.params).items())] for trial in trials]
+                for trial, job in zip(trials, launcher.launch(jobs, trials[0].number), strict=True):
+                    _record(study, trial.number, job)
+        finally:
+            _report(study, cfg.trainer.monitor, fixed, folder, run)
+    if errors := [f"job {number}: {error}" for number, error in _errors(study).items()]:
+        raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *errors]))
+
+
+def _line(value: object) -> str:
+    """A value in YAML as on the command line, where null and booleans are written in small letters."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _settings(overrides: list[Override], config: DictConfig, loader: ConfigLoader) -> Config:
+    """The settings of the sweep as a whole; composed with every key, so that a misspelt one stops it here.
+
+    Not checked: a value may fit only together with a swept one. Each job checks its own.
+    """
+    example = []
+    for override in overrides:
+        line, value = str(override.input_line), override.value()
+        if override.is_sweep_override():
+            first = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
+            line = f"{override.get_key_element()}={first}"
+        example.append(line)
+    composed = loader.load_sweep_config(config, example)
+    with open_dict(composed):
+        del composed["hydra"]
+    return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed)))
+
+
+@contextmanager
+def _resumable(hint: str) -> Iterator[None]:
+    """Adds how to go on to the message where the user or the machine ends the sweep."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(f"The sweep was stopped. {hint}The same command goes on with it.") from None
+
+
+def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "BaseDistribution"], grid: bool) -> "Study":
+    """The study in a folder, made where there is none; a grid's combinations become its trials.
+
+    mode: min or max of the objective. facts: what makes it this sweep; raises ConfigError in the folder of another.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage, direction = f"sqlite:///{folder / 'study.db'}", f"{mode}imize"
+    study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
+    if study.user_attrs.get("facts", facts) != facts:
+        raise ConfigError(
+            f"{folder} holds a sweep with other settings, ranges or another seed. Give the same to go on with it, or "
+            "begin another with hydra.sweep.dir=FOLDER."
+        )
+    if grid and "facts" not in study.user_attrs:  # which stand there once all of them are in
+        for values in product(*(distribution.choices for distribution in space.values())):
+            study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
+    study.set_user_attr("facts", facts)
+    return study
+
+
+def _distribution(override: Override) -> "BaseDistribution":
+    """What a range on the command line stands for: lists of any kind are choices, interval(a, b) is a range."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return CategoricalDistribution(list(override.sweep_string_iterator()))
+    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    return (IntDistribution if whole else FloatDistribution)(value.start, value.end, log="log" in value.tags)
+
+
+def _next_trials(
+    study: "Study", space: dict[str, "BaseDistribution"], total: int, jobs: int, seed: int
+) -> "list[FrozenTrial]":
+    """At most `jobs` trials to launch together, with consecutive numbers: those that were cut short, else new ones."""
+    from optuna.samplers import TPESampler
+    from optuna.trial import TrialState
+
+    if not study.get_trials(states=[TrialState.RUNNING]):
+        started = len(study.trials) - len(study.get_trials(states=[TrialState.WAITING]))
+        for number in range(started, min(started + jobs, total)):
+            # A sampler of its own for each trial: its draws then do not depend on where a search was interrupted.
+            study.sampler = TPESampler(n_startup_trials=STARTUP, seed=1009 * seed + number)
+            study.ask(space)
+    running = study.get_trials(states=[TrialState.RUNNING])[:jobs]
+    return [trial for i, trial in enumerate(running) if trial.number == running[0].number + i]
+
+
+def _record(study: "Study", number: int, job: JobReturn) -> None:
+    """Keeps what a job reached. One that failed on a mistake of the user's says so; any other exception is raised."""
+    from optuna.trial import TrialState
+
+    try:
+        value = job.return_value
+        problem = None if math.isfinite(value) else f"the objective is {value}"
+    except ChestCTError as error:
+        problem = str(error)
+    if problem:
+        study.set_user_attr(f"error {number}", problem)
+        study.tell(number, state=TrialState.FAIL)
+    else:
+        study.tell(number, value)
+
+
+def _errors(study: "Study") -> dict[int, str]:
+    """Number and error of each job that failed."""
+    return {int(key.split()[1]): text for key, text in study.user_attrs.items() if key.startswith("error ")}
+
+
+def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: Run) -> None:
+    """Prints the table and the command that makes the winner, and leaves sweep.csv in the folder and in the run.
+
+    A row a finished job, best first: number, the swept settings, the objective, state, and its error if any.
+    """
+    errors = _errors(study)
+    rows: list[dict[str, Any]] = [
+        {"job": trial.number, **_written(trial.params), monitor: trial.value}
+        | {"state": "failed" if trial.number in errors else "done", "error": errors.get(trial.number, "")}
+        for trial in study.trials
+        if trial.state.is_finished()
+    ]
+    if not rows:
+        return
+    ascending = study.direction.name == "MINIMIZE"
+    table = pd.DataFrame(rows).astype({monitor: float}).sort_values(monitor, ascending=ascending, kind="stable")
+    write_atomic(folder / "sweep.csv", table.to_csv(index=False))
+    run.artifacts(folder / "sweep.csv", "sweep")
+    columns = table.drop(columns="error")
+    print(f"\n{columns.to_string(index=False, na_rep='-', float_format=lambda x: f'{x:.4f}')}\n")
+    if len(errors) < len(rows):
+        best = study.best_trial
+        settings = [line for line in fixed if not line.lstrip("+").startswith(NOT_THE_MODELS)]
+        winner = [f"{key}={value}" for key, value in _written(best.params).items()]
+        again = shlex.join(["python", "train.py", *settings, *winner])
+        print(f"best of {len(table)}: job {best.number}, {monitor} {best.value:.4f}")
+        print(f"again, with report and bundle:\n  {again}")
+        run.metrics({f"best/{monitor}": best.value or 0.0})
+        run.tags({"sweep.winner": again})
+    print(f"table {folder / 'sweep.csv'}, runs in {folder}")
+
+
+def _written(params: dict[str, Any]) -> dict[str, str]:
+    """Proposed values as they are given to a job; four digits, so that people can read and repeat them."""
+    return {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in params.items()}

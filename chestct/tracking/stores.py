@@ -1,0 +1,206 @@
+"""Where runs are kept: an SQLite file on this machine, and the server that the user named.
+
+MLflow migrates a new file for seconds, and a kill or a second process in that time leaves one that no later run can
+open: it is made next to its place under a lock and then renamed. User and token of a server come from the environment
+alone, so that no setting, file or log can hold them.
+"""
+
+import os
+import re
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+from chestct.config.schema import TrackingConfig, at_home
+from chestct.errors import ChestCTError, ConfigError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+T = TypeVar("T")
+PROBE_SECONDS = 8.0
+DAGSHUB = "dagshub.com"
+KIND = ("mlflow.experimentKind", "custom_model_development")
+"""A tag without which MLflow's page shows an experiment as one of language models."""
+SQLITE = "sqlite:///"
+WAIT_SECONDS = 120  # for another process that makes the store
+
+
+class TrackingError(ChestCTError):
+    """A tracking server or store that cannot be used."""
+
+
+def named_uri(cfg: TrackingConfig) -> str:
+    """What the settings name, else what MLflow's own variable names, else the store on this machine."""
+    return cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or cfg.local
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
+
+
+def local_uri(cfg: TrackingConfig) -> str:
+    """URI of the store on this machine."""
+    named = named_uri(cfg)
+    uri = cfg.local if cfg.name == "dagshub" or is_server(named) else named
+    file = store_file(uri)
+    return f"{SQLITE}{at_home(str(file))}" if file else uri
+
+
+def store_file(uri: str) -> Path | None:
+    """The SQLite file behind a URI; None for any other store."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def prepare(uri: str) -> None:
+    """Makes the SQLite store where there is none; raises TrackingError where it cannot be used. Others are MLflow's."""
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    file = store_file(uri)
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock", timeout=WAIT_SECONDS):
+            if not _has_tables(file):
+                part = file.with_name(f"{file.name}.making")
+                for left in (part, Path(f"{part}-journal")):  # by a kill
+                    left.unlink(missing_ok=True)
+                MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
+                part.replace(file)
+        MlflowClient(uri).search_experiments(max_results=1)
+    except Exception as error:  # SQLite's, MLflow's, SQLAlchemy's or Alembic's
+        raise TrackingError(
+            f"The MLflow store {file} cannot be used ({first_line(error)}). After an update of MLflow: mlflow db "
+            f"upgrade {uri}. Where MLflow was killed while it made the file, move it away. Or choose another with "
+            "tracking.local=sqlite:///FILE; tracking=off records nothing."
+        ) from None
+
+
+def _has_tables(file: Path) -> bool:
+    """Raises sqlite3.Error for a file that is no database or cannot be written; MLflow would retry for 140 s."""
+    if not file.exists():
+        return False
+    with closing(sqlite3.connect(file, timeout=WAIT_SECONDS)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        return database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
+
+
+def server_uri(cfg: TrackingConfig) -> str | None:
+    """URI of the server that runs are shared on; None where the store on this machine is all there is.
+
+    MLflow's client is given DagsHub's token where it reads users. Raises ConfigError where a password stands in the
+    URI, or DagsHub's owner, repository or token is missing.
+    """
+    uri = named_uri(cfg)
+    if cfg.name == "dagshub":
+        for key, value in (("tracking.owner", cfg.owner), ("tracking.repo", cfg.repo)):
+            if not value or not re.fullmatch(r"[\w.-]+", value):
+                raise ConfigError(
+                    f"tracking=dagshub: {key}={value or 'null'} is not a name on DagsHub. Give both as in "
+                    f"{DAGSHUB}/OWNER/REPO: tracking.owner=OWNER tracking.repo=REPO."
+                )
+        uri = f"https://{DAGSHUB}/{cfg.owner}/{cfg.repo}.mlflow"
+    refuse_password(uri)
+    if urlsplit(uri).hostname == DAGSHUB:
+        token = os.environ.get("DAGSHUB_USER_TOKEN") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
+        if not token:
+            raise ConfigError(
+                f"No DagsHub token in the environment. Make one at {DAGSHUB} (User Settings, Tokens), then: "
+                "export DAGSHUB_USER_TOKEN=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            )
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            os.environ.setdefault(name, token)  # DagsHub takes it for the user name, too
+    return uri.rstrip("/") if is_server(uri) else None
+
+
+def refuse_password(uri: str) -> None:
+    """Raises ConfigError for user:password@ in a URI; the message does not repeat it."""
+    if "@" in (place := urlsplit(uri).netloc):
+        raise ConfigError(
+            f"The tracking URI holds a user or password for {place.rpartition('@')[2]}: settings are kept with every "
+            "run. Leave them out of the URI; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
+        )
+
+
+def refuse_elsewhere(artifacts: str, uri: str) -> None:
+    """Raises ConfigError where a run on the server `uri` keeps its artifacts in a place that nobody named.
+
+    Whoever made the experiment chose that place: another server would receive the user's password, and a folder would
+    be one of this machine. Object stores (s3://, gs://) have credentials of their own.
+    """
+    place = urlsplit(artifacts)
+    proxied = place.scheme in ("http", "https", "mlflow-artifacts")
+    elsewhere = place.netloc not in ("", urlsplit(uri).netloc) if proxied else len(place.scheme) <= 1
+    if is_server(uri) and (elsewhere or place.scheme == "file"):
+        raise ConfigError(
+            f"{uri} says that artifacts lie in {artifacts}, which is not on that server: not followed. Start the "
+            "server with --serve-artifacts, or with an object store."
+        )
+
+
+def use_experiment(client: "MlflowClient", name: str, artifacts: str | None = None) -> str:
+    """Id of the experiment of that name, made where there is none; safe when several processes do so at once.
+
+    artifacts: where a new one keeps its artifacts, if MLflow shall not choose. Raises ConfigError for a deleted one.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(client.create_experiment(name, artifacts, dict([KIND])))
+    except MlflowException:
+        known = client.get_experiment_by_name(name)
+        if known is None:
+            raise
+    if known.lifecycle_stage == "deleted":
+        raise ConfigError(f"the experiment '{name}' was deleted: restore it, or give tracking.experiment=NAME")
+    return str(known.experiment_id)
+
+
+def probe(uri: str, experiment: str = "chestct") -> str | None:
+    """What keeps runs from being written to `experiment` on the MLflow server at `uri`, in two sentences; else None.
+
+    Answers within PROBE_SECONDS, whatever the server does. Reading is no proof of writing, so it tags the experiment.
+    """
+    from mlflow import MlflowClient  # takes seconds, which are not the server's
+
+    client = MlflowClient(uri)
+    error = within(PROBE_SECONDS, lambda: client.set_experiment_tag(use_experiment(client, experiment), *KIND))
+    if not isinstance(error, Exception):
+        return None
+    cause: BaseException = error
+    while cause.__cause__:  # the network's own words, where there was no answer
+        cause = cause.__cause__
+    reason = getattr(cause, "strerror", None) or first_line(cause)
+    return (
+        f"The MLflow server {uri} cannot be written to: {reason}. Is the address right, and are "
+        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD?"
+    )
+
+
+def within(seconds: float, work: Callable[[], T]) -> T | Exception:
+    """What `work` returns, or the exception where it fails or takes longer: whatever a server does, the run goes on.
+
+    In a thread, because no timeout of a socket ends a slow name server or an answer that drips.
+    """
+    results: list[T | Exception] = []
+
+    def attempt() -> None:
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return results[0] if results else TimeoutError(f"no answer within {seconds:.0f} s")

@@ -1,0 +1,275 @@
+"""The store on this machine in its first minute, and servers: which one is named, and what it may not decide."""
+
+import http.server
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import pytest
+from mlflow import MlflowClient
+
+from chestct.config.compose import CONF
+from chestct.config.schema import TrackingConfig
+from chestct.errors import ConfigError
+from chestct.tracking import TrackingError, open_run, probe, sync
+from chestct.tracking.stores import local_uri, prepare, refuse_elsewhere, server_uri
+from tests.tracking.conftest import recorded, runs
+
+PREPARE = "import sys\nfrom chestct.tracking.stores import prepare\nprepare(sys.argv[1])"
+MLFLOW = "import sys\nfrom mlflow import MlflowClient\nMlflowClient(sys.argv[1]).search_experiments()"
+
+
+def started(code, uri):
+    environment = os.environ | {"PYTHONPATH": str(CONF.parent)}
+    return subprocess.Popen([sys.executable, "-c", code, uri], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def killed_when_there_is(process, file, size):
+    """SIGKILL once the file has so many bytes, which it passes while it is migrated."""
+    while not file.is_file() or file.stat().st_size < size:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def assert_usable(uri):
+    client = MlflowClient(uri)
+    run = client.create_run(client.create_experiment("new"))
+    client.log_metric(run.info.run_id, "m", 1.0)
+    assert client.get_run(run.info.run_id).data.metrics == {"m": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 200_000])
+def test_a_kill_while_the_store_is_made_leaves_none_and_the_next_run_makes_it(tmp_path, size):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    killed_when_there_is(started(PREPARE, uri), tmp_path / "mlflow.db.making", size)
+    assert not (tmp_path / "mlflow.db").exists()
+    prepare(uri)
+    assert_usable(uri)
+
+
+@pytest.mark.slow
+def test_a_store_that_mlflow_itself_left_half_made_is_recognised(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    killed_when_there_is(started(MLFLOW, uri), tmp_path / "mlflow.db", 300_000)
+    with pytest.raises(TrackingError, match="move it away"):
+        prepare(uri)
+    (tmp_path / "mlflow.db").unlink()
+    prepare(uri)
+    assert_usable(uri)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_make_one_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for process in [started(PREPARE, uri) for _ in range(2)]:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    assert_usable(uri)
+    assert not (tmp_path / "mlflow.db.making").exists()
+
+
+def test_a_store_of_another_version_of_mlflow_is_left_alone(empty_store, tmp_path):
+    store = tmp_path / "mlflow.db"
+    store.write_bytes(empty_store.read_bytes())
+    with closing(sqlite3.connect(store)) as database, database:
+        database.execute("UPDATE alembic_version SET version_num = 'gone'")
+    before = store.read_bytes()
+    with pytest.raises(TrackingError, match="mlflow db upgrade"):
+        prepare(f"sqlite:///{store}")
+    assert store.read_bytes() == before
+
+
+@pytest.mark.parametrize("place", ["not a database", "a folder", "in a file"])
+def test_a_place_that_cannot_hold_a_store_is_one_error_and_no_retries(tmp_path, place, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    file = tmp_path / "mlflow.db"
+    if place == "a folder":
+        file.mkdir()
+    else:
+        file.write_bytes(b"no database at all, " * 50)
+    with pytest.raises(TrackingError, match=r"tracking\.local=sqlite:///FILE"):
+        prepare(f"sqlite:///{file / 'below' if place == 'in a file' else file}")
+
+
+def serve(answer):
+    """A server on loopback whose handler's do_GET and do_POST are `answer`."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = do_POST = answer  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.uri = f"http://127.0.0.1:{made.server_port}"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    return made
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Answers every request with the status and text that `answers` has for it, or never (None)."""
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-word")
+
+    def answer(self):
+        self.server.auth = self.headers.get("Authorization")
+        status, text = self.server.answers.get(self.path.split("/")[-1].split("?")[0], (404, "<html>"))
+        if status is None:
+            self.server.ended.wait(30)
+            return
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    made = serve(answer)
+    made.ended, made.answers, made.auth = threading.Event(), {}, None
+    yield made
+    made.ended.set()
+    made.shutdown()
+    made.server_close()
+
+
+EXISTS = {"create": (400, '{"error_code": "RESOURCE_ALREADY_EXISTS"}')}
+KNOWN = EXISTS | {"get-by-name": (200, '{"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}}')}
+DELETED = EXISTS | {"get-by-name": (200, '{"experiment": {"experiment_id": "1", "lifecycle_stage": "deleted"}}')}
+ANSWERS = {
+    "new experiment": ({"create": (200, '{"experiment_id": "1"}'), "set-experiment-tag": (200, "{}")}, None),
+    "known experiment": (KNOWN | {"set-experiment-tag": (200, "{}")}, None),
+    "password": ({"create": (401, "no"), "get-by-name": (401, "no")}, "error code 401"),
+    "no right to write": (KNOWN | {"set-experiment-tag": (403, "Permission denied")}, "Permission denied"),
+    "a page": ({"create": (200, "<html>"), "get-by-name": (200, "<html>")}, "not in a valid JSON format"),
+    "another server": ({}, "error code 404"),
+    "deleted": (DELETED, "was deleted"),
+    "silent": ({"create": (None, "")}, "no answer within 1 s"),
+}
+
+
+@pytest.mark.parametrize("case", list(ANSWERS))
+def test_probe_tells_what_is_wrong_with_a_server(server, case, monkeypatch):
+    monkeypatch.setattr("chestct.tracking.stores.PROBE_SECONDS", 1.0)
+    server.answers, says = ANSWERS[case]
+    problem = probe(server.uri)
+    assert problem is None if says is None else says in problem
+    assert "secret-word" not in str(problem)
+    assert server.auth == "Basic bWU6c2VjcmV0LXdvcmQ="
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_does_not_take_the_password_elsewhere(server, status):
+    server.answers = KNOWN
+
+    def redirect(self):
+        self.send_response(status)
+        self.send_header("Location", f"http://localhost:{server.server_port}{self.path}")
+        self.end_headers()
+
+    elsewhere = serve(redirect)
+    probe(elsewhere.uri)
+    elsewhere.shutdown()
+    elsewhere.server_close()
+    assert server.auth is None
+
+
+def test_an_unreachable_server_is_one_sentence_and_the_run_goes_on_locally(small, uri, tmp_path, capsys):
+    with recorded(
+        small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"), tmp_path
+    ) as run:
+        assert run.uri == uri
+        assert len(run.loggers()) == 1
+    printed = capsys.readouterr().out
+    assert "http://127.0.0.1:9 cannot be written to: Connection refused" in printed
+    assert f"chestct sync tracking.uri=http://127.0.0.1:9 tracking.local={uri}" in printed
+    assert len(runs(uri)) == 1
+
+
+def test_sync_without_a_server_asks_for_one(small, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="tracking=dagshub"):
+        sync(small("tracking=mlflow"))
+
+
+@pytest.mark.parametrize(
+    ("artifacts", "followed"),
+    [
+        ("mlflow-artifacts:/1/a/artifacts", True),
+        ("mlflow-artifacts://host:5000/1/a", True),
+        ("https://host:5000/api/2.0/mlflow-artifacts/artifacts/1/a", True),
+        ("s3://bucket/1/a", True),
+        ("mlflow-artifacts://evil.example/1/a", False),
+        ("https://host:5000@evil.example/1/a", False),
+        ("http://evil.example/1/a", False),
+        ("file:///home/me/.ssh", False),
+        ("/home/me/.ssh", False),
+        ("C:/Users/me", False),
+    ],
+)
+def test_artifacts_are_exchanged_with_the_named_server_alone(artifacts, followed):
+    refuse_elsewhere(artifacts, "sqlite:///mlflow.db")
+    if followed:
+        refuse_elsewhere(artifacts, "https://host:5000")
+    else:
+        with pytest.raises(ConfigError, match="not followed"):
+            refuse_elsewhere(artifacts, "https://host:5000")
+
+
+@pytest.mark.parametrize("where", ["http://me:secret-word@127.0.0.1:9", "postgresql://me:secret-word@host/db"])
+def test_a_password_in_the_uri_is_refused_and_not_repeated(small, tmp_path, where):
+    with (
+        pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as refused,
+        open_run(small("tracking=mlflow", f"tracking.uri={where}"), tmp_path / "out"),
+    ):
+        pass
+    assert "secret-word" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "server", "local"),
+    [
+        (None, None, None, "sqlite:///mlflow.db"),
+        (None, "https://host", "https://host", "sqlite:///mlflow.db"),
+        ("https://other", "https://host", "https://other", "sqlite:///mlflow.db"),
+        ("sqlite:///mine.db", "https://host", None, "sqlite:///mine.db"),
+        (None, "sqlite:///theirs.db", None, "sqlite:///theirs.db"),
+    ],
+)
+def test_mlflows_own_variable_names_the_server_unless_a_setting_does(monkeypatch, setting, variable, server, local):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", variable or "")
+    cfg = TrackingConfig(uri=setting)
+    assert (server_uri(cfg), local_uri(cfg)) == (server, local)
+
+
+@pytest.fixture
+def token(monkeypatch):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "DAGSHUB_USER_TOKEN"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back, too
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DAGSHUB_USER_TOKEN", "secret-word")
+
+
+def test_the_dagshub_token_goes_to_dagshub_alone(token):
+    server_uri(TrackingConfig(uri="https://dagshub.com.evil.example/ada/ct.mlflow"))
+    assert "MLFLOW_TRACKING_PASSWORD" not in os.environ
+    cfg = TrackingConfig("dagshub", owner="ada", repo="chest-ct")
+    assert server_uri(cfg) == "https://dagshub.com/ada/chest-ct.mlflow"
+    assert local_uri(cfg) == cfg.local
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-word"
+
+
+@pytest.mark.parametrize(
+    ("owner", "repo", "says"),
+    [(None, "ct", "tracking.owner"), ("ada/ct", "ct", "OWNER/REPO"), ("ada", "ct", "DAGSHUB_USER_TOKEN")],
+)
+def test_dagshub_says_what_is_missing(token, monkeypatch, owner, repo, says):
+    monkeypatch.delenv("DAGSHUB_USER_TOKEN")
+    with pytest.raises(ConfigError, match=says):
+        server_uri(TrackingConfig("dagshub", owner=owner, repo=repo))
