@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chestct.config.compose import change_params, compose
+from chestct.config.compose import compose
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.experiment import evaluate, export, train
@@ -88,12 +88,6 @@ def sync(cfg: Config, out: Path) -> None:
     sync(cfg)
 
 
-def params() -> None:
-    """Changes params.yaml, which DVC's stages read, by overrides; groups such as data=chest_ct are opened."""
-    for key, old, new in change_params(sys.argv[1:]):
-        print(f"{key}: {old} -> {new}")
-
-
 def predict() -> None:
     """Scores chest CT slices (PNG, JPEG, TIFF, BMP, WebP, DICOM) into a table. Research use only.
 
@@ -160,7 +154,6 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "drift": (drift, "compare what the service saw with what the model was trained on"),
     "sync": (sync, "copy local MLflow runs to a server"),
     "ingest": (ingest, "decode slices into a store, and group copies"),
-    "params": (params, "change params.yaml, the settings of DVC's pipeline"),
 }
 
 

@@ -129,25 +129,6 @@ def as_yaml(group: Any = Config, indent: str = "") -> str:
     return text
 
 
-def change_params(overrides: list[str], path: Path = Path("params.yaml")) -> list[tuple[str, Any, Any]]:
-    """Changes params.yaml by overrides as train.py takes them, and keeps what else stands in it.
-
-    DVC's own `-S` changes single settings; a group such as `data=chest_ct` or an experiment is opened here. Returns
-    (key, old value, new value) of each setting that changed; raises ConfigError for an override that is wrong.
-    """
-    default, wanted = ({key: value for key, value, _ in leaves(cfg)} for cfg in (compose(), compose(*overrides)))
-    before = resolve(OmegaConf.load(path) if path.is_file() else {})  # type: ignore[arg-type]
-    merged = OmegaConf.structured(before)
-    given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    for key, value in wanted.items():
-        if key in given or value != default[key]:
-            OmegaConf.update(merged, key, value, merge=False)
-    after = resolve(merged)
-    write_atomic(path, OmegaConf.to_yaml(OmegaConf.structured(after)))
-    pairs = zip(leaves(before), leaves(after), strict=True)
-    return [(key, old, new) for (key, old, _), (_, new, _) in pairs if old != new]
-
-
 def derived_files() -> dict[Path, str]:
     """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml."""
     composed = OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it, so that git sees no change

@@ -23,6 +23,8 @@ FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "unreadable", "shortcu
 FINDINGS += ("identifiers", "shift", "duplicates")
 """Kinds of findings of the audit."""
 
+MONITORS = ("valid/loss", "valid/auroc", "valid/balanced_accuracy")
+
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
@@ -67,9 +69,7 @@ class PhantomConfig:
     cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
     format: str = setting("png", "file format", choices=("png", "dicom"))
     defects: list[str] = setting(
-        [],
-        "faults to plant, with their truth beside them: exact, near, across_splits, label_conflict, "
-        "shortcut_window, shortcut_size, shortcut_border, odd_files",
+        [], "faults to plant: exact, near, across_splits, label_conflict, shortcut_window|size|border, odd_files"
     )
     defect_rate: float = setting(0.05, "fraction of slices that get a copy for each copying defect", low=0, high=0.5)
 
@@ -101,21 +101,17 @@ class DataConfig:
     store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
     size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
     fit: str = setting(
-        "pad",
-        "how a slice becomes square: pad (aspect ratio kept), stretch, or body (cropped to the body, then padded)",
-        choices=("pad", "stretch", "body"),
+        "pad", "how a slice becomes square; body: cropped to it, then padded", choices=("pad", "stretch", "body")
     )
     contrast: str = setting(
         "keep",
-        "grey levels: keep (as decoded), or body (stretched linearly so that the 2nd and 98th percentile around the "
-        "body become black and white: brightness and contrast then tell nothing)",
+        "grey levels; body: stretched so that the 2nd and 98th percentile around the body become black and white",
         choices=("keep", "body"),
     )
     window: WindowConfig = field(default_factory=WindowConfig)
     split: str = setting(
         "grouped",
-        "grouped (no group of copies in two splits), official (folders as they come), official_clean (official "
-        "without copies across splits)",
+        "no group of copies in two splits, folders as they come, or those without copies across splits",
         choices=("grouped", "official", "official_clean"),
     )
     split_seed: int = setting(0, "seed of the grouped split; apart from `seed` so that seeds share one test set")
@@ -145,9 +141,7 @@ class ModelConfig:
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting(
-        "gap",
-        "gap: mean over places (512 inputs to the head); flatten: every place (25,088)",
-        choices=("gap", "flatten"),
+        "gap", "gap: mean over places (512 features); flatten: every place (25,088)", choices=("gap", "flatten")
     )
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")
@@ -185,11 +179,7 @@ class TrainerConfig:
 
     max_epochs: int = setting(40, "epochs at most", low=1)
     patience: int = setting(10, "epochs without a better `monitor` before stopping early; 0: never", low=0)
-    monitor: str = setting(
-        "valid/loss",
-        "validation metric that picks the best checkpoint",
-        choices=("valid/loss", "valid/auroc", "valid/balanced_accuracy"),
-    )
+    monitor: str = setting("valid/loss", "validation metric that picks the best checkpoint", choices=MONITORS)
     unfreeze_epoch: int = setting(0, "epoch at which the last convolution blocks join in (two-stage); 0: never", low=0)
     unfreeze_blocks: int = setting(2, "how many of the five blocks then join in, counted from the head", low=1, high=5)
     accelerator: str = setting("auto", "device", choices=("auto", "cpu", "gpu", "cuda", "mps"))

@@ -15,17 +15,9 @@ from urllib.parse import quote
 from chestct.config.schema import Config, TrackingConfig, leaves
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
+from chestct.tracking import stores
 from chestct.tracking.registry import ALIAS, BUNDLE, client_of, find_run
-from chestct.tracking.stores import (
-    first_line,
-    local_uri,
-    prepare,
-    probe,
-    server_uri,
-    store_file,
-    use_experiment,
-    within,
-)
+from chestct.tracking.stores import first_line, local_uri, prepare, probe, server_uri, store_file
 from chestct.tracking.sync import PARENT, send
 
 if TYPE_CHECKING:
@@ -121,7 +113,9 @@ class _OpenRun(Run):
             remote = MlflowClient(self.server)
             if problem := probe(self.server, self.cfg.tracking.experiment):
                 print(f"{problem} The run is recorded in {self.uri}.")
-            elif isinstance(sent := within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, False)), str):
+                return
+            sent = stores.within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, artifacts=False))
+            if isinstance(sent, str):
                 self.copy = Run(remote, sent, self.server)
 
     def _resume(self, client: "MlflowClient") -> str | None:
@@ -142,7 +136,7 @@ class _OpenRun(Run):
         artifacts = str(file.resolve().parent / "mlruns" / quote(experiment, safe="")) if file else None
         name = f"{self.out.parent.name} {self.out.name}" if self.parent else os.environ.get("DVC_EXP_NAME")
         run = client.create_run(
-            use_experiment(client, experiment, artifacts),
+            stores.use_experiment(client, experiment, artifacts),
             tags={PARENT: self.parent} if self.parent else {},
             run_name=self.cfg.tracking.run_name or (self.out.name if self.sweep else name),
         )
@@ -224,7 +218,7 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
         print(f"MLflow copy      {sent or 'none: it was deleted there'} on {server}")
         Run(remote if sent else None, sent or "", server).register(name)
 
-    if problem := probe(server, cfg.experiment) or within(END_SECONDS, work):
+    if problem := probe(server, cfg.experiment) or stores.within(END_SECONDS, work):
         where = "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
         print(
             f"The MLflow server {server} has not all of this run ({problem}). Nothing is lost: it is in {run.uri}; "

@@ -131,7 +131,7 @@ def test_a_path_is_read_as_typed(value):
 
 
 def test_a_pipeline_with_a_group_in_place_of_its_settings_says_how():
-    with pytest.raises(ConfigError, match=r"chestct params data=chest_ct"):
+    with pytest.raises(ConfigError, match=r"--cfg job data=chest_ct > params\.yaml"):
         resolve({"data": "chest_ct"})
 
 

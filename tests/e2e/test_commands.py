@@ -81,11 +81,11 @@ def test_train_then_evaluate_tell_the_same_numbers_and_the_mlflow_run_holds_them
     assert folders == {"audit", "bundle", "checkpoints", "config", "evaluation"}
     audit = {Path(a.path).name for a in client.list_artifacts(kept.info.run_id, "audit")}
     assert audit == {"report.html", "report.json"}
-    assert kept.inputs.dataset_inputs[0].dataset.digest
     assert kept.data.params["model.freeze"] == "True"
     assert (kept.data.tags["data.synthetic"], kept.data.tags["data.leakage"]) == ("True", "none")
     assert len(client.get_metric_history(kept.info.run_id, "valid/auroc")) >= 2
-    assert {"best/test/auroc", "best/test/auroc_low", "best/valid/auroc_high"} <= set(kept.data.metrics)
+    assert {"test/auroc", "test/auroc_low", "valid/loss", "train/loss"} <= set(kept.data.metrics)
+    assert len(kept.data.metrics) <= 13
 
 
 @pytest.mark.slow
@@ -102,8 +102,8 @@ BAD = {
     "ckpt=gone.ckpt": "ckpt=last",
     "model.weights=gone.safetensors": "no such file",
     "experiment=nope": "conf/experiment/",
-    "model.freeze=yes": "give true or false or a whole number",
-    "optim.lr=abc": "give a number (learning rate of the head)",
+    "model.freeze=yes": "give bool | int",
+    "optim.lr=abc": "give float (learning rate of the head)",
     "optim.learning_rate=1": "Did you mean optim.lr?",
     "data.path=x": "Did you mean data.root?",
     "--lr=1e-3": "optim.lr=1e-3",

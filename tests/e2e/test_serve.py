@@ -14,7 +14,7 @@ import pytest
 
 from chestct.config.compose import CONF
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
-from chestct.tracking.registry import register
+from chestct.tracking import Run
 from tests.e2e.loopback import free_port
 from tests.serving.conftest import bundle_folder, examples, files
 from tests.serving.visitor import Visitor
@@ -86,7 +86,7 @@ def test_an_alias_that_moves_is_followed_on_sighup(bundle_folder: Path, tmp_path
     def registered(bundle: Path) -> str:
         run = client.create_run(experiment).info.run_id
         client.log_artifacts(run, str(bundle), "bundle")
-        register(client, run, "chest")
+        Run(client, run).register("chest")
         return load_bundle(bundle).id
 
     def until(url: str, bundle: str) -> bool:
