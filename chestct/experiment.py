@@ -99,7 +99,7 @@ def _record(run: "Run", evaluation: "Evaluation", ckpt: Path, folder: Path) -> N
     """The report in `folder` and its numbers into the checkpoint's run."""
     from chestct.reporting.render import flat
 
-    run.evaluation(flat(evaluation)["test"], folder)
+    run.evaluation(flat(evaluation).get("test", {}), folder)
 
 
 @program("evaluate")

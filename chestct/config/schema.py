@@ -86,7 +86,7 @@ class SourceConfig:
     """One collection of slices in class folders."""
 
     root: str = setting("", "folder that holds the class folders, or train/valid/test folders with class folders")
-    labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label, before those of data.labels")
+    labels: dict[str, str] = setting({}, "class folder -> label, before those of data.labels", choices=LABEL_NAMES)
 
 
 @dataclass

@@ -178,8 +178,8 @@ def probe(uri: str, experiment: str = "chestct") -> str | None:
     if not isinstance(error, Exception):
         return None
     cause: BaseException = error
-    while cause.__cause__:  # the network's own words, where there was no answer
-        cause = cause.__cause__
+    while deeper := cause.__cause__ or cause.__context__:  # the network's own words, where there was no answer
+        cause = deeper
     reason = getattr(cause, "strerror", None) or first_line(cause)
     return (
         f"The MLflow server {uri} cannot be written to: {reason}. Is the address right, and are "
