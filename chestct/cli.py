@@ -68,8 +68,7 @@ def ingest(cfg: Config, out: Path) -> None:
 
     chestct ingest data=chest_ct data.root=FOLDER
     """
-    from chestct.data.ingest import describe
-    from chestct.data.prepare import prepare_store
+    from chestct.data.prepare import describe, prepare_store
 
     print(describe(prepare_store(cfg, cfg.trainer.progress)))
 

@@ -24,21 +24,21 @@ def audit(
     manifest: pd.DataFrame,
     splits: Mapping[str, pd.Series],
     images: np.ndarray,
-    unreadable: pd.DataFrame,
+    unreadable: Sequence[Mapping[str, str]],
     pairs: pd.DataFrame,
     *,
     name: str,
     split: str,
     seed: int = 0,
-    skipped: pd.DataFrame | None = None,
+    skipped: Sequence[Mapping[str, str]] = (),
     disbelieved: Sequence[str] = (),
 ) -> Audit:
     """Everything that is wrong with a set of slices, with the split policy `split` in force.
 
     manifest: one row a slice; splits: for each policy "train" | "valid" | "test" | "" for every slice (index as the
-    manifest's); images: uint8 [M, S, S], by the manifest's `row`; unreadable: columns source, path, reason;
+    manifest's); images: uint8 [M, S, S], by the manifest's `row`; unreadable: source, path, reason of each;
     pairs: columns a, b (positions in the manifest), similarity, kind "exact" | "near" | "series". name: what the data
-    is called; skipped: columns source, path, reason; disbelieved: sentences about identifiers. Raises DataError if
+    is called; skipped: source, path, reason of each; disbelieved: sentences about identifiers. Raises DataError if
     there are no slices, KeyError if `split` is not among the policies.
     """
     if manifest.empty:
@@ -61,7 +61,7 @@ def audit(
         balance=inventory.balance(manifest, in_force),
         formats=inventory.formats(manifest),
         sizes=inventory.sizes(manifest),
-        unreadable=inventory.records(unreadable[["source", "path", "reason"]]),
+        unreadable=[{key: row[key] for key in ("source", "path", "reason")} for row in unreadable],
         duplicates=leakage.duplicates(manifest, policies, pairs),
         leakage=leaks,
         conflicts=conflicts,
@@ -69,7 +69,7 @@ def audit(
         shift=[row | {"title": shortcuts.TITLES[row["name"]]} for row in shifts],
         contacts=showcase.contacts(manifest, in_force, seed=seed),
         examples=showcase.examples(manifest, pairs, conflicts, shown),
-        skipped=[] if skipped is None else inventory.records(skipped),
+        skipped=[dict(row) for row in skipped],
         disbelieved=list(disbelieved),
     )
     return replace(result, findings=findings(result))
@@ -114,7 +114,7 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist()]
     what += [make_splits(store.manifest, cfg.task, data).tolist()]
-    what += [store.skipped.to_dict("records"), store.disbelieved]
+    what += [store.skipped, store.disbelieved]
     what += [cfg.task, data.name, data.split, data.split_seed, data.folds, data.fold]
     what += [data.valid_fraction, data.test_fraction]
     return cfg.cache / "audit" / json_digest(what)[:12]

@@ -1,12 +1,54 @@
-"""What must stand before slices can be loaded: phantoms drawn where they are the source, files decoded into a store."""
+"""From settings to an open store: phantoms drawn where they are the source, files decoded, copies found.
+
+Ingest is incremental and content-addressed: a file whose bytes are known is never decoded again.
+"""
 
 import dataclasses
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from chestct.config.schema import Config, DataConfig
-from chestct.data.ingest import ingest
-from chestct.data.store import Store, store_folder
-from chestct.files import json_digest
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+from rich.progress import track
+
+from chestct.config.schema import LABEL_NAMES, Config, DataConfig
+from chestct.data.duplicates import find_pairs, group, link
+from chestct.data.sources import Listing, SliceFile, list_slices
+from chestct.data.store import (
+    STORE,
+    Store,
+    claim,
+    open_store,
+    pixel_settings,
+    preprocess_of,
+    record_type,
+    store_folder,
+    write_store,
+)
+from chestct.errors import DataError, DecodeError
+from chestct.files import digest, json_digest
+from chestct.imaging.decode import decode, read
+from chestct.imaging.preprocess import thumbnail
+from chestct.imaging.slice import Limits, pixel_hash
+from chestct.imaging.slice_files import describe_skipped
+from chestct.imaging.statistics import STATISTICS, image_statistics
+
+IDENTIFIERS = {"patient": "PatientID", "study": "StudyInstanceUID", "series": "SeriesInstanceUID"}
+"""Columns of the manifest and the DICOM attributes that they hold."""
+
+FACTS = ["file_hash", "content", "mode", "format", "bytes", *STATISTICS, *IDENTIFIERS]
+"""Columns of the manifest that follow from a file's bytes."""
+
+PLACEHOLDER = re.compile(
+    "|id|name|patient|patientid|patientname|subject|case|test|noname|noid|unknown|none|null|na|nan|notavailable"
+    "|removed|hidden|deidentified|anon[a-z]*|x+|" + "|".join(re.sub(r"\W|_", "", name) for name in LABEL_NAMES)
+)
+"""Identifiers, in lower case and without punctuation, that stand for "not given"."""
 
 
 def prepare_store(cfg: Config, progress: bool = False) -> Store:
@@ -40,3 +82,185 @@ def located(cfg: Config) -> DataConfig:
         return cfg.data
     drawn = cfg.cache / "phantom" / json_digest(dataclasses.asdict(cfg.data.phantom))[:12]
     return dataclasses.replace(cfg.data, root=str(drawn))
+
+
+def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
+    """Brings the store in `folder` up to date with the sources and opens it.
+
+    Raises DataError where sources are missing or unmapped, where the folder holds something else, where nothing is
+    readable, or where more than data.max_unreadable files cannot be read.
+    """
+    listing = list_slices(cfg)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            claim(folder)
+            store = _update(cfg, listing, folder, progress)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write the decoded slices to {folder}: {error.strerror or error}. Free space there, or choose "
+            "another folder with cache_dir=FOLDER."
+        ) from error
+    if len(store.unreadable) > cfg.max_unreadable:
+        shown = "\n".join(f"  {row['path']}: {row['reason']}" for row in store.unreadable[:5])
+        raise DataError(
+            f"{len(store.unreadable)} of {len(listing.slices)} files cannot be read, and data.max_unreadable is "
+            f"{cfg.max_unreadable}:\n{shown}\nMend or remove them, or raise data.max_unreadable to go on without them."
+        )
+    return store
+
+
+def describe(store: Store) -> str:
+    """What was ingested, for a terminal: counts, what was skipped, and identifiers that were not believed."""
+    manifest = store.manifest
+    lines = [
+        f"{len(manifest)} slices, {len(manifest) - manifest['content'].nunique()} of them copies, "
+        f"{manifest['group'].nunique()} groups, {len(store.unreadable)} unreadable: {store.folder}",
+        *store.disbelieved,
+    ]
+    if store.skipped:
+        shown = describe_skipped([(row["path"], row["reason"]) for row in store.skipped])
+        lines.append(f"{shown}. All of them are listed in {store.folder / STORE}.")
+    return "\n".join(lines)
+
+
+def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> Store:
+    old = _current(cfg, folder)
+    files, limits = listing.slices, Limits(cfg.max_bytes, cfg.max_pixels)
+    # Threads, not processes: reading, hashing and Pillow release the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = list(pool.map(lambda file: _hash(file, limits), files))
+        made_of = json_digest([files, hashes, listing.skipped])
+        if old is not None and old.files == made_of:
+            return old
+        facts = {} if old is None else _facts(old)
+        keys = [key or f"unhashed {i}" for i, key in enumerate(hashes)]
+        new = {key: file for key, file in zip(keys, files, strict=True) if key not in facts}
+        measured = pool.map(lambda file: _measure(file, cfg, limits), new.values())
+        rows: dict[str, int] = {}  # content -> row of the store
+        table: list[dict[str, Any]] = []
+        unreadable: list[dict[str, str]] = []
+        slices = folder / "slices.partial"
+        try:
+            with slices.open("wb") as out:  # no memory map: on a full disk it ends in a signal, not in an error
+                for file, key in track(list(zip(files, keys, strict=True)), "Reading slices", disable=not progress):
+                    pixels = b""
+                    if key not in facts:
+                        facts[key], pixels = next(measured)
+                    fact = facts[key]
+                    if "reason" in fact:
+                        unreadable.append({"source": file.source, "path": file.path, **fact})
+                        continue
+                    if fact["content"] not in rows:
+                        rows[fact["content"]] = len(rows)
+                        out.write(pixels or old.slices[fact["row"]].tobytes())  # type: ignore[union-attr]
+                    table.append({**file._asdict(), **fact, "row": rows[fact["content"]]})
+            if not table:
+                first = unreadable[0]
+                raise DataError(
+                    f"None of the {len(files)} files can be read; the first, {first['path']}: {first['reason']}"
+                )
+            manifest = pd.DataFrame(table)
+            thumbs = np.memmap(slices, record_type(cfg.size), "r")["thumb"]
+            identifiers, disbelieved = believable(manifest)
+            pairs = _pairs(manifest, identifiers, thumbs)
+            about = {
+                "settings": pixel_settings(cfg),
+                # What another moment may read is tried again.
+                "files": made_of if all(row["file_hash"] for row in unreadable) else "",
+                "unreadable": unreadable,
+                "skipped": listing.skipped,
+                "disbelieved": disbelieved,
+            }
+            write_store(folder, slices, manifest.assign(group=group(len(manifest), pairs)), pairs, about)
+        finally:
+            slices.unlink(missing_ok=True)
+    return open_store(folder)
+
+
+def _current(cfg: DataConfig, folder: Path) -> Store | None:
+    """The store as it stands, if its pixels were made with these settings; anything else is made anew."""
+    if not (folder / STORE).is_file():
+        return None
+    try:
+        store = open_store(folder)
+    except DataError as error:
+        print(f"{str(error).split('. ')[0]}: all slices are decoded again.", file=sys.stderr)
+        return None
+    return store if store.settings == pixel_settings(cfg) else None
+
+
+def _facts(store: Store) -> dict[str, dict[str, Any]]:
+    """What is known of each file content, by the hash of its bytes: FACTS and row, or the reason it is unreadable."""
+    facts: list[dict[Any, Any]] = store.manifest[[*FACTS, "row"]].to_dict("records")
+    facts += [{"file_hash": row["file_hash"], "reason": row["reason"]} for row in store.unreadable]
+    return {fact["file_hash"]: fact for fact in facts if fact["file_hash"]}
+
+
+def _hash(file: SliceFile, limits: Limits) -> str:
+    """SHA-256 of the file's bytes; "" for what is not read at all: no plain file, too large, not permitted."""
+    try:
+        return digest(read(Path(file.root, file.path), limits))
+    except DecodeError:
+        return ""
+
+
+def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str, Any], bytes]:
+    """What one file is, and its record in the store; or the reason why it cannot be read."""
+    data = b""
+    try:
+        data = read(Path(file.root, file.path), limits)
+        slice_ = decode(data, cfg.window, limits, name=file.path)
+    except DecodeError as error:
+        # Without its hash a file is tried again: a decoder may have been installed, a disk may answer again.
+        return {"file_hash": digest(data) if data and error.lasting else "", "reason": error.reason}, b""
+    # Bytes stay bytes: passes over floats would cost as much again as decoding.
+    gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
+    facts = {
+        "file_hash": digest(data),
+        "content": pixel_hash(slice_.levels),
+        "mode": slice_.mode,
+        "format": slice_.format,
+        "bytes": len(data),
+        **image_statistics(gray),
+        **{name: getattr(slice_, name) for name in IDENTIFIERS},
+    }
+    return facts, preprocess_of(cfg)(gray).tobytes() + thumbnail(gray).tobytes()
+
+
+def _pairs(manifest: pd.DataFrame, identifiers: pd.DataFrame, thumbs: np.ndarray) -> pd.DataFrame:
+    """Copies, near-copies and series mates, enough pairs to connect each group."""
+    content = manifest["content"].tolist()
+    mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers]).drop_duplicates()
+    return pd.concat([find_pairs(thumbs[manifest["row"]], content), mates], ignore_index=True)
+
+
+def believable(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The DICOM identifiers that tell slices apart, "" elsewhere, and a sentence for each that is set aside.
+
+    Anonymisers write one PatientID (`id`, `ANONYMOUS`, the name of the class) into every file; believed, it would make
+    one patient of a whole collection. manifest: one row a slice, with source, subtype, content and the columns of
+    IDENTIFIERS. Placeholders are set aside, and an identifier of a source that has one value at most in each class and
+    covers most of the source's slices.
+    """
+    result = manifest[list(IDENTIFIERS)].copy()
+    notes = []
+    for source, rows in manifest.groupby("source", sort=False):
+        contents = rows["content"]
+        for column, attribute in IDENTIFIERS.items():
+            values = rows[column][rows[column] != ""]
+            placeholder = values.map(lambda value: bool(PLACEHOLDER.fullmatch(re.sub(r"\W|_", "", value).lower())))
+            placeholder = placeholder.astype(bool)
+            given = values[~placeholder]
+            classes = given.groupby(rows["subtype"]).nunique()
+            most = 2 * contents[given.index].nunique() > contents.nunique() > len(classes)
+            constant = given if most and (classes <= 1).all() else given[:0]
+            for what, aside in (("a placeholder", values[placeholder]), ("the same throughout each class", constant)):
+                if len(aside):
+                    shown = ", ".join(map(repr, aside.unique()[:3]))
+                    notes.append(
+                        f"{attribute} is {what} ({shown}) in {len(aside)} slices of {source}: it tells no slices apart "
+                        "and was not used."
+                    )
+                    result.loc[aside.index, column] = ""
+    return result, notes

@@ -9,59 +9,38 @@ import json
 import re
 import shlex
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from chestct.config.schema import LABEL_NAMES, DataConfig
 from chestct.errors import DataError
 from chestct.imaging.slice_files import walk, why_skipped
 
-SPLIT_FOLDERS = {
-    "train": "train",
-    "training": "train",
-    "valid": "valid",
-    "val": "valid",
-    "validation": "valid",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_FOLDERS |= dict.fromkeys(("valid", "val", "validation"), "valid")
 """Folder names, in lower case, that say which split their slices belong to."""
 
 MASKS = "masks"
 """Folder next to split folders with the lesions of phantoms."""
 
 DEPTH = 4
-"""How many folders, each alone in the one above, may lie between a root and its split or class folders."""
+"""How many folders below a root that holds no class folders are searched for them."""
 
 NEGATIONS = {"free", "negative", "no", "non", "not", "or", "versus", "vs", "without"}
 """Words after a label that turn it into something else, as in `cancer free`."""
 
-TELLING = {
-    "normal": "normals?|healthy",
-    "cancer": "cancer(ous)?|malignan(t|cy)|tumou?rs?|carcinomas?",
-    "adenocarcinoma": "adenocarcinomas?",
-    "large_cell": r"large[\W_]*cell([\W_]*carcinomas?)?",
-    "squamous": r"squamous([\W_]*cell)?([\W_]*carcinomas?)?",
-}
-"""Names, in lower case, that say what a folder holds; NEUTRAL may follow. Other folders get no suggestion."""
 
-NEUTRAL = r"([\W_]+(cases?|ct|images?|lungs?|patients?|scans?|slices?|[a-z]*\d\w*))*[\W_]*"
+class SliceFile(NamedTuple):
+    """One file that should be a slice, as its folders describe it: the first columns of the manifest."""
 
-
-PLAIN = r"(?!(?i:true|false|null|nan|inf)$)[A-Za-z][A-Za-z0-9_.-]*"
-"""Names that may stand as a key in Hydra's overrides, whose grammar cannot quote keys."""
-
-
-@dataclass(frozen=True)
-class SliceFile:
-    """One file that should be a slice, as its folders describe it."""
-
-    source: str
-    root: Path
     path: str  # relative to root, with /
+    source: str
+    root: str
     folder_split: str  # train, valid, test, or "" where folders do not tell
     subtype: str  # a subtype, or "cancer" where the folder does not tell which
+    label: str  # normal or cancer
 
 
 @dataclass
@@ -70,7 +49,6 @@ class Listing:
 
     slices: list[SliceFile] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)  # source, path (of a folder with / at the end), reason
-    notes: list[str] = field(default_factory=list)  # sentences about how the folders were read
 
 
 def list_slices(cfg: DataConfig) -> Listing:
@@ -91,7 +69,7 @@ def list_slices(cfg: DataConfig) -> Listing:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
     for file in listing.slices:
         if (shown := _printable(file.path)) != file.path:
-            raise DataError(f"The name of {file.root / shown} is not UTF-8, which no table can hold. Rename the file.")
+            raise DataError(f"The name of {file.root}/{shown} is not UTF-8, which no table can hold. Rename the file.")
     return listing
 
 
@@ -111,18 +89,14 @@ class _Source:
                 "pull` to fetch the shared data, or train on phantoms with data=phantom."
             )
         before = len(self.listing.slices)
-        base = self._base()
-        if base != self.root:
-            shown = _printable(base.relative_to(self.root).as_posix())
-            self.listing.notes.append(f"The class folders of '{self.name}' lie in {shown}/, and were read from there.")
-        folders = self._folders(base)
+        folders = self._folders(self.root)
         splits = {folder: split for folder in folders if (split := SPLIT_FOLDERS.get(folder.name.lower()))}
         if splits:
-            self._leave_out([folder for folder in folders if folder not in splits], [path.name for path in splits])
+            self._leave_out([folder for folder in folders if folder not in splits])
             classes = [(split, below) for folder, split in splits.items() for below in self._folders(folder)]
         else:
             classes = [("", folder) for folder in folders]
-        unmapped = [folder for _, folder in classes if label_of(folder.name, self.labels) is None]
+        unmapped = sorted({folder.name for _, folder in classes if label_of(folder.name, self.labels) is None})
         if unmapped:
             raise DataError(self._unmapped(unmapped))
         for split, folder in classes:
@@ -133,21 +107,6 @@ class _Source:
                 f"No class folders with files under {self.root}. Saw: {seen}. Expected {self.root}/<class>/* or "
                 f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, or train on phantoms with data=phantom."
             )
-
-    def _base(self) -> Path:
-        """The folder that holds the split or class folders: the root, or one that stands alone in it."""
-        base = self.root
-        for _ in range(DEPTH):
-            folders = [path for path in base.iterdir() if path.is_dir() and not why_skipped(path.name)]
-            if any(path.name.lower() in SPLIT_FOLDERS or label_of(path.name, self.labels) for path in folders):
-                way = base.relative_to(self.root).parts
-                for depth in range(len(way)):
-                    self._folders(self.root.joinpath(*way[:depth]))  # lists what else lies above
-                return base
-            if len(folders) != 1:
-                break
-            (base,) = folders
-        return self.root
 
     def _folders(self, parent: Path) -> list[Path]:
         """The folders in a folder, sorted; whatever else lies there is skipped."""
@@ -160,18 +119,19 @@ class _Source:
         return folders
 
     def _add(self, split: str, folder: Path) -> None:
-        label = label_of(folder.name, self.labels) or ""  # never: `read` refuses what has no label
-        if label == "ignore":
+        subtype = label_of(folder.name, self.labels) or ""  # never: `read` refuses what has no label
+        if subtype == "ignore":
             self._skip(folder, "data.labels says ignore")
             return
+        label = "normal" if subtype == "normal" else "cancer"
         for path, reason in walk(folder, _fail):
             if reason:
                 self._skip(path, reason)
             else:
-                relative = path.relative_to(self.root).as_posix()
-                self.listing.slices.append(SliceFile(self.name, self.root, relative, split, label))
+                name = path.relative_to(self.root).as_posix()
+                self.listing.slices.append(SliceFile(name, self.name, str(self.root), split, subtype, label))
 
-    def _leave_out(self, folders: list[Path], splits: list[str]) -> None:
+    def _leave_out(self, folders: list[Path]) -> None:
         """Skips folders next to split folders if they are empty or ignored, else raises DataError."""
         strays = []
         for folder in folders:
@@ -185,23 +145,29 @@ class _Source:
                 self._skip(folder, "no files in it")
         if strays:
             raise DataError(
-                f"Next to the split folders {', '.join(splits)} under {self.root} stand others, whose files would be "
-                f"missing: {', '.join(map(_printable, strays))}. Rename those that are splits to train, valid or test, "
-                f"and move the others away or leave them out{_advice(dict.fromkeys(strays, 'ignore'))}"
+                f"Next to the split folders under {self.root} stand others, whose files would be missing: "
+                f"{', '.join(map(_printable, strays))}. Rename those that are splits to train, valid or test, and move "
+                f"the others away or leave them out. {_advice(strays, 'ignore')}"
             )
 
-    def _unmapped(self, folders: list[Path]) -> str:
-        """The message about class folders without a label, with what to write for each, as far as its name says it."""
-        names = sorted({folder.name for folder in folders})
-        text = (
-            f"Class folders under {self.root} that map to no label: {', '.join(map(_printable, names))}. Known "
-            f"beginnings: {', '.join(self.labels) or 'none'}."
-        )
-        deeper = {path.parent for folder in folders for path in _splits_below(folder)}
-        if len(deeper) == 1:
-            return f"{text} Split folders lie deeper: give {shlex.quote(f'data.root={deeper.pop()}')}"
-        meanings = {name: next((label for label, words in TELLING.items() if _says(name, words)), "") for name in names}
-        return f"{text} Say what they hold{_advice(meanings)}"
+    def _unmapped(self, names: list[str]) -> str:
+        """The message about class folders without a label: where the right folders lie, or how to name what these hold.
+
+        No label is suggested: followed without a thought, a wrong one would call normal slices cancer.
+        """
+        text = f"Class folders under {self.root} that map to no label: {', '.join(map(_printable, names))}."
+        deeper = self._roots(self.root, DEPTH)
+        if len(deeper) == 1 and deeper != [self.root]:
+            return f"{text} Class folders lie deeper: give {shlex.quote(f'data.root={deeper[0]}')}"
+        known, choices = ", ".join(self.labels) or "none", ", ".join(LABEL_NAMES)
+        return f"{text} Known beginnings: {known}. {_advice(names, f' # one of {choices}')}"
+
+    def _roots(self, folder: Path, depth: int) -> list[Path]:
+        """Folders from here on that hold split folders or class folders, no deeper than needed."""
+        below = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.is_symlink() and not why_skipped(p.name)]
+        if any(path.name.lower() in SPLIT_FOLDERS or label_of(path.name, self.labels) for path in below):
+            return [folder]
+        return [root for path in below if depth for root in self._roots(path, depth - 1)]
 
     def _skip(self, path: Path, reason: str) -> None:
         name = _printable(path.relative_to(self.root).as_posix()) + "/" * path.is_dir()
@@ -220,27 +186,10 @@ def label_of(folder: str, labels: Mapping[str, str]) -> str | None:
     return None if best is None or NEGATIONS & set(re.split(r"[\W_]+", rests[best])) else labels[best]
 
 
-def _advice(meanings: Mapping[str, str]) -> str:
-    """How to give these folders their labels, to be pasted: on the command line, or in a file where it cannot be typed.
-
-    meanings: folder name -> label, or "" where the reader has to say it.
-    """
-    if all(label and re.fullmatch(PLAIN, name) for name, label in meanings.items()):
-        return f": 'data.labels={{{', '.join(f'{name}: {label}' for name, label in meanings.items())}}}'"
-    choices = f" # one of {', '.join(LABEL_NAMES)}"
-    lines = [f"{json.dumps(name, ensure_ascii=False)}: {label or choices}" for name, label in meanings.items()]
-    return ". Write these lines into a file labels.yaml and give data.labels_file=labels.yaml:\n\n" + "\n".join(lines)
-
-
-def _says(name: str, words: str) -> bool:
-    return re.fullmatch(f"({words}){NEUTRAL}", name.lower()) is not None
-
-
-def _splits_below(folder: Path, depth: int = DEPTH) -> list[Path]:
-    """Split folders within a folder, no deeper than needed."""
-    below = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.is_symlink()]
-    splits = [path for path in below if path.name.lower() in SPLIT_FOLDERS]
-    return splits or [split for path in below if depth for split in _splits_below(path, depth - 1)]
+def _advice(names: Iterable[str], label: str) -> str:
+    """How to give these folders a label: in a file, which holds names that a command line cannot."""
+    lines = "\n".join(f"{json.dumps(name, ensure_ascii=False)}: {label}" for name in names)
+    return f"Write these lines into a file labels.yaml and give data.labels_file=labels.yaml:\n\n{lines}"
 
 
 def _comparable(name: str) -> str:

@@ -16,7 +16,7 @@ class Data:
     images: np.ndarray
     splits: dict[str, pd.Series]
     pairs: pd.DataFrame
-    unreadable: pd.DataFrame
+    unreadable: list[dict[str, str]]
 
 
 def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
@@ -54,7 +54,7 @@ def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
         images,
         {"grouped": split},
         pd.DataFrame({"a": [], "b": [], "similarity": [], "kind": []}).astype({"a": int, "b": int, "kind": object}),
-        pd.DataFrame({"source": [], "path": [], "reason": []}),
+        [],
     )
 
 
@@ -89,7 +89,7 @@ def faulty(make_data: Callable[..., Data]) -> Data:
     data.splits["official"] = official
     data.splits["grouped"][:4] = ["train", "train", "test", "test"]
     data.pairs = pd.DataFrame({"a": [0, 2], "b": [1, 3], "similarity": [1.0, 0.996], "kind": ["exact", "near"]})
-    data.unreadable = pd.DataFrame({"source": ["s"], "path": ["<b>broken</b>.png"], "reason": ["truncated & short"]})
+    data.unreadable = [{"source": "s", "path": "<b>broken</b>.png", "reason": "truncated & short"}]
     return data
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from chestct.audit import Audit, audit
 from chestct.config.schema import SUBTYPES, DataConfig, PhantomConfig
-from chestct.data.ingest import ingest
+from chestct.data.prepare import ingest
 from chestct.data.splits import make_splits
 from chestct.phantom import dataset
 

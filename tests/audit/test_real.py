@@ -8,7 +8,7 @@ import pytest
 
 from chestct.audit import Audit, audit
 from chestct.config.schema import DataConfig
-from chestct.data.ingest import ingest
+from chestct.data.prepare import ingest
 from chestct.data.splits import make_splits
 
 ROOT = Path(__file__).parents[2].parent / "shared" / "data" / "chest-ct"

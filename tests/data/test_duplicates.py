@@ -9,8 +9,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from chestct.config.schema import PhantomConfig
-from chestct.data import duplicates as groups
-from chestct.data.duplicates import group
+from chestct.data import duplicates
+from chestct.data.duplicates import group, link
+from chestct.data.registration import IDENTITY, correlation, find_image, make_levels, register, warp
 from chestct.imaging.preprocess import thumbnail
 
 SIDE = 112
@@ -20,9 +21,9 @@ def letterbox(image: Image.Image) -> np.ndarray:
     return np.asarray(ImageOps.pad(image.convert("L"), (SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def find_pairs(images: Iterable[np.ndarray], content: list[str], **options: list[str]) -> pd.DataFrame:
+def find_pairs(images: Iterable[np.ndarray], content: list[str]) -> pd.DataFrame:
     thumbs = [thumbnail(image) for image in images]
-    return groups.find_pairs(np.stack(thumbs) if thumbs else np.empty((0, 56, 56), np.uint8), content, **options)
+    return duplicates.find_pairs(np.stack(thumbs) if thumbs else np.empty((0, 56, 56), np.uint8), content)
 
 
 def digest(image: np.ndarray) -> str:
@@ -135,12 +136,6 @@ def test_equal_content_is_chained_in_order_and_compared_once() -> None:
     assert (pairs["similarity"] == 1).all()
 
 
-def test_equal_keys_are_chained_and_an_empty_key_links_nothing() -> None:
-    pairs = groups.link(["s", "", "s", "", "s"], "series")
-    assert pair_set(pairs, "series") == {(0, 2), (2, 4)}
-    assert group(5, pairs).tolist() == [0, 1, 0, 2, 0]
-
-
 def test_groups_do_not_depend_on_the_order_of_the_slices() -> None:
     distinct = [blob(i) for i in range(30)]
     images = np.stack([*distinct, *(np.roll(image, 3, axis=1) for image in distinct[:12]), *distinct[:4]])
@@ -183,45 +178,62 @@ def test_few_slices_work(n: int) -> None:
 
 
 def test_more_copies_than_a_list_of_candidates_holds_are_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groups, "NEIGHBOURS", 2)
-    monkeypatch.setattr(groups, "CELL", 40)
+    monkeypatch.setattr(duplicates, "NEIGHBOURS", 2)
     rng = np.random.default_rng(0)
     noisy = [np.uint8(np.clip(blob(0) + rng.normal(0, 3, (SIDE, SIDE)), 0, 255)) for _ in range(100)]
     images = np.stack([*noisy, *(blob(i) for i in range(1, 20))])
     pairs = find_pairs(images, [digest(image) for image in images])
     assert group(len(images), pairs).tolist() == [0] * 100 + list(range(1, 20))
-    assert len(pairs) < 100 * 2 * groups.ROUNDS  # not all with all, which would be 4,950
+    assert len(pairs) < 100 * 2 * duplicates.ROUNDS  # not all with all, which would be 4,950
 
 
-def test_cells_find_the_copies_that_one_search_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    distinct = [blob(i) for i in range(300)]
-    images = np.stack([*distinct, *(np.roll(image, (2, -3), axis=(0, 1)) for image in distinct[:50])])
-    monkeypatch.setattr(groups, "CELL", 300)
-    pairs = find_pairs(images, [digest(image) for image in images])
-    assert len(pair_set(pairs, "near") & {(i, 300 + i) for i in range(50)}) >= 49
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    thumbs = np.zeros((2, 56, 56), np.uint8)
+    for other, content in ((thumbs, ["a"]), (thumbs.astype(float), ["a", "b"]), (thumbs[:, :28], ["a", "b"])):
+        with pytest.raises(ValueError, match="uint8"):
+            duplicates.find_pairs(other, content)
 
 
-def test_thumbnails_are_read_from_a_file_that_is_mapped(tmp_path: Path) -> None:
-    thumbs = np.stack([thumbnail(image) for image in (blob(0), blob(1), np.roll(blob(0), 2, axis=1))])
-    np.save(tmp_path / "thumbs.npy", thumbs)
-    pairs = groups.find_pairs(np.load(tmp_path / "thumbs.npy", mmap_mode="r"), list("abc"))
-    assert pair_set(pairs, "near") == {(0, 2)}
-
-
-def test_groups_are_numbered_by_their_first_member() -> None:
-    pairs = pd.DataFrame({"a": [1, 2], "b": [4, 3]})
+def test_an_empty_key_links_nothing_and_groups_are_numbered_by_their_first_member() -> None:
+    pairs = link(["", "s", "t", "t", "s", ""], "series")
+    assert pair_set(pairs, "series") == {(1, 4), (2, 3)}
     labels = group(6, pairs)
     assert labels.tolist() == [0, 1, 2, 2, 1, 3]
     assert labels.dtype == np.int64
 
 
-def test_inputs_that_do_not_fit_are_refused() -> None:
-    thumbs = np.zeros((2, 56, 56), np.uint8)
-    with pytest.raises(ValueError, match="2 thumbs and 1 contents"):
-        groups.find_pairs(thumbs, ["a"])
-    for other in (thumbs.astype(float), thumbs[:, :28]):
-        with pytest.raises(ValueError, match="uint8"):
-            groups.find_pairs(other, ["a", "b"])
+def texture(seed: int, n: int = 1) -> np.ndarray:
+    """Smooth random images in a black frame: uint8 [n, 56, 56]."""
+    axis = np.arange(56) / 56
+    waves = np.exp(-(((axis[:, None] - np.linspace(0, 1, 15)) / 0.05) ** 2))
+    image = 120 + 50 * waves @ np.random.default_rng(seed).normal(size=(n, 15, 15)) @ waves.T
+    image[:, :4] = image[:, -4:] = 0
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def test_register_finds_the_pose_of_a_warped_copy_and_stiffness_holds_it_back() -> None:
+    image = texture(1, n=5)
+    pose = np.random.default_rng(0).uniform([0.93, -0.04, 0.93, -0.04], [1.07, 0.04, 1.07, 0.04], (5, 4))
+    moved = np.clip(warp(image.astype(np.float32), pose), 0, 255).astype(np.uint8)
+    estimate = held = np.tile(IDENTITY, (5, 1))
+    for side, sigma in ((14, 0.2), (28, 0.2), (56, 1 / 28)):
+        (fixed,), (moving,) = make_levels(moved, [side], sigma), make_levels(image, [side], sigma)
+        estimate = register(fixed, moving, estimate, steps=8, stiffness=1e-3)
+        held = register(fixed, moving, held, steps=8, stiffness=1.0)
+    assert estimate == pytest.approx(pose, abs=0.01)
+    assert (np.abs(held - IDENTITY).mean(0) < 0.8 * np.abs(estimate - IDENTITY).mean(0)).all()
+    assert (correlation(fixed, moving, estimate) > 0.93).all()
+    assert correlation(fixed, moving, np.tile(IDENTITY, (5, 1))).mean() < 0.6
+    assert not correlation(fixed, moving, np.tile([1.0, 0.0, 1.0, 0.5], (5, 1))).any()  # too little overlap
+
+
+def test_bars_and_a_white_border_within_them_are_not_image() -> None:
+    image = texture(3)
+    image[:, :8] = image[:, -8:] = 0
+    image[:, 8:12] = image[:, -12:-8] = image[:, 8:-8, :4] = image[:, 8:-8, -4:] = 255
+    for turned in (image, image.transpose(0, 2, 1)):
+        counts = [np.count_nonzero(find_image(turned)[0].any(axis)) for axis in (0, 1)]
+        assert sorted(counts) == [30, 46]
 
 
 @pytest.mark.slow

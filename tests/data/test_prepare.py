@@ -1,0 +1,409 @@
+"""From files to a store: what is decoded, what is kept, what is believed, and what survives damage and kills."""
+
+import dataclasses
+import multiprocessing
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from chestct.config.schema import DataConfig
+from chestct.data import prepare, store
+from chestct.data.prepare import believable, ingest
+from chestct.data.store import open_store, store_folder
+from chestct.errors import DataError, DecodeError
+
+LABELS = {"normal": "normal", "cancer": "cancer"}
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """Settings of a source of twelve slices that have nothing in common."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        draw(tmp_path / "data" / ("normal" if i % 2 else "cancer") / f"{i}.png", rng)
+    return DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS, size=64)
+
+
+def draw(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = Image.fromarray(rng.integers(0, 255, (9, 9), dtype=np.uint8))
+    coarse.resize((90, 80), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files that are decoded, in a list that grows."""
+    seen = []
+    real = prepare.decode
+    monkeypatch.setattr(
+        prepare, "decode", lambda *args, name: (seen.append(Path(name).name), real(*args, name=name))[1]
+    )
+    return seen
+
+
+def test_manifest_tells_what_the_files_are(cfg, tmp_path):
+    made = ingest(cfg, tmp_path / "store")
+    row = made.manifest.iloc[0]
+    assert (row["path"], row["source"], row["label"]) == ("cancer/0.png", "s", "cancer")
+    assert (row["width"], row["height"], row["format"], row["mode"]) == (90, 80, "PNG", "L")
+    gray = np.asarray(Image.open(tmp_path / "data" / row["path"])) / 255
+    assert row["mean"] == pytest.approx(gray.mean(), abs=1e-4)
+    border = np.concatenate([gray[:4].ravel(), gray[-4:].ravel(), gray[4:-4, :4].ravel(), gray[4:-4, -4:].ravel()])
+    assert row["border_std"] == pytest.approx(border.std(), abs=1e-4)
+    assert (made.images.dtype, made.images.shape) == (np.uint8, (12, 64, 64))
+    assert made.manifest["group"].nunique() == 12
+
+
+def test_nothing_is_decoded_twice_whatever_is_added_moved_or_removed(cfg, tmp_path, decoded):
+    folder, data = tmp_path / "store", tmp_path / "data"
+    first = ingest(cfg, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    decoded.clear()
+    assert ingest(cfg, folder).data_hash == first.data_hash
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    (data / "cancer" / "0.png").rename(data / "normal" / "z.png")
+    (data / "cancer" / "2.png").unlink()
+    changed = ingest(cfg, folder)
+    assert decoded == []
+    assert changed.data_hash != first.data_hash
+    rng = np.random.default_rng(1)
+    for i in range(3):
+        draw(data / "normal" / f"new{i}.png", rng)
+    grown = ingest(cfg, folder)
+    assert sorted(decoded) == ["new0.png", "new1.png", "new2.png"]
+    fresh = ingest(cfg, tmp_path / "fresh")
+    assert len(grown.manifest) == 14
+    assert fresh.manifest.equals(grown.manifest)
+    assert np.array_equal(fresh.slices, grown.slices)
+
+
+def test_copies_share_a_row_and_a_group_and_equal_bytes_are_decoded_once(cfg, tmp_path, decoded):
+    source = tmp_path / "data" / "cancer" / "0.png"
+    Image.open(source).convert("RGBA").save(tmp_path / "data" / "normal" / "other.png")
+    for i in range(3):
+        shutil.copy(source, tmp_path / "data" / "normal" / f"copy{i}.png")
+        (tmp_path / "data" / "normal" / f"bad{i}.png").write_bytes(b"not an image")
+    made = ingest(dataclasses.replace(cfg, max_unreadable=3), tmp_path / "store")
+    assert len(decoded) == 14
+    assert [row["path"] for row in made.unreadable] == [f"normal/bad{i}.png" for i in range(3)]
+    same = made.manifest[made.manifest["path"].str.contains(r"/0\.png|copy|other")]
+    assert len(same) == 5
+    assert same[["row", "group", "content", "mean"]].nunique().tolist() == [1, 1, 1, 1]
+    assert same["file_hash"].nunique() == 2
+
+
+def test_other_preprocessing_is_another_store_with_the_same_groups(cfg, tmp_path):
+    image = Image.open(tmp_path / "data" / "cancer" / "0.png")
+    image.resize((180, 160), Image.Resampling.BICUBIC).save(tmp_path / "data" / "normal" / "larger.png")
+    other = dataclasses.replace(cfg, size=48, fit="body", contrast="body")
+    assert store_folder(cfg, tmp_path) != store_folder(other, tmp_path)
+    one, two = ingest(cfg, tmp_path / "store"), ingest(other, tmp_path / "other")
+    assert one.images.shape != two.images.shape
+    assert one.pairs["kind"].tolist() == ["near"]
+    assert one.manifest["group"].equals(two.manifest["group"])
+    stretched = ingest(dataclasses.replace(cfg, fit="stretch"), tmp_path / "store")
+    assert not np.array_equal(stretched.images, one.images)
+
+
+def test_unreadable_files_are_listed_and_fail_beyond_the_limit(cfg, tmp_path):
+    (tmp_path / "data" / "normal" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
+    (tmp_path / "data" / "normal" / "note.txt").write_text("hello")
+    (tmp_path / "data" / "normal" / "nowhere.png").symlink_to("missing")
+    with pytest.raises(DataError, match=r"3 of 15 files cannot be read.*data\.max_unreadable"):
+        ingest(cfg, tmp_path / "store")
+    made = ingest(dataclasses.replace(cfg, max_unreadable=3), tmp_path / "store")
+    assert [row["path"] for row in made.unreadable] == ["normal/broken.png", "normal/note.txt", "normal/nowhere.png"]
+    assert min(len(row["reason"]) for row in made.unreadable) > 5
+    assert len(made.manifest) == 12
+
+
+def test_a_file_that_needed_a_decoder_is_read_once_it_is_installed(cfg, tmp_path, monkeypatch):
+    cfg.max_unreadable = 1
+    real = prepare.decode
+
+    def missing(data, window, limits, name):
+        if name == "cancer/0.png":
+            raise DecodeError(name, "needs a decoder: pip install 'chestct[dicom]'", lasting=False)
+        return real(data, window, limits, name=name)
+
+    monkeypatch.setattr(prepare, "decode", missing)
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 11
+    monkeypatch.undo()
+    made = ingest(cfg, tmp_path / "store")
+    assert len(made.manifest) == 12
+    assert not made.unreadable
+
+
+def test_nothing_readable_and_no_store_are_errors_with_a_way_out(tmp_path):
+    (tmp_path / "data" / "normal").mkdir(parents=True)
+    (tmp_path / "data" / "normal" / "a.png").write_text("hello")
+    with pytest.raises(DataError, match="None of the 1 files"):
+        ingest(DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS), tmp_path / "store")
+    with pytest.raises(DataError, match="chestct ingest"):
+        open_store(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Settings of two slices, and the folder of their store. Copied before it is changed."""
+    root = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(4)
+    for name in LABELS:
+        draw(root / "data" / name / "a.png", rng)
+    cfg = DataConfig(name="s", root=str(root / "data"), labels=LABELS, size=64)
+    ingest(cfg, root / "store")
+    return cfg, root / "store"
+
+
+@pytest.mark.parametrize("piece", ["slices", "manifest", "pairs", "chestct-store"])
+@pytest.mark.parametrize("damage", ["first bit", "last bit", "cut", "empty", "gone"])
+def test_a_damaged_store_is_never_believed_and_made_anew_with_one_line(made, tmp_path, capsys, piece, damage):
+    cfg, original = made
+    folder = shutil.copytree(original, tmp_path / "store")
+    (path,) = folder.glob(f"{piece}*")
+    data = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage in ("cut", "empty"):
+        path.write_bytes(data[: len(data) // 2] if damage == "cut" else b"")
+    else:
+        data[0 if damage == "first bit" else -1] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(DataError, match=r"ingest"):
+        open_store(folder)
+    again = ingest(cfg, folder)
+    assert again.manifest.equals(open_store(original).manifest)
+    assert np.array_equal(again.slices, open_store(original).slices)
+    if (piece, damage) != ("chestct-store", "gone"):
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "decoded again" in line
+
+
+def test_files_that_are_not_its_own_stay(cfg, tmp_path):
+    others = {"images-of-holiday.txt", "manifesto.docx", "pairs.xlsx", "manifest.parquet", "images-0123.npy"}
+    for folder in (tmp_path / "mine", tmp_path / "store"):
+        if folder.name == "store":
+            ingest(cfg, folder)
+        folder.mkdir(exist_ok=True)
+        for name in others:
+            (folder / name).write_text("mine")
+    with pytest.raises(DataError, match=r"holds other files \(images-0123\.npy, .*data\.store=FOLDER"):
+        ingest(cfg, tmp_path / "mine")
+    draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 13
+    for folder in (tmp_path / "mine", tmp_path / "store"):
+        assert {path.name for path in folder.iterdir() if path.read_bytes() == b"mine"} == others
+
+
+def test_a_store_of_another_version_is_made_anew(made, tmp_path, monkeypatch):
+    cfg, original = made
+    folder = shutil.copytree(original, tmp_path / "store")
+    (folder / "thumbs-0123456789abcdef.npy").write_bytes(b"old")
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    with pytest.raises(DataError, match="another version"):
+        open_store(folder)
+    assert len(ingest(cfg, folder).manifest) == 2
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_what_is_skipped_is_kept_with_the_store_and_never_stops_it(cfg, tmp_path):
+    assert ingest(cfg, tmp_path / "store").skipped == []
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store"):
+        (tmp_path / "data" / "normal" / name).write_bytes(b"x")
+    made = ingest(cfg, tmp_path / "store")
+    assert len(made.manifest) == 12
+    assert [row["path"] for row in made.skipped] == ["normal/.DS_Store", "normal/Thumbs.db", "normal/desktop.ini"]
+    assert "3 skipped: normal/.DS_Store (hidden)" in prepare.describe(made)
+    (tmp_path / "data" / "normal" / "Thumbs.db").unlink()
+    assert len(ingest(cfg, tmp_path / "store").skipped) == len(open_store(tmp_path / "store").skipped) == 2
+
+
+def test_an_unwritable_folder_is_one_clear_error(cfg, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cache_dir=FOLDER"):
+        ingest(cfg, tmp_path / "file" / "store")
+
+
+@pytest.mark.parametrize("room", [0, 2_000, 50_000])  # for nothing, for no slice, for some slices
+def test_a_full_disk_is_one_clear_error_and_the_old_state_stays(cfg, tmp_path, room):
+    before = ingest(cfg, tmp_path / "store").manifest
+    draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"File too large.*cache_dir=FOLDER"):
+            ingest(cfg, tmp_path / "store")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert open_store(tmp_path / "store").manifest.equals(before)
+    assert not list((tmp_path / "store").glob("*partial"))
+
+
+def test_macos_needs_no_call_that_it_lacks(cfg, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import os\nfor name in ('posix_fallocate', 'fdatasync'):\n    hasattr(os, name) and delattr(os, name)\n"
+    )
+    settings = [f"data.root={cfg.root}", "data.labels={normal: normal, cancer: cancer}", "cache_dir=cache"]
+    command = [sys.executable, "-m", "chestct", "ingest", *settings, "trainer.progress=false"]
+    path = os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])])
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("12 slices")
+
+
+def _dying_ingest(cfg, folder, owner, name):
+    setattr(owner, name, lambda *_, **__: os._exit(9))
+    ingest(cfg, folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (prepare, "_measure"),
+        (prepare, "find_pairs"),
+        (pd.DataFrame, "to_parquet"),
+        (Path, "replace"),
+        (store, "write_atomic"),
+    ],
+)
+def test_a_run_that_dies_leaves_the_old_state(cfg, tmp_path, owner, name):
+    before = ingest(cfg, tmp_path / "store").manifest
+    draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(2))
+    process = multiprocessing.get_context("fork").Process(
+        target=_dying_ingest, args=(cfg, tmp_path / "store", owner, name)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    assert open_store(tmp_path / "store").manifest.equals(before)
+    assert len(ingest(cfg, tmp_path / "store").manifest) == 13
+    assert len(list((tmp_path / "store").iterdir())) == 4
+
+
+def test_an_interrupted_run_does_not_wait_for_the_files_that_are_left(cfg, tmp_path, monkeypatch):
+    seen = []
+
+    def measure(file, *_):
+        seen.append(file.path)
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(prepare, "_measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(cfg, tmp_path / "store")
+    assert len(seen) < 6
+
+
+def test_colour_depth_and_kind_of_number_do_not_change_what_is_measured(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
+    folder = tmp_path / "data" / "normal"
+    folder.mkdir(parents=True)
+    Image.fromarray(levels).save(folder / "8.png")
+    Image.fromarray(levels.astype(np.uint16) * 257).save(folder / "16.png")
+    Image.fromarray(levels / np.float32(255)).save(folder / "32.tiff")
+    table = ingest(DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS), tmp_path / "store").manifest
+    assert (table["content"].nunique(), table["file_hash"].nunique()) == (1, 3)
+    for column, value in (("mean", levels.mean() / 255), ("std", levels.std() / 255)):
+        assert table[column].to_numpy() == pytest.approx(value, abs=1e-6)
+    assert np.ptp(table["border_std"]) < 1e-6
+
+
+def table(**columns: list[str]) -> pd.DataFrame:
+    """Six slices of one source: three normal, three cancer."""
+    manifest = pd.DataFrame({"source": "s", "subtype": ["normal"] * 3 + ["cancer"] * 3, "content": list("abcdef")})
+    return manifest.assign(**{name: columns.get(name, [""] * 6) for name in prepare.IDENTIFIERS})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["id"] * 6,
+        ["ANONYMOUS"] * 6,
+        ["1.2.3"] * 6,
+        ["normal"] * 3 + ["cancer"] * 3,
+        ["健康"] * 3 + ["Krebs"] * 3,
+        ["only this"] * 5 + [""],
+        ["Patient ID", "none", "N/A", "xxx", "", "Anonymized"],
+    ],
+)
+@pytest.mark.parametrize("column", ["patient", "study", "series"])
+def test_an_identifier_that_tells_no_slices_apart_is_set_aside_and_named(column, values):
+    believed, (note,) = believable(table(**{column: values}))
+    assert (believed == "").all(axis=None)
+    assert {"patient": "PatientID", "study": "Study", "series": "Series"}[column] in note
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        list("aabbcd"),
+        ["0", "0", "1", "1", "2", "2"],
+        ["ANON1", "ANON1", "ANON2", "ANON2", "ANON2", "ANON3"],
+        ["a", "a", "a", "b", "b", "a"],  # two patients, one with both classes
+        ["a", "a", "", "", "", ""],  # of a few slices among many others
+        ["test1", "normal1", "id7", "id7", "", ""],
+    ],
+)
+def test_an_identifier_that_tells_slices_apart_is_believed(values):
+    believed, notes = believable(table(patient=values))
+    assert believed["patient"].tolist() == values
+    assert not notes
+
+
+def test_placeholders_are_set_aside_alone_and_each_source_is_judged_by_itself():
+    believed, notes = believable(table(patient=["p1", "p2", "id", "p3", "ANONYMOUS", "p3"]))
+    assert believed["patient"].tolist() == ["p1", "p2", "", "p3", "", "p3"]
+    assert "2 slices" in notes[0]
+    other = table(patient=list("aabbcc")).assign(source="t", content=list("ghijkl"))
+    both = pd.concat([table(patient=["id1"] * 6), other], ignore_index=True)
+    believed, (note,) = believable(both)
+    assert believed["patient"].tolist() == [""] * 6 + list("aabbcc")
+    assert "of s:" in note
+
+
+def dicom(path: Path, seed: int, **identifiers: str) -> None:
+    """A small CT slice unlike those of other seeds."""
+    pixels = np.kron(np.random.default_rng(seed).integers(0, 1500, (8, 8)), np.ones((10, 10))).astype(np.uint16)
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = CTImageStorage, f"1.2.{seed + 1}", "CT"
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
+    ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
+    for name, value in identifiers.items():
+        setattr(ds, name, value)
+    ds.PixelData = pixels.tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ds.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "groups", "noted"),
+    [
+        ({"PatientID": ["ANONYMOUS"] * 6}, 6, True),  # no single patient
+        ({"PatientID": list("abcdef"), "SeriesInstanceUID": ["1.1", "1.1", "1.2", "1.2", "1.3", "1.3"]}, 3, False),
+        ({"PatientID": list("aabbcc"), "StudyInstanceUID": ["1.1", "1.2", "1.2", "1.3", "1.4", "1.5"]}, 2, False),
+    ],
+)
+def test_slices_with_a_believed_identifier_in_common_are_one_group(tmp_path, identifiers, groups, noted):
+    for i in range(6):
+        own = {name: values[i] for name, values in identifiers.items()}
+        dicom(tmp_path / "d" / ("normal" if i < 3 else "cancer") / f"{i}.dcm", i, **own)
+    made = ingest(DataConfig(name="s", root=str(tmp_path / "d"), labels=LABELS, size=64), tmp_path / "store")
+    assert made.manifest["group"].nunique() == groups
+    assert bool(made.disbelieved) is noted
