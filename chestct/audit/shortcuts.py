@@ -1,13 +1,12 @@
 """How well things that no radiologist would look at tell cancer from normal.
 
 A score means something only as a margin over these. Resampling is over groups throughout, and all baselines share the
-draws. Choosing a direction on the data, and the best of many baselines, biases an
-AUROC upwards on small sets: a shortcut must therefore be both material and significant after correction.
+draws. Choosing a direction on the data, and the best of many baselines, biases an AUROC upwards on small sets: a
+shortcut must therefore be both material and significant after correction.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +18,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from chestct.audit.inventory import Table
+from chestct.audit.findings import Table
 from chestct.stats.bootstrap import MIN_GROUPS, draws
 from chestct.stats.metrics import auroc
 
@@ -29,52 +28,42 @@ MATERIAL = 0.60
 RESAMPLES, FOLDS, TREES = 2000, 5, 50
 
 
-@dataclass(frozen=True)
-class Baseline:
+class Baseline(NamedTuple):
     """A rule that sees no lesion: one number a slice (model ""), or a small model on several."""
 
     name: str
     title: str
     family: str  # what is to be done about it: size | file | grey | border | metadata | seen | picture
-    features: tuple[str, ...]
     model: str = ""  # forest | logistic
 
 
-def _number(name: str, title: str, family: str) -> Baseline:
-    return Baseline(name, title, family, (name,))
-
-
-SIZE = ("width", "height", "area", "aspect")
 BASELINES = (
-    _number("width", "Width", "size"),
-    _number("height", "Height", "size"),
-    _number("area", "Area in pixels", "size"),
-    _number("aspect", "Aspect ratio", "size"),
-    _number("bytes", "File size", "file"),
-    _number("bytes_per_pixel", "Bytes per pixel", "file"),
-    _number("mean", "Mean grey level", "grey"),
-    _number("std", "Standard deviation of grey levels", "grey"),
-    _number("border_mean", "Mean grey level of the border", "border"),
-    _number("border_std", "Standard deviation of the border", "border"),
-    _number("seen_mean", "Mean grey level after preprocessing", "seen"),
-    _number("seen_std", "Standard deviation of grey levels after preprocessing", "seen"),
-    Baseline("size_forest", "Width and height (random forest)", "size", ("width", "height"), model="forest"),
-    Baseline("format_mode", "File format and colour mode (logistic regression)", "file", ("format",),
-             model="logistic"),
-    Baseline("metadata_forest", "All metadata (random forest)", "metadata",
-             (*SIZE, "bytes", "bytes_per_pixel", "format"), model="forest"),
-    Baseline("border_ring", "Outermost 5 % only (logistic regression)", "border", ("ring",), model="logistic"),
-    Baseline("thumbnail", "Thumbnail of 10 × 10 pixels (logistic regression)", "picture", ("thumbnail",),
-             model="logistic"),
-)  # fmt: skip
+    Baseline("width", "Width", "size"),
+    Baseline("height", "Height", "size"),
+    Baseline("area", "Area in pixels", "size"),
+    Baseline("aspect", "Aspect ratio", "size"),
+    Baseline("bytes", "File size", "file"),
+    Baseline("bytes_per_pixel", "Bytes per pixel", "file"),
+    Baseline("mean", "Mean grey level", "grey"),
+    Baseline("std", "Standard deviation of grey levels", "grey"),
+    Baseline("border_mean", "Mean grey level of the border", "border"),
+    Baseline("border_std", "Standard deviation of the border", "border"),
+    Baseline("seen_mean", "Mean grey level after preprocessing", "seen"),
+    Baseline("seen_std", "Standard deviation of grey levels after preprocessing", "seen"),
+    Baseline("size_forest", "Width and height (random forest)", "size", "forest"),
+    Baseline("format_mode", "File format and colour mode (logistic regression)", "file", "logistic"),
+    Baseline("metadata_forest", "All metadata (random forest)", "metadata", "forest"),
+    Baseline("border_ring", "Outermost 5 % only (logistic regression)", "border", "logistic"),
+    Baseline("thumbnail", "Thumbnail of 10 × 10 pixels (logistic regression)", "picture", "logistic"),
+)
 SIGNIFICANT = 0.05 / len(BASELINES)
 """Bonferroni: at this level, two-sided, a shortcut's interval must leave out 0.5."""
-STATISTICS = tuple(baseline.name for baseline in BASELINES if not baseline.model and baseline.family != "seen")
+STATISTICS = [baseline.name for baseline in BASELINES if not baseline.model and baseline.family != "seen"]
 """Single numbers of a slice that stand in the manifest or follow from it."""
 TITLES = {baseline.name: baseline.title for baseline in BASELINES}
 
 
-def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:
+def shortcuts(manifest: pd.DataFrame, splits: Mapping[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:
     """AUROC (cancer against normal) of every baseline, over all slices and on the test set of every split policy.
 
     manifest: index 0..N-1; images: uint8 [M, S, S], by the manifest's `row`. One row for each baseline:
@@ -82,48 +71,38 @@ def shortcuts(manifest: pd.DataFrame, splits: dict[str, pd.Series], images: np.n
     cross-validated over groups for models; `flagged`; and `test`: for each policy the same figures on its test files,
     with the direction or the model learned on its train files. Undefined figures are None with a `reason`.
     """
-    target = (manifest["label"] == "cancer").to_numpy()
+    y = (manifest["label"] == "cancer").to_numpy()
     group = np.unique(manifest["group"], return_inverse=True)[1]
     features = _features(manifest, images)
     # A content with two labels is no evidence either way.
     clear = manifest.groupby("content")["label"].transform("nunique").eq(1) & ~manifest.duplicated("content")
-    everywhere = np.flatnonzero(clear)
-    tests = {name: np.flatnonzero(split == "test") for name, split in splits.items()}
-    few = _few_groups(group[everywhere], target[everywhere])
-    weights = _resampled(group[everywhere], target[everywhere], seed)
-    test_weights = {name: _resampled(group[test], target[test], seed) for name, test in tests.items()}
+    once = np.flatnonzero(clear)
+    few = _few_groups(group[once], y[once])
+    weights = _resampled(group[once], y[once], seed)
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    folds = [] if few else list(splitter.split(everywhere, target[everywhere], group[everywhere]))
+    folds = [] if few else list(splitter.split(once, y[once], group[once]))
+    trains, tests = ({name: np.flatnonzero(s == part) for name, s in splits.items()} for part in ("train", "test"))
+    test_weights = {name: _resampled(group[test], y[test], seed) for name, test in tests.items()}
     rows = []
     for baseline in BASELINES:
-        X = np.column_stack([features[name] for name in baseline.features])
-        overall = _nothing(_undefined(X[everywhere], target[everywhere]) or few)
+        X = features[baseline.name]
+        overall = _nothing(_undefined(X[once], y[once]) or few)
         if not overall["reason"]:
-            scores = _cross_validated(baseline, X[everywhere], target[everywhere], folds, seed)
-            overall = _estimate(scores, target[everywhere], weights)
-        row: dict[str, Any] = {
-            "name": baseline.name,
-            "title": baseline.title,
-            "family": baseline.family,
-            "model": baseline.model,
-        }
-        row |= overall | {"test": {}}
+            overall = _estimate(_cross_validated(baseline, X[once], y[once], folds, seed), y[once], weights)
+        row: dict[str, Any] = {**baseline._asdict(), **overall, "test": {}}
         row["flagged"] = overall["significant"] and overall["low"] > MATERIAL and baseline.family != "picture"
         for name, test in tests.items():
-            train = np.flatnonzero(splits[name] == "train")
-            result = _nothing(_undefined(X[train], target[train]) or _undefined(X[test], target[test]))
+            train = trains[name]
+            result = _nothing(_undefined(X[train], y[train]) or _undefined(X[test], y[test]))
             if not result["reason"]:
-                scores = _learn(baseline, X[train], target[train], seed)(X[test])
-                result = _estimate(scores, target[test], test_weights[name])
-                if too_few := _few_groups(group[test], target[test]):
-                    result = _nothing(too_few) | {"auroc": result["auroc"]}
+                scores = _learn(baseline, X[train], y[train], seed)(X[test])
+                result = _estimate(scores, y[test], test_weights[name], _few_groups(group[test], y[test]))
             row["test"][name] = result
         rows.append(row)
     return rows
 
 
-@dataclass(frozen=True)
-class ShortcutScores:
+class ShortcutScores(NamedTuple):
     """A baseline learned on train, and its scores float [N] on the N test slices; larger speaks for cancer."""
 
     title: str
@@ -138,11 +117,11 @@ def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) ->
     """
     manifest = manifest[manifest["split"].isin(["train", "test"])].reset_index(drop=True)
     y = (manifest["label"] == "cancer").to_numpy()
-    features = _features(manifest, images)
     train, test = (np.flatnonzero(manifest["split"] == name) for name in ("train", "test"))
+    features = _features(manifest, images)
     learned = []
     for baseline in BASELINES:
-        X = np.column_stack([features[name] for name in baseline.features])
+        X = features[baseline.name]
         if not (_undefined(X[train], y[train]) or _undefined(X[test], y[test])):
             scores = _learn(baseline, X[train], y[train], seed)(X[test])
             learned.append(ShortcutScores(baseline.title, scores, float(auroc(scores, y[test])[0])))
@@ -151,29 +130,31 @@ def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) ->
 
 def columns(manifest: pd.DataFrame) -> pd.DataFrame:
     """The single numbers of every slice (`STATISTICS`), float, index as the manifest's."""
-    area = manifest["width"] * manifest["height"]
-    derived = {
-        "area": area,
-        "aspect": manifest["width"] / manifest["height"],
-        "bytes_per_pixel": manifest["bytes"] / area,
-    }
-    return manifest.assign(**derived)[list(STATISTICS)].astype(float)
+    area, aspect = manifest["width"] * manifest["height"], manifest["width"] / manifest["height"]
+    derived = manifest.assign(area=area, aspect=aspect, bytes_per_pixel=manifest["bytes"] / area)
+    return derived[STATISTICS].astype(float)
 
 
 def _features(manifest: pd.DataFrame, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Every feature as [N, k]; slices that share a row of the store share the work."""
+    """What each baseline sees, [N, k]; slices that share a row of the store share the work."""
     numbers = columns(manifest)
     rows, which = np.unique(manifest["row"], return_inverse=True)
     small = np.stack([np.asarray(Image.fromarray(images[row]).resize((20, 20), Image.Resampling.BOX)) for row in rows])
     small = small.astype(np.float32) / 255
     ring = np.ones((20, 20), bool)
     ring[1:-1, 1:-1] = False
-    thumbnail = small.reshape(-1, 10, 2, 10, 2).mean(axis=(2, 4)).reshape(-1, 100)
-    features = {name: numbers[[name]].to_numpy() for name in STATISTICS}
-    features["format"] = pd.get_dummies(manifest[["format", "mode"]]).to_numpy(float)
     seen = np.array([(images[row].mean(), images[row].std()) for row in rows])[which]
-    features |= {"seen_mean": seen[:, :1], "seen_std": seen[:, 1:]}
-    return features | {"ring": small[:, ring][which], "thumbnail": thumbnail[which]}
+    kind = pd.get_dummies(manifest[["format", "mode"]]).to_numpy(float)
+    metadata = numbers[["width", "height", "area", "aspect", "bytes", "bytes_per_pixel"]].to_numpy()
+    return {name: numbers[[name]].to_numpy() for name in STATISTICS} | {
+        "seen_mean": seen[:, :1],
+        "seen_std": seen[:, 1:],
+        "size_forest": numbers[["width", "height"]].to_numpy(),
+        "format_mode": kind,
+        "metadata_forest": np.hstack([metadata, kind]),
+        "border_ring": small[:, ring][which],
+        "thumbnail": small.reshape(-1, 10, 2, 10, 2).mean((2, 4)).reshape(-1, 100)[which],
+    }
 
 
 def _model(baseline: Baseline, seed: int) -> ClassifierMixin:
@@ -198,12 +179,10 @@ def _cross_validated(baseline: Baseline, X: np.ndarray, y: np.ndarray, folds: li
     return cross_val_predict(_model(baseline, seed), X, y, cv=folds, method="predict_proba")[:, 1]
 
 
-def _resampled(group: np.ndarray, target: np.ndarray, seed: int) -> list[np.ndarray]:
+def _resampled(group: np.ndarray, y: np.ndarray, seed: int) -> list[np.ndarray]:
     """How often each slice is drawn, uint8 [r, N] in blocks, RESAMPLES in all: groups are drawn within their class."""
-    if not len(group):
-        return []
     group = np.unique(group, return_inverse=True)[1]
-    return [block.astype(np.uint8) for block in draws(group, RESAMPLES, seed, strata=target)]
+    return [block.astype(np.uint8) for block in draws(group, RESAMPLES, seed, strata=y)] if len(group) else []
 
 
 def _undefined(X: np.ndarray, y: np.ndarray) -> str:
@@ -229,9 +208,11 @@ def _nothing(reason: str) -> dict[str, Any]:
     return {"auroc": None, "low": None, "high": None, "significant": False, "reason": reason}
 
 
-def _estimate(scores: np.ndarray, y: np.ndarray, weights: list[np.ndarray]) -> dict[str, Any]:
+def _estimate(scores: np.ndarray, y: np.ndarray, weights: list[np.ndarray], few: str = "") -> dict[str, Any]:
     """AUROC with its 95 % percentile interval, and whether it is above 0.5 after correction."""
+    value = float(auroc(scores, y)[0])
+    if few:
+        return _nothing(few) | {"auroc": value}
     resampled = np.concatenate([auroc(scores, y, block.astype(float)) for block in weights])
     low, high, corrected = np.quantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
-    value = float(auroc(scores, y)[0])
     return {"auroc": value, "low": low, "high": high, "significant": corrected > 0.5, "reason": ""}

@@ -1,6 +1,12 @@
-"""The audit as a whole: of any set of slices, or of a store under every split policy that its folders admit."""
+"""The audit as a whole: what there is, what is there twice, and which held-out slices are known from training.
 
-from collections.abc import Mapping, Sequence
+Tables count files, distinct contents and groups side by side, because only the last is worth anything statistically:
+copies and slices of one patient are one observation, not many. Leakage is judged on groups, and exact copies apart
+within them: a pixel-identical copy can be shown to anyone, a near-copy or a slice of the same patient is a matter of
+degree. Every split policy is judged on its own, so that the report can show them side by side.
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,69 +14,56 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.audit import inventory, leakage, shortcuts, showcase
-from chestct.audit.findings import Audit, findings
-from chestct.config.schema import Config
-from chestct.data.splits import make_splits
+from chestct.audit.findings import Audit, Table, findings
+from chestct.audit.shortcuts import TITLES, columns, shortcuts
+from chestct.config.schema import SUBTYPES, Config
+from chestct.data.splits import LEFT_OUT, SPLITS, make_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import digest, json_digest, write_atomic
 from chestct.stats.drift import split_shift
 
+CLASSES = (*SUBTYPES, "cancer")
 POLICIES = ("official", "official_clean", "grouped")
 
+EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
+"""What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
 
-def audit(
-    manifest: pd.DataFrame,
-    splits: Mapping[str, pd.Series],
-    images: np.ndarray,
-    unreadable: Sequence[Mapping[str, str]],
-    pairs: pd.DataFrame,
-    *,
-    name: str,
-    split: str,
-    seed: int = 0,
-    skipped: Sequence[Mapping[str, str]] = (),
-    disbelieved: Sequence[str] = (),
-) -> Audit:
-    """Everything that is wrong with a set of slices, with the split policy `split` in force.
+EXAMPLES = 6
+"""Pairs shown of each kind."""
 
-    manifest: one row a slice; splits: for each policy "train" | "valid" | "test" | "" for every slice (index as the
-    manifest's); images: uint8 [M, S, S], by the manifest's `row`; unreadable: source, path, reason of each;
-    pairs: columns a, b (positions in the manifest), similarity, kind "exact" | "near" | "series". name: what the data
-    is called; skipped: source, path, reason of each; disbelieved: sentences about identifiers. Raises DataError if
-    there are no slices, KeyError if `split` is not among the policies.
+
+def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0) -> Audit:
+    """Everything that is wrong with the slices of a store, with the split policy `split` in force.
+
+    splits: for each policy "train" | "valid" | "test" | "" for every slice. Raises DataError if there are no slices,
+    KeyError if `split` is not among the policies.
     """
+    manifest, pairs, in_force = store.manifest, store.pairs, splits[split]
     if manifest.empty:
         raise DataError(
-            f"Nothing to audit: {name} has no readable slices ({len(unreadable)} unreadable files). "
+            f"Nothing to audit: {name} has no readable slices ({len(store.unreadable)} unreadable files). "
             "Check data.root, or run 'dvc pull'."
         )
-    policies = {str(policy): column.loc[manifest.index].reset_index(drop=True) for policy, column in splits.items()}
-    manifest = manifest.reset_index(drop=True)
-    in_force = policies[split]
-    leaks = {policy: leakage.leaks(manifest, column, pairs) for policy, column in policies.items()}
-    conflicts = leakage.conflicts(manifest, pairs)
-    shifts = split_shift(shortcuts.columns(manifest), in_force, manifest["group"])
-    shown: inventory.Table = next((leaks[policy]["list"] for policy in (split, *leaks) if leaks[policy]["list"]), [])
+    leaked = {policy: leaks(manifest, column, pairs) for policy, column in splits.items()}
+    contradictions = conflicts(manifest, pairs)
+    shown: Table = next((leaked[policy]["list"] for policy in (split, *leaked) if leaked[policy]["list"]), [])
+    shifts = split_shift(columns(manifest), in_force, manifest["group"])
     result = Audit(
         name=name,
         split=split,
         seed=seed,
-        counts=inventory.counts(manifest, in_force),
-        balance=inventory.balance(manifest, in_force),
-        formats=inventory.formats(manifest),
-        sizes=inventory.sizes(manifest),
-        unreadable=[{key: row[key] for key in ("source", "path", "reason")} for row in unreadable],
-        duplicates=leakage.duplicates(manifest, policies, pairs),
-        leakage=leaks,
-        conflicts=conflicts,
-        shortcuts=shortcuts.shortcuts(manifest, policies, images, seed=seed),
-        shift=[row | {"title": shortcuts.TITLES[row["name"]]} for row in shifts],
-        contacts=showcase.contacts(manifest, in_force, seed=seed),
-        examples=showcase.examples(manifest, pairs, conflicts, shown),
-        skipped=[dict(row) for row in skipped],
-        disbelieved=list(disbelieved),
+        counts=counts(manifest, in_force),
+        balance=balance(manifest, in_force),
+        unreadable=store.unreadable,
+        duplicates=duplicates(manifest, pairs),
+        leakage=leaked,
+        conflicts=contradictions,
+        shortcuts=shortcuts(manifest, splits, store.images, seed=seed),
+        shift=[row | {"title": TITLES[row["name"]]} for row in shifts],
+        examples=examples(manifest, pairs, contradictions, shown),
+        skipped=store.skipped,
+        disbelieved=store.disbelieved,
     )
     return replace(result, findings=findings(result))
 
@@ -80,22 +73,15 @@ def audit_store(cfg: Config, store: Store) -> Audit:
 
     Raises DataError where data.split does not fit the data.
     """
-    policies = {cfg.data.split: make_splits(store.manifest, cfg.task, cfg.data)}
+    data = cfg.data
+    policies = {data.split: make_splits(store.manifest, cfg.task, data)}
     for policy in POLICIES:
-        if policy != cfg.data.split and (split := _splits(cfg, store, policy)) is not None:
-            policies[policy] = split
-    return audit(
-        store.manifest,
-        policies,
-        store.images,
-        store.unreadable,
-        store.pairs,
-        name=cfg.data.name,
-        split=cfg.data.split,
-        seed=cfg.data.split_seed,
-        skipped=store.skipped,
-        disbelieved=store.disbelieved,
-    )
+        if policy != data.split:
+            try:
+                policies[policy] = make_splits(store.manifest, cfg.task, replace(data, split=policy, folds=0, fold=0))
+            except DataError:  # the folders do not admit it
+                continue
+    return audit(store, policies, name=data.name, split=data.split, seed=data.split_seed)
 
 
 def kept_audit(cfg: Config, store: Store) -> Audit:
@@ -112,18 +98,144 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir for the audit of this store under this split, by this code."""
     data = cfg.data
     code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist()]
-    what += [make_splits(store.manifest, cfg.task, data).tolist()]
-    what += [store.skipped, store.disbelieved]
-    what += [cfg.task, data.name, data.split, data.split_seed, data.folds, data.fold]
-    what += [data.valid_fraction, data.test_fraction]
+    splits = make_splits(store.manifest, cfg.task, data).tolist()
+    what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
+    what += [store.skipped, store.disbelieved, cfg.task, data.name, data.split, data.split_seed]
+    what += [data.valid_fraction, data.test_fraction]  # of the policies that are not in force
     return cfg.cache / "audit" / json_digest(what)[:12]
 
 
-def _splits(cfg: Config, store: Store, policy: str) -> pd.Series | None:
-    """The splits under another policy; None where the folders do not admit it."""
-    other = replace(cfg.data, split=policy, folds=0, fold=0)
-    try:
-        return make_splits(store.manifest, cfg.task, other)
-    except DataError:
-        return None
+def counts(manifest: pd.DataFrame, split: pd.Series) -> Table:
+    """Files, distinct contents and groups for every source, split and class that occurs, in a fixed order."""
+    held, subtype = pd.Categorical(split, [*SPLITS, LEFT_OUT]), pd.Categorical(manifest["subtype"], CLASSES)
+    return _sizes(manifest.assign(split=held, subtype=subtype), ["source", "split", "subtype"])
+
+
+def balance(manifest: pd.DataFrame, split: pd.Series) -> Table:
+    """The same for every split and label, with a row of zeros where a label is missing from a split."""
+    part = manifest[split.isin(SPLITS)]
+    label, held = pd.Categorical(part["label"], ["normal", "cancer"]), pd.Categorical(split[part.index], SPLITS)
+    return _sizes(part.assign(split=held, label=label), ["split", "label"], observed=False)
+
+
+def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict[str, Any]:
+    """Held-out slices whose content or group is in an earlier split.
+
+    manifest: one row a slice, index 0..N-1; split: "train" | "valid" | "test" | "" for each; pairs: as `audit` takes
+    them, only to name the most alike. Returns, for "test" and "valid", `slices` (how many there are), `copies`
+    (pixel-identical to an earlier slice), `related` (no copy, but in one group with one: near-copy or same patient),
+    and `by_class` with the same three; under `list` one row for every leaked slice with the earlier slice (`twin`) that
+    gives it away; `left_out` counts slices in no split.
+    """
+    result: dict[str, Any] = {"left_out": int((split == LEFT_OUT).sum()), "list": []}
+    alike = pd.concat([pairs, pairs.rename(columns={"a": "b", "b": "a"})]).sort_values("similarity", ascending=False)
+    for held_out, earlier in EARLIER.items():
+        part = manifest[split == held_out]
+        # The first of `earlier` names the worst place for a copy, so it is looked in first.
+        known = pd.concat([manifest[split == name] for name in earlier])
+        by_content, by_group = (
+            pd.Series(known.index, known[key])[lambda places: ~places.index.duplicated()]
+            for key in ("content", "group")
+        )
+        closest = alike[alike["b"].isin(known.index)].drop_duplicates("a").set_index("a")["b"]
+        copy = part["content"].map(by_content)
+        twin = copy.fillna(part.index.to_series().map(closest)).fillna(part["group"].map(by_group))
+        how = pd.Series(np.select([copy.notna(), twin.notna()], ["copy", "related"], ""), part.index)
+        by_class = {name: _tally(how[part["subtype"] == name]) for name in CLASSES if (part["subtype"] == name).any()}
+        result[held_out] = _tally(how) | {"by_class": by_class}
+        twin = twin.dropna().astype(int)
+        rows = part.loc[twin.index, ["path", "subtype"]].assign(
+            slice=twin.index,
+            split=held_out,
+            kind=how[twin.index],
+            twin=twin,
+            twin_path=manifest.loc[twin, "path"].to_list(),
+            twin_split=split[twin].to_list(),
+        )
+        result["list"] += rows.to_dict("records")
+    return result
+
+
+def duplicates(manifest: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
+    """Exact copies and near-copies, whatever the split.
+
+    Returns `files`, `contents`, `redundant` (files - contents), `exact_groups` (contents with more than one file),
+    `largest` (files of the most frequent content), `near_pairs` (pairs of different contents) and `by_class`.
+    """
+    copies = manifest["content"].value_counts()
+    content = manifest["content"].to_numpy()
+    near = pairs[pairs["kind"] == "near"]
+    distinct = {frozenset(pair) for pair in zip(content[near["a"]], content[near["b"]], strict=True)}
+    by_class = manifest.groupby("subtype").agg(files=("path", "size"), contents=("content", "nunique"))
+    return {
+        "files": len(manifest),
+        "contents": len(copies),
+        "redundant": len(manifest) - len(copies),
+        "exact_groups": int((copies > 1).sum()),
+        "largest": int(copies.max()),
+        "near_pairs": sum(len(pair) == 2 for pair in distinct),
+        "by_class": {name: by_class.loc[name].to_dict() for name in CLASSES if name in by_class.index},
+    }
+
+
+def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
+    """Slices that look the same and are called different things.
+
+    One row for every content with several classes (`kind` "copy") and for every near pair of different classes
+    ("near"), with positions, paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of
+    unknown subtype does not contradict a subtype.
+    """
+    content = manifest["content"].to_numpy()
+    alike = [("copy", part.index.tolist()) for _, part in manifest.groupby("content", sort=False)]
+    near = pairs[pairs["kind"] == "near"]
+    distinct = {
+        frozenset((content[a], content[b])): [int(a), int(b)] for a, b in zip(near["a"], near["b"], strict=True)
+    }
+    rows = []
+    for kind, places in alike + [("near", pair) for pair in distinct.values()]:
+        part = manifest.iloc[places]
+        labels = part["label"].nunique() > 1
+        if labels or part["subtype"][part["subtype"] != "cancer"].nunique() > 1:
+            classes = part["subtype"].to_list()
+            paths = part["path"].to_list()
+            rows.append({"kind": kind, "slices": places, "paths": paths, "classes": classes, "labels": labels})
+    return sorted(rows, key=lambda row: (row["kind"] != "copy", not row["labels"]))
+
+
+def examples(manifest: pd.DataFrame, pairs: pd.DataFrame, conflicts: Table, leaks: Table) -> Table:
+    """The pairs worth looking at: label conflicts, leaked slices with their twins, near-copies.
+
+    leaks: the `list` of one policy. {kind "conflict" | "leak" | "near", a, b (positions), a_path, b_path, about (one
+    line)}.
+    """
+    rows: list[tuple[str, int, int, str]] = [
+        ("conflict", row["slices"][0], row["slices"][1], " and ".join(row["classes"][:2]).replace("_", " "))
+        for row in conflicts[:EXAMPLES]
+    ]
+    groups, contents = manifest["group"].to_numpy(), manifest["content"].to_numpy()
+    for how, words in (("copy", "identical in every pixel"), ("related", "near-copy or same patient")):
+        # One of every group: its other slices would show the same again.
+        firsts = {groups[row["slice"]]: row for row in reversed(leaks) if row["kind"] == how}
+        for row in list(firsts.values())[: -EXAMPLES - 1 : -1]:
+            rows.append(("leak", row["slice"], row["twin"], f"{row['split']} and {row['twin_split']}: {words}"))
+    near = pairs[(pairs["kind"] == "near").to_numpy() & (contents[pairs["a"]] != contents[pairs["b"]])]
+    # One pair of every group, the least alike first: they show where the line is drawn.
+    near = near.assign(group=groups[near["a"]]).sort_values("similarity").drop_duplicates("group")
+    for a, b, similarity in near[["a", "b", "similarity"]].head(EXAMPLES).itertuples(index=False):
+        rows.append(("near", int(a), int(b), f"similarity {similarity:.4f}"))
+    path = manifest["path"]
+    return [
+        {"kind": kind, "a": a, "b": b, "a_path": path.iat[a], "b_path": path.iat[b], "about": about}
+        for kind, a, b, about in rows
+    ]
+
+
+def _sizes(frame: pd.DataFrame, by: list[str], *, observed: bool = True) -> Table:
+    grouped = frame.groupby(by, observed=observed)
+    table = grouped.agg(files=("path", "size"), contents=("content", "nunique"), groups=("group", "nunique"))
+    rows: list[Any] = table.reset_index().to_dict("records")
+    return rows
+
+
+def _tally(how: pd.Series) -> dict[str, int]:
+    return {"slices": len(how), "copies": int((how == "copy").sum()), "related": int((how == "related").sum())}

@@ -36,8 +36,7 @@ def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -
 
     manifest, images: what was audited; images uint8 [M, S, S], by the manifest's `row`.
     """
-    shown = {position for row in audit.contacts for position in row["slices"]}
-    shown |= {pair[side] for pair in audit.examples for side in "ab"}
+    shown = {pair[side] for pair in audit.examples for side in "ab"}
     write_atomic(out / "report.json", audit.to_json())
     thumbnails = {position: jpeg(images[manifest["row"].iloc[position]], 144) for position in shown}
     baselines = sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))

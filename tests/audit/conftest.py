@@ -1,22 +1,20 @@
 """Small made-up manifests: every statistic is independent of the label until a test ties one to it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from chestct.audit import Audit, audit, shortcuts
+from chestct.data.store import Store, record_type
 
 
-@dataclass
-class Data:
-    manifest: pd.DataFrame
-    images: np.ndarray
+class Data(Store):
+    """A store that was never written, with its splits."""
+
     splits: dict[str, pd.Series]
-    pairs: pd.DataFrame
-    unreadable: list[dict[str, str]]
 
 
 def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
@@ -27,11 +25,9 @@ def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
         {
             "path": [f"train/{'cancer' if y else 'normal'}/slice_{i}.png" for i, y in enumerate(is_cancer)],
             "source": "made_up",
-            "root": "nowhere",
             "folder_split": "",
             "subtype": np.where(is_cancer, rng.choice(["adenocarcinoma", "large_cell", "squamous"], n), "normal"),
             "label": np.where(is_cancer, "cancer", "normal"),
-            "file_hash": [f"file {i}" for i in range(n)],
             "content": [f"content {i}" for i in range(n)],
             "row": np.arange(n),
             "width": rng.integers(300, 340, n),
@@ -39,23 +35,17 @@ def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
             "mode": rng.choice(["L", "RGBA"], n),
             "format": "PNG",
             "bytes": rng.integers(50_000, 60_000, n),
-            "patient": "",
-            "study": "",
-            "series": "",
             "group": np.arange(n),
         }
     )
     for name in ("mean", "std", "border_mean", "border_std"):
         manifest[name] = rng.uniform(0.2, 0.4, n)
-    images = rng.integers(0, 256, (n, 40, 40), dtype=np.uint8)
-    split = pd.Series(rng.choice(["train", "valid", "test"], n, p=[0.6, 0.15, 0.25]), index=manifest.index)
-    return Data(
-        manifest,
-        images,
-        {"grouped": split},
-        pd.DataFrame({"a": [], "b": [], "similarity": [], "kind": []}).astype({"a": int, "b": int, "kind": object}),
-        [],
-    )
+    slices = np.zeros(n, record_type(40))
+    slices["image"] = rng.integers(0, 256, (n, 40, 40), dtype=np.uint8)
+    pairs = pd.DataFrame({"a": [], "b": [], "similarity": [], "kind": []}).astype({"a": int, "b": int, "kind": object})
+    data = Data(Path("nowhere"), manifest, pairs, slices, {}, "", [], [], [])
+    data.splits = {"grouped": pd.Series(rng.choice(["train", "valid", "test"], n, p=[0.6, 0.15, 0.25]))}
+    return data
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -73,7 +63,7 @@ def make_data() -> Callable[..., Data]:
 
 
 def run(data: Data, split: str = "grouped") -> Audit:
-    return audit(data.manifest, data.splits, data.images, data.unreadable, data.pairs, name="made_up", split=split)
+    return audit(data, data.splits, name="made_up", split=split)
 
 
 @pytest.fixture(scope="session")

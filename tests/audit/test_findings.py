@@ -6,8 +6,9 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from chestct.audit import Audit
-from chestct.audit.findings import RULES, SEVERITIES
+from chestct.audit import Audit, stage
+from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS
+from chestct.config.schema import Config
 from chestct.errors import DataError
 from tests.audit.conftest import run
 
@@ -26,8 +27,9 @@ def test_findings_come_worst_first_and_each_says_what_to_do(official):
     assert {"leakage", "label_conflict", "unreadable", "duplicates", "sample_size"} <= set(kinds(official))
     ranks = [SEVERITIES.index(finding.severity) for finding in official.findings]
     assert ranks == sorted(ranks)
+    assert official.verdict == ("error", VERDICTS[official.findings[0].kind])
     for finding in official.findings:
-        assert finding.kind in RULES
+        assert finding.kind in KINDS
         assert finding.text.endswith(".")
         assert finding.action.endswith(".")
 
@@ -38,40 +40,53 @@ def test_a_large_clean_set_has_no_finding_but_notes(make_data):
     assert all(finding.severity == "info" for finding in audit.findings)
 
 
-@pytest.mark.parametrize(("cancer", "expected"), [(0.5, False), (0.9, True)])
-def test_imbalance_is_judged_by_groups_of_train(make_data, cancer, expected):
-    assert ("imbalance" in kinds(run(make_data(400, cancer=cancer)))) is expected
-
-
-def test_few_groups_in_test_are_a_warning_with_the_numbers(make_data):
+def test_imbalance_and_few_groups_in_test_are_judged_by_groups(make_data):
+    assert kinds(run(make_data(400, cancer=0.9)))["imbalance"] == "warning"
     data = make_data(500, cancer=0.5)
     data.manifest.loc[data.manifest["label"] == "normal", "group"] = 0
-    finding = next(finding for finding in run(data).findings if finding.kind == "sample_size")
-    assert finding.severity == "warning"
-    assert "only 1 normal" in finding.text
+    audit = run(data)
+    assert kinds(audit)["imbalance"] == kinds(audit)["sample_size"] == "warning"
+    assert "only 1 normal" in next(finding.text for finding in audit.findings if finding.kind == "sample_size")
 
 
-def test_one_class_only_is_an_error_and_not_a_crash(make_data):
+def test_one_class_only_is_an_error_and_no_slices_too(make_data):
     audit = run(make_data(60, cancer=1))
     assert kinds(audit)["imbalance"] == "error"
     assert "one class only" in json.dumps(audit.shortcuts)
-
-
-def test_no_slices_is_an_error_that_says_how_to_mend_it(make_data):
     data = make_data(20)
     data.manifest = data.manifest[:0]
     with pytest.raises(DataError, match="no readable slices"):
         run(data)
 
 
-def test_the_index_of_the_manifest_does_not_matter_and_the_same_seed_gives_the_same_audit(faulty, official):
-    index = faulty.manifest.index[::-1] + 7
-    splits = {name: pd.Series(split.to_numpy(), index)[::-1] for name, split in faulty.splits.items()}
-    assert run(replace(faulty, manifest=faulty.manifest.set_index(index), splits=splits), "official") == official
-
-
-def test_the_json_tells_everything_without_nan_and_gives_the_audit_back(official):
+def test_the_json_tells_everything_without_nan_and_gives_the_same_audit_back(faulty, official):
     values = json.loads(official.to_json(), parse_constant=pytest.fail)
     assert values["leakage"]["official"]["test"]["copies"] == 1
     assert values["verdict"]["severity"] == values["findings"][0]["severity"] == "error"
-    assert Audit.from_json(official.to_json()) == official
+    assert Audit.from_json(official.to_json()) == official == run(faulty, "official")
+
+
+def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monkeypatch, make_data):
+    store, made = make_data(30), []
+    audit = run(store)
+    monkeypatch.setattr(stage, "audit_store", lambda cfg, store: made.append(store) or audit)
+    cfg = Config(cache_dir=str(tmp_path))
+    assert stage.kept_audit(cfg, store) == stage.kept_audit(cfg, store) == audit
+    assert len(made) == 1
+    joined = store.manifest.assign(group=store.manifest["group"] // 2)
+    for other in (
+        {"settings": {"fit": "body"}},  # other pixels
+        {"manifest": joined},  # other groups, and so another split
+        {"manifest": store.manifest.assign(content="b")},
+        {"skipped": [{"source": "s", "path": "Thumbs.db", "reason": "left by Windows"}]},
+        {"disbelieved": ["PatientID is the same"]},
+    ):
+        stage.kept_audit(cfg, replace(store, **other))
+    stage.kept_audit(replace(cfg, data=replace(cfg.data, split_seed=1)), store)
+    with monkeypatch.context() as patch:  # the same settings, dealt by another rule
+        patch.setattr(stage, "make_splits", lambda manifest, task, data: pd.Series("train", index=manifest.index))
+        stage.kept_audit(cfg, store)
+    (tmp_path / "stage.py").write_text("another audit", encoding="utf-8")
+    monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
+    stage.kept_audit(cfg, store)
+    assert len(made) == 9

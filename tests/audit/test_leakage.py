@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from chestct.audit.leakage import conflicts, duplicates, leaks
+from chestct.audit.stage import conflicts, duplicates, leaks
 
 
 def table(rows: list[tuple[str, str, int]]) -> pd.DataFrame:
@@ -47,17 +47,11 @@ def test_the_twin_that_is_named_is_the_most_alike_of_the_earlier_ones():
     ]
 
 
-def test_slices_left_out_neither_leak_nor_give_away():
-    result = leaks(
-        table([("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0)]), pd.Series(["", "test", ""]), pairs_of()
-    )
+def test_slices_left_out_neither_leak_nor_give_away_and_copies_within_one_split_are_no_leak():
+    manifest = table([("normal", "x", 0)] * 5)
+    result = leaks(manifest, pd.Series(["", "test", "", "test", ""]), pairs_of())
     assert result["list"] == []
-    assert result["left_out"] == 2
-
-
-def test_copies_within_one_split_are_duplicates_but_no_leak():
-    manifest = table([("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 1)])
-    assert leaks(manifest, pd.Series(["train", "train", "test"]), pairs_of())["list"] == []
+    assert result["left_out"] == 3
 
 
 def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_once():
@@ -65,7 +59,7 @@ def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_on
         [("normal", "x", 0), ("normal", "x", 0), ("normal", "x", 0), ("normal", "y", 0), ("squamous", "z", 1)]
     )
     pairs = pairs_of((0, 1, 1.0, "exact"), (0, 3, 0.99, "near"), (1, 3, 0.99, "near"), (3, 4, 0.0, "series"))
-    result = duplicates(manifest, {"p": pd.Series(["train", "test", "train", "train", "train"])}, pairs)
+    result = duplicates(manifest, pairs)
     assert {
         key: result[key] for key in ("files", "contents", "redundant", "exact_groups", "largest", "near_pairs")
     } == {
@@ -76,8 +70,6 @@ def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_on
         "largest": 3,
         "near_pairs": 1,
     }
-    assert [cluster["slices"] for cluster in result["clusters"]] == [[0, 1, 2, 3]]
-    assert result["clusters"][0]["splits"]["p"] == ["train", "test", "train", "train"]
     assert result["by_class"]["normal"] == {"files": 4, "contents": 2}
 
 

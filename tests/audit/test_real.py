@@ -39,9 +39,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     store = ingest(cfg, tmp_path_factory.mktemp("store"))
     policies = ("official", "official_clean", "grouped")
     splits = {name: make_splits(store.manifest, "binary", replace(cfg, split=name)) for name in policies}
-    return audit(
-        store.manifest, splits, store.images, store.unreadable, store.pairs, name=cfg.name, split="official", seed=0
-    )
+    return audit(store, splits, name=cfg.name, split="official", seed=0)
 
 
 def baseline(result: Audit, name: str) -> dict[str, Any]:

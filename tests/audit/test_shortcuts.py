@@ -70,7 +70,7 @@ def test_format_tied_to_the_label_is_flagged(make_data):
 
 def test_pixels_of_the_border_tied_to_the_label_are_flagged(make_data):
     data = make_data()
-    data.images[(data.manifest["label"] == "cancer").to_numpy(), :2] = 255
+    data.slices["image"][(data.manifest["label"] == "cancer").to_numpy(), :2] = 255
     rows = measure(data)
     assert rows["border_ring"]["flagged"]
     assert rows["std"]["flagged"] is False
@@ -78,7 +78,7 @@ def test_pixels_of_the_border_tied_to_the_label_are_flagged(make_data):
 
 def test_grey_levels_that_preprocessing_lets_through_are_flagged(make_data):
     data = make_data()
-    data.images[(data.manifest["label"] == "cancer").to_numpy()] //= 2
+    data.slices["image"][(data.manifest["label"] == "cancer").to_numpy()] //= 2
     rows = measure(data)
     assert rows["seen_mean"]["flagged"]
     assert not rows["std"]["flagged"]  # the files' own levels differ as little as before
@@ -87,9 +87,13 @@ def test_grey_levels_that_preprocessing_lets_through_are_flagged(make_data):
 def test_the_thumbnail_is_a_weak_baseline_and_never_flagged(make_data):
     data = make_data()
     cancer = (data.manifest["label"] == "cancer").to_numpy()
-    top, bottom = data.images[:, 4:18, 10:30].copy(), data.images[:, 22:36, 10:30].copy()
-    data.images[:, 4:18, 10:30] = np.where(cancer[:, None, None], np.maximum(top, bottom), np.minimum(top, bottom))
-    data.images[:, 22:36, 10:30] = np.where(cancer[:, None, None], np.minimum(top, bottom), np.maximum(top, bottom))
+    top, bottom = data.slices["image"][:, 4:18, 10:30].copy(), data.slices["image"][:, 22:36, 10:30].copy()
+    data.slices["image"][:, 4:18, 10:30] = np.where(
+        cancer[:, None, None], np.maximum(top, bottom), np.minimum(top, bottom)
+    )
+    data.slices["image"][:, 22:36, 10:30] = np.where(
+        cancer[:, None, None], np.minimum(top, bottom), np.maximum(top, bottom)
+    )
     rows = measure(data)  # the same grey levels, in other places
     assert rows["thumbnail"]["auroc"] > 0.95
     assert flagged(rows) == set()

@@ -20,8 +20,7 @@ def test_the_page_stands_alone_escapes_names_and_shows_what_findings_rest_on(off
         assert text in page
     assert page.count("not an image</td>") == 5
     assert page.count("<table>") == page.count("</table>")
-    shown = sum(len(row["slices"]) for row in official.contacts) + 2 * len(official.examples)
-    assert page.count('src="data:image/jpeg;base64,') == shown < 200
+    assert page.count('src="data:image/jpeg;base64,') == 2 * len(official.examples)
 
 
 def test_undefined_numbers_are_shown_as_n_a_with_the_reason(tmp_path):
