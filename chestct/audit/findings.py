@@ -12,14 +12,10 @@ from typing import Any, NamedTuple
 from chestct.imaging.slice_files import describe_skipped
 
 SEVERITIES = ("error", "warning", "info")
-FEW_GROUPS = 30
-"""Fewer independent slices of a class in test than this: at 30, a recall of 0.8 has a 95 % interval of about +-0.15."""
-IMBALANCE = 3
-"""The larger class may have this many times the groups of the smaller one in train."""
-MANY_COPIES = 0.05
-"""Share of redundant files in a class above which copies are a warning."""
-STRONG_SHORTCUT = 0.9
-"""A rule that sees no lesion and still reaches this AUROC leaves a model nothing to prove."""
+FEW_GROUPS = 30  # fewer groups of a class in test: at 30, a recall of 0.8 has a 95 % interval of about +-0.15
+IMBALANCE = 3  # the larger class may have this many times the groups of the smaller one in train
+MANY_COPIES = 0.05  # share of redundant files in a class above which copies are a warning
+STRONG_SHORTCUT = 0.9  # a rule that sees no lesion and still reaches this AUROC leaves a model nothing to prove
 
 FAMILIES = {
     "size": ("Image size tells", "Take both classes from the same sources; data.fit=body hides the frame."),

@@ -5,7 +5,7 @@ so cached features, resumed runs and several machines all see the same views. Vi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,35 +51,21 @@ def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:
     if cfg.window:
         steps.append(v2.ColorJitter(brightness=cfg.window, contrast=cfg.window))
     if cfg.gamma:
-        steps.append(RandomGamma(cfg.gamma))
+        steps.append(RandomStrength(lambda x, log: functional.adjust_gamma(x, math.exp(log)), -cfg.gamma, cfg.gamma))
     if cfg.noise:
-        steps.append(RandomNoise(cfg.noise))
+        steps.append(RandomStrength(lambda x, sigma: functional.gaussian_noise(x, sigma=sigma), 0, cfg.noise))
     return v2.Compose(steps or [v2.Identity()])
 
 
-class RandomGamma(v2.Transform):
-    """Raises grey levels to a power whose logarithm is drawn uniformly from [-most, most]."""
+class RandomStrength(v2.Transform):
+    """`change` of a slice with a strength that is drawn uniformly from [low, high]."""
 
-    def __init__(self, most: float) -> None:
+    def __init__(self, change: Callable[[torch.Tensor, float], torch.Tensor], low: float, high: float) -> None:
         super().__init__()
-        self.most = most
+        self.change, self.low, self.high = change, low, high
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {"gamma": math.exp(float(torch.empty(1).uniform_(-self.most, self.most)))}
+        return {"strength": float(torch.empty(1).uniform_(self.low, self.high))}
 
     def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        return functional.adjust_gamma(inpt, **params)
-
-
-class RandomNoise(v2.Transform):
-    """Adds Gaussian noise whose standard deviation is drawn uniformly from [0, most]; grey levels stay in [0, 1]."""
-
-    def __init__(self, most: float) -> None:
-        super().__init__()
-        self.most = most
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {"sigma": float(torch.rand(1)) * self.most}
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        return functional.gaussian_noise(inpt, **params)
+        return self.change(inpt, params["strength"])

@@ -36,42 +36,19 @@ from chestct.data.registration import (
 )
 from chestct.imaging.preprocess import THUMBNAIL
 
-THRESHOLD = 0.88
-"""Correlation of local detail from which two slices count as near-copies; see above for how it was chosen."""
-
-NEIGHBOURS = 8
-"""Candidates of a slice in one round."""
-
-ROUNDS = 4
-"""Rounds of search at most; a round that finds nothing is the last."""
-
+THRESHOLD = 0.88  # correlation of local detail from which two slices count as near-copies; see above
+NEIGHBOURS = 8  # candidates of a slice in one round
+ROUNDS = 4  # of search at most; a round that finds nothing is the last
+# Members of each group so far that look for more outside of it in the next round: a slice with more copies than
+# NEIGHBOURS has a list of candidates that is full before all are in it; the cap then costs rounds, not connections.
 REPRESENTATIVES = 4
-"""Members of each group so far that look for more outside of it in the next round.
-
-A slice with more copies than NEIGHBOURS has a list of candidates that is full before all are in it. The copies it does
-find are one group in the next round, so that the cap costs rounds, not connections.
-"""
-
-SAMPLE = 512
-"""Slices from which the descriptor is learned; half of them make the mean slice."""
-
-CHANGES = 1024
-"""Changed copies of the sample from which the descriptor learns what does not tell slices apart."""
-
-DESCRIBED = 14
-"""Side of the registered image that a descriptor is made of."""
-
-COARSE = (14, 28)
-"""Sides at which a registration begins; pairs that still look alike there go on to THUMBNAIL."""
-
-GATE = 0.83
-"""Correlation at the last coarse side below which a pair is given up."""
-
-DISTORTION = 0.12
-"""Largest log ratio of the zooms along rows and columns; a crop of 5 % a side, stretched to a square, makes 0.11."""
-
-PART = 128
-"""Slices or pairs that a thread takes at a time."""
+SAMPLE = 512  # slices from which the descriptor is learned; half of them make the mean slice
+CHANGES = 1024  # changed copies of the sample, from which it learns what does not tell slices apart
+DESCRIBED = 14  # side of the registered image that a descriptor is made of
+COARSE = (14, 28)  # sides at which a registration begins; pairs that still look alike there go on to THUMBNAIL
+GATE = 0.83  # correlation at the last coarse side below which a pair is given up
+DISTORTION = 0.12  # largest log ratio of the zooms of both axes; a crop of 5 % a side, stretched square, makes 0.11
+PART = 128  # slices or pairs that a thread takes at a time
 
 
 def find_pairs(thumbs: np.ndarray, content: Sequence[str], threshold: float = THRESHOLD) -> pd.DataFrame:
@@ -113,7 +90,7 @@ def _components(n: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _table(a: np.ndarray, b: np.ndarray, similarity: np.ndarray, kind: str) -> pd.DataFrame:
     frame = pd.DataFrame({"a": np.minimum(a, b), "b": np.maximum(a, b), "similarity": similarity, "kind": kind})
-    return frame.astype({"a": np.int64, "b": np.int64, "similarity": float, "kind": str})
+    return frame.astype({"a": np.int64, "b": np.int64, "kind": str})
 
 
 def _near(thumbs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -126,8 +103,7 @@ def _near(thumbs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray,
     *arrays, detail = _in_threads(describe, thumbs)
     # Constant slices all look alike: only exact copies of them belong together.
     usable = np.flatnonzero(arrays[1].mean((1, 2)) >= 0.1)
-    n = len(usable)
-    if n < 2:
+    if (n := len(usable)) < 2:
         return usable[:0], usable[:0], np.zeros(0)
     thumbs, arrays, detail = thumbs[usable], [array[usable] for array in arrays], detail[usable]
     pyramid: list[Level] = list(zip(arrays[::2], arrays[1::2], strict=True))

@@ -5,7 +5,6 @@ Ingest is incremental and content-addressed: a file whose bytes are known is nev
 
 import dataclasses
 import os
-import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,19 +16,10 @@ from filelock import FileLock
 from rich.progress import track
 
 from chestct.config.schema import LABEL_NAMES, Config, DataConfig
+from chestct.data import store as stores
 from chestct.data.duplicates import find_pairs, group, link
 from chestct.data.sources import Listing, SliceFile, list_slices
-from chestct.data.store import (
-    STORE,
-    Store,
-    claim,
-    open_store,
-    pixel_settings,
-    preprocess_of,
-    record_type,
-    store_folder,
-    write_store,
-)
+from chestct.data.store import STORE, Store, open_store, pixel_settings, preprocess_of, store_folder
 from chestct.errors import DataError, DecodeError
 from chestct.files import digest, json_digest
 from chestct.imaging.decode import decode, read
@@ -38,17 +28,15 @@ from chestct.imaging.slice import Limits, pixel_hash
 from chestct.imaging.slice_files import describe_skipped
 from chestct.imaging.statistics import STATISTICS, image_statistics
 
+# Columns of the manifest and the DICOM attributes that they hold
 IDENTIFIERS = {"patient": "PatientID", "study": "StudyInstanceUID", "series": "SeriesInstanceUID"}
-"""Columns of the manifest and the DICOM attributes that they hold."""
-
+# Columns of the manifest that follow from a file's bytes
 FACTS = ["file_hash", "content", "mode", "format", "bytes", *STATISTICS, *IDENTIFIERS]
-"""Columns of the manifest that follow from a file's bytes."""
-
-PLACEHOLDER = re.compile(
+# Identifiers, in lower case and without punctuation, that stand for "not given"
+PLACEHOLDER = (
     "|id|name|patient|patientid|patientname|subject|case|test|noname|noid|unknown|none|null|na|nan|notavailable"
-    "|removed|hidden|deidentified|anon[a-z]*|x+|" + "|".join(re.sub(r"\W|_", "", name) for name in LABEL_NAMES)
+    "|removed|hidden|deidentified|anon[a-z]*|x+|" + "|".join(name.replace("_", "") for name in LABEL_NAMES)
 )
-"""Identifiers, in lower case and without punctuation, that stand for "not given"."""
 
 
 def prepare_store(cfg: Config, progress: bool = False) -> Store:
@@ -94,7 +82,7 @@ def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            claim(folder)
+            stores.claim(folder)
             store = _update(cfg, listing, folder, progress)
     except OSError as error:
         raise DataError(
@@ -161,9 +149,11 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                     f"None of the {len(files)} files can be read; the first, {first['path']}: {first['reason']}"
                 )
             manifest = pd.DataFrame(table)
-            thumbs = np.memmap(slices, record_type(cfg.size), "r")["thumb"]
+            thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
             identifiers, disbelieved = believable(manifest)
-            pairs = _pairs(manifest, identifiers, thumbs)
+            copies = find_pairs(thumbs[manifest["row"]], manifest["content"].tolist())
+            mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
+            pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
             about = {
                 "settings": pixel_settings(cfg),
                 # What another moment may read is tried again.
@@ -172,7 +162,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "skipped": listing.skipped,
                 "disbelieved": disbelieved,
             }
-            write_store(folder, slices, manifest.assign(group=group(len(manifest), pairs)), pairs, about)
+            stores.write_store(folder, slices, manifest.assign(group=group(len(manifest), pairs)), pairs, about)
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)
@@ -228,13 +218,6 @@ def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str
     return facts, preprocess_of(cfg)(gray).tobytes() + thumbnail(gray).tobytes()
 
 
-def _pairs(manifest: pd.DataFrame, identifiers: pd.DataFrame, thumbs: np.ndarray) -> pd.DataFrame:
-    """Copies, near-copies and series mates, enough pairs to connect each group."""
-    content = manifest["content"].tolist()
-    mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers]).drop_duplicates()
-    return pd.concat([find_pairs(thumbs[manifest["row"]], content), mates], ignore_index=True)
-
-
 def believable(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """The DICOM identifiers that tell slices apart, "" elsewhere, and a sentence for each that is set aside.
 
@@ -249,8 +232,7 @@ def believable(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
         contents = rows["content"]
         for column, attribute in IDENTIFIERS.items():
             values = rows[column][rows[column] != ""]
-            placeholder = values.map(lambda value: bool(PLACEHOLDER.fullmatch(re.sub(r"\W|_", "", value).lower())))
-            placeholder = placeholder.astype(bool)
+            placeholder = values.str.replace(r"\W|_", "", regex=True).str.lower().str.fullmatch(PLACEHOLDER)
             given = values[~placeholder]
             classes = given.groupby(rows["subtype"]).nunique()
             most = 2 * contents[given.index].nunique() > contents.nunique() > len(classes)

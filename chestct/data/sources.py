@@ -14,22 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from chestct.config.schema import LABEL_NAMES, DataConfig
+from chestct.config.schema import LABEL_NAMES, DataConfig, SourceConfig
 from chestct.errors import DataError
 from chestct.imaging.slice_files import walk, why_skipped
 
+# Folder names, in lower case, that say which split their slices belong to
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_FOLDERS |= dict.fromkeys(("valid", "val", "validation"), "valid")
-"""Folder names, in lower case, that say which split their slices belong to."""
-
-MASKS = "masks"
-"""Folder next to split folders with the lesions of phantoms."""
-
-DEPTH = 4
-"""How many folders below a root that holds no class folders are searched for them."""
-
+MASKS = "masks"  # folder next to split folders with the lesions of phantoms
+DEPTH = 4  # how many folders below a root that holds no class folders are searched for them
+# Words after a label that turn it into something else, as in `cancer free`
 NEGATIONS = {"free", "negative", "no", "non", "not", "or", "versus", "vs", "without"}
-"""Words after a label that turn it into something else, as in `cancer free`."""
 
 
 class SliceFile(NamedTuple):
@@ -57,19 +52,16 @@ def list_slices(cfg: DataConfig) -> Listing:
     Raises DataError for a missing or empty root, for folders that are neither a split nor a class, for a source that
     holds no file, for a folder that cannot be listed, and for names that are no text.
     """
-    if cfg.sources:
-        wanted = {name: (Path(s.root), {**cfg.labels, **s.labels}) for name, s in cfg.sources.items()}
-    else:
-        wanted = {cfg.name: (Path(cfg.root or ""), cfg.labels)}
     listing = Listing()
+    sources = cfg.sources or {cfg.name: SourceConfig(cfg.root or "")}
     try:
-        for name, (root, labels) in wanted.items():
-            _Source(name, root, labels, listing).read()
+        for name, source in sources.items():
+            _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing).read()
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
     for file in listing.slices:
-        if (shown := _printable(file.path)) != file.path:
-            raise DataError(f"The name of {file.root}/{shown} is not UTF-8, which no table can hold. Rename the file.")
+        if file.path.encode("utf-8", "replace").decode() != file.path:
+            raise DataError(f"A name in {file.root} is not UTF-8, which no table can hold: {file.path!a}. Rename it.")
     return listing
 
 
@@ -91,18 +83,16 @@ class _Source:
         before = len(self.listing.slices)
         folders = self._folders(self.root)
         splits = {folder: split for folder in folders if (split := SPLIT_FOLDERS.get(folder.name.lower()))}
+        classes = [("", folder) for folder in folders]
         if splits:
             self._leave_out([folder for folder in folders if folder not in splits])
             classes = [(split, below) for folder, split in splits.items() for below in self._folders(folder)]
-        else:
-            classes = [("", folder) for folder in folders]
-        unmapped = sorted({folder.name for _, folder in classes if label_of(folder.name, self.labels) is None})
-        if unmapped:
+        if unmapped := sorted({folder.name for _, folder in classes if label_of(folder.name, self.labels) is None}):
             raise DataError(self._unmapped(unmapped))
         for split, folder in classes:
             self._add(split, folder)
         if len(self.listing.slices) == before:
-            seen = ", ".join(sorted(_printable(p.name) for p in self.root.iterdir())[:8]) or "nothing"
+            seen = ", ".join(sorted(path.name for path in self.root.iterdir())[:8]) or "nothing"
             raise DataError(
                 f"No class folders with files under {self.root}. Saw: {seen}. Expected {self.root}/<class>/* or "
                 f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, or train on phantoms with data=phantom."
@@ -110,13 +100,13 @@ class _Source:
 
     def _folders(self, parent: Path) -> list[Path]:
         """The folders in a folder, sorted; whatever else lies there is skipped."""
-        folders = []
-        for path in sorted(parent.iterdir()):
-            if reason := why_skipped(path.name) or ("" if path.is_dir() else "not in a class folder"):
-                self._skip(path, reason)
-            else:
-                folders.append(path)
-        return folders
+        reasons = {
+            path: why_skipped(path.name) or ("" if path.is_dir() else "not in a class folder")
+            for path in sorted(parent.iterdir())
+        }
+        for path, reason in reasons.items():
+            self._skip(path, reason)
+        return [path for path, reason in reasons.items() if not reason]
 
     def _add(self, split: str, folder: Path) -> None:
         subtype = label_of(folder.name, self.labels) or ""  # never: `read` refuses what has no label
@@ -125,29 +115,25 @@ class _Source:
             return
         label = "normal" if subtype == "normal" else "cancer"
         for path, reason in walk(folder, _fail):
-            if reason:
-                self._skip(path, reason)
-            else:
+            self._skip(path, reason)
+            if not reason:
                 name = path.relative_to(self.root).as_posix()
                 self.listing.slices.append(SliceFile(name, self.name, str(self.root), split, subtype, label))
 
     def _leave_out(self, folders: list[Path]) -> None:
         """Skips folders next to split folders if they are empty or ignored, else raises DataError."""
-        strays = []
+        reasons = {folder: "lesion masks, not slices" if folder.name == MASKS else "" for folder in folders}
         for folder in folders:
             if label_of(folder.name, self.labels) == "ignore":
-                self._skip(folder, "data.labels says ignore")
-            elif folder.name == MASKS:
-                self._skip(folder, "lesion masks, not slices")
-            elif any(not reason for _, reason in walk(folder, _fail)):
-                strays.append(folder.name)
-            else:
-                self._skip(folder, "no files in it")
-        if strays:
+                reasons[folder] = "data.labels says ignore"
+            elif all(reason for _, reason in walk(folder, _fail)):
+                reasons[folder] = "no files in it"
+            self._skip(folder, reasons[folder])
+        if strays := [folder.name for folder in folders if not reasons[folder]]:
             raise DataError(
                 f"Next to the split folders under {self.root} stand others, whose files would be missing: "
-                f"{', '.join(map(_printable, strays))}. Rename those that are splits to train, valid or test, and move "
-                f"the others away or leave them out. {_advice(strays, 'ignore')}"
+                f"{', '.join(strays)}. Rename those that are splits to train, valid or test, and move the others away "
+                f"or leave them out. {_advice(strays, 'ignore')}"
             )
 
     def _unmapped(self, names: list[str]) -> str:
@@ -155,7 +141,7 @@ class _Source:
 
         No label is suggested: followed without a thought, a wrong one would call normal slices cancer.
         """
-        text = f"Class folders under {self.root} that map to no label: {', '.join(map(_printable, names))}."
+        text = f"Class folders under {self.root} that map to no label: {', '.join(names)}."
         deeper = self._roots(self.root, DEPTH)
         if len(deeper) == 1 and deeper != [self.root]:
             return f"{text} Class folders lie deeper: give {shlex.quote(f'data.root={deeper[0]}')}"
@@ -170,8 +156,10 @@ class _Source:
         return [root for path in below if depth for root in self._roots(path, depth - 1)]
 
     def _skip(self, path: Path, reason: str) -> None:
-        name = _printable(path.relative_to(self.root).as_posix()) + "/" * path.is_dir()
-        self.listing.skipped.append({"source": self.name, "path": name, "reason": reason})
+        """Lists a file or folder with the reason why it is not used; nothing where there is no reason."""
+        if reason:
+            name = path.relative_to(self.root).as_posix() + "/" * path.is_dir()
+            self.listing.skipped.append({"source": self.name, "path": name, "reason": reason})
 
 
 def label_of(folder: str, labels: Mapping[str, str]) -> str | None:
@@ -195,11 +183,6 @@ def _advice(names: Iterable[str], label: str) -> str:
 def _comparable(name: str) -> str:
     """A name as names are compared: macOS takes letters and their accents apart."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _printable(name: str) -> str:
-    """A name with bytes that are no text shown as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _fail(error: OSError) -> None:  # else folders that may not be read would be left out in silence

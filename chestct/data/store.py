@@ -21,15 +21,11 @@ from chestct.files import digest, file_digest, json_digest, write_atomic
 from chestct.imaging.preprocess import THUMBNAIL, Preprocess
 from chestct.imaging.slice_files import why_skipped
 
-FORMAT = 7
-"""Version of the files below, and of how groups are made; another version is made anew."""
-
-STORE = "chestct-store.json"
-"""The file that names the pieces, with what no table holds."""
-
+FORMAT = 7  # of the files below, and of how groups are made; another version is made anew
+STORE = "chestct-store.json"  # the file that names the pieces, with what no table holds
 PIECES = {"slices": "u8", "manifest": "parquet", "pairs": "parquet"}
+# Names of pieces, finished and not, earlier versions' too; nothing else is ever removed from a store's folder
 OWN = re.compile(r"\.?(slices|images|thumbs|manifest|pairs)-[0-9a-f]{16}\.\w+(\..*partial)?|slices\.partial")
-"""Names of pieces, finished and not, earlier versions' too; nothing else is ever removed from a store's folder."""
 
 
 @dataclass

@@ -77,7 +77,7 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
     for other in (
         {"settings": {"fit": "body"}},  # other pixels
         {"manifest": joined},  # other groups, and so another split
-        {"manifest": store.manifest.assign(content="b")},
+        {"manifest": store.manifest.assign(content="b" + store.manifest["content"])},
         {"skipped": [{"source": "s", "path": "Thumbs.db", "reason": "left by Windows"}]},
         {"disbelieved": ["PatientID is the same"]},
     ):

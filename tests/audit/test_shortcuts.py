@@ -26,20 +26,29 @@ def test_no_shortcut_is_flagged_on_a_thousand_clean_slices(make_data, seed: int,
 
 
 @pytest.mark.parametrize(
-    ("family", "column", "shift"), [("size", "width", 25), ("grey", "std", 0.12), ("border", "border_mean", 0.12)]
+    ("family", "column", "shift"), [("size", "width", 25), ("grey", "std", -0.12), ("border", "border_mean", 0.12)]
 )
-@pytest.mark.parametrize("sign", [1, -1])
-def test_a_planted_shortcut_is_flagged_in_its_family_whatever_its_direction(
-    make_data, family: str, column: str, shift: float, sign: int
-):
+def test_a_planted_shortcut_is_flagged_in_its_family_whatever_its_direction(make_data, family, column, shift):
     data = make_data()
-    data.manifest[column] += sign * shift * (data.manifest["label"] == "cancer")
+    data.manifest[column] += shift * (data.manifest["label"] == "cancer")
     rows = measure(data)
     assert family in flagged(rows)
     assert rows[column]["auroc"] > 0.75
     assert rows[column]["low"] < rows[column]["auroc"] < rows[column]["high"]
     if family != "size":  # the file's bytes per pixel follow its size
         assert flagged(rows) == {family}
+
+
+def test_formats_and_pixels_tied_to_the_label_are_flagged(make_data):
+    data = make_data()
+    cancer = (data.manifest["label"] == "cancer").to_numpy()
+    data.manifest["mode"] = np.where(cancer, "RGBA", "L")
+    data.slices["image"][cancer] //= 2  # after preprocessing; the files' own levels differ as little as before
+    data.slices["image"][cancer, :2] = 255
+    rows = measure(data)
+    assert [rows[name]["flagged"] for name in ("format_mode", "seen_mean", "border_ring", "std")] == [True] * 3 + [
+        False
+    ]
 
 
 @pytest.mark.slow
@@ -62,38 +71,13 @@ def test_a_high_figure_on_few_slices_has_to_survive_the_correction_for_many_rule
     assert not row["flagged"]
 
 
-def test_format_tied_to_the_label_is_flagged(make_data):
-    data = make_data()
-    data.manifest["mode"] = np.where(data.manifest["label"] == "cancer", "RGBA", "L")
-    assert measure(data)["format_mode"]["flagged"]
-
-
-def test_pixels_of_the_border_tied_to_the_label_are_flagged(make_data):
-    data = make_data()
-    data.slices["image"][(data.manifest["label"] == "cancer").to_numpy(), :2] = 255
-    rows = measure(data)
-    assert rows["border_ring"]["flagged"]
-    assert rows["std"]["flagged"] is False
-
-
-def test_grey_levels_that_preprocessing_lets_through_are_flagged(make_data):
-    data = make_data()
-    data.slices["image"][(data.manifest["label"] == "cancer").to_numpy()] //= 2
-    rows = measure(data)
-    assert rows["seen_mean"]["flagged"]
-    assert not rows["std"]["flagged"]  # the files' own levels differ as little as before
-
-
 def test_the_thumbnail_is_a_weak_baseline_and_never_flagged(make_data):
     data = make_data()
-    cancer = (data.manifest["label"] == "cancer").to_numpy()
-    top, bottom = data.slices["image"][:, 4:18, 10:30].copy(), data.slices["image"][:, 22:36, 10:30].copy()
-    data.slices["image"][:, 4:18, 10:30] = np.where(
-        cancer[:, None, None], np.maximum(top, bottom), np.minimum(top, bottom)
-    )
-    data.slices["image"][:, 22:36, 10:30] = np.where(
-        cancer[:, None, None], np.minimum(top, bottom), np.maximum(top, bottom)
-    )
+    cancer = (data.manifest["label"] == "cancer").to_numpy()[:, None, None]
+    images = data.slices["image"]
+    top, bottom = images[:, 4:18, 10:30].copy(), images[:, 22:36, 10:30].copy()
+    images[:, 4:18, 10:30] = np.where(cancer, np.maximum(top, bottom), np.minimum(top, bottom))
+    images[:, 22:36, 10:30] = np.where(cancer, np.minimum(top, bottom), np.maximum(top, bottom))
     rows = measure(data)  # the same grey levels, in other places
     assert rows["thumbnail"]["auroc"] > 0.95
     assert flagged(rows) == set()
@@ -109,39 +93,37 @@ def test_models_are_never_tested_on_a_group_they_were_trained_on(make_data):
         group=patient, width=300 + rng.permutation(30)[patient], height=300 + rng.permutation(30)[patient],
         label=np.where(cancer, "cancer", "normal"), subtype=np.where(cancer, "cancer", "normal"),
     )  # fmt: skip
-    rows = measure(data)
-    assert rows["size_forest"]["auroc"] < 0.75
-    assert not rows["size_forest"]["flagged"]
+    row = measure(data)["size_forest"]
+    assert row["auroc"] < 0.75
+    assert not row["flagged"]
 
 
-def test_slices_of_one_group_do_not_narrow_the_interval(make_data):
+def test_slices_of_one_group_do_not_narrow_the_interval_and_copies_count_once(make_data):
     data = make_data(60)
     data.manifest["std"] += 0.05 * (data.manifest["label"] == "cancer")
-    alone = measure(data)["std"]
-    many = data.manifest.loc[data.manifest.index.repeat(8)].reset_index(drop=True)
-    data.manifest = many.assign(content=[f"content {i}" for i in range(len(many))])
-    data.splits = {}
+    alone, data.splits = measure(data)["std"], {}
+    copies = data.manifest.loc[data.manifest.index.repeat(8)].reset_index(drop=True)
+    data.manifest = copies
+    assert measure(data)["std"] == alone | {"test": {}}
+    data.manifest = copies.assign(content=[f"content {i}" for i in range(len(copies))])
     repeated = measure(data)["std"]
     assert repeated["auroc"] == pytest.approx(alone["auroc"])
     assert repeated["high"] - repeated["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.05)
-
-
-def test_copies_count_once(make_data):
-    data = make_data(100)
-    before = measure(data)["mean"]
-    copies = data.manifest.iloc[[3] * 50]
-    data.manifest = pd.concat([data.manifest, copies], ignore_index=True)
-    data.splits = {}
-    assert measure(data)["mean"]["auroc"] == before["auroc"]
 
 
 def test_undefined_figures_have_a_reason_instead_of_a_number(make_data):
     data = make_data(100)
     data.manifest["border_std"] = 0.0
     data.manifest.loc[5, "mean"] = np.nan
+    data.splits["tiny"] = pd.Series("train", data.manifest.index)
+    for label, n in (("normal", 4), ("cancer", 20)):
+        data.splits["tiny"].iloc[np.flatnonzero(data.manifest["label"] == label)[:n]] = "test"
     rows = measure(data)
     assert (rows["border_std"]["auroc"], rows["border_std"]["reason"]) == (None, "the same for every slice")
     assert (rows["mean"]["auroc"], rows["mean"]["reason"]) == (None, "values are missing")
+    tiny = rows["std"]["test"]["tiny"]  # a small test set gives a figure without an interval
+    assert 0 <= tiny["auroc"] <= 1
+    assert (tiny["low"], tiny["reason"][:27]) == (None, "too few groups: 4 of normal")
     one_class = make_data(50, cancer=1)
     assert {(row["auroc"], row["reason"]) for row in measure(one_class).values()} == {(None, "one class only")}
     few = measure(make_data(60, cancer=0.05))["std"]
@@ -149,27 +131,11 @@ def test_undefined_figures_have_a_reason_instead_of_a_number(make_data):
     assert "too few groups" in few["reason"]
 
 
-def test_a_small_test_set_gives_a_figure_without_an_interval(make_data):
-    data = make_data(100)
-    data.splits["tiny"] = data.splits["grouped"].replace({"test": "train"})
-    data.splits["tiny"].iloc[np.flatnonzero(data.manifest["label"] == "normal")[:4]] = "test"
-    data.splits["tiny"].iloc[np.flatnonzero(data.manifest["label"] == "cancer")[:20]] = "test"
-    row = measure(data)["std"]["test"]["tiny"]
-    assert 0 <= row["auroc"] <= 1
-    assert row["low"] is None
-    assert row["reason"].startswith("too few groups: 4 of normal")
-
-
-def test_test_figures_use_the_direction_learned_on_train(make_data):
+def test_test_figures_use_the_direction_learned_on_train_and_all_repeats_exactly(make_data):
     data = make_data(400)
     cancer = data.manifest["label"] == "cancer"
-    train = data.splits["grouped"] == "train"
-    data.manifest["std"] += np.where(train, 0.3, -0.3) * cancer
-    assert measure(data)["std"]["test"]["grouped"]["auroc"] < 0.1
-
-
-def test_every_baseline_is_measured_and_repeats_exactly(make_data):
-    data = make_data(80)
+    data.manifest["std"] += np.where(data.splits["grouped"] == "train", 0.3, -0.3) * cancer
     rows = measure(data)
+    assert rows["std"]["test"]["grouped"]["auroc"] < 0.1
     assert list(rows) == [baseline.name for baseline in BASELINES]
     assert measure(data) == rows

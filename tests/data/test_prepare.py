@@ -7,21 +7,19 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from chestct.config.schema import DataConfig
 from chestct.data import prepare, store
 from chestct.data.prepare import believable, ingest
 from chestct.data.store import open_store, store_folder
 from chestct.errors import DataError, DecodeError
+from tests.imaging.test_decode import dicom
 
 LABELS = {"normal": "normal", "cancer": "cancer"}
 
@@ -292,35 +290,6 @@ def test_a_run_that_dies_leaves_the_old_state(cfg, tmp_path, owner, name):
     assert len(list((tmp_path / "store").iterdir())) == 4
 
 
-def test_an_interrupted_run_does_not_wait_for_the_files_that_are_left(cfg, tmp_path, monkeypatch):
-    seen = []
-
-    def measure(file, *_):
-        seen.append(file.path)
-        time.sleep(0.2)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(prepare, "_measure", measure)
-    with pytest.raises(KeyboardInterrupt):
-        ingest(cfg, tmp_path / "store")
-    assert len(seen) < 6
-
-
-def test_colour_depth_and_kind_of_number_do_not_change_what_is_measured(tmp_path):
-    levels = np.random.default_rng(0).integers(0, 256, (40, 60)).astype(np.uint8)
-    folder = tmp_path / "data" / "normal"
-    folder.mkdir(parents=True)
-    Image.fromarray(levels).save(folder / "8.png")
-    Image.fromarray(levels.astype(np.uint16) * 257).save(folder / "16.png")
-    Image.fromarray(levels / np.float32(255)).save(folder / "32.tiff")
-    table = ingest(DataConfig(name="s", root=str(tmp_path / "data"), labels=LABELS), tmp_path / "store").manifest
-    assert (table["content"].nunique(), table["file_hash"].nunique()) == (1, 3)
-    for column, value in (("mean", levels.mean() / 255), ("std", levels.std() / 255)):
-        assert table[column].to_numpy() == pytest.approx(value, abs=1e-6)
-    assert np.ptp(table["border_std"]) < 1e-6
-
-
 def table(**columns: list[str]) -> pd.DataFrame:
     """Six slices of one source: three normal, three cancer."""
     manifest = pd.DataFrame({"source": "s", "subtype": ["normal"] * 3 + ["cancer"] * 3, "content": list("abcdef")})
@@ -374,24 +343,6 @@ def test_placeholders_are_set_aside_alone_and_each_source_is_judged_by_itself():
     assert "of s:" in note
 
 
-def dicom(path: Path, seed: int, **identifiers: str) -> None:
-    """A small CT slice unlike those of other seeds."""
-    pixels = np.kron(np.random.default_rng(seed).integers(0, 1500, (8, 8)), np.ones((10, 10))).astype(np.uint16)
-    ds = Dataset()
-    ds.file_meta = FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.SOPClassUID, ds.SOPInstanceUID, ds.Modality = CTImageStorage, f"1.2.{seed + 1}", "CT"
-    ds.Rows, ds.Columns = pixels.shape
-    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.PixelRepresentation = 1, "MONOCHROME2", 0
-    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 16, 16, 15
-    ds.RescaleSlope, ds.RescaleIntercept = 1, -1024
-    for name, value in identifiers.items():
-        setattr(ds, name, value)
-    ds.PixelData = pixels.tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ds.save_as(path, enforce_file_format=True)
-
-
 @pytest.mark.parametrize(
     ("identifiers", "groups", "noted"),
     [
@@ -402,8 +353,11 @@ def dicom(path: Path, seed: int, **identifiers: str) -> None:
 )
 def test_slices_with_a_believed_identifier_in_common_are_one_group(tmp_path, identifiers, groups, noted):
     for i in range(6):
+        path = tmp_path / "d" / ("normal" if i < 3 else "cancer") / f"{i}.dcm"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stored = np.kron(np.random.default_rng(i).integers(0, 1500, (8, 8)), np.ones((10, 10))).astype(np.int16)
         own = {name: values[i] for name, values in identifiers.items()}
-        dicom(tmp_path / "d" / ("normal" if i < 3 else "cancer") / f"{i}.dcm", i, **own)
+        path.write_bytes(dicom(stored, **dict.fromkeys(prepare.IDENTIFIERS.values()) | own))
     made = ingest(DataConfig(name="s", root=str(tmp_path / "d"), labels=LABELS, size=64), tmp_path / "store")
     assert made.manifest["group"].nunique() == groups
     assert bool(made.disbelieved) is noted

@@ -212,5 +212,5 @@ def test_names_in_any_script_are_read_and_one_that_is_no_text_is_an_error_that_s
     cfg = fill(tmp_path, *(f"normal/{name}" for name in names))
     assert sorted(read(cfg)) == sorted(f"normal/{name}" for name in names)
     (tmp_path / "normal" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
-    with pytest.raises(DataError, match=r"normal/\\udcff\.png is not UTF-8"):
+    with pytest.raises(DataError, match=r"is not UTF-8.*normal/\\udcff\.png"):
         list_slices(cfg)

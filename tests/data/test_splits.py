@@ -37,16 +37,11 @@ def test_no_group_lands_in_two_splits(groups, seed):
     assert (splits.groupby(manifest["group"]).nunique() == 1).all()
 
 
-def test_classes_are_shared_out_as_asked():
+def test_classes_are_shared_out_as_asked_by_the_seed():
     manifest = make_manifest(range(1000), ["normal"] * 200 + ["squamous"] * 800)
-    splits = make_splits(manifest, "binary", DataConfig(valid_fraction=0.15, test_fraction=0.2))
-    table = pd.crosstab(manifest["label"], splits, normalize="index")
+    one, again, two = (make_splits(manifest, "binary", DataConfig(split_seed=seed)) for seed in (1, 1, 2))
+    table = pd.crosstab(manifest["label"], one, normalize="index")
     assert np.allclose(table[["train", "valid", "test"]], [0.65, 0.15, 0.2], atol=0.01)
-
-
-def test_another_seed_deals_otherwise_and_the_same_seed_alike():
-    manifest = make_manifest(range(200), ["normal", "squamous"] * 100)
-    one, again, two = (make_splits(manifest, "binary", DataConfig(split_seed=s)) for s in (1, 1, 2))
     assert one.equals(again)
     assert not one.equals(two)
 
@@ -82,11 +77,6 @@ OFFICIAL = ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
 CLASSES = ["normal", "squamous"] * 7
 
 
-def test_official_takes_the_folders_word():
-    manifest = make_manifest(range(14), CLASSES, OFFICIAL)
-    assert make_splits(manifest, "binary", DataConfig(split="official")).tolist() == OFFICIAL
-
-
 def test_official_clean_drops_what_crosses_and_copies_in_train():
     groups = [0, 1, 2, 3, 0, 5, 0, 7, 8, 9, 8, 0, 12, 13]
     content = [f"c{i}" for i in range(14)]
@@ -114,11 +104,19 @@ def test_official_clean_keeps_one_of_each_copy_whatever_the_order_of_the_folders
     assert (splits[6:] != "").all()
 
 
+def test_official_takes_the_folders_word_where_there_is_one():
+    manifest = make_manifest(range(14), CLASSES, OFFICIAL)
+    assert make_splits(manifest, "binary", DataConfig(split="official")).tolist() == OFFICIAL
+    assert load_splits(manifest, Config(data=DataConfig(split="official")))["target"].tolist() == [0, 1] * 7
+    with pytest.raises(DataError, match=r"data\.split=grouped"):
+        make_splits(make_manifest(range(14), CLASSES), "binary", DataConfig(split="official"))
+
+
 @pytest.mark.parametrize("split", ["official", "official_clean"])
 def test_a_source_without_a_split_of_its_own_is_named_not_dropped(split):
     manifest = make_manifest(range(28), [*CLASSES, *CLASSES], [*OFFICIAL, *[""] * 14])
     manifest.loc[14:, "source"] = "clinic"
-    with pytest.raises(DataError, match=r"these sources have none: clinic\. Use data\.split=grouped"):
+    with pytest.raises(DataError, match=r"folders in: clinic\. Use data\.split=grouped"):
         make_splits(manifest, "binary", DataConfig(split=split))
 
 
@@ -132,22 +130,8 @@ def test_a_source_without_a_valid_folder_gives_some_of_its_training_slices():
     assert (splits[14:] == "valid").sum() == 6
 
 
-def test_folders_without_a_split_need_a_grouped_one():
-    with pytest.raises(DataError, match=r"data\.split=grouped"):
-        make_splits(make_manifest(range(14), CLASSES), "binary", DataConfig(split="official"))
-
-
-def test_official_without_valid_folder_takes_whole_groups_from_train():
-    manifest = make_manifest(
-        np.arange(60) // 2, ["normal", "normal", "squamous", "squamous"] * 15, ["train"] * 40 + ["test"] * 20
-    )
-    splits = make_splits(manifest, "binary", DataConfig(split="official"))
-    assert 4 <= (splits == "valid").sum() <= 8
-    assert not leaked(manifest, splits).any()
-
-
 @pytest.mark.parametrize(
-    ("drop", "says"), [("normal", "Only one class"), ("valid normal", "No normal slices in the valid")]
+    ("drop", "says"), [("normal", "Only one class"), ("valid normal", "no normal slices in valid")]
 )
 def test_a_missing_class_is_said(drop, says):
     classes = ["squamous"] * 14 if drop == "normal" else [*["normal", "squamous"] * 3, *["squamous"] * 4, *CLASSES[:4]]
@@ -157,7 +141,7 @@ def test_a_missing_class_is_said(drop, says):
 
 def test_leakage_stops_the_run_unless_it_is_allowed_and_is_then_marked():
     manifest = make_manifest([0, *range(1, 10), 0, *range(11, 14)], CLASSES, OFFICIAL)
-    with pytest.raises(DataError, match=r"1 of 4 test slices.*data\.allow_leakage=true"):
+    with pytest.raises(DataError, match=r"1 of 4 test and 0 of 4 valid slices.*data\.allow_leakage=true"):
         load_splits(manifest, Config(data=DataConfig(split="official")))
     table = load_splits(manifest, Config(data=DataConfig(split="official", allow_leakage=True)))
     assert table["leaked"].sum() == 1
@@ -170,16 +154,17 @@ def test_subtype_task_needs_subtypes():
         )
 
 
-def test_targets_follow_the_order_of_the_classes():
-    manifest = make_manifest(range(14), CLASSES, OFFICIAL)
-    table = load_splits(manifest, Config(data=DataConfig(split="official")))
-    assert table["target"].tolist() == [0, 1] * 7
-
-
-def test_dealing_large_groups_first_keeps_parts_even():
-    counts = pd.DataFrame({"a": [10, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]})
-    part = stratified_group_split(counts, [0.5, 0.5], seed=0)
-    assert counts["a"].groupby(part).sum().tolist() == [10, 10]
+@pytest.mark.parametrize(
+    ("counts", "shares", "sums"),
+    [
+        ([10, *[1] * 10], [0.5, 0.5], [10, 10]),  # large groups come first
+        ([1] * 20, [0.65, 0.15, 0.2], [13, 3, 4]),
+        ([10, 10, 10], [0.65, 0.15, 0.2], [10, 10, 10]),  # all groups are large: each part still gets one
+    ],
+)
+def test_parts_are_as_even_as_groups_allow(counts, shares, sums):
+    counts = pd.DataFrame({"normal": counts})
+    assert counts["normal"].groupby(stratified_group_split(counts, shares, seed=0)).sum().tolist() == sums
 
 
 def test_validation_and_test_do_not_hang_on_one_large_group():
@@ -196,13 +181,3 @@ def test_another_class_that_is_full_does_not_send_a_large_group_elsewhere():
         counts, [0.65, 0.15, 0.2], seed=0
     )  # 70 are more than 0.65 of all cancers: train is full of them
     assert part[1] == part[2] == 0
-
-
-def test_where_all_groups_are_large_each_part_still_gets_one():
-    part = stratified_group_split(pd.DataFrame({"normal": [10, 10, 10]}), [0.65, 0.15, 0.2], seed=0)
-    assert sorted(part) == [0, 1, 2]
-
-
-def test_slices_that_are_alone_are_dealt_as_the_shares_say():
-    part = stratified_group_split(pd.DataFrame({"normal": [1] * 20, "cancer": [0] * 20}), [0.65, 0.15, 0.2], seed=0)
-    assert part.value_counts().tolist() == [13, 4, 3]
