@@ -169,7 +169,7 @@ def export(cfg: Config, out: Path) -> None:
     other checks that evaluation.* switches on go into the model card.
     """
     from chestct.evaluation.export import export
-    from chestct.models.bundle_folder import check_target
+    from chestct.models.bundle import check_target
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.tracking import run_of

@@ -23,7 +23,7 @@ FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "unreadable", "shortcu
 FINDINGS += ("identifiers", "shift", "duplicates")
 """Kinds of findings of the audit."""
 
-MONITORS = ("valid/loss", "valid/auroc", "valid/balanced_accuracy")
+MONITORS = ("valid/loss", "valid/auroc")
 
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"

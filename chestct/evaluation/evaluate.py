@@ -28,12 +28,12 @@ from chestct.errors import ChestCTError
 from chestct.evaluation.outputs import normal_features, outputs
 from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle
-from chestct.models.device import on_accelerator
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_cam
+from chestct.models.vgg16 import pick_device
 from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
 from chestct.stats.drift import differences, training_facts
 from chestct.stats.metrics import Estimate, auroc, measure
@@ -81,9 +81,9 @@ class Evaluation:
         """What normal training slices show, which heat maps are held against (chestct.models.saliency)."""
         assert self.model is not None
         assert self.data is not None
-        with torch.no_grad(), on_accelerator(self.model.net, self.cfg.trainer.accelerator) as device:
+        with torch.no_grad():
             features = normal_features(self.model, self.data, self.cfg)
-            return normal_cam(self.model.net, features.to(device).float()).cpu()
+            return normal_cam(self.model.net, features.to(self.model.device).float()).cpu()
 
     @cached_property
     def bundle(self) -> Bundle:
@@ -108,7 +108,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
             "Nothing to evaluate: give a checkpoint with ckpt=runs/.../checkpoints/best.ckpt, ckpt=last for the "
             "newest run, or a bundle with bundle=FOLDER."
         )
-    model = load_classifier(Path(cfg.ckpt), cfg.trust).eval()
+    model = load_classifier(Path(cfg.ckpt), cfg.trust).eval().to(pick_device(cfg.trainer.accelerator))
     data = data or SliceModule(cfg)
     data.prepare_data()
     data.setup()

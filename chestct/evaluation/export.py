@@ -18,16 +18,7 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
     card: the model card, as chestct.reporting.render.model_card makes it.
     """
-    assert evaluation.model is not None
-    return save_bundle(
-        folder,
-        evaluation.model.net,
-        evaluation.point,
-        evaluation.novelty_model,
-        evaluation.baseline,
-        facts(evaluation),
-        card,
-    )
+    return save_bundle(folder, dataclasses.replace(evaluation.bundle, facts=facts(evaluation), card=card))
 
 
 def facts(evaluation: Evaluation) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, decided, made, measured, row
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
+from chestct.models.vgg16 import pick_device
 from chestct.stats.drift import differences
 
 CHUNK = 64
@@ -31,6 +32,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     has not been trained on. Raises BundleError and DataError.
     """
     bundle = load_bundle(cfg.bundle or "packaged")
+    bundle.net.to(pick_device(cfg.trainer.accelerator))
     cfg = _seen_as_trained(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
     manifest, left_out = _slices(cfg, store, bundle)

@@ -68,7 +68,7 @@ def check_explanation(
     if len(images) < 2 or not masks.any((1, 2)).all():
         raise ValueError("at least two slices, each with a lesion, are needed")
     score, cam = _explain(net, images, outputs, baseline)
-    shown = heat_to_square(heat(cam), images.shape[1]).numpy()
+    shown = np.stack([heat_to_square(one, images.shape[1]) for one in heat(cam)])
     body = np.stack([ndimage.binary_fill_holes(image > BODY_LEVEL * 255) for image in images])
     few = np.argsort(-score, kind="stable")[:curves]
     result: dict[str, Any] = {
@@ -212,7 +212,7 @@ def _curves(
         random = [torch.tensor(rng.random(one.shape)) for _ in range(DRAWS)]
         score = _scorer(net, int(output))
         for kind, order in [("heat", one), *(("random", draw) for draw in random)]:
-            ranking = heat_to_square(order[None].float(), side)[0].numpy()
+            ranking = heat_to_square(order.float(), side)
             areas["deletion"][kind].append(_area(score, image, blurred, ranking, inside))
             areas["insertion"][kind].append(_area(score, blurred, image, ranking, inside))
     means = {name: {kind: float(np.mean(values)) for kind, values in by.items()} for name, by in areas.items()}

@@ -15,7 +15,6 @@ from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.evaluation.novelty_check import novelty_figures
 from chestct.evaluation.robustness import robustness
-from chestct.models.device import on_accelerator
 from chestct.models.saliency import explained_output
 from chestct.phantom.dataset import write
 
@@ -31,11 +30,7 @@ def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
         "novelty": (cfg.evaluation.novelty, novelty),
         "robustness": (cfg.evaluation.robustness, under_changes),
     }
-    wanted = {name: make for name, (slices, make) in sections.items() if slices}
-    if not wanted:
-        return {}
-    with on_accelerator(evaluation.bundle.net, cfg.trainer.accelerator):
-        return {name: make(evaluation) for name, make in wanted.items()}
+    return {name: make(evaluation) for name, (slices, make) in sections.items() if slices}
 
 
 def explanation(evaluation: Evaluation) -> dict[str, Any]:

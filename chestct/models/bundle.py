@@ -5,7 +5,10 @@ one is noticed. A head on the packaged convolutions makes a bundle of some kilob
 """
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 import chestct
 from chestct.config.schema import ModelConfig, WindowConfig
@@ -22,7 +26,6 @@ from chestct.config.targets import check_trusted
 from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
-from chestct.models.bundle_folder import CARD, FACTS, TENSORS, replacing
 from chestct.models.bundle_schema import check_facts
 from chestct.models.novelty import NoveltyModel, channel_means
 from chestct.models.operating_point import OperatingPoint
@@ -36,6 +39,8 @@ SCHEMA = 2
 PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
 """The bundle in the package, trained on real slices; its model card says on which."""
 
+TENSORS, FACTS, CARD = "model.safetensors", "bundle.json", "MODEL_CARD.md"
+
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
 """Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
 
@@ -46,7 +51,7 @@ class Outputs:
 
     logits: np.ndarray  # float32 [N, 1] or [N, classes]
     probabilities: np.ndarray  # float64 [N, classes], calibrated
-    decision: np.ndarray  # str [N]: cancer, normal or uncertain
+    decision: np.ndarray  # str [N]: cancer, normal, uncertain or refused
     novelty: np.ndarray  # float32 [N]; above 1 a slice is too far from the training data
     heat: np.ndarray | None  # float32 [N, h, w] in [0, 1], what speaks for cancer more than in normal slices
 
@@ -101,13 +106,13 @@ class Bundle:
     @torch.no_grad()
     def predict(self, images: np.ndarray, explain: bool = False) -> Outputs:
         """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
-        parts = [self._seen(x, explain) for x in self.net.batches(images)]
+        parts = [self._answers(x, explain) for x in self.net.batches(images)]
         logits, novelty, heat = (np.concatenate(part) for part in zip(*parts, strict=True))
         probabilities = self.point.probabilities(logits)
         decision = self.point.decide(probabilities, novelty)
         return Outputs(logits, probabilities, decision, novelty, heat if explain else None)
 
-    def _seen(self, x: torch.Tensor, explain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _answers(self, x: torch.Tensor, explain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Logits, novelty and heat (without `explain`: nothing) of slices float [B, 1, S, S]."""
         conv5 = self.net.conv5(x)
         maps = self.net.pool(conv5)
@@ -118,73 +123,109 @@ class Bundle:
         return logits, self.novelty_model.distance(channel_means(maps, self.net.channels).cpu()).numpy(), shown
 
 
-def save_bundle(
-    folder: Path,
-    net: VGG16,
-    point: OperatingPoint,
-    novelty_model: NoveltyModel,
-    baseline: torch.Tensor,
-    facts: dict[str, Any],
-    card: str,
-) -> Bundle:
+def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     """Writes a bundle whole or not at all, and returns it as loaded from there.
 
-    The convolutions are written too unless they are the packaged ones and were not trained further. facts: task,
+    The convolutions are written too unless they are the packaged ones and were not trained further. bundle.facts: task,
     classes, model, preprocess, window, data and whatever else is worth knowing. Raises BundleError where the folder
     holds anything but a bundle.
     """
-    own = net.digest != PACKAGED_SHA256 or facts["model"]["trained_convolutions"]
+    net = bundle.net
+    own = net.digest != PACKAGED_SHA256 or bundle.facts["model"]["trained_convolutions"]
     tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
     if own:
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
-    tensors |= {f"novelty.{key}": value for key, value in novelty_model.to_tensors().items()}
-    tensors["saliency.baseline"] = baseline
+    tensors |= {f"novelty.{key}": value for key, value in bundle.novelty_model.to_tensors().items()}
+    tensors["saliency.baseline"] = bundle.baseline
+    files = {TENSORS: save({key: value.contiguous() for key, value in tensors.items()}), CARD: bundle.card.encode()}
     facts = {
         "schema": SCHEMA,
         "chestct": chestct.__version__,
-        **facts,
+        **{key: value for key, value in bundle.facts.items() if key != "digest"},
         "weights": {
             "packaged": not own,
             "mean": net.mean.flatten().tolist(),
             "scale": net.scale.flatten().tolist(),
             "digest": net.digest,
         },
-        "operating_point": point.to_dict(),
+        "operating_point": bundle.point.to_dict(),
+        "files": {name: digest(data) for name, data in files.items()},
     }
-    with replacing(folder) as new:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, new / TENSORS)
-        (new / TENSORS).chmod(0o644)  # safetensors' files are for one user
-        (new / CARD).write_bytes(card.encode())
-        facts["files"] = {name: digest((new / name).read_bytes()) for name in (TENSORS, CARD)}
-        facts = json.loads(json.dumps(facts, allow_nan=False))
-        check_facts(facts)
-        text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
-        (new / FACTS).write_bytes(text.encode())
+    facts = json.loads(json.dumps(facts, allow_nan=False))
+    check_facts(facts)
+    text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
+    with _replacing(folder) as new:
+        for name, data in (files | {FACTS: text.encode()}).items():
+            (new / name).write_bytes(data)
     return load_bundle(folder)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A new folder next to `folder`; it takes that one's place when the block ends without an error.
+
+    Exports to one folder wait for each other, by a lock that stays next to it. What one that was killed left there is
+    put back, where it had moved the old bundle away, or removed. Raises BundleError as `check_target`.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.bundle-{which}") for which in ("new", "old"))
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if old.exists() and not os.path.lexists(folder):
+            old.replace(folder)
+        check_target(folder)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+        new.mkdir()
+        try:
+            yield new
+            if folder.exists():
+                folder.replace(old)
+            new.replace(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def check_target(folder: Path) -> None:
+    """Raises BundleError unless a bundle may take a folder's place: there is none, it is empty, or it is a bundle."""
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a folder. Give another for the bundle: bundle={folder}-bundle")
+    names = {entry.name for entry in folder.iterdir()}
+    other = {entry.name for entry in folder.iterdir() if entry.name not in LARGEST or not entry.is_file()}
+    if other or (names and FACTS not in names):
+        raise BundleError(
+            f"{folder} holds {min(other or names)} and is no bundle: an export would remove what is in it. Give a "
+            f"folder of its own: bundle={folder / 'bundle'}"
+        )
 
 
 def load_bundle(source: str | Path) -> Bundle:
     """The bundle in a folder; `packaged` is the one in the package.
 
-    Raises BundleError where something is missing, altered, unexpected, out of bounds or of a newer version.
+    Raises BundleError where something is missing, altered, unexpected, out of bounds or of another version.
     """
     folder = PACKAGED_BUNDLE if str(source) == "packaged" else Path(source)
     facts = _read_facts(folder)
     files = {name: _read(folder, name, facts["files"][name]) for name in (TENSORS, CARD)}
     try:
         tensors = load(files[TENSORS])
-        net = _network(facts, tensors, folder)
-        novelty_model = NoveltyModel.from_tensors(_part(tensors, "novelty."))
-        baseline = tensors["saliency.baseline"]
-        if baseline.shape[:2] != (2, 1 if facts["task"] == "binary" else len(facts["classes"])):
-            raise ValueError(f"saliency.baseline is shaped {list(baseline.shape)}")
-        point = OperatingPoint.from_dict(facts["operating_point"])
-        card = files[CARD].decode()
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BundleError(
-            f"The bundle {folder} cannot be used: {str(error).splitlines()[0]}. Export it again."
-        ) from None
-    return Bundle(net.eval().requires_grad_(False), point, novelty_model, baseline, facts, card)
+        bundle = Bundle(
+            _network(facts, tensors, folder).eval().requires_grad_(False),
+            OperatingPoint.from_dict(facts["operating_point"]),
+            NoveltyModel.from_tensors(_part(tensors, "novelty.")),
+            tensors["saliency.baseline"],
+            facts,
+            files[CARD].decode(),
+        )
+        size = facts["preprocess"]["size"]
+        bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise BundleError(f"The bundle {folder} cannot be used: {reason}. Export it again.") from None
+    return bundle
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
@@ -197,8 +238,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         )
     try:
         facts = json.loads(_read(folder, FACTS), parse_constant=_refuse)
-        schema = facts["schema"]
-        stated = facts.pop("digest")
+        schema, stated = facts["schema"], facts.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{path} is damaged. Export the bundle again.") from None
     if schema != SCHEMA:
@@ -211,14 +251,6 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         check_facts(facts)
     except ValueError as error:
         raise BundleError(f"{path} is not a bundle's: {error}. Export the bundle again.") from None
-    unexpected = sorted(
-        entry.name for entry in folder.iterdir() if entry.name not in (TENSORS, FACTS, CARD) and entry.name[0] != "."
-    )
-    if unexpected:
-        raise BundleError(
-            f"The bundle {folder} holds a file that does not belong to it: {unexpected[0]}. A bundle is {TENSORS}, "
-            f"{FACTS} and {CARD}; remove anything else."
-        )
     return facts | {"digest": stated}
 
 
@@ -238,7 +270,8 @@ def _read(folder: Path, name: str, expected: str = "") -> bytes:
 
 
 def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path) -> VGG16:
-    about, model = facts["weights"], facts["model"]
+    about = facts["weights"]
+    model = {key: value for key, value in facts["model"].items() if key != "trained_convolutions"}
     if about["packaged"]:
         weights = load_weights("oxford")
         if weights.digest != about["digest"]:
@@ -246,16 +279,12 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
     else:
         mean, scale, backbone = tuple(about["mean"]), tuple(about["scale"]), model.get("backbone", "vgg16")
         weights = Weights("bundle", _part(tensors, "features."), mean, scale, about["digest"], backbone)
-    outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
-    head = _part(tensors, "head.")
-    cfg = ModelConfig(pool=model["pool"], hidden=model["hidden"], dropout=model["dropout"], head=model.get("head", {}))
+    cfg = ModelConfig(**model)
     check_trusted(cfg.head, f"The bundle {folder}")
-    if not cfg.head:  # before memory is taken for what bundle.json says
-        layers = sorted((int(key.split(".")[0]), len(w)) for key, w in head.items() if key.endswith(".weight"))
-        if (widths := [width for _, width in layers]) != [*model["hidden"], outputs]:
-            raise ValueError(f"the head's layers are {widths} wide, not {[*model['hidden'], outputs]}")
-    net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
-    net.head.load_state_dict(head)
+    outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
+    with torch.device("meta"):  # no memory is taken for what bundle.json says
+        net = VGG16(cfg, outputs, facts["preprocess"]["size"], weights)
+    net.head.load_state_dict(_part(tensors, "head."), assign=True)
     return net
 
 

@@ -6,8 +6,6 @@ needed: command lines look for a checkpoint before they know that their settings
 """
 
 import io
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,6 @@ REFITS = "refits"
 """Folder below an evaluation's own, for heads that are trained again for a comparison; none of them is a run."""
 
 
-END_OF_ARCHIVE = b"PK\x05\x06"
-"""How the last 22 bytes of a zip archive begin. They end with the length of a comment, in which the seal is kept."""
-
-
 def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Path:
     """The checkpoint file that `ckpt` names.
 
@@ -30,11 +24,11 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Pa
     """
     path, name = Path(ckpt), "best.ckpt" if best else "last.ckpt"
     if ckpt == "last":
-        # Runs that end in the same instant are told apart by their names, which begin with the time.
-        runs = sorted(_last_of_runs(Path(runs_dir)), key=lambda last: (last.stat().st_mtime_ns, last.parts))
+        runs = [path for path in Path(runs_dir).glob("**/checkpoints/last.ckpt") if _is_run(path.relative_to(runs_dir))]
         if not runs:
             raise ConfigError(f"ckpt=last: no run with a checkpoint under {runs_dir}. Train first: python train.py")
-        path = runs[-1].with_name(name)
+        # Runs that end in the same instant are told apart by their names, which begin with the time.
+        path = max(runs, key=lambda last: (last.stat().st_mtime_ns, last.parts)).with_name(name)
     elif path.is_dir():
         path = path / "checkpoints" / name
     if not path.is_file():
@@ -46,14 +40,8 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Pa
     return path
 
 
-def _last_of_runs(runs_dir: Path) -> Iterator[Path]:
-    """last.ckpt of every run and every job of a sweep; hidden folders and refits are none."""
-    for path in runs_dir.glob("**/checkpoints/last.ckpt"):
-        folders, real = path.relative_to(runs_dir).parts, path.resolve()
-        if real.is_relative_to(runs_dir.resolve()):  # a link to a refit is one, too
-            folders += real.relative_to(runs_dir.resolve()).parts
-        if path.is_file() and not any(name == REFITS or name.startswith(".") for name in folders):
-            yield path
+def _is_run(path: Path) -> bool:
+    return not any(part == REFITS or part.startswith(".") for part in path.parts)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -64,49 +52,32 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     import torch
 
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise WeightsError(
-            f"No checkpoint {path}. "
-            + (f"In that folder: {', '.join(near)}. " if near else "")
-            + "Give the path of a .ckpt file, a run folder, or ckpt=last for the newest run under runs_dir."
-        )
+        raise WeightsError(f"No checkpoint {path}. Give a .ckpt file, a run folder, or ckpt=last for the newest run.")
     content = path.read_bytes()
-    if not _whole(content, path):
+    if len(content) < 86 or content != sealed(content[:-66] + bytes(2)):
         raise WeightsError(
-            f"The checkpoint {path} is damaged: its checksum is wrong. Take another copy of it, or the other one of "
-            "best.ckpt and last.ckpt."
+            f"The checkpoint {path} is damaged: its checksum is wrong or missing. Take another copy of it, or the "
+            "other one of best.ckpt and last.ckpt; one of a version that wrote no checksum has to be trained again."
         )
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler and its zip reader happen to raise
         reason = "it holds more than plain data and tensors" if "weights_only" in str(error) else "it is damaged"
         raise WeightsError(f"The checkpoint {path} cannot be read: {reason}.") from None
-    parts = [checkpoint, *(_part(checkpoint, name) for name in ("chestct", "state_dict", "hyper_parameters"))]
-    parts += [_part(parts[-1], name) for name in ("settings", "data")]
+    try:
+        hyper = checkpoint["hyper_parameters"]
+        parts = [checkpoint["chestct"], checkpoint["state_dict"], hyper["settings"], hyper["data"]]
+    except (KeyError, TypeError):
+        parts = [None]
     if not all(isinstance(part, dict) for part in parts):  # OmegaConf would read a text as YAML
         raise WeightsError(f"{path} is not a checkpoint of this project.")
     return checkpoint
 
 
-def _part(value: Any, name: str) -> Any:
-    return value.get(name) if isinstance(value, dict) else None
-
-
 def sealed(archive: bytes) -> bytes:
-    """What torch.save made, with the SHA-256 of it as the archive's comment; torch.load reads it as before."""
+    """What torch.save made, with the SHA-256 of it as the zip archive's comment; torch.load reads it as before.
+
+    An archive ends with the length of its comment, two bytes, which torch leaves at 0.
+    """
     body = archive[:-2]
     return body + len(digest(body)).to_bytes(2, "little") + digest(body).encode()
-
-
-def _whole(content: bytes, path: Path) -> bool:
-    """Whether a file is as it was written; of one without a seal, whether the checksums of its pieces are right."""
-    if content[-86:-82] == END_OF_ARCHIVE:
-        return content == sealed(content[:-66] + bytes(2))
-    if content[-22:-18] != END_OF_ARCHIVE:
-        return False
-    print(f"{path} is of a version that wrote no checksum over a whole checkpoint: only its pieces are checked.")
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.testzip() is None
-    except Exception:  # zipfile raises whatever a damaged header leads it to
-        return False

@@ -1,57 +1,55 @@
 """Frozen features: while the convolutions do not change, they run once per view and their outputs are kept on disk.
 
 A cache folder belongs to one feature space (weights, preprocessing, view settings) and holds shards: safetensors files
-of some hundred slices with a checksum, each written whole or not at all. A killed run loses one shard at most, and
-several processes can write at once; a damaged shard is never believed.
+of some hundred slices, each named by its own digest and written whole or not at all. A killed run loses one shard at
+most, and several processes can write at once; a damaged shard is never believed.
 """
 
 import json
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from chestct.config.schema import Config
-from chestct.data.datamodule import SliceModule
+from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
+from chestct.models.novelty import channel_means
 from chestct.models.vgg16 import VGG16
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of shards and of how views are made; part of the name of a cache folder."""
 
 
-def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str]) -> None:
-    """Gives the data module the frozen features of these splits: every view that training will see, else the plain one.
+def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], views: int) -> None:
+    """Gives the data module the frozen features of these splits: of train so many views, of others the plain slices.
 
     Images are then not touched any more while the convolutions are frozen.
     """
-    with Progress(disable=not cfg.trainer.progress, transient=True) as progress:
-
-        def of(split: str, view: int) -> torch.Tensor:
-            dataset = data.dataset(split)
-            return extract(
-                net,
+    for split in splits:
+        dataset = data.dataset(split)
+        data.features[split] = [
+            extract(
+                net.pooled,
                 partial(dataset.slices, view=view),
                 dataset.contents,
                 space_folder(cfg, net.digest, view),
+                net.mean.device,
                 batch_size=cfg.features.batch_size,
-                progress=progress,
-                label=f"Features, {split}, view {view}",
+                label=f"Features, {split}, view {view}" if cfg.trainer.progress else "",
             )
-
-        trained = min(cfg.data.views + 1, cfg.trainer.max_epochs)
-        views = {split: range(trained if split == "train" else 1) for split in splits}
-        data.features |= {split: [of(split, view) for view in views[split]] for split in splits}
+            for view in range(views if split == "train" else 1)
+        ]
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
@@ -62,68 +60,36 @@ def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     return cfg.cache / "features" / json_digest(settings)[:24]
 
 
-def pooled(net: VGG16, x: torch.Tensor) -> torch.Tensor:
-    """What the head gets after its pooling, float32 [B, D], of slices float [B, 1, S, S]."""
-    return net.head[0](net.maps(x)).float()
-
-
+@torch.no_grad()
 def extract(
-    net: VGG16,
+    layer: Callable[[torch.Tensor], torch.Tensor],
     slices: Callable[[Sequence[int]], torch.Tensor],
     contents: Sequence[str],
     folder: Path,
+    device: torch.device,
     *,
     batch_size: int,
-    progress: Progress | None = None,
-    label: str = "Features",
-    layer: Callable[[VGG16, torch.Tensor], torch.Tensor] = pooled,
+    label: str = "",
 ) -> torch.Tensor:
-    """What `layer` gives for N slices, [N, ...], from the cache where it is there, else computed and cached.
+    """What `layer` gives for N slices, [N, ...] on the CPU, from the cache where it is there, else computed and cached.
 
-    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features. The
-    result lies on the CPU.
+    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features;
+    label: of the progress bar, if there is to be one.
     """
     rows = _load(folder, set(contents))
     first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
-    todo = [i for i in sorted(first.values()) if contents[i] not in rows]
-    if todo:
-        rows |= _compute(net, slices, contents, todo, folder, batch_size, progress, label, layer)
+    todo = sorted(i for content, i in first.items() if content not in rows)
+    shard: dict[str, torch.Tensor] = {}
+    for at in track(range(0, len(todo), batch_size), label, transient=True, disable=not label or not todo):
+        batch = todo[at : at + batch_size]
+        features = layer(slices(batch).to(device)).cpu()
+        shard |= {contents[i]: row.clone() for i, row in zip(batch, features, strict=True)}
+        if len(shard) >= SHARD or batch[-1] == todo[-1]:
+            raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
+            write_atomic(folder / f"{digest(raw)}.safetensors", raw)
+            rows |= shard
+            shard = {}
     return torch.stack([rows[content] for content in contents])
-
-
-@torch.no_grad()
-def _compute(
-    net: VGG16,
-    slices: Callable[[Sequence[int]], torch.Tensor],
-    contents: Sequence[str],
-    todo: Sequence[int],
-    folder: Path,
-    batch_size: int,
-    progress: Progress | None,
-    label: str,
-    layer: Callable[[VGG16, torch.Tensor], torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    device = next(net.features.parameters()).device
-    task = progress.add_task(label, total=len(todo)) if progress else None
-    rows: dict[str, torch.Tensor] = {}
-    for start in range(0, len(todo), SHARD):
-        shard: dict[str, torch.Tensor] = {}
-        part = todo[start : start + SHARD]
-        for at in range(0, len(part), batch_size):
-            batch = part[at : at + batch_size]
-            features = layer(net, slices(batch).to(device)).cpu()
-            shard |= {contents[i]: row.clone() for i, row in zip(batch, features, strict=True)}
-            if progress and task is not None:
-                progress.advance(task, len(batch))
-        _save(shard, folder)
-        rows |= shard
-    return rows
-
-
-def _save(shard: dict[str, torch.Tensor], folder: Path) -> None:
-    contents, features = json.dumps(list(shard)), torch.stack(list(shard.values()))
-    about = {"contents": contents, "checksum": _checksum(contents, features)}
-    write_atomic(folder / f"{uuid.uuid4().hex}.safetensors", save({"features": features}, about))
 
 
 def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
@@ -135,14 +101,13 @@ def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as shard:
-                about = shard.metadata()
-                contents = json.loads(about["contents"])
-                if wanted.isdisjoint(contents):
-                    continue
-                features = shard.get_tensor("features")
-            if _checksum(about["contents"], features) != about["checksum"]:
+                contents = json.loads(shard.metadata()["contents"])
+            if wanted.isdisjoint(contents):
+                continue
+            raw = path.read_bytes()
+            if digest(raw) != path.stem:
                 raise ValueError("its checksum does not match")
-            rows |= {content: row for content, row in zip(contents, features, strict=True) if content in wanted}
+            rows |= dict(zip(contents, load(raw)["features"], strict=True))
         except FileNotFoundError:
             continue  # another process removed it first
         except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
@@ -151,5 +116,19 @@ def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
     return rows
 
 
-def _checksum(contents: str, features: torch.Tensor) -> str:
-    return digest(f"{contents} {list(features.shape)} {features.dtype} ".encode() + features.numpy().tobytes())
+@torch.no_grad()
+def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndarray, torch.Tensor]:
+    """Logits [N, K] and mean-pooled features [N, 512] of the plain slices of a split, both float32, on the CPU.
+
+    From the features that the dataset holds, else by the convolutions; `net` is put into eval mode.
+    """
+    net.eval()
+    every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], batch_size))
+    if dataset.features:
+        every = dataset.features[:1]
+    parts = [
+        (net.head(maps.to(net.mean.device)).float().cpu(), channel_means(maps, net.channels).float().cpu())
+        for maps in every
+    ]
+    logits, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return logits.numpy(), pooled

@@ -5,6 +5,7 @@ knows the data it was made for. Convolutions that never train are not saved: the
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from chestct.config.checks import resolve
 from chestct.config.targets import build, check_trusted
 from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
-from chestct.models.vgg16 import VGG16, count_parameters
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
 Batch = dict[str, torch.Tensor]
@@ -31,8 +32,7 @@ class Classifier(L.LightningModule):
     """Trains a VGG16 on batches of `x` (slices, or pooled features), `y` and `i` as SliceDataset makes them.
 
     settings: the run's Config as plain containers; class_names: in the order of the targets; class_counts: slices of
-    each class in train, for the class weights; data: what identifies the data (hash, split, leaks), kept for the
-    record.
+    each class in train, for the class weights; data: what identifies the data (hash, leaks), kept for the record.
     """
 
     # Frozen convolutions are not in the checkpoint; `on_load_checkpoint` looks that nothing else is missing.
@@ -52,9 +52,8 @@ class Classifier(L.LightningModule):
         counts = torch.tensor(class_counts, dtype=torch.float32)
         weight = counts.sum() / (len(counts) * counts) if cfg.optim.class_weights else torch.ones(len(counts))
         self.register_buffer("class_weight", weight, persistent=False)
-        self.metrics = nn.ModuleDict({f"{s}_": metric_collection(outputs, s) for s in ("train", "valid", "test")})
-        self.losses = nn.ModuleDict({f"{s}_": MeanMetric() for s in ("train", "valid", "test")})
-        self.predictions: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.metrics = nn.ModuleDict({f"{stage}_": metric_collection(outputs, stage) for stage in ("train", "valid")})
+        self.losses = nn.ModuleDict({f"{stage}_": MeanMetric() for stage in ("train", "valid")})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: slices float [B, 1, S, S] in [0, 1], or features [B, D]. Returns logits [B, outputs]."""
@@ -70,6 +69,14 @@ class Classifier(L.LightningModule):
         losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
         return (losses * weight[y]).sum() / weight[y].sum()
 
+    def measured(self, logits: torch.Tensor, y: torch.Tensor, stage: str) -> dict[str, float]:
+        """Loss and metrics, `stage/NAME`, of a whole split at once: logits float32 [N, K], y int [N]."""
+        metrics = metric_collection(logits.shape[1], stage)
+        metrics.update(_scores(logits), y)
+        weight = cast(torch.Tensor, self.class_weight)
+        loss = self.loss(logits.to(weight.device), y.to(weight.device))
+        return {name: float(value) for name, value in (metrics.compute() | {f"{stage}/loss": loss}).items()}
+
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self._step(batch, "train")
         if self.trainer.is_last_batch:  # not at the end of the epoch: callbacks that look then would come too early
@@ -79,8 +86,8 @@ class Classifier(L.LightningModule):
     def validation_step(self, batch: Batch, _: int) -> None:
         self._step(batch, "valid")
 
-    def test_step(self, batch: Batch, _: int) -> None:
-        self._step(batch, "test")
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("valid")
 
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
         logits = self(batch["x"])
@@ -88,13 +95,14 @@ class Classifier(L.LightningModule):
         # Batches count by their class weights: the mean over an epoch is that over its slices, however they are dealt.
         weight = cast(torch.Tensor, self.class_weight)[batch["y"]].sum()
         cast(MeanMetric, self.losses[f"{stage}_"]).update(loss.detach(), weight)
-        scores = logits.detach().float()
-        # Scores, not logits: torchmetrics takes logits that happen to lie in [0, 1] for scores.
-        scores = scores[:, 0].sigmoid() if scores.shape[1] == 1 else scores.softmax(1)
-        cast(MetricCollection, self.metrics[f"{stage}_"]).update(scores, batch["y"])
-        if stage != "train":
-            self.predictions.setdefault(stage, []).append((batch["i"].cpu(), logits.detach().float().cpu()))
+        cast(MetricCollection, self.metrics[f"{stage}_"]).update(_scores(logits.detach().float()), batch["y"])
         return loss
+
+    def _log_metrics(self, stage: str) -> None:
+        # Once an epoch: logged in every step, metrics would cost more than all else that a step on features does.
+        self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]), on_step=False, on_epoch=True)
+        mean = cast(MeanMetric, self.losses[f"{stage}_"])
+        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, prog_bar=stage == "valid")
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
@@ -103,43 +111,13 @@ class Classifier(L.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
-    def _log_metrics(self, stage: str) -> None:
-        # Once an epoch: logged in every step, metrics would cost more than all else that a step on features does.
-        self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]), on_step=False, on_epoch=True)
-        mean = cast(MeanMetric, self.losses[f"{stage}_"])
-        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, prog_bar=stage == "valid")
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_metrics("valid")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_metrics("test")
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin("valid")
-
-    def on_test_epoch_start(self) -> None:
-        self._begin("test")
-
-    def _begin(self, stage: str) -> None:
-        # Lightning resets only what the same trainer has measured.
-        self.predictions.pop(stage, None)
-        cast(MetricCollection, self.metrics[f"{stage}_"]).reset()
-        cast(MeanMetric, self.losses[f"{stage}_"]).reset()
-
-    def logits(self, stage: str) -> torch.Tensor:
-        """Logits [N, outputs] of the last validation or test of one process, in the order of the split's slices."""
-        positions, logits = (torch.cat(parts) for parts in zip(*self.predictions[stage], strict=True))
-        return logits[positions.argsort()]
-
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optim
         optimizer: torch.optim.Optimizer
         # Convolutions that join in later are in the optimiser from the start: without gradients it leaves them alone.
-        later = self.net.features[self._first_layer() :].parameters()
         groups = [
             {"params": list(self.net.head.parameters()), "lr": cfg.lr},
-            {"params": list(later), "lr": cfg.lr * cfg.backbone_lr_ratio},
+            {"params": self._later(), "lr": cfg.lr * cfg.backbone_lr_ratio},
         ]
         groups = [group for group in groups if group["params"]]
         if cfg.optimizer:
@@ -165,24 +143,22 @@ class Classifier(L.LightningModule):
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
-            if cfg.schedule == "constant":
-                return 1.0
             done = min(1.0, (step - warmup) / max(1, steps - warmup))
-            return 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+            return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done))
 
         return lr_scheduler.LambdaLR(optimizer, factor)
 
-    def _first_layer(self) -> int:
-        """Index of the first layer of the convolutions that trains at any time in the run."""
+    def _later(self) -> list[nn.Parameter]:
+        """Parameters of the convolutions that train at any time in the run."""
         later = self.cfg.trainer
-        return self.net.first_trainable(5 - later.unfreeze_blocks if later.unfreeze_epoch else self.cfg.model.freeze)
+        first = self.net.first_trainable(5 - later.unfreeze_blocks if later.unfreeze_epoch else self.cfg.model.freeze)
+        return list(self.net.features[first:].parameters())
 
     def parameter_counts(self) -> dict[str, int]:
         """Trainable and all parameters, as the settings leave them after the last unfreezing."""
-        head, _ = count_parameters(list(self.net.head.parameters()))
-        _, later = count_parameters(list(self.net.features[self._first_layer() :].parameters()))
-        _, everything = count_parameters(list(self.net.parameters()))
-        return {"parameters/trainable": head + later, "parameters/all": everything}
+        training = [*self.net.head.parameters(), *self._later()]
+        parts = {"parameters/trainable": training, "parameters/all": self.net.parameters()}
+        return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         state = super().state_dict(*args, **kwargs)
@@ -197,38 +173,24 @@ class Classifier(L.LightningModule):
         check_fits(checkpoint, self)
 
 
+def _scores(logits: torch.Tensor) -> torch.Tensor:
+    """What metrics take: torchmetrics would take logits that happen to lie in [0, 1] for scores."""
+    return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
 def metric_collection(outputs: int, stage: str) -> MetricCollection:
     """What is measured on every epoch of a stage: binary metrics of the class cancer, or macro means over classes."""
-    if outputs == 1:
-        parts: dict[str, Any] = {
-            "accuracy": tm.BinaryAccuracy(),
-            "precision": tm.BinaryPrecision(),
-            "recall": tm.BinaryRecall(),
-            "specificity": tm.BinarySpecificity(),
-            "f1": tm.BinaryF1Score(),
-            "auroc": tm.BinaryAUROC(),
-            "average_precision": tm.BinaryAveragePrecision(),
-            "balanced_accuracy": BinaryBalancedAccuracy(),
-        }
-    else:
-        parts = {
-            "accuracy": tm.MulticlassAccuracy(outputs, average="micro"),
-            "precision": tm.MulticlassPrecision(outputs),
-            "recall": tm.MulticlassRecall(outputs),
-            "f1": tm.MulticlassF1Score(outputs),
-            "auroc": tm.MulticlassAUROC(outputs),
-            "average_precision": tm.MulticlassAveragePrecision(outputs),
-            "balanced_accuracy": tm.MulticlassAccuracy(outputs, average="macro"),
-        }
+    kind: dict[str, Any] = {"task": "binary"} if outputs == 1 else {"task": "multiclass", "num_classes": outputs}
+    parts: dict[str, Any] = {
+        "accuracy": tm.Accuracy(**kind),
+        "precision": tm.Precision(**kind, average="macro"),
+        "recall": tm.Recall(**kind, average="macro"),
+        "specificity": tm.Specificity(**kind, average="macro"),
+        "f1": tm.F1Score(**kind, average="macro"),
+        "auroc": tm.AUROC(**kind),
+        "average_precision": tm.AveragePrecision(**kind),
+    }
     return MetricCollection(parts, prefix=f"{stage}/")
-
-
-class BinaryBalancedAccuracy(tm.BinaryStatScores):
-    """Mean of sensitivity and specificity; torchmetrics has it for several classes only."""
-
-    def compute(self) -> torch.Tensor:
-        tp, fp, tn, fn = (getattr(self, name).float() for name in ("tp", "fp", "tn", "fn"))
-        return (tp / (tp + fn).clamp(min=1) + tn / (tn + fp).clamp(min=1)) / 2
 
 
 def load_classifier(path: Path, trust: Sequence[str] = ()) -> Classifier:
@@ -250,20 +212,16 @@ def check_fits(checkpoint: dict[str, Any], model: Classifier) -> None:
     theirs = resolve(checkpoint["hyper_parameters"]["settings"])
     if theirs.task != model.cfg.task:
         raise WeightsError(f"The checkpoint was made for task={theirs.task}, not task={model.cfg.task}.")
-    state, wanted = checkpoint["state_dict"], model.state_dict()
-    differing = sorted(
-        key
-        for key in state.keys() | wanted.keys()
-        if getattr(state.get(key), "shape", 0) != getattr(wanted.get(key), "shape", 1)
-    )
-    if differing:
+    states = checkpoint["state_dict"], model.state_dict()
+    shapes = [{key: getattr(value, "shape", None) for key, value in state.items()} for state in states]
+    if shapes[0] != shapes[1]:
         ours, other = (dataclasses.asdict(cfg.model) for cfg in (model.cfg, theirs))
         settings = ", ".join(f"model.{k}={other[k]} (now {ours[k]})" for k in ours if ours[k] != other[k])
         raise WeightsError(
-            f"The checkpoint belongs to another model: {settings or 'the tensor ' + differing[0] + ' differs'}. "
+            f"The checkpoint belongs to another model: {settings or 'its tensors differ'}. "
             "Give the settings it was made with, or start anew without ckpt."
         )
-    if model.cfg.always_frozen and checkpoint["chestct"]["weights"] != model.net.digest:
+    if model.cfg.always_frozen and checkpoint["chestct"].get("weights") != model.net.digest:
         raise WeightsError(
             "The checkpoint's head was trained on other convolution weights than "
             f"model.weights={model.cfg.model.weights} now gives."

@@ -48,7 +48,12 @@ class NoveltyModel:
 
         The Mahalanobis distance to the training slices, divided by the threshold.
         """
-        return _distance(self, features) / self.threshold
+        offset = _roots_of_shares(features) - self.mean.double()
+        directions = self.directions.double()
+        along = offset @ directions.T  # (N, k)
+        beyond = offset - along @ directions
+        squared = (along**2 / self.variances.double()).sum(1) + (beyond**2).sum(1) / self.rest.double()
+        return squared.sqrt().float() / self.threshold
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
         """Everything that `from_tensors` needs, contiguous, as safetensors wants it."""
@@ -58,11 +63,10 @@ class NoveltyModel:
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "NoveltyModel":
         """The inverse of `to_tensors`; raises TypeError or ValueError for others."""
         model = cls(**tensors)
-        (k, d), single = model.directions.shape, torch.Size([])
-        shapes = {"mean": (d,), "variances": (k,), "rest": single, "threshold": single}
-        for name, shape in shapes.items():
-            if tensors[name].shape != shape:
-                raise ValueError(f"novelty.{name} is shaped {list(tensors[name].shape)}, not {list(shape)}")
+        k, d = model.directions.shape
+        for name, shape in {"mean": [d], "variances": [k], "rest": [], "threshold": []}.items():
+            if list(tensors[name].shape) != shape:
+                raise ValueError(f"novelty.{name} is shaped {list(tensors[name].shape)}, not {shape}")
         return model
 
 
@@ -91,8 +95,10 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quan
         rest=rest.float(),
         threshold=torch.tensor(1.0),
     )
-    threshold = _upper(_distance(model, features_valid).double(), quantile)
-    return replace(model, threshold=torch.tensor(threshold, dtype=torch.float32))
+    distances = model.distance(features_valid).double()
+    logs = distances.clamp(min=1e-12).log()
+    fitted = logs.mean() + math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1)) * logs.std()
+    return replace(model, threshold=torch.maximum(distances.quantile(quantile), fitted.exp()).float())
 
 
 def channel_means(features: torch.Tensor, channels: int) -> torch.Tensor:
@@ -104,18 +110,3 @@ def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:
     """float64: differences of directions that hardly vary are small next to the features themselves."""
     features = features.double().clamp(min=0)
     return (features / features.sum(1, keepdim=True).clamp(min=1e-12)).sqrt()
-
-
-def _distance(model: NoveltyModel, features: torch.Tensor) -> torch.Tensor:
-    offset = _roots_of_shares(features) - model.mean.double()
-    directions = model.directions.double()
-    along = offset @ directions.T  # (N, k)
-    beyond = offset - along @ directions
-    squared = (along**2 / model.variances.double()).sum(1) + (beyond**2).sum(1) / model.rest.double()
-    return squared.sqrt().float()
-
-
-def _upper(distances: torch.Tensor, quantile: float) -> float:
-    logs = distances.clamp(min=1e-12).log()
-    fitted = logs.mean() + math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1)) * logs.std()
-    return max(float(distances.quantile(quantile)), float(fitted.exp()))

@@ -11,13 +11,7 @@ import numpy as np
 
 from chestct.config.schema import EvaluationConfig
 from chestct.models.novelty import FOREIGN
-from chestct.stats.calibration import (
-    Calibration,
-    choose_threshold,
-    fit_calibration,
-    fit_conformal,
-    prediction_sets,
-)
+from chestct.stats.calibration import Calibration, choose_threshold, fit_calibration, fit_conformal, prediction_sets
 
 CANCER, NORMAL, UNCERTAIN, REFUSED = "cancer", "normal", "uncertain", "refused"
 
@@ -41,17 +35,18 @@ class OperatingPoint:
         """From validation logits float [N, 1] or [N, K] and targets int [N] (0 is normal in both tasks)."""
         calibration = fit_calibration(logits, targets)
         probabilities = _by_class(calibration.scores(logits))
-        cancer, truth = 1 - probabilities[:, 0], (targets > 0).astype(int)
-        threshold = choose_threshold(cancer, truth, cfg.threshold, cfg.cost_ratio)
+        cancer, truth = 1 - probabilities[:, 0], targets > 0
+        threshold = choose_threshold(cancer, truth.astype(int), cfg.threshold, cfg.cost_ratio)
         flagged = cancer >= threshold
-        counts = {
-            "cancers": int(truth.sum()),
-            "found": int((flagged & (truth == 1)).sum()),
-            "normals": int((1 - truth).sum()),
-            "flagged": int((flagged & (truth == 0)).sum()),
-        }
-        quantiles = fit_conformal(probabilities, targets, cfg.coverage)
-        return cls(calibration, threshold, cfg.threshold, cfg.coverage, tuple(quantiles), counts)
+        counts = {"cancers": truth, "found": flagged & truth, "normals": ~truth, "flagged": flagged & ~truth}
+        return cls(
+            calibration,
+            threshold,
+            cfg.threshold,
+            cfg.coverage,
+            tuple(fit_conformal(probabilities, targets, cfg.coverage)),
+            {name: int(slices.sum()) for name, slices in counts.items()},
+        )
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """Calibrated P(class), float64 [N, classes], for logits [N, 1] (normal, cancer) or [N, K]."""
@@ -65,7 +60,7 @@ class OperatingPoint:
         where it is hardly a chest CT slice at all (above FOREIGN).
         """
         cancer = 1 - probabilities[:, 0] >= self.threshold
-        sets = prediction_sets(probabilities, list(self.quantiles))
+        sets = self.sets(probabilities)
         holds_normal, holds_cancer = sets[:, 0], sets[:, 1:].any(1)
         sure = np.where(cancer, holds_cancer & ~holds_normal, holds_normal & ~holds_cancer)
         decision = np.where(sure & (novelty <= 1), np.where(cancer, CANCER, NORMAL), UNCERTAIN)

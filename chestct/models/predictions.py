@@ -19,11 +19,8 @@ def prediction_table(manifest: pd.DataFrame, split: str, logits: np.ndarray, tas
     class that has a logit of its own (binary: cancer only); scores are P(class), not calibrated.
     """
     table = manifest.loc[manifest["split"] == split, KEPT].reset_index(drop=True)
-    names = output_names(task)
-    scores = to_scores(logits)
-    for i, name in enumerate(names):
-        table[f"logit_{name}"] = logits[:, i].astype(np.float64)
-        table[f"score_{name}"] = scores[:, i]
+    for prefix, values in (("logit", logits.astype(np.float64)), ("score", to_scores(logits))):
+        table[[f"{prefix}_{name}" for name in output_names(task)]] = values
     return table
 
 

@@ -3,10 +3,10 @@
 The input contract is one channel in [0, 1]; the three channels, mean and scale that the weights expect are made here,
 so that no caller can get them wrong. The last map of the convolutions is all that the head sees, which makes frozen
 features and class activation maps exact and cheap. `model.backbone` puts other convolutions of torchvision's in their
-place.
+place, `model.head` another head.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -29,21 +29,29 @@ class VGG16(nn.Module):
         self.size = size
         self.digest = weights.digest  # of the convolutions as they were given; training changes the network, not this
         layers = convolutions(weights.backbone).eval()
-        channels, height, width = layers(torch.empty(1, 3, size, size, device="meta")).shape[1:]
-        self.channels = channels
-        self.features = _filled(layers, weights)
-        self.head = _head(cfg, channels if cfg.pool == "gap" else channels * height * width, outputs)
+        self.channels, height, width = layers(torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        if weights.tensors is None:
+            layers = convolutions(weights.backbone, "cpu")
+        else:
+            layers.load_state_dict(dict(weights.tensors), assign=True)
+        # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
+        self.features = layers.to(memory_format=torch.channels_last)
+        self.head = _head(cfg, self.channels if cfg.pool == "gap" else self.channels * height * width, outputs)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
-        self.register_buffer("mean", torch.tensor(weights.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor(weights.scale).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", weights.mean), ("scale", weights.scale)):
+            self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float [B, 1, S, S] in [0, 1]. Returns logits [B, outputs]."""
         return self.head(self.maps(x))
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
-        """The last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`."""
+        """What the head gets: the last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`."""
         return self.pool(self.conv5(x))
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """`maps` after the head's own pooling, float32 [B, D]: what is cached while convolutions are frozen."""
+        return self.head[0](self.maps(x)).float()
 
     def conv5(self, x: torch.Tensor) -> torch.Tensor:
         """What the last max pool gets, [B, 512, S // 16, S // 16], for x as in `forward`.
@@ -57,9 +65,9 @@ class VGG16(nn.Module):
         layers = self.features[:-1] if self._ends_with_a_pool else self.features
         return layers(x.contiguous(memory_format=torch.channels_last))
 
-    def pool(self, fine: torch.Tensor) -> torch.Tensor:
+    def pool(self, conv5: torch.Tensor) -> torch.Tensor:
         """From `conv5` to `maps`."""
-        return self.features[-1](fine) if self._ends_with_a_pool else fine
+        return self.features[-1](conv5) if self._ends_with_a_pool else conv5
 
     @property
     def _ends_with_a_pool(self) -> bool:
@@ -107,23 +115,6 @@ class VGG16(nn.Module):
         return not any(p.requires_grad for p in self.features.parameters())
 
 
-def _filled(layers: nn.Sequential, weights: Weights) -> nn.Sequential:
-    """The layers with the weights' tensors, or with random ones as torchvision draws them."""
-    if weights.tensors is not None:
-        layers.load_state_dict(dict(weights.tensors), assign=True)
-    else:
-        layers.to_empty(device="cpu")
-        for layer in layers.modules():
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
-            elif callable(reset := getattr(layer, "reset_parameters", None)):
-                reset()
-    # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
-    return layers.to(memory_format=torch.channels_last)
-
-
 def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
     """Pooling, then linear layers with ReLU and dropout between them, or a head of the user's own."""
     if cfg.head:
@@ -134,8 +125,7 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
     for out in cfg.hidden:
         layers += [nn.Dropout(cfg.dropout), nn.Linear(width, out), nn.ReLU()]
         width = out
-    layers += [nn.Dropout(cfg.dropout), nn.Linear(width, outputs)]
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), nn.Linear(width, outputs))
 
 
 class Pool(nn.Module):
@@ -151,6 +141,10 @@ class Pool(nn.Module):
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
 
 
-def count_parameters(parameters: Sequence[nn.Parameter]) -> tuple[int, int]:
-    """(trainable, all) numbers in these parameters."""
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+def pick_device(accelerator: str = "auto") -> torch.device:
+    """What a network computes on outside of training, which Lightning decides: this machine's accelerator or the CPU.
+
+    accelerator: of `trainer.accelerator`, cpu counts; a checkpoint of a GPU is evaluated on what there is.
+    """
+    device = None if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    return device or torch.device("cpu")

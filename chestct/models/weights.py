@@ -1,9 +1,10 @@
 """Where the convolutions and their weights come from: torchvision's networks, the file in the package, or one's own.
 
 Each source knows the mean and scale that its weights were trained with. Only safetensors and `weights_only=True` are
-ever loaded, and a packaged file is checked against its hash before use.
+ever loaded, and the packaged file is checked against its hash before use.
 """
 
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,9 @@ from chestct.files import digest, file_digest
 PACKAGED = Path(__file__).with_name("vgg16_features.fp16.safetensors")
 PACKAGED_SHA256 = "608705a5e8e9a7d5d75e2eb4a72185943564b134fca29f49123ae440f73775ed"
 
-OXFORD_MEAN, OXFORD_SCALE = (0.48235, 0.45882, 0.40784), (255.0, 255.0, 255.0)
-TORCHVISION_MEAN, TORCHVISION_SCALE = (0.485, 0.456, 0.406), (1 / 0.229, 1 / 0.224, 1 / 0.225)
+OXFORD = (0.48235, 0.45882, 0.40784), (255.0, 255.0, 255.0)
+TORCHVISION = (0.485, 0.456, 0.406), (1 / 0.229, 1 / 0.224, 1 / 0.225)
+"""Mean and scale."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Weights:
     backbone: str = "vgg16"  # the name of torchvision's network
 
 
-def convolutions(backbone: str = "vgg16") -> nn.Sequential:
-    """`features` of a network of torchvision's, on the meta device: shapes without numbers.
+def convolutions(backbone: str = "vgg16", device: str = "meta") -> nn.Sequential:
+    """`features` of a network of torchvision's; on the meta device they have shapes without numbers.
 
     Raises ConfigError where torchvision has no network of that name, or it has no such part.
     """
     try:
-        with torch.device("meta"):  # drawing VGG16's classifier, which is thrown away, would take a second
+        with torch.device(device):
             features = getattr(get_model(backbone, weights=None), "features", None)
     except ValueError:
         features = None
@@ -61,9 +63,7 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
     A file is taken to expect the same input as `oxford` unless its name contains `imagenet1k`, as torchvision's do.
     Raises WeightsError for a file that is missing, altered, unsafe or of another network, and for a hub out of reach.
     """
-    mean, scale = OXFORD_MEAN, OXFORD_SCALE
-    if backbone != "vgg16" or "imagenet1k" in Path(name).name.lower():
-        mean, scale = TORCHVISION_MEAN, TORCHVISION_SCALE
+    mean, scale = TORCHVISION if backbone != "vgg16" or "imagenet1k" in Path(name).name.lower() else OXFORD
     if name == "none":
         return Weights(name, None, mean, scale, "none", backbone)
     if name == "oxford":
@@ -72,23 +72,16 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
                 f"model.weights=oxford are VGG16's. For model.backbone={backbone} give model.weights=imagenet1k_v1 "
                 "(downloaded) or a file of torchvision's."
             )
-        tensors, identity = _packaged(), PACKAGED_SHA256
+        raw = PACKAGED.read_bytes() if PACKAGED.is_file() else b""
+        if digest(raw) != PACKAGED_SHA256:
+            raise WeightsError(f"The packaged weights {PACKAGED} are missing or altered. Install chestct again.")
+        tensors, identity = load(raw), PACKAGED_SHA256
     elif name == "imagenet1k_v1":
         tensors, identity = _torchvision(backbone)
     else:
         tensors, identity = _file(Path(name))
         identity = digest(f"{identity} {mean} {scale}")  # the file's name decides about them
     return Weights(name, _checked(tensors, name, backbone), mean, scale, identity, backbone)
-
-
-def _packaged() -> dict[str, torch.Tensor]:
-    try:
-        raw = PACKAGED.read_bytes()
-    except FileNotFoundError:
-        raise WeightsError(f"The packaged weights {PACKAGED} are missing. Install chestct again.") from None
-    if digest(raw) != PACKAGED_SHA256:
-        raise WeightsError(f"The packaged weights {PACKAGED} were altered (wrong SHA-256). Install chestct again.")
-    return load(raw)
 
 
 def _torchvision(backbone: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -111,21 +104,13 @@ def _file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         )
     try:
         if path.suffix == ".safetensors":
-            tensors: Any = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"model.weights={path} cannot be read: {str(error).splitlines()[0]}") from None
-    except Exception as error:
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        raise WeightsError(
-            f"model.weights={path} holds more than tensors, and unpickling it could run code. Save it again as "
-            "safetensors, or as a plain state dict."
-        ) from None
-    if not isinstance(tensors, Mapping):
-        raise WeightsError(f"model.weights={path} holds a {type(tensors).__name__}, not a state dict.")
-    return dict(tensors), file_digest(path)
+            return load_file(path), file_digest(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True)), file_digest(path)
+    except pickle.UnpicklingError:
+        reason = "it holds more than tensors, and unpickling it could run code. Save it as safetensors"
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+    raise WeightsError(f"model.weights={path} cannot be read: {reason}.")
 
 
 def _checked(tensors: Mapping[str, Any], name: str, backbone: str) -> dict[str, torch.Tensor]:
@@ -133,9 +118,10 @@ def _checked(tensors: Mapping[str, Any], name: str, backbone: str) -> dict[str, 
     checked = {}
     for key, wanted in convolutions(backbone).state_dict().items():
         tensor = tensors.get(f"features.{key}")
-        shape = tuple(wanted.shape)
-        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
-            what = "missing" if tensor is None else f"shaped {tuple(getattr(tensor, 'shape', ()))} instead of {shape}"
-            raise WeightsError(f"model.weights={name} are not the weights of {backbone}: features.{key} is {what}.")
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != wanted.shape:
+            raise WeightsError(
+                f"model.weights={name} are not the weights of {backbone}: features.{key} is missing or not shaped "
+                f"{list(wanted.shape)}."
+            )
         checked[key] = tensor.to(wanted.dtype)
     return checked

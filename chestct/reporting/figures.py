@@ -18,7 +18,7 @@ from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.evaluation.export import reliability
 from chestct.models.bundle import Bundle
-from chestct.models.saliency import Placement, explained_output, heat, normalised_cam, overlay
+from chestct.models.saliency import blend, explained_output, heat, heat_to_square, normalised_cam
 from chestct.reporting.environment import as_text, jpeg
 from chestct.reporting.text import called
 
@@ -146,12 +146,13 @@ def gallery(evaluation: Evaluation) -> dict[str, list[dict[Any, Any]]]:
 @torch.no_grad()
 def _pictures(gray: np.ndarray, called: str, bundle: Bundle) -> dict[str, Any]:
     """A square uint8 [S, S] without and with the heat of what speaks for what it was called."""
-    conv5 = bundle.net.conv5(torch.from_numpy(gray)[None, None].float() / 255)
+    conv5 = bundle.net.conv5(next(bundle.net.batches(gray[None])))
     output, names = np.zeros(1, int), classes_of("subtype")
     if bundle.baseline.shape[1] > 1:  # subtypes, maybe reduced to cancer and normal: then the likeliest kind of cancer
-        logits = bundle.net.head(bundle.net.pool(conv5)).numpy()
+        logits = bundle.net.head(bundle.net.pool(conv5)).cpu().numpy()
         output = np.array([names.index(called)]) if called in names else explained_output(logits)
     against = bundle.baseline.shape[1] == 1 and called == "normal"
-    shown = heat(normalised_cam(bundle.net, conv5, output, bundle.baseline, against)[1])[0]
-    square = Placement(len(gray), (0, 0, len(gray), len(gray)), (0, 0, len(gray), len(gray)))
-    return {"plain": jpeg(gray, 192), "heat": jpeg(overlay(gray, shown, square), 192), "silent": not shown.any()}
+    cam = normalised_cam(bundle.net, conv5, output, bundle.baseline)[1]
+    shown = heat(-cam if against else cam)[0].cpu()
+    over = blend(gray, heat_to_square(shown, len(gray)))
+    return {"plain": jpeg(gray, 192), "heat": jpeg(over, 192), "silent": not shown.any()}

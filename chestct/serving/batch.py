@@ -20,7 +20,7 @@ from chestct.errors import ChestCTError, DataError, DecodeError
 from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read
 from chestct.imaging.slice_files import describe_skipped, walk
-from chestct.models.device import pick_device
+from chestct.models.vgg16 import pick_device
 from chestct.serving.predictor import NOT_MEDICAL, Prediction, Predictor
 
 THREADS = 6

@@ -7,8 +7,7 @@ from chestct.training.train import Result, train
 
 __all__ = ["Result", "train"]
 
-# What Lightning says to everybody is silenced here, so that what it says to somebody is seen, and so that the processes
-# that Lightning starts are as quiet: they import this package before anything else happens.
+# Here, so that the processes that Lightning starts are as quiet: they import this package before anything else happens.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
 for message in (

@@ -1,6 +1,7 @@
-"""What happens around the steps: history, convolutions that join in, and early stopping."""
+"""What happens around the steps: history, checkpoints, convolutions that join in, and early stopping."""
 
 import gc
+import io
 import multiprocessing
 import signal
 from pathlib import Path
@@ -8,17 +9,24 @@ from typing import Any, cast
 
 import lightning as L
 import pandas as pd
-from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.files import write_atomic
+from chestct.models.checkpoint import sealed
 from chestct.models.lightning_module import Classifier
 
 
 def callbacks_of(settings: Config, out: Path) -> list[Callback]:
-    """Every callback of a training run but those that keep checkpoints."""
+    """Every callback of a training run; the last two keep best.ckpt (by `trainer.monitor`) and last.ckpt.
+
+    Two, because ModelCheckpoint(save_last=True) writes only in epochs that are among the best. The best comes first, so
+    that the last, written at the end of every epoch, holds what it knows.
+    """
     cfg = settings.trainer
     callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
     if cfg.unfreeze_epoch:
@@ -28,8 +36,10 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
         callbacks.append(stop)
     if cfg.progress:
         callbacks.append(RichProgressBar(leave=False))
-    own = settings.callbacks.items()
-    return callbacks + [build(spec, Callback, f"callbacks.{name}") for name, spec in own]
+    callbacks += [build(spec, Callback, f"callbacks.{name}") for name, spec in settings.callbacks.items()]
+    keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    best = Keeper(out / "checkpoints", "best", monitor=cfg.monitor, mode=cfg.mode, **keep)
+    return [*callbacks, best, Keeper(out / "checkpoints", "last", monitor=None, **keep)]
 
 
 class History(Callback):
@@ -77,12 +87,35 @@ class Unfreeze(Callback):
 
 
 class EndWithParent(Callback):
-    """Lets SIGTERM end a process that Lightning started for DDP at once.
+    """Lets SIGTERM end a process that Lightning started for DDP at once; the process that started it tells of it.
 
-    The process that started it ends all of them together and tells of it; the checkpoint of the last whole epoch is in
-    place. Lightning's own handler would wait for the other processes, one of which may be gone.
+    Lightning's own handler would wait for the other processes, one of which may be gone.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1 and multiprocessing.parent_process():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Keeper(ModelCheckpoint):
+    """ModelCheckpoint that knows its best in a run folder that was moved or copied, too.
+
+    Lightning keeps absolute paths; where they differ, it forgets what was best, and the next epoch would replace it.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        path = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
+        if path.is_file():
+            scores = {str(path): state_dict["best_model_score"]} if self.monitor else {}
+            paths = {"best_model_path": str(path), "kth_best_model_path": str(path), "best_k_models": scores}
+            state_dict = state_dict | paths | {"dirpath": self.dirpath}
+        super().load_state_dict(state_dict)
+
+
+class SealedCheckpoints(TorchCheckpointIO):
+    """Lightning's own files with a checksum over everything, written whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(Path(path), sealed(buffer.getvalue()))

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pandas as pd
+import torch
 import torch.distributed as dist
 from filelock import FileLock
 from lightning.fabric.plugins.environments import (
@@ -33,13 +34,13 @@ from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
-from chestct.models.features import attach
+from chestct.models.features import attach, outputs
 from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
+from chestct.models.vgg16 import pick_device
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
-from chestct.training.callbacks import callbacks_of
-from chestct.training.checkpoints import SealedCheckpoints, keepers
+from chestct.training.callbacks import SealedCheckpoints, callbacks_of
 
 
 @dataclass(frozen=True)
@@ -57,36 +58,46 @@ class Result:
 
 
 def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | None = None) -> Result:
-    """Trains as `cfg` says, keeps checkpoints and history in `out`, and tests the best checkpoint.
+    """Trains as `cfg` says, keeps checkpoints and history in `out`, and measures the best checkpoint.
 
     data: made from `cfg` unless it is given, set up or not. With cfg.ckpt, goes on from that checkpoint. With
-    trainer.strategy=ddp, other processes take part in the training, and this one alone measures the best checkpoint.
+    trainer.strategy=ddp, other processes take part in the training, and each that returns has measured all slices.
     Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C or SIGTERM; the checkpoint of the last
     whole epoch is then in place.
     """
     run = run or Run()
     L.seed_everything(cfg.seed, verbose=False)
-    _make_writable(out, cfg)
+    try:
+        write_atomic(out / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    except OSError as error:
+        reason = f"Cannot write to the run folder {out}: {error.strerror}. Choose another with runs_dir=FOLDER."
+        raise ChestCTError(reason) from None
     where = environment(cfg.trainer.strategy)
-    best, last = keepers(cfg.trainer, out / "checkpoints")
-    trainer = _trainer(cfg, out, [*callbacks_of(cfg, out), best, last], where)
-    own: list[Logger] = [
-        build(spec, Logger, f"loggers.{name}", save_dir=out)  # type: ignore[type-abstract]
-        for name, spec in cfg.loggers.items()
-    ]
-
-    with _one_at_a_time(cfg, where):
+    callbacks = callbacks_of(cfg, out)
+    trainer = _trainer(cfg, out, callbacks, where)
+    own = [build(spec, Logger, f"loggers.{name}", save_dir=out) for name, spec in cfg.loggers.items()]  # type: ignore[type-abstract]
+    # Processes that torchrun or srun started prepare data one after the other: the first makes it, others read it.
+    cfg.cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cfg.cache / "prepare.lock") if where.creates_processes_externally else nullcontext():
         data = data or SliceModule(cfg)
         data.prepare_data()
         data.setup()
-        _check_shares(cfg, data, trainer.world_size)
-        model = _classifier(cfg, data)
+        assert data.store is not None
+        smallest = min(data.manifest["split"].value_counts().min(), cfg.data.batch_size)
+        if smallest < trainer.world_size:
+            raise ConfigError(
+                f"{trainer.world_size} processes share batches and splits, the smallest of which has {smallest} "
+                "slices. Start fewer with trainer.devices=N, or raise data.batch_size."
+            )
+        about = {"hash": data.store.data_hash, "leaks": int(data.manifest["leaked"].sum())}
+        model = Classifier(dataclasses.asdict(cfg), list(data.class_names), data.class_counts().tolist(), about)
         resume = _resumable(cfg, out, model, where)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
             model.to(trainer.strategy.root_device)
-            attach(data, model.net, cfg, ("train", "valid", "test") if cfg.always_frozen else ("train", "valid"))
+            splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
+            attach(data, model.net, cfg, splits, views=min(cfg.data.views + 1, cfg.trainer.max_epochs))
         _record(cfg, data, model, run)
 
     with _ended_in_order(trainer, out):
@@ -95,10 +106,13 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     if not cfg.always_frozen:
         data.features.clear()  # they are of convolutions that have trained since
 
-    kept = Path(best.best_model_path).parent  # the first process's folder, in all of them
-    paths = Path(best.best_model_path), kept / "last.ckpt"
-    metrics, predictions = _measure(cfg, paths[0], model, data, trainer)
-    return Result(out, *paths, read_checkpoint(paths[1])["epoch"] + 1, metrics, predictions, data, model)
+    keeper: Any = callbacks[-2]
+    best = Path(keeper.best_model_path)  # in the first process's folder, in all of them
+    last = best.with_name("last.ckpt")
+    metrics, predictions = _measure(cfg, best, model, data)
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, trainer.global_step)
+    return Result(out, best, last, read_checkpoint(last)["epoch"] + 1, metrics, predictions, data, model)
 
 
 def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEnvironment) -> L.Trainer:
@@ -134,11 +148,8 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEn
             reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
             **{name: _argument(name, value, out) for name, value in cfg.trainer.args.items()},
         )
-    except TypeError as error:
-        reason = str(error).removeprefix("Trainer.__init__() ")
-        raise ConfigError(f"trainer.args={cfg.trainer.args}: {reason}. See Lightning's Trainer.") from None
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        raise ChestCTError(f"trainer settings that this machine cannot meet: {error}") from None
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer settings that this machine or Lightning's Trainer cannot meet: {error}") from None
 
 
 def _argument(name: str, value: Any, out: Path) -> Any:
@@ -167,14 +178,6 @@ def environment(strategy: str) -> ClusterEnvironment:
 
 
 @contextmanager
-def _one_at_a_time(cfg: Config, where: ClusterEnvironment) -> Iterator[None]:
-    """Processes that torchrun or srun started prepare data one after the other: the first makes it, others read it."""
-    cfg.cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cfg.cache / "prepare.lock") if where.creates_processes_externally else nullcontext():
-        yield
-
-
-@contextmanager
 def _ended_in_order(trainer: L.Trainer, out: Path) -> Iterator[None]:
     """Says what is left of a training that was stopped, or that one of its processes left, and ends the others.
 
@@ -198,25 +201,6 @@ def _ended_in_order(trainer: L.Trainer, out: Path) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _classifier(cfg: Config, data: SliceModule) -> Classifier:
-    assert data.store is not None
-    return Classifier(
-        settings=dataclasses.asdict(cfg),
-        class_names=list(data.class_names),
-        class_counts=data.class_counts().tolist(),
-        data={"hash": data.store.data_hash, "leaks": int(data.manifest["leaked"].sum())},
-    )
-
-
-def _check_shares(cfg: Config, data: SliceModule, processes: int) -> None:
-    smallest = min(data.manifest["split"].value_counts().min(), cfg.data.batch_size)
-    if smallest < processes:
-        raise ConfigError(
-            f"{processes} processes share batches and splits, the smallest of which has {smallest} slices. Start fewer "
-            "with trainer.devices=N, or raise data.batch_size."
-        )
-
-
 def _resumable(cfg: Config, out: Path, model: Classifier, where: ClusterEnvironment) -> Path | None:
     """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data.
 
@@ -227,15 +211,11 @@ def _resumable(cfg: Config, out: Path, model: Classifier, where: ClusterEnvironm
     path = Path(cfg.ckpt)
     checkpoint = read_checkpoint(path)
     # Only the first of several processes has the run's folder; all go on in it.
-    in_place = path.resolve().parent == (out / "checkpoints").resolve()
-    own = path.parent.name == "checkpoints" and (in_place or where.global_rank() > 0)
-    with suppress(WeightsError):  # no last one, or damaged
-        last = read_checkpoint(path.with_name("last.ckpt")) if own else checkpoint
-        if last["epoch"] > checkpoint["epoch"]:
-            print(
-                f"{path.name} is of epoch {checkpoint['epoch'] + 1}: going on with last.ckpt, of {last['epoch'] + 1}."
-            )
-            path, checkpoint = path.with_name("last.ckpt"), last
+    if path.name == "best.ckpt" and (where.global_rank() or path.resolve().parent == (out / "checkpoints").resolve()):
+        with suppress(WeightsError):  # no last one, or damaged
+            checkpoint = read_checkpoint(path.with_name("last.ckpt"))
+            path = path.with_name("last.ckpt")
+            print(f"Going on with last.ckpt, of epoch {checkpoint['epoch'] + 1}, not with best.ckpt.")
     check_fits(checkpoint, model)
     theirs, ours = (hparams["data"]["hash"][:12] for hparams in (checkpoint["hyper_parameters"], model.hparams))
     if theirs != ours:
@@ -246,29 +226,21 @@ def _resumable(cfg: Config, out: Path, model: Classifier, where: ClusterEnvironm
     return path
 
 
-def _measure(
-    cfg: Config, best: Path, model: Classifier, data: SliceModule, trained: L.Trainer
-) -> tuple[dict[str, float], pd.DataFrame]:
+def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> tuple[dict[str, float], pd.DataFrame]:
     """Metrics and predictions of the best checkpoint on valid and test; a job of a search never looks at test.
 
-    By one process, whatever trained: no slice is then counted twice.
+    By each process alone, on all slices: none is then counted twice.
     """
     model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
-    one = dataclasses.replace(cfg.trainer, strategy="single", devices="auto", num_nodes=1, args={})
-    trainer = _trainer(dataclasses.replace(cfg, trainer=one), best.parent.parent, [], LightningEnvironment())
-    # Loaders, not the data module: Lightning would look again whether the files changed.
-    metrics = dict(trainer.validate(model, data.val_dataloader(), verbose=False)[0])
-    if cfg.evaluation.report:
-        metrics |= trainer.test(model, data.test_dataloader(), verbose=False)[0]
-    tables = [
-        prediction_table(data.manifest, split, model.logits(split).numpy(), cfg.task)
-        for split in ("valid", "test")
-        if split in model.predictions
-    ]
-    numbers = {name: float(value) for name, value in metrics.items()}
-    for logger in trained.loggers:
-        logger.log_metrics(numbers, trained.global_step)
-    return numbers, pd.concat(tables, ignore_index=True)
+    model.to(pick_device(cfg.trainer.accelerator))
+    metrics: dict[str, float] = {}
+    tables = []
+    for split in ("valid", "test") if cfg.evaluation.report else ("valid",):
+        dataset = data.dataset(split)
+        logits, _ = outputs(model.net, dataset, cfg.data.batch_size)
+        metrics |= model.measured(torch.from_numpy(logits), dataset.y, split)
+        tables.append(prediction_table(data.manifest, split, logits, cfg.task))
+    return metrics, pd.concat(tables, ignore_index=True)
 
 
 def _record(cfg: Config, data: SliceModule, model: Classifier, run: Run) -> None:
@@ -288,12 +260,3 @@ def _record(cfg: Config, data: SliceModule, model: Classifier, run: Run) -> None
             **model.parameter_counts(),
         }
     )
-
-
-def _make_writable(out: Path, cfg: Config) -> None:
-    try:
-        write_atomic(out / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
-    except OSError as error:
-        raise ChestCTError(
-            f"Cannot write to the run folder {out}: {error.strerror}. Choose another with runs_dir=FOLDER."
-        ) from None

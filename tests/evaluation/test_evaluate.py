@@ -9,10 +9,9 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
-from chestct.models.device import pick_device
 from chestct.models.lightning_module import load_classifier
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
 
 
@@ -69,14 +68,6 @@ def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Confi
     batches.clear()
     assert torch.equal(evaluate(cfg).baseline, baseline)
     assert batches == []
-
-
-def test_the_cpu_is_used_where_the_settings_say_so_or_nothing_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
-    assert pick_device("auto").type == pick_device("gpu").type == "cuda"
-    assert pick_device("cpu").type == "cpu"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    assert pick_device("gpu").type == "cpu"
 
 
 @pytest.mark.skipif(pick_device().type == "cpu", reason="needs an accelerator")

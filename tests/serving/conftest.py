@@ -18,7 +18,7 @@ import uvicorn
 from chestct.config.schema import Config, EvaluationConfig, ModelConfig, ServeConfig, WindowConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
-from chestct.models.bundle import save_bundle
+from chestct.models.bundle import Bundle, save_bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
@@ -72,7 +72,7 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         "data": {"seen": []},
     }
     point = OperatingPoint.fit(logits, targets, EvaluationConfig())
-    save_bundle(folder, net, point, fit_novelty(pooled, pooled), baseline, facts, CARD)
+    save_bundle(folder, Bundle(net, point, fit_novelty(pooled, pooled), baseline, facts, CARD))
 
 
 @pytest.fixture(scope="session")

@@ -46,22 +46,12 @@ def test_same_settings_give_the_same_numbers(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_cached_features_train_like_running_the_convolutions_every_step(small, tmp_path):
-    cached = train(small("data.views=0"), tmp_path / "a")
-    direct = train(small("data.views=0", "features.cache=false"), tmp_path / "b")
-    assert torch.allclose(
-        torch.tensor(losses(cached.folder).values), torch.tensor(losses(direct.folder).values), atol=1e-4
-    )
+@pytest.mark.parametrize("views", [0, 1])
+def test_cached_views_train_like_running_the_convolutions_every_step(small, tmp_path, views):
+    cached = train(small(f"data.views={views}"), tmp_path / "a")
+    direct = train(small(f"data.views={views}", "features.cache=false"), tmp_path / "b")
+    assert losses(cached.folder).to_numpy() == pytest.approx(losses(direct.folder).to_numpy(), abs=1e-4)
     assert (cached.predictions["logit_cancer"] - direct.predictions["logit_cancer"]).abs().max() < 1e-3
-
-
-@pytest.mark.slow
-def test_cached_views_are_the_views_that_direct_training_sees(small, tmp_path):
-    cached = train(small("data.views=1"), tmp_path / "a")
-    direct = train(small("data.views=1", "features.cache=false"), tmp_path / "b")
-    assert torch.allclose(
-        torch.tensor(losses(cached.folder).values), torch.tensor(losses(direct.folder).values), atol=1e-4
-    )
 
 
 @pytest.mark.slow
@@ -75,7 +65,7 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_pat
     result = train(small(), tmp_path / "run")
     table = evaluate(small(f"ckpt={result.best}")).table
     names = {"recall": "sensitivity"}
-    shared = ("auroc", "average_precision", "accuracy", "balanced_accuracy", "precision", "recall", "specificity", "f1")
+    shared = ("auroc", "average_precision", "accuracy", "precision", "recall", "specificity", "f1")
     for split, part in table.groupby("split"):
         metrics = measure(part, "binary", resamples=100)  # raw scores at 0.5, as training measures
         for name in shared:
@@ -166,17 +156,13 @@ def test_an_unwritable_run_folder_is_one_clear_error(small, tmp_path):
         train(small(), tmp_path / "file" / "run")
 
 
-def test_a_device_that_is_not_there_is_said_before_anything_is_made(small, tmp_path):
-    if torch.cuda.is_available():
+@pytest.mark.parametrize(("setting", "says"), [("trainer=gpu", "(?i)gpu"), ("trainer.args.gradient_clipp=1", "clipp")])
+def test_what_the_trainer_cannot_do_is_said_before_anything_is_made(small, tmp_path, setting, says):
+    if torch.cuda.is_available() and setting == "trainer=gpu":
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ChestCTError, match="trainer settings"):
-        train(small("trainer=gpu", "data.root=null", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
+    with pytest.raises(ConfigError, match=f"trainer settings.*{says}"):
+        train(small(setting, "data.root=null", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
     assert not (tmp_path / "cache").exists()
-
-
-def test_an_argument_that_lightnings_trainer_does_not_know_is_named(small, tmp_path):
-    with pytest.raises(ConfigError, match=r"trainer\.args=.*gradient_clipp"):
-        train(small("trainer.args.gradient_clipp=1"), tmp_path)
 
 
 SPAWN = """
