@@ -273,7 +273,7 @@ def test_a_folder_with_somebody_s_files_is_never_replaced(
     # Export finds that out before it evaluates.
     monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
     with pytest.raises(BundleError, match=r"work holds .* and is no bundle"):
-        experiment.write_bundle(compose("ckpt=x", f"bundle={tmp_path / 'work'}"), tmp_path)
+        experiment.export.__wrapped__(compose("ckpt=x", f"bundle={tmp_path / 'work'}"), tmp_path)
     assert all((tmp_path / "work" / name).is_file() for name in names)
 
 
