@@ -27,10 +27,10 @@ from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle_schema import check_facts
-from chestct.models.novelty import NoveltyModel, channel_means
+from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import explained_output, heat, normalised_cam
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, channel_means
 from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
 
 SCHEMA = 2

@@ -21,8 +21,7 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
-from chestct.models.novelty import channel_means
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, channel_means
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""

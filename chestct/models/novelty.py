@@ -101,11 +101,6 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quan
     return replace(model, threshold=torch.maximum(distances.quantile(quantile), fitted.exp()).float())
 
 
-def channel_means(features: torch.Tensor, channels: int) -> torch.Tensor:
-    """Pooled features [N, C] from what the head gets: maps [N, C, h, w], flattened or not; pooled ones as they are."""
-    return features.reshape(len(features), channels, -1).mean(2)
-
-
 def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:
     """float64: differences of directions that hardly vary are small next to the features themselves."""
     features = features.double().clamp(min=0)

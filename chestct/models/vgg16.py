@@ -141,6 +141,11 @@ class Pool(nn.Module):
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
 
 
+def channel_means(features: torch.Tensor, channels: int) -> torch.Tensor:
+    """Pooled features [N, C] from what the head gets: maps [N, C, h, w], flattened or not; pooled ones as they are."""
+    return features.reshape(len(features), channels, -1).mean(2)
+
+
 def pick_device(accelerator: str = "auto") -> torch.device:
     """What a network computes on outside of training, which Lightning decides: this machine's accelerator or the CPU.
 

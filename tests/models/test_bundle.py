@@ -22,11 +22,11 @@ from chestct.config.schema import EvaluationConfig, ModelConfig
 from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
 from chestct.models.bundle import CARD, FACTS, PACKAGED_BUNDLE, TENSORS, Bundle, check_target, load_bundle, save_bundle
-from chestct.models.novelty import channel_means, fit_novelty
+from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores
 from chestct.models.saliency import normal_cam
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, channel_means
 from chestct.models.weights import load_weights
 
 ROOT = Path(__file__).parents[2]

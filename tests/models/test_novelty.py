@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import load, save
 
 from chestct.errors import DataError
-from chestct.models.novelty import NoveltyModel, channel_means, fit_novelty
+from chestct.models.novelty import NoveltyModel, fit_novelty
+from chestct.models.vgg16 import channel_means
 
 
 def population(n, seed, pattern_seed=0, width=512):
