@@ -156,7 +156,9 @@ def test_an_unwritable_run_folder_is_one_clear_error(small, tmp_path):
         train(small(), tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize(("setting", "says"), [("trainer=gpu", "ccelerator"), ("trainer.args.gradient_clipp=1", "clipp")])
+@pytest.mark.parametrize(
+    ("setting", "says"), [("trainer=gpu", "ccelerator"), ("trainer.args.gradient_clipp=1", "clipp")]
+)
 def test_what_the_trainer_cannot_do_is_said_before_anything_is_made(small, tmp_path, setting, says):
     if torch.cuda.is_available() and setting == "trainer=gpu":
         pytest.skip("this machine has a GPU")
