@@ -51,7 +51,6 @@ and a later Gradio may add some: they stay shut."""
 
 WITH_FILES = ("/predict", "/gradio_api/upload")
 SOON = {"retry-after": "5"}
-
 HEADERS = {
     # Gradio compiles its templates in the browser and writes inline scripts and styles: hence the unsafe ones.
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "

@@ -22,8 +22,6 @@ from chestct.serving.predictor import Predictor
 from chestct.serving.reading import Files, OnAnswer, Reading, expand, read, take
 from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, card_body, caveats, plain
 
-Updates = dict[Any, Any]
-
 SESSIONS = 64
 """Visitors whose last answer is kept at once; the one who has been away longest starts anew."""
 
@@ -78,19 +76,19 @@ def make_page(
 ) -> gr.Blocks:
     """The Blocks of the page. uploads: the folder that holds each upload, see `reading.keep`."""
 
-    def look(files: list[dict[str, Any]]) -> Iterator[Updates]:
+    def look(files: list[dict[str, Any]]) -> Iterator[dict[Any, Any]]:
         try:
             yield from read_and_show(take(files, uploads), on_answer)
         except ChestCTError as error:
             alert = f'<p role="alert"><b>That did not work.</b> {escape(str(error))}</p>'
             yield {status: gr.update(value=alert, visible=True), box: None}
 
-    def look_at_example(index: int) -> Iterator[Updates]:
+    def look_at_example(index: int) -> Iterator[dict[Any, Any]]:
         example = examples[index if index in range(len(examples)) else 0]
         # Not recorded: what the house shows is no sign of what visitors bring.
         yield from read_and_show([(example.name, example.data)], None)
 
-    def read_and_show(files: Files, record: OnAnswer | None) -> Iterator[Updates]:
+    def read_and_show(files: Files, record: OnAnswer | None) -> Iterator[dict[Any, Any]]:
         slices = expand(files, cfg.max_slices, cfg.max_upload_bytes)
         shown: list[Reading] = []
         for i, (name, data) in enumerate(slices):
@@ -115,11 +113,11 @@ def make_page(
             gallery: gr.update(value=thumbs, visible=len(shown) > 1, height=height, selected_index=first),
         }
 
-    def choose(shown: list[Reading], event: gr.SelectData) -> Updates:
+    def choose(shown: list[Reading], event: gr.SelectData) -> dict[Any, Any]:
         """Nothing changes where the readings are no longer kept."""
         return show(shown[event.index]) if event.index in range(len(shown)) else {}
 
-    def show(reading: Reading) -> Updates:
+    def show(reading: Reading) -> dict[Any, Any]:
         answered = reading.decision not in ("refused", "unreadable")
         title = "Show the score anyway" if reading.decision == "refused" else "Why this answer"
         tone = f"color-mix(in srgb, {TONES.get(reading.decision, '#64748b')} 18%, transparent)"
@@ -166,11 +164,13 @@ def make_page(
                             headline = gr.Label(show_label=False, elem_id="headline")
                             verdict = gr.Markdown(container=True, elem_id="verdict")
                             score = gr.Label(show_label=False, show_heading=False, elem_id="score")
+                        looked = "Where the model looked"
+                        framed: dict[str, Any] = {"interactive": False, "buttons": ["fullscreen"], "height": 360}
                         with gr.Row():
                             with gr.Column(min_width=280):
-                                picture = _picture("The slice", "slice")
+                                picture = gr.Image(label="The slice", alt_text="The slice", elem_id="slice", **framed)
                             with gr.Column(min_width=280) as heat_box:
-                                heat = _picture("Where the model looked", "heat")
+                                heat = gr.Image(label=looked, alt_text=looked, elem_id="heat", **framed)
                                 gr.Markdown(HEAT)
                         with gr.Accordion() as why_box:
                             why = gr.Markdown(elem_id="why")
@@ -191,11 +191,6 @@ def make_page(
     page.has_launched = True  # else Gradio, when it is mounted, copies whatever file of this machine a client names
     page.queue(max_size=cfg.queue_size, default_concurrency_limit=4)
     return page
-
-
-def _picture(label: str, elem_id: str) -> gr.Image:
-    look: dict[str, Any] = {"interactive": False, "buttons": ["fullscreen"], "height": 360}
-    return gr.Image(label=label, alt_text=label, elem_id=elem_id, **look)
 
 
 def _sample(example: Example) -> str:

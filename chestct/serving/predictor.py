@@ -121,10 +121,7 @@ class Predictor:
             yield self._answer(bundle, decoded, explain, NEVER)
 
     def reload(self, source: str | Path | None = None) -> str:
-        """Loads the bundle again, from where it lies or from `source`, and returns its id.
-
-        Requests under way end with the old one, which also stays where BundleError is raised.
-        """
+        """Loads the bundle again, or another, and returns its id; after a BundleError the old one stays."""
         source = source or self.source
         self.bundle, self.source = load_bundle(source), source
         return self.bundle.id

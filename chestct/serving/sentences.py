@@ -80,18 +80,14 @@ def explanation(prediction: Prediction, bundle: Bundle) -> str:
         )
     if len(bundle.classes) > 2:
         kinds = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
-        lines["Which kind"] = ", ".join(f"{_name(kind)} {percent(share)}" for kind, share in kinds)
-    names = " or ".join(map(_name, prediction.possible)) or "none"
+        lines["Which kind"] = plain(", ".join(f"{kind} {percent(share)}" for kind, share in kinds).replace("_", " "))
+    names = plain(" or ".join(prediction.possible).replace("_", " ")) or "none"
     lines["Answers that cannot be excluded"] = f"{names} (such sets held the truth for {coverage} in validation)"
     lines["Distance to the training slices"] = distance
     if prediction.decision == "normal":
         lines["Colours"] = "none: they are relative to the slice, and here the brightest spot would mean nothing"
     lines["Answered by"] = f"bundle `{prediction.bundle}`"
     return "\n".join(f"- **{name}**: {text}" for name, text in lines.items())
-
-
-def _name(class_name: str) -> str:
-    return plain(class_name.replace("_", " "))
 
 
 def card_body(card: str) -> str:
