@@ -28,19 +28,9 @@ NO_RESULT = ("config", "errors.py", "files.py", "pyfunc.py", "tracking", "sweep.
 """What passes settings on or keeps records: it decides no output."""
 
 NOT_THE_PIPELINES = (
-    "ckpt",
-    "cache_dir",
-    "bundle",
-    "compare",
-    "loggers",
-    "trust",
-    "seeds",
-    "runs_dir",
-    "tracking",
-    "serve",
-    "monitor",
+    *("ckpt", "cache_dir", "bundle", "compare", "loggers", "trust", "seeds", "runs_dir", "tracking", "serve"),
+    *("monitor", "data.store", "data.workers"),
 )
-NOT_THE_PIPELINES += ("data.store", "data.workers")
 """Settings that decide where things lie and who is told, not what comes out."""
 
 

@@ -49,12 +49,13 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[Path], list[tuple[s
     for source in sources:
         if not os.path.lexists(source):
             raise DataError(f"No such file or folder: {source}.")
-        below = walk(source, lambda error: skipped.append((error.filename, str(error.strerror))), own)
+        # A folder that cannot be listed stands for itself, so that the table tells of it.
+        below = walk(source, lambda error: paths.setdefault(Path(error.filename)), own)
         for path, reason in below if source.is_dir() else [(source, "")]:
             if reason:
                 skipped.append((str(path), reason))
             else:
-                paths[path] = None
+                paths.setdefault(path)
     if not paths:
         names = f" {describe_skipped(skipped)}." if skipped else ""
         raise DataError(f"No files in {', '.join(map(str, sources))}.{names} Give slices, or folders that hold some.")

@@ -154,14 +154,6 @@ def test_evaluation_without_a_checkpoint_is_refused(call, arguments):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_another_task_is_refused(call, tmp_path):
-    assert call("train.py", "trainer.max_epochs=1")[0] == 0
-    status, _, err = call("train.py", "ckpt=last", "task=subtype")
-    assert status == 2
-    assert "task=binary" in err
-
-
-@pytest.mark.slow
 def test_a_leaky_split_has_to_be_asked_for_and_is_stamped_on_the_results(call, tmp_path, phantoms):
     shutil.copytree(phantoms, tmp_path / "set")
     source = next((tmp_path / "set" / "train" / "normal").iterdir())

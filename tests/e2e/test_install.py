@@ -31,18 +31,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "source" / name)
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        "wheels",
-        "./source",
-    ]
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, *["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", "./source"]]
     subprocess.run(build, cwd=folder, check=True)
     (wheel,) = (folder / "wheels").glob("*.whl")
     venv.create(folder / "env", with_pip=False)
@@ -50,9 +40,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A path alone: the editable installation of this environment stays out of it.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     python = folder / "env" / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True
-    )
+    subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True)
     return python.parent
 
 
@@ -83,12 +71,8 @@ def test_the_wheel_trains_evaluates_and_predicts_anywhere(installed, tmp_path, p
 def test_a_terminal_that_lacks_characters_does_not_end_a_finished_training(tmp_path, phantoms):
     name = tmp_path / "Größe → 健康"  # no cp1252 terminal shows the last two words
     name.symlink_to(phantoms)
-    environment = os.environ | {
-        "PYTHONIOENCODING": "cp1252",
-        "PYTHONUTF8": "0",
-        "LC_ALL": "C.UTF-8",
-        "PYTHONPATH": str(ROOT),
-    }
+    terminal = {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}
+    environment = os.environ | terminal | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, f"data.root={name}", "hydra.run.dir=健康"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=500)
     assert done.returncode == 0, done.stderr.decode("cp1252")

@@ -132,17 +132,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     assert run(ada, "git", "status", "--short").split() == [
         *("M", "artifacts/evaluation/metrics.json", "M", "dvc.lock", "M", "params.yaml")
     ]
-    queue = (
-        "-S",
-        "model.freeze=false",
-        "-S",
-        "optim.name=sgd",
-        "-S",
-        "optim.lr=1e-3,1e-4",
-        "-S",
-        "trainer.max_epochs=1",
-    )
-    run(ada, "dvc", "exp", "run", "--queue", *queue)
+    queue = "-S model.freeze=false -S optim.name=sgd -S optim.lr=1e-3,1e-4 -S trainer.max_epochs=1"
+    run(ada, "dvc", "exp", "run", "--queue", *queue.split())
     try:
         run(ada, "dvc", "queue", "start", "-j", "2")
         deadline = time.monotonic() + 300
