@@ -221,8 +221,8 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
     if problem := probe(server, cfg.experiment) or stores.within(END_SECONDS, work):
         where = "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
         print(
-            f"The MLflow server {server} has not all of this run ({problem}). Nothing is lost: it is in {run.uri}; "
-            f"send the rest with: chestct sync tracking.uri={server}{where}"
+            f"Not all of this run is on the server: {problem} Nothing is lost: it is in {run.uri}; send the rest with: "
+            f"chestct sync tracking.uri={server}{where}"
         )
 
 

@@ -99,7 +99,7 @@ def send(local: "MlflowClient", remote: "MlflowClient", run_id: str, artifacts: 
             remote.set_tag(copy_id, ARTIFACTS, digest)
     if run.info.status == "RUNNING":
         remote.update_run(copy_id, status="RUNNING")
-    else:
+    elif copy.info.status != run.info.status:
         remote.set_terminated(copy_id, run.info.status, run.info.end_time)
     return copy_id
 
