@@ -25,6 +25,7 @@ FINDINGS += ("identifiers", "shift", "duplicates")
 
 MONITORS = ("valid/loss", "valid/auroc")
 
+SPLITS = ("grouped", "official", "official_clean")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
@@ -104,16 +105,10 @@ class DataConfig:
         "pad", "how a slice becomes square; body: cropped to it, then padded", choices=("pad", "stretch", "body")
     )
     contrast: str = setting(
-        "keep",
-        "grey levels; body: stretched so that the 2nd and 98th percentile around the body become black and white",
-        choices=("keep", "body"),
+        "keep", "grey levels; body: percentiles 2 and 98 around the body are black and white", choices=("keep", "body")
     )
     window: WindowConfig = field(default_factory=WindowConfig)
-    split: str = setting(
-        "grouped",
-        "no group of copies in two splits, folders as they come, or those without copies across splits",
-        choices=("grouped", "official", "official_clean"),
-    )
+    split: str = setting("grouped", "no copies across splits; folders as they come; or those, cleaned", choices=SPLITS)
     split_seed: int = setting(0, "seed of the grouped split; apart from `seed` so that seeds share one test set")
     valid_fraction: float = setting(0.15, "share of the slices for validation (grouped)", low=0.01, high=0.5)
     test_fraction: float = setting(0.2, "share of the slices for test (grouped, without folds)", low=0.01, high=0.5)
@@ -207,9 +202,7 @@ class EvaluationConfig:
     cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
     coverage: float = setting(0.9, "share of each class whose conformal set holds the truth", low=0.5, high=0.999)
     resamples: int = setting(2000, "bootstrap resamples over groups behind each interval", low=100, high=100_000)
-    prevalences: list[float] = setting(
-        [0.01, 0.1, 0.5], "shares of cancer at which predictive values are given", low=1e-6, high=0.999999
-    )
+    prevalences: list[float] = setting([0.01, 0.1, 0.5], "shares of cancer for predictive values", low=1e-6, high=0.999)
     policies: bool = setting(False, "train the same head under every split policy too (frozen models only)")
     folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
     permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
@@ -265,9 +258,7 @@ class MonitorConfig:
 class Config:
     """Everything a run depends on."""
 
-    task: str = setting(
-        "binary", "binary: cancer or normal; subtype: normal and three carcinomas", choices=("binary", "subtype")
-    )
+    task: str = setting("binary", "cancer or normal; or normal and three subtypes", choices=("binary", "subtype"))
     seed: int = setting(0, "seed of initial weights, order and views", low=0)
     ckpt: str | None = setting(None, "a .ckpt file, a run folder, or `last` for the newest run")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
