@@ -179,16 +179,17 @@ def _leaked(name: str, tally: dict[str, Any]) -> str:
 
 
 def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
-    for kind, labels, severity in (
-        ("copy", 1, "error"),
-        ("copy", 0, "warning"),
-        ("near", 1, "warning"),
-        ("near", 0, "info"),
-    ):
+    severities = {
+        ("copy", True): "error",
+        ("copy", False): "warning",
+        ("near", True): "warning",
+        ("near", False): "info",
+    }
+    for (kind, labels), severity in severities.items():
         if rows := [row for row in audit.conflicts if (row["kind"], row["labels"]) == (kind, labels)]:
-            what = "identical images are" if kind == "copy" else "near-copies are"
+            what = "Identical images" if kind == "copy" else "Near-copies"
             called = "both cancer and normal" if labels else "two subtypes of cancer"
-            text = f"{_plural(len(rows), 'set')} of {what} called {called}, for example "
+            text = f"{what} are called {called} in {_plural(len(rows), 'place')}, for example "
             text += f"{' and '.join(rows[0]['paths'][:2])}."
             action = "Look at them side by side: neighbouring slices may differ, copies may not; delete what is wrong."
             yield Finding("label_conflict", severity, text, action)
