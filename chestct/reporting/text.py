@@ -15,8 +15,7 @@ from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson
 from chestct.stats.metrics import Estimate
 
-MANY = 0.1
-"""A larger share is a caveat: of novel slices, of foreign pictures that are answered, of decisions that flip."""
+MANY = 0.1  # a larger share of novel slices, foreign pictures answered or decisions that flip is a caveat
 
 
 @dataclass(frozen=True)
