@@ -68,7 +68,9 @@ def located(cfg: Config) -> DataConfig:
     """The data settings with the root of drawn phantoms filled in: a folder named by their settings."""
     if not draws_phantoms(cfg.data):
         return cfg.data
-    drawn = cfg.cache / "phantom" / json_digest(dataclasses.asdict(cfg.data.phantom))[:12]
+    from chestct.phantom.dataset import GENERATOR
+
+    drawn = cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12]
     return dataclasses.replace(cfg.data, root=str(drawn))
 
 

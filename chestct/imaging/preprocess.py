@@ -16,7 +16,6 @@ THUMBNAIL = 56
 BODY_LEVEL = 0.12
 """Grey level above which a pixel may be body: air outside the patient is black in every window in use."""
 
-
 PERCENTILES = (2.0, 98.0)
 """Percentiles of the body's box that become black and white with contrast=body."""
 
@@ -31,15 +30,12 @@ class Preprocess:
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
-        levels = as_bytes(gray)
-        image = Image.fromarray(levels)
-        table = None
+        image = Image.fromarray(as_bytes(gray))
         if "body" in (self.fit, self.contrast):
-            body = image.crop(body_box(levels))
-            table = stretched(np.array(body.histogram())) if self.contrast == "body" else None
+            body = image.crop(body_box(np.asarray(image)))
             image = body if self.fit == "body" else image
-        if table:
-            image = image.point(table)
+            if self.contrast == "body":
+                image = image.point(stretched(np.array(body.histogram())))
         size = (self.size, self.size) if self.fit == "stretch" else _fitting(image, self.size)
         # Bilinear in Pillow averages over the whole footprint when it shrinks, so nothing aliases.
         return _square(image.resize(size, Image.Resampling.BILINEAR), self.size)
@@ -64,8 +60,6 @@ def _fitting(image: Image.Image, side: int) -> tuple[int, int]:
 
 def _square(image: Image.Image, side: int) -> np.ndarray:
     """The image in the middle of a black square, uint8 [side, side]."""
-    if image.size == (side, side):
-        return np.asarray(image)
     square = Image.new("L", (side, side))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(square)
@@ -81,21 +75,19 @@ def stretched(histogram: np.ndarray) -> list[int]:
 
     All levels as they are where the percentiles fall together: nothing of one grey has a contrast.
     """
-    share = histogram.cumsum() / max(1, histogram.sum())
-    low, high = np.searchsorted(share, np.array(PERCENTILES) / 100)
-    level = np.arange(256)
-    new = np.rint(np.clip((level - low) / (high - low), 0, 1) * 255).astype(int) if high > low else level
-    return new.tolist()
+    low, high = np.searchsorted(histogram.cumsum() / max(1, histogram.sum()), np.array(PERCENTILES) / 100)
+    if high <= low:
+        return list(range(256))
+    return np.rint(np.clip((np.arange(256) - low) / (high - low), 0, 1) * 255).astype(int).tolist()
 
 
 def body_box(image: np.ndarray) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) around rows and columns in which at least 2 % of the pixels may be body.
+    """(left, top, right, bottom) around rows and columns in which more than 2 % of the pixels may be body.
 
     The whole image where nothing is bright enough: a black slice has no body to crop to.
     """
-    body = (image > int(BODY_LEVEL * 255)).view(np.uint8)  # a float would turn all pixels into floats
-    share = (body.sum(axis, dtype=np.min_scalar_type(body.shape[axis])) / body.shape[axis] for axis in (1, 0))
-    rows, columns = (np.flatnonzero(part > 0.02) for part in share)
+    body = image > int(BODY_LEVEL * 255)
+    rows, columns = (np.flatnonzero(body.mean(axis) > 0.02) for axis in (1, 0))
     if not len(rows) or not len(columns):
         return 0, 0, image.shape[1], image.shape[0]
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

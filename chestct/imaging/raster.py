@@ -7,10 +7,11 @@ other formats), through a `BudgetedFile`, and its size is checked before its pix
 
 import struct
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, TiffTags
+from PIL import Image, ImageOps, TiffTags
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -20,16 +21,9 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from chestct.imaging.slice import BudgetedFile, Limits, RefusedError, Slice, as_gray
 
-MAX_READS = 300_000
-"""Pieces of a file, such as chunks or strips; an image of a megapixel takes a few hundred."""
-
-MAX_TIFF_METADATA = 8 << 20
-"""Bytes read as directories of a TIFF page, some of them twice; Pillow makes up to ten times as much of numbers."""
-
-MAX_SCANS = 100
-"""Progressive JPEGs have about ten scans; each further one costs a pass over the whole image."""
-
-CHROMA_GRID = 64
+MAX_READS = 300_000  # pieces of a file, such as chunks or strips; an image of a megapixel takes a few hundred
+MAX_TIFF_METADATA = 8 << 20  # bytes of a page's directories; Pillow makes up to ten times as much of numbers
+MAX_SCANS = 100  # of a JPEG, about ten in progressive ones; each costs a pass over the whole image
 
 
 class JpegFile(JpegImageFile):
@@ -40,21 +34,16 @@ class JpegFile(JpegImageFile):
         return super().getexif()
 
 
-OPENERS: dict[str, type[ImageFile]] = {
-    "PNG": PngImageFile,
-    "JPEG": JpegFile,
-    "TIFF": TiffImageFile,
-    "BMP": BmpImageFile,
-    "WEBP": WebPImageFile,
-}
+OPENERS = {"PNG": PngImageFile, "JPEG": JpegFile, "TIFF": TiffImageFile, "BMP": BmpImageFile, "WEBP": WebPImageFile}
 
 
 def slices(data: bytes, format: str, limits: Limits, every: bool) -> Iterator[Slice]:
     """The first image of the file `data`, or all pages of a TIFF. Raises RefusedError and whatever Pillow raises."""
     for frame, image in enumerate(_pages(data, format, limits)):
         mode = image.mode
-        levels, color = _levels(image), _chroma(image)
-        yield Slice(_upright(levels, _orientation(image)), format, mode, color, frame=frame)
+        image.load()
+        _turn_upright(image)
+        yield Slice(_levels(image), format, mode, _chroma(image), frame=frame)
         if not every:
             return
 
@@ -72,16 +61,13 @@ def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
     if format == "WEBP":
         limits.check(*webp_size(data))
     file = BudgetedFile(data, MAX_READS)
-    if format == "TIFF":
-        file.bytes_left = MAX_TIFF_METADATA
+    file.bytes_left = MAX_TIFF_METADATA if format == "TIFF" else None
     with OPENERS[format](file) as image:
         limits.check(*image.size)
         if format != "TIFF":
-            image.decodermaxblock = len(data)  # not piece by piece: threads would wait for each other at each
             yield image
             return
-        page = 0
-        while True:
+        for page in count(1):
             exif = image.getexif()
             for directory in TiffTags.TAGS_V2_GROUPS:  # Pillow reads them while it decodes, when no budget holds
                 if directory in exif:
@@ -90,7 +76,7 @@ def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
             yield image
             file.bytes_left = MAX_TIFF_METADATA
             try:
-                image.seek(page := page + 1)
+                image.seek(page)
             except EOFError:
                 return
             limits.check(*image.size)
@@ -98,43 +84,40 @@ def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
 
 def _levels(image: Image.Image) -> np.ndarray:
     """Grey levels [H, W] of a Pillow image in any mode (see Slice)."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and isinstance(image, PngImageFile)):
+    if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)
-    if image.mode == "F":
+    if image.mode in ("F", "I"):
         gray = np.asarray(image)
-        if not (gray.min() >= 0 and gray.max() <= 1):  # also true for NaN
-            raise RefusedError("float samples outside [0, 1]; save with 8 or 16 bits, or as DICOM for Hounsfield units")
-        return gray
-    if image.mode == "I":
-        raise RefusedError("signed or 32-bit samples; save with 8 or 16 bits, or as DICOM for Hounsfield units")
+        if image.mode == "F" and gray.min() >= 0 and gray.max() <= 1:  # not so for NaN
+            return gray
+        raise RefusedError("samples of unknown range; save with 8 or 16 bits, or as DICOM for Hounsfield units")
     if image.mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")
     # Pillow goes from CMYK and palettes to grey through RGB, as it should, and drops alpha.
     levels = np.asarray(image.convert("L"))
-    if image.mode == "RGBA":
-        alpha = np.asarray(image.getchannel("A"))
-        if alpha.min() < 255:
-            return as_gray(levels) * as_gray(alpha)
-    return levels
+    if image.mode != "RGBA":
+        return levels
+    alpha = np.asarray(image.getchannel("A"))
+    return levels if alpha.min() == 255 else as_gray(levels) * as_gray(alpha)
 
 
 def _chroma(image: Image.Image) -> float:
     if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16"):
         return 0.0
     # A grid of pixels: looking at all of them would cost a third of decoding a PNG.
-    grid = np.asarray(image.resize((CHROMA_GRID, CHROMA_GRID), Image.Resampling.NEAREST).convert("RGB"))
+    grid = np.asarray(image.resize((64, 64), Image.Resampling.NEAREST).convert("RGB"))
     return float(np.ptp(grid, axis=2).mean() / 255)
 
 
-def _orientation(image: ImageFile) -> int:
-    """Orientation 1-8 from Exif, XMP or ImageMagick's text (Exif 2.32, tag 274); a TIFF has been turned by Pillow."""
+def _turn_upright(image: ImageFile) -> None:
+    """Apply the orientation that Exif, XMP or ImageMagick's text states (Exif 2.32, tag 274)."""
     try:
         _check_exif(image.info)
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        ImageOps.exif_transpose(image, in_place=True)
     except RefusedError:
         raise
     except Exception:  # damaged metadata does not decide whether an image is readable
-        return 1
+        return
 
 
 def _check_exif(info: dict[str | tuple[int, int], Any]) -> None:
@@ -146,14 +129,6 @@ def _check_exif(info: dict[str | tuple[int, int], Any]) -> None:
         file = BudgetedFile(data, MAX_READS)
         file.bytes_left = 2 * len(data) + 1024
         Image.Exif().load_from_fp(file)
-
-
-def _upright(levels: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation >= 5:
-        levels = levels.T
-    # Orientation -> which axes run backwards after the transposition.
-    flips = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}
-    return np.ascontiguousarray(np.flip(levels, flips.get(orientation, ())))
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

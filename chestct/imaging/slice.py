@@ -41,10 +41,10 @@ class Slice:
     """One decoded slice.
 
     levels: [H, W], 0 black, as the file has them: uint8 or uint16 with their largest value for white, or float32 in
-    [0, 1]; gray: the same as float32 [H, W] in [0, 1]; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or
-    "DICOM"; color: mean chroma, (max - min of R, G, B) / 255 over a grid of 64 x 64 pixels: 0 for grey, below 0.02 for
-    CT with coloured marks or JPEG noise, above 0.05 for most photographs; patient, study, series, modality: DICOM's
-    PatientID, StudyInstanceUID, SeriesInstanceUID and Modality, or ""; frame: index in a file of several.
+    [0, 1]; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or "DICOM"; color: mean chroma, (max - min of
+    R, G, B) / 255 over a grid of pixels: 0 for grey, below 0.02 for CT with coloured marks or JPEG noise, above 0.05
+    for most photographs; patient, study, series, modality: DICOM's PatientID, StudyInstanceUID, SeriesInstanceUID and
+    Modality, or ""; frame: index in a file of several.
     """
 
     levels: np.ndarray
@@ -59,6 +59,7 @@ class Slice:
 
     @cached_property
     def gray(self) -> np.ndarray:
+        """The levels as float32 [H, W] in [0, 1]."""
         return as_gray(self.levels)
 
 
@@ -87,22 +88,19 @@ class BudgetedFile(io.BytesIO):
 
 def as_gray(levels: np.ndarray) -> np.ndarray:
     """Grey levels of any kind (see Slice) as float32 in [0, 1]."""
-    if levels.dtype.kind == "f":
-        return levels
-    return levels / np.float32(np.iinfo(levels.dtype).max)
+    return levels if levels.dtype.kind == "f" else levels / np.float32(np.iinfo(levels.dtype).max)
 
 
 def pixel_hash(levels: np.ndarray) -> str:
-    """Hash of what is seen: 32 hex digits over the shape and the grey levels, not over the file.
+    """Hash of what is seen: 32 hex digits over the shape and the grey levels (see Slice), not over the file.
 
-    levels: [H, W], uint8, uint16, or float in [0, 1]. Levels are compared at 16 bits, so a lossless copy has the same
-    hash whether it is saved as L, RGB or RGBA, as PNG, BMP or TIFF, and whether it is hashed as uint8 or as float.
+    Levels are compared at 16 bits, so a lossless copy has the same hash whether it is saved as L, RGB or RGBA, as PNG,
+    BMP or TIFF, and whether it is hashed as uint8 or as float.
     """
     if levels.dtype.kind == "f":
         levels = np.rint(levels * 65535).astype("<u2")
     if levels.dtype != np.uint8:
         short = (levels >> 8).astype(np.uint8)
-        # What 8 bits can tell is hashed as 8 bits, which nearly all files have: no pass over them in 16 bits.
         levels = short if (levels == short * np.uint16(257)).all() else levels.astype("<u2")
     digest = hashlib.sha256(np.array(levels.shape, "<u4").tobytes())
     digest.update(np.ascontiguousarray(levels).data)

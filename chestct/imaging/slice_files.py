@@ -10,27 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 LEFTOVERS = {
-    "__macosx": "left by macOS",
-    "icon\r": "left by macOS",
-    "network trash folder": "left by macOS",
-    "temporary items": "left by macOS",
-    "thumbs.db": "left by Windows",
-    "ehthumbs.db": "left by Windows",
-    "ehthumbs_vista.db": "left by Windows",
-    "desktop.ini": "left by Windows",
-    "$recycle.bin": "left by Windows",
-    "recycler": "left by Windows",
-    "system volume information": "left by Windows",
-    "@eadir": "left by a file server",
-    "@tmp": "left by a file server",
-    "@recycle": "left by a file server",
-    "#recycle": "left by a file server",
-    "#snapshot": "left by a file server",
-    "lost+found": "left by a file system check",
-    "__pycache__": "left by Python",
-    "dicomdir": "an index of DICOM files, not a slice",
+    "left by macOS": ("__macosx", "icon\r", "network trash folder", "temporary items"),
+    "left by Windows": ("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    "left by a file server": ("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "lost+found"),
+    "left by Python": ("__pycache__",),
+    "an index of DICOM files, not a slice": ("dicomdir",),
 }
-"""Names of files and folders, in lower case, and why they hold no slices."""
+"""Why files and folders of these names, in lower case, hold no slices."""
 
 
 def why_skipped(name: str) -> str:
@@ -39,7 +25,7 @@ def why_skipped(name: str) -> str:
         return "hidden"
     if name.startswith("~$"):
         return "left by an office program"
-    return LEFTOVERS.get(name.lower(), "")
+    return next((reason for reason, names in LEFTOVERS.items() if name.lower() in names), "")
 
 
 def is_slice_name(path: str) -> bool:
@@ -58,28 +44,24 @@ def walk(folder: Path, on_error: Callable[[OSError], object], own: Collection[st
     are skipped, for they may loop. on_error: called with the error of a folder that cannot be listed; what it raises
     ends the walk. own: absolute paths that the program itself writes; they are not even listed.
     """
-
-    def listed(here: str, names: list[str], reason: Callable[[Path], str]) -> dict[Path, str]:
-        paths = (Path(here, name) for name in sorted(names))
-        return {path: reason(path) for path in paths if not own or os.path.abspath(path) not in own}  # noqa: PTH100
-
     for here, folders, names in os.walk(folder, onerror=on_error):
-        yield from listed(here, names, lambda path: why_skipped(path.name)).items()
-        below = listed(here, folders, lambda path: why_skipped(path.name) or _linked(path))
-        yield from ((path, reason) for path, reason in below.items() if reason)
-        folders[:] = [path.name for path, reason in below.items() if not reason]
+        below = set(folders)
+        folders.clear()
+        for name in (*sorted(names), *sorted(below)):
+            path, reason = Path(here, name), why_skipped(name)
+            if own and os.path.abspath(path) in own:  # noqa: PTH100
+                continue
+            if name in below and path.is_symlink():
+                reason = reason or "a link to a folder, which is not followed"
+            if name in below and not reason:
+                folders.append(name)
+            else:
+                yield path, reason
 
 
 def describe_skipped(skipped: Sequence[tuple[str, str]], shown: int = 3) -> str:
     """Skipped files and folders, as (name, reason), in one clause: how many, and the first of them."""
-    first = ", ".join(
-        f"{name.encode('unicode_escape').decode() if not name.isprintable() else name} ({reason})"
-        for name, reason in skipped[:shown]
-    )
-    return f"{len(skipped):,} skipped: {first}" + (
-        f", and {len(skipped) - shown:,} more" if len(skipped) > shown else ""
-    )
-
-
-def _linked(folder: Path) -> str:
-    return "a link to a folder, which is not followed" if folder.is_symlink() else ""
+    names = [name if name.isprintable() else name.encode("unicode_escape").decode() for name, _ in skipped[:shown]]
+    first = ", ".join(f"{name} ({reason})" for name, (_, reason) in zip(names, skipped, strict=False))
+    more = f", and {len(skipped) - shown:,} more" if len(skipped) > shown else ""
+    return f"{len(skipped):,} skipped: {first}{more}"

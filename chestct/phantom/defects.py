@@ -1,53 +1,37 @@
-"""Plants faults with known truth: copies of every kind, class shortcuts, and odd files.
+"""The files of a set and their content, with faults planted on purpose: copies, class shortcuts, unreadable files.
 
 Everything is planned before anything is drawn: a plan is a list of `File`s, each of which says alone how to make it
 from a phantom's index. Files can then be written in any order by any number of processes, and the plan is the truth.
 """
 
 import io
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import ConfigError
 from chestct.phantom.thorax import Phantom, display
 
-COPIES = ("exact", "near", "across_splits", "label_conflict")
-SHORTCUTS = ("shortcut_window", "shortcut_size", "shortcut_border")
-DEFECTS = (*COPIES, *SHORTCUTS, "odd_files")
-
-ODD = {
-    "16bit": ".png",
-    "rgba": ".png",
-    "palette": ".png",
-    "cmyk": ".jpg",
-    "exif_rotated": ".jpg",
-    "lying_extension": ".png",
-    "truncated_png": ".png",
-    "truncated_jpeg": ".jpg",
-    "zero_bytes": ".png",
-    "not_an_image": ".png",
-}
-"""Kinds of odd files and how their names end."""
-
-UNREADABLE = ("truncated_png", "truncated_jpeg", "zero_bytes", "not_an_image")
-
 SPLITS = ("train", "valid", "test")
+COPIES = ("exact", "near", "across_splits", "label_conflict")
+DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")
+ODD = ("truncated", "empty", "text")  # nobody can read these
+INTERCEPT = -1024
 
-_RANGES: dict[str, dict[str, tuple[float, float]]] = {
-    "jpeg": {},
+NEAR: dict[str, dict[str, tuple[float, float]]] = {
+    "jpeg": {"quality": (45, 92)},
     "rescale": {"factor": (0.6, 0.9)},
-    "shift": {"x": (-0.03, 0.03), "y": (-0.03, 0.03)},
-    "brightness": {"gain": (0.85, 1.15), "offset": (-0.06, 0.06)},
-    "window": {"center": (-80, 80), "width": (0.8, 1.25)},
-    "crop": dict.fromkeys(("left", "top", "right", "bottom"), (0.01, 0.05)),
+    "enlarge": {"factor": (1.1, 1.4)},
+    "brightness": {"gain": (0.85, 1.15), "offset": (-0.06, 0.06), "quality": (45, 92)},
+    "crop": {**dict.fromkeys(("left", "top", "right", "bottom"), (0.01, 0.05)), "quality": (45, 92)},
 }
-"""Changes that near copies undergo, and the ranges of their parameters."""
+"""Changes that near copies undergo, and the ranges of their parameters; with a quality, they are saved as JPEG."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class File:
     """One file of the set: where it goes and how it is made from phantom number `index`, drawn as `drawn`.
 
     subtype: the class folder, which a label conflict makes differ from `drawn`; original: path of the file that this
-    one copies; operation, parameters: how the picture was changed; window, border: a shortcut's settings.
+    one copies; change: what a near copy or a shortcut does to the picture.
     """
 
     path: str
@@ -65,139 +49,102 @@ class File:
     drawn: str
     defect: str | None = None
     original: str | None = None
-    operation: str | None = None
-    parameters: dict[str, float] = field(default_factory=dict)
-    readable: bool = True
-    size_factor: float = 1.0
-    window: tuple[float, float] | None = None
-    border: float = 0.0
-
-
-def check(cfg: PhantomConfig) -> None:
-    """Raises ConfigError if cfg.defects names an unknown defect."""
-    unknown = sorted(set(cfg.defects) - set(DEFECTS))
-    if unknown:
-        raise ConfigError(f"Unknown defect {', '.join(unknown)} in data.phantom.defects. Known: {', '.join(DEFECTS)}.")
+    change: dict[str, Any] = field(default_factory=dict)
 
 
 def plan(clean: list[File], cfg: PhantomConfig) -> list[File]:
-    """The files of a clean set and, after them, those that the defects of cfg add.
+    """The files of a clean set, one a slice in order of index, and after them those that the defects of cfg add.
 
-    clean: one File a slice, in order of index. Raises ConfigError for an unknown defect.
+    Raises ConfigError for an unknown defect.
     """
-    check(cfg)
+    if unknown := sorted(set(cfg.defects) - set(DEFECTS)):
+        raise ConfigError(f"Unknown defect {', '.join(unknown)} in data.phantom.defects. Known: {', '.join(DEFECTS)}.")
     rng = np.random.default_rng(np.random.SeedSequence([cfg.seed % 2**32, 1]))
-    clean = [_with_shortcuts(file, rng, cfg.defects) for file in clean]
+    clean = [replace(file, change=_shortcuts(file.drawn != "normal", rng, cfg.defects)) for file in clean]
     files = list(clean)
     for defect in COPIES:
         if defect in cfg.defects:
-            count = max(1, round(cfg.defect_rate * len(clean)))
-            for i in rng.choice(len(clean), count, replace=False):
+            for i in rng.choice(len(clean), max(1, round(cfg.defect_rate * len(clean))), replace=False):
                 files.append(_copy_of(clean[i], len(files), rng, defect))
     if "odd_files" in cfg.defects:
-        for k, (kind, suffix) in enumerate(ODD.items()):
-            subtype, split = SUBTYPES[k % 4], SPLITS[k % 3]
-            path = f"{split}/{subtype}/phantom_{len(files):05d}{suffix}"
-            # A phantom of its own, so that an odd file is not a duplicate as well.
-            odd = File(path, len(clean) + k, split, subtype, subtype, "odd_files", operation=kind)
-            files.append(replace(odd, readable=kind not in UNREADABLE))
+        for kind, split, subtype in zip(ODD, SPLITS, SUBTYPES, strict=False):
+            path = f"{split}/{subtype}/phantom_{len(files):05d}.png"
+            files.append(File(path, len(files), split, subtype, subtype, "odd_files", change={"odd": kind}))
     return files
 
 
-def _with_shortcuts(file: File, rng: np.random.Generator, defects: list[str]) -> File:
-    """The file with display window, size or border made to follow its label."""
-    cancer = file.drawn != "normal"
-    if "shortcut_window" in defects:
-        center, width = (-250, 2200) if cancer else (-600, 1300)
-        file = replace(file, window=(rng.normal(center, 40), rng.normal(width, 60)))
-    if "shortcut_size" in defects:
-        file = replace(file, size_factor=0.8 if cancer else 1.25)
-    if "shortcut_border" in defects and not cancer:
-        file = replace(file, border=rng.uniform(0.02, 0.04))
-    return file
+def _shortcuts(cancer: bool, rng: np.random.Generator, defects: list[str]) -> dict[str, Any]:
+    """Display window, size or border that follow the label."""
+    center, width = (-250, 2200) if cancer else (-600, 1300)
+    change: dict[str, dict[str, Any]] = {
+        "shortcut_window": {"window": (rng.normal(center, 40), rng.normal(width, 60))},
+        "shortcut_size": {"size": 0.8 if cancer else 1.25},
+        "shortcut_border": {} if cancer else {"border": rng.uniform(0.02, 0.04)},
+    }
+    return {name: value for defect in defects for name, value in change.get(defect, {}).items()}
 
 
 def _copy_of(original: File, number: int, rng: np.random.Generator, defect: str) -> File:
     """A copy of a file: of its bytes, except that `near` changes the picture and re-encodes it."""
-    split, subtype, suffix = original.split, original.subtype, Path(original.path).suffix
-    copy = replace(original, defect=defect, original=original.path)
+    split, subtype, suffix, change = original.split, original.subtype, Path(original.path).suffix, original.change
     if defect == "near":
-        split = str(rng.choice(SPLITS))
-        operation, parameters = _sample_operation(rng)
-        copy = replace(copy, operation=operation, parameters=parameters)
-        suffix = ".jpg" if "quality" in parameters else ".png"
+        split, operation = str(rng.choice(SPLITS)), str(rng.choice(list(NEAR)))
+        change = change | {name: rng.uniform(*limits) for name, limits in NEAR[operation].items()}
+        suffix = ".jpg" if "quality" in change else ".png"
     elif defect == "across_splits":
         split = str(rng.choice([name for name in SPLITS if name != split]))
     elif defect == "label_conflict":
         subtype = str(rng.choice([name for name in SUBTYPES if name != subtype]))
-    return replace(copy, path=f"{split}/{subtype}/phantom_{number:05d}{suffix}", split=split, subtype=subtype)
+    path = f"{split}/{subtype}/phantom_{number:05d}{suffix}"
+    return File(path, original.index, split, subtype, original.drawn, defect, original.path, change)
 
 
-def _sample_operation(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
-    """A change that keeps a picture recognisable, and its parameters; half of them are saved as JPEG besides."""
-    operation = str(rng.choice(list(_RANGES)))
-    parameters = {name: rng.uniform(*limits) for name, limits in _RANGES[operation].items()}
-    if operation == "rescale" and rng.random() < 0.5:
-        parameters["factor"] = 2 - parameters["factor"]
-    if operation == "jpeg" or rng.random() < 0.5:
-        parameters["quality"] = int(rng.integers(45, 92))
-    return operation, parameters
+def encode(phantom: Phantom, file: File, identity: str) -> tuple[bytes, np.ndarray]:
+    """The content of a file, and the lesion mask that fits it, bool [H, W]."""
+    if file.path.endswith(".dcm"):
+        return dicom(phantom, identity), phantom.mask
+    picture, mask = altered(phantom, file.change)
+    encoded = io.BytesIO()
+    if "quality" in file.change:
+        picture.save(encoded, "JPEG", quality=int(file.change["quality"]))
+    else:  # noise hardly compresses: level 1 takes a third of the default's time for an eighth more bytes
+        picture.save(encoded, "PNG", compress_level=1)
+    whole = encoded.getvalue()
+    odd = {"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"Text with the name of a picture.\n"}
+    return odd.get(file.change.get("odd", ""), whole), mask
 
 
-def near_copy(phantom: Phantom, file: File) -> tuple[np.ndarray, np.ndarray]:
-    """The changed picture, uint8 [H, W], and the lesion mask that fits it, bool [H, W]."""
-    change = file.parameters
-    center, width = phantom.window
-    if file.operation == "window":
-        center, width = center + change["center"], width * change["width"]
-    grey, mask = display(phantom.hu, (center, width)), phantom.mask
-    height, across = grey.shape
-    if file.operation == "brightness":
-        grey = np.clip(grey * change["gain"] + 255 * change["offset"], 0, 255).astype(np.uint8)
-    elif file.operation == "rescale":
-        side = (max(1, round(across * change["factor"])), max(1, round(height * change["factor"])))
-        grey = np.asarray(Image.fromarray(grey).resize(side, Image.Resampling.BILINEAR))
-        mask = np.asarray(Image.fromarray(mask).resize(side, Image.Resampling.NEAREST))
-    elif file.operation in ("shift", "crop"):
-        rows, columns = np.arange(height), np.arange(across)
-        if file.operation == "shift":
-            rows = np.clip(rows - round(change["y"] * height), 0, height - 1)
-            columns = np.clip(columns - round(change["x"] * across), 0, across - 1)
-        else:
-            rows = rows[math.ceil(change["top"] * height) : height - math.ceil(change["bottom"] * height)]
-            columns = columns[math.ceil(change["left"] * across) : across - math.ceil(change["right"] * across)]
-        grey, mask = grey[np.ix_(rows, columns)], mask[np.ix_(rows, columns)]
-    return grey, mask
+def altered(phantom: Phantom, change: dict[str, Any]) -> tuple[Image.Image, np.ndarray]:
+    """The picture in its display window after a change, and the lesion mask that fits it, bool [H, W]."""
+    height, width = phantom.mask.shape
+    left, top, right, bottom = (change.get(edge, 0.0) for edge in ("left", "top", "right", "bottom"))
+    box = (int(left * width), int(top * height), int(width * (1 - right)), int(height * (1 - bottom)))
+    factor = change.get("factor", 1.0)
+    size = max(1, round((box[2] - box[0]) * factor)), max(1, round((box[3] - box[1]) * factor))
+    grey = display(phantom.hu, phantom.window) * change.get("gain", 1.0) + 255 * change.get("offset", 0.0)
+    picture = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
+    mask = Image.fromarray(phantom.mask).resize(size, Image.Resampling.NEAREST, box)
+    return picture.resize(size, Image.Resampling.BILINEAR, box), np.asarray(mask)
 
 
-def encode_near(grey: np.ndarray, quality: float | None) -> bytes:
-    """Bytes of a PNG, or of a JPEG where a quality is given. grey: uint8 [H, W]."""
-    image = Image.fromarray(grey)
-    return _encoded(image, "PNG") if quality is None else _encoded(image, "JPEG", quality=int(quality))
+def dicom(phantom: Phantom, identity: str) -> bytes:
+    """The slice as CT Image Storage, int16 with slope 1 and intercept -1024 (DICOM PS3.3, A.3).
 
-
-def encode_odd(grey: np.ndarray, kind: str) -> bytes:
-    """The bytes of an odd file; kind is a key of ODD, grey uint8 [H, W]."""
-    image = Image.fromarray(grey)
-    png, jpeg = _encoded(image, "PNG"), _encoded(image, "JPEG", quality=92)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6  # "rotate by 90 degrees clockwise to show upright"
-    turned = image.transpose(Image.Transpose.ROTATE_90)
-    return {
-        "16bit": _encoded(Image.fromarray(np.asarray(image, np.uint16) * 257), "PNG"),
-        "rgba": _encoded(image.convert("RGBA"), "PNG"),
-        "palette": _encoded(image.convert("P"), "PNG"),
-        "cmyk": _encoded(image.convert("CMYK"), "JPEG", quality=92),
-        "exif_rotated": _encoded(turned, "JPEG", quality=92, exif=exif),
-        "lying_extension": jpeg,
-        "truncated_png": png[: len(png) // 2],
-        "truncated_jpeg": jpeg[: len(jpeg) // 2],
-        "zero_bytes": b"",
-        "not_an_image": b"This is a text file with the name of a picture.\n",
-    }[kind]
-
-
-def _encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
+    identity: what patient, study, series and instance are derived from; the same identity gives the same UIDs.
+    """
+    file, meta = io.BytesIO(), FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    ds = FileDataset(file, {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SOPClassUID, ds.Modality, ds.PatientName = CTImageStorage, "CT", f"PHANTOM-{identity}"
+    ds.PatientID, ds.Manufacturer, ds.BodyPartExamined = f"PHANTOM-{identity}", "chestct phantom", "CHEST"
+    for part in ("Study", "Series", "SOP"):
+        setattr(ds, f"{part}InstanceUID", generate_uid(entropy_srcs=[identity, part]))
+    ds.ImageType, ds.InstanceNumber = ["DERIVED", "SECONDARY", "AXIAL"], 1
+    ds.SliceThickness, ds.PixelSpacing = 5, [round(phantom.spacing, 5)] * 2
+    ds.ImagePositionPatient, ds.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
+    ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = INTERCEPT, 1, "HU"
+    ds.WindowCenter, ds.WindowWidth = (round(value, 1) for value in phantom.window)
+    stored = (np.round(phantom.hu) - INTERCEPT).astype(np.int16)
+    ds.set_pixel_data(stored, "MONOCHROME2", 16, generate_instance_uid=False)
+    ds.save_as(file, enforce_file_format=True)
+    return file.getvalue()

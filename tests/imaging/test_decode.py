@@ -23,11 +23,11 @@ from pydicom.encaps import encapsulate
 
 from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
-from chestct.imaging.decode import declared_pixels, declared_size, decode, decode_frames, read
+from chestct.imaging.decode import declared_size, decode, decode_frames, read
 from chestct.imaging.raster import webp_size
 from chestct.imaging.slice import Limits, Slice, pixel_hash
+from tests.conftest import real
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
 LUNG = WindowConfig()
 RAMP = np.arange(24 * 40, dtype=np.uint8).reshape(24, 40)
 SMALL = np.zeros((4, 4), np.int16)
@@ -112,25 +112,13 @@ def test_lossless_copies_have_the_same_pixels_and_hash(copy: str) -> None:
     assert pixel_hash(gray) == pixel_hash(RAMP)
 
 
-def test_hash_depends_on_every_pixel_and_on_the_shape() -> None:
-    changed = RAMP.copy()
+def test_hash_depends_on_every_level_and_on_the_shape() -> None:
+    changed, fine = RAMP.copy(), RAMP.astype(np.uint16) * 257
     changed[-1, -1] += 1
-    hashes = {pixel_hash(gray) for gray in (RAMP, changed, RAMP.reshape(40, 24), RAMP.T, RAMP[:, ::-1])}
-    assert len(hashes) == 5
-    assert all(len(digest) == 32 for digest in hashes)
-
-
-def test_hash_tells_sixteen_bit_levels_apart_that_eight_bits_cannot() -> None:
-    coarse = RAMP.astype(np.uint16) * 257
-    fine = coarse.copy()
-    fine[0, 1] += 1
-    assert pixel_hash(coarse) == pixel_hash(RAMP)
-    assert pixel_hash(fine) != pixel_hash(coarse)
-    assert (
-        pixel_hash(fine)
-        == pixel_hash(fine / np.float32(65535))
-        == pixel_hash(decode(encoded(fine, "PNG"), LUNG).levels)
-    )
+    fine[0, 1] += 1  # what eight bits cannot tell
+    assert len({pixel_hash(gray) for gray in (RAMP, changed, RAMP.reshape(40, 24), RAMP.T, RAMP[:, ::-1], fine)}) == 6
+    read_back = decode(encoded(fine, "PNG"), LUNG).levels
+    assert pixel_hash(fine) == pixel_hash(fine / np.float32(65535)) == pixel_hash(read_back)
 
 
 def test_sixteen_bits_are_divided_by_the_full_range_in_either_byte_order() -> None:
@@ -139,17 +127,11 @@ def test_sixteen_bits_are_divided_by_the_full_range_in_either_byte_order() -> No
         np.testing.assert_allclose(decode(data, LUNG).gray, stored / 65535, atol=1e-7)
 
 
-def test_one_bit_images_are_black_and_white() -> None:
+def test_one_bit_colour_and_ink_become_grey() -> None:
     for format in ("PNG", "BMP", "TIFF"):
         assert np.array_equal(decode(encoded(RAMP > 100, format), LUNG).gray, (RAMP > 100).astype(np.float32))
-
-
-def test_colour_becomes_luma() -> None:
     gray = decode(encoded(COLORS, "PNG"), LUNG).gray
     np.testing.assert_allclose(gray, COLORS @ [0.299, 0.587, 0.114] / 255, atol=0.6 / 255)
-
-
-def test_cmyk_is_read_as_ink() -> None:
     cmyk = np.zeros((8, 8, 4), np.uint8)
     cmyk[:4, :, 3] = 255
     gray = decode(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF"), LUNG).gray
@@ -167,16 +149,19 @@ def test_transparent_parts_are_put_on_black() -> None:
     np.testing.assert_allclose(keyed, np.where(RAMP == 200, 0, RAMP) / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])
-def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[274] = orientation
+def test_exif_orientation_is_applied_and_damaged_metadata_hurts_nothing(format: str) -> None:
     options = {"quality": 95} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
-    data = encoded(RAMP, format, exif=exif, **options)
-    with Image.open(io.BytesIO(data)) as image:
-        expected = np.asarray(ImageOps.exif_transpose(image).convert("L")) / 255
-    np.testing.assert_allclose(decode(data, LUNG).gray, expected, atol=1e-6)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        data = encoded(RAMP, format, exif=exif, **options)
+        with Image.open(io.BytesIO(data)) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("L")) / 255
+        np.testing.assert_allclose(decode(data, LUNG).gray, expected, atol=1e-6)
+    for damaged in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense" * 9):
+        if format != "TIFF":
+            assert decode(encoded(RAMP, format, exif=damaged, **options), LUNG).gray.shape == RAMP.shape
 
 
 @pytest.mark.parametrize(
@@ -220,14 +205,16 @@ def test_tiff_pages_come_in_order_and_the_first_is_the_slice() -> None:
     for frame, page in zip(frames, pages, strict=True):
         np.testing.assert_allclose(frame.gray, np.asarray(page) / 255, atol=1e-7)
     assert pixel_hash(decode(data, LUNG).gray) == pixel_hash(frames[0].gray)
+    damaged = decode_frames(data[:-40], LUNG)  # the last page
+    assert [next(damaged).frame, next(damaged).frame] == [0, 1]  # decoded only when they are asked for
+    with pytest.raises(DecodeError):
+        next(damaged)
 
 
 def test_tiff_pages_in_a_circle_come_to_an_end() -> None:
     data = encoded(RAMP, "TIFF")
-    (first,) = struct.unpack_from("<L", data, 4)
-    (entries,) = struct.unpack_from("<H", data, first)
-    after = first + 2 + 12 * entries
-    assert data[after : after + 4] == bytes(4)
+    first = struct.unpack_from("<L", data, 4)[0]
+    after = first + 2 + 12 * struct.unpack_from("<H", data, first)[0]
     assert len(list(decode_frames(data[:after] + data[4:8] + data[after + 4 :], LUNG))) == 1
 
 
@@ -238,14 +225,6 @@ def test_webp_headers_are_read_as_the_decoder_reads_them(mode: str, options: dic
     image.putpixel((0, 0), (1, 2, 3, 4)[: len(mode)])
     more = {"append_images": [other]} if "save_all" in options else {}
     assert webp_size(encoded(image, "WEBP", **options, **more)) == (40, 24)
-
-
-def test_frames_are_decoded_only_when_asked_for() -> None:
-    data = encoded(Image.fromarray(RAMP), "TIFF", save_all=True, append_images=[Image.fromarray(RAMP)])
-    frames = decode_frames(data[:-40], LUNG)  # the second page is damaged
-    assert next(frames).frame == 0
-    with pytest.raises(DecodeError):
-        next(frames)
 
 
 XMP = (
@@ -284,32 +263,17 @@ def test_orientation_stated_elsewhere_than_in_exif_is_applied(data: bytes) -> No
     np.testing.assert_allclose(decode(data, LUNG).gray, np.rot90(RAMP, -1) / 255, atol=2.01 / 255)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nonsense" * 9])
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_damaged_metadata_makes_no_image_unreadable(format: str, exif: bytes) -> None:
-    options = {"quality": 95} if format == "JPEG" else {"lossless": True} if format == "WEBP" else {}
-    assert decode(encoded(RAMP, format, exif=exif, **options), LUNG).gray.shape == RAMP.shape
-
-
-# --- what a file will cost
-
-
 def test_what_a_file_will_cost_is_known_from_its_header() -> None:
     pages = [Image.fromarray(RAMP)] * 3
     for data, size in [
-        (encoded(RAMP, "PNG"), (40, 24, 1)),
         (encoded(COLORS, "WEBP"), (40, 24, 1)),
         (encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:]), (40, 24, 3)),
         (dicom(np.zeros((5, 24, 40), np.int16)), (40, 24, 5)),
-        (dicom(np.zeros((24, 40), np.int16), uid.DeflatedExplicitVRLittleEndian), (40, 24, 1)),
+        (dicom(RAMP)[:-900], (40, 24, 1)),  # no pixel is looked at
     ]:
         assert declared_size(data) == size
-        assert declared_pixels(data) == 24 * 40 * size[2]
-    assert declared_pixels(dicom(RAMP)[:-900]) == 24 * 40  # no pixel is looked at
     with pytest.raises(DecodeError, match=r"upload: PNG: 40 x 24 pixels; data\.max_pixels allows 900"):
-        declared_pixels(encoded(RAMP, "PNG"), Limits(max_pixels=900), name="upload")
-    with pytest.raises(DecodeError, match="neither PNG"):
-        declared_pixels(b"nothing")
+        declared_size(encoded(RAMP, "PNG"), Limits(max_pixels=900), name="upload")
 
 
 # --- DICOM
@@ -360,68 +324,12 @@ def test_eight_bits_in_big_endian_words_are_put_in_order(shape: tuple[int, ...])
     np.testing.assert_allclose(np.squeeze(frames), windowed(stored * 8.0 - 1000), atol=1e-5)
 
 
-def float_dicom(values: np.ndarray, syntax: str = uid.ExplicitVRLittleEndian, **elements: Any) -> bytes:
-    """A DICOM file of FloatPixelData or DoubleFloatPixelData."""
-    keyword = "FloatPixelData" if values.itemsize == 4 else "DoubleFloatPixelData"
-    order = ">" if syntax == uid.ExplicitVRBigEndian else "<"
-    plain = pydicom.dcmread(io.BytesIO(dicom(np.zeros(values.shape, np.int32), syntax, **elements)))
-    del plain.PixelData, plain.BitsStored, plain.HighBit, plain.PixelRepresentation
-    plain.BitsAllocated = 8 * values.itemsize
-    setattr(plain, keyword, values.astype(values.dtype.newbyteorder(order)).tobytes())
-    file = io.BytesIO()
-    plain.save_as(file)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_floating_point_pixels_are_hounsfield_units(dtype: type, syntax: str) -> None:
-    values = np.random.default_rng(0).uniform(-1500, 500, (2, 24, 40)).astype(dtype)
-    frames = [frame.gray for frame in decode_frames(float_dicom(values, syntax, RescaleIntercept="0"), LUNG)]
-    np.testing.assert_allclose(frames, windowed(values), atol=1e-5)
-    bare = float_dicom(values, syntax, RescaleSlope=None, RescaleIntercept=None)
-    np.testing.assert_allclose(decode(bare, LUNG).gray, windowed(values[1]), atol=1e-5)
-    with pytest.raises(DecodeError, match=r"FloatPixelData with a rescale \(slope 1, intercept -1024\)"):
-        decode(float_dicom(values, syntax), LUNG)
-
-
-def test_floating_point_pixels_that_are_no_hounsfield_units_need_a_window() -> None:
-    values = np.linspace(0, 1, 960, dtype=np.float32).reshape(24, 40)
-    elements = {"Modality": "MR", "RescaleSlope": None, "RescaleIntercept": None}
-    with pytest.raises(DecodeError, match="unknown range"):
-        decode(float_dicom(values, **elements), LUNG)
-    own = decode(float_dicom(values * 400, **elements, WindowCenter="200", WindowWidth="300"), LUNG)
-    np.testing.assert_allclose(own.gray, windowed(values * 400, 200, 300), atol=1e-5)
-
-
-def test_what_is_no_number_and_floating_point_padding_are_black() -> None:
-    values = np.full((4, 4), 3000, np.float32)
-    values[0, :2] = np.nan, np.inf
-    values[1, :2] = 2500, 2600
-    elements = {"FloatPixelPaddingValue": 2500.0, "FloatPixelPaddingRangeLimit": 2550.0, "RescaleIntercept": "0"}
-    gray = decode(float_dicom(values, **elements), LUNG).gray
-    assert (gray[0, 0], gray[0, 1], gray[1, 0], gray[1, 1], gray[3, 3]) == (0, 1, 0, 1, 1)
-
-
-def test_a_modality_lookup_table_gives_the_values() -> None:
-    table = pydicom.Dataset()
-    table.LUTDescriptor, table.ModalityLUTType = [256, 0, 16], "US"
-    table.LUTData = (np.arange(256) * 257).astype("<u2").tobytes()
-    elements = {"RescaleSlope": None, "RescaleIntercept": None, "Modality": "CR", "ModalityLUTSequence": [table]}
-    gray = decode(dicom(RAMP, **elements), LUNG).gray
-    np.testing.assert_allclose(gray, RAMP / 255, atol=1e-5)
-
-
-def test_bits_beyond_bits_stored_are_ignored() -> None:
+def test_bits_beyond_bits_stored_are_ignored_and_monochrome1_is_inverted() -> None:
     stored = np.array([[5, 4095], [5 | 0xF000, 0x8000]], np.uint16)
     gray = decode(dicom(stored, BitsStored=12), LUNG).gray
     np.testing.assert_allclose(gray, windowed((stored & 0xFFF) - 1024.0), atol=1e-5)
-
-
-def test_monochrome1_is_inverted() -> None:
-    stored = np.arange(-1000, 1000, dtype=np.int16).reshape(40, 50)
-    plain = decode(dicom(stored), LUNG).gray
-    np.testing.assert_allclose(decode(dicom(stored, PhotometricInterpretation="MONOCHROME1"), LUNG).gray, 1 - plain)
+    inverted = decode(dicom(stored, BitsStored=12, PhotometricInterpretation="MONOCHROME1"), LUNG).gray
+    np.testing.assert_allclose(inverted, 1 - gray)
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -504,28 +412,22 @@ def test_colour_dicom_becomes_luma() -> None:
     assert slice_.color > 0.3
 
 
-def test_jpeg_dicom_decodes_to_what_the_jpeg_holds() -> None:
-    jpeg = encoded(np.asarray(Image.fromarray(RAMP).resize((64, 48))), "JPEG", quality=90)
-    elements = {"Modality": "OT", "PixelData": encapsulate([jpeg])}
-    gray = decode(dicom(np.zeros((48, 64), np.uint8), uid.JPEGBaseline8Bit, **elements), LUNG).gray
-    np.testing.assert_allclose(gray, decode(jpeg, LUNG).gray, atol=1.01 / 255)  # two decoders round differently
-
-
 @pytest.mark.parametrize(
     ("compressed", "plain", "tolerance"),
     [
-        ("MR_small_jpeg_ls_lossless.dcm", "MR_small.dcm", 0),
-        ("MR_small_jp2klossless.dcm", "MR_small.dcm", 0),
-        ("MR_small_RLE.dcm", "MR_small.dcm", 0),
-        ("SC_rgb_jpeg_gdcm.dcm", "SC_rgb_rle.dcm", 0),  # JPEG lossless
-        ("SC_rgb_jls_lossy_line.dcm", "SC_rgb_rle.dcm", 0.03),
-        ("SC_ybr_full_422_uncompressed.dcm", "SC_rgb_rle.dcm", 0.03),
+        ("MR_small_jpeg_ls_lossless", "MR_small", 0),
+        ("MR_small_jp2klossless", "MR_small", 0),
+        ("SC_rgb_jpeg_gdcm", "SC_rgb_rle", 0),  # JPEG lossless
+        ("SC_rgb_jls_lossy_line", "SC_rgb_rle", 0.03),
+        ("SC_ybr_full_422_uncompressed", "SC_rgb_rle", 0.03),
     ],
 )
 def test_compressed_files_of_other_makers_equal_their_plain_twins(
     compressed: str, plain: str, tolerance: float
 ) -> None:
-    one, other = (decode(Path(str(get_testdata_file(name, download=False))), LUNG) for name in (compressed, plain))
+    one, other = (
+        decode(Path(str(get_testdata_file(f"{name}.dcm", download=False))), LUNG) for name in (compressed, plain)
+    )
     np.testing.assert_allclose(one.gray, other.gray, atol=tolerance)
 
 
@@ -577,15 +479,10 @@ def tiff_exif_bomb() -> bytes:
     return tiff(*image, (34665, 4, 1, start)) + tiff_bomb()[8:]
 
 
-def raw_deflate(data: bytes) -> bytes:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return compressor.compress(data) + compressor.flush()
-
-
 def deflate_bomb() -> bytes:
     data = dicom(SMALL, uid.DeflatedExplicitVRLittleEndian)
     meta_end = 144 + struct.unpack_from("<I", data, 140)[0]
-    return data[:meta_end] + raw_deflate(bytes(80_000_000))
+    return data[:meta_end] + zlib.compress(bytes(80_000_000), 9, -zlib.MAX_WBITS)
 
 
 def rle_bomb() -> bytes:
@@ -618,7 +515,6 @@ def dicom_of(dataset: bytes) -> bytes:
 BOMBS: dict[str, Callable[[], bytes]] = {
     "png size": lambda: png(width=50_000, height=50_000),
     "png text": lambda: png(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
-    "png profile": lambda: png(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(80_000_000)))),
     "png many texts": lambda: png(*[chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1_000_000)))] * 200),
     "bmp size": lambda: b"BM" + struct.pack("<IIIIiiHHIIIIII", 99, 0, 54, 40, 50_000, 50_000, 1, 8, 0, 0, 0, 0, 0, 0),
     "tiff size": lambda: tiff(
@@ -637,7 +533,6 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "dicom rle": rle_bomb,
     "dicom jpeg2000": lambda: lying_jpeg2000(8, 100),
     "dicom jpeg2000 tiles": lambda: lying_jpeg2000(24, 1),
-    "dicom frames": lambda: dicom(SMALL, NumberOfFrames=2_000_000_000),
 }
 
 
@@ -689,33 +584,23 @@ def test_files_of_countless_pieces_are_not_walked_to_their_end(flood: str) -> No
     [
         (b"", "it is empty"),
         (b"\0" * 4096, "neither PNG"),
-        (b"just some text", "just some text"),
         (b"<!DOCTYPE html><html><body>Sign in", "<!DOCTYPE html>"),
-        (b"version https://git-lfs.github.com/spec/v1", "version https://git-lfs"),
-        (b"GIF89a" + bytes(100), "neither PNG"),
         (b"\x89PNG\r\n\x1a\n", "damaged PNG"),
-        (b"\xff\xd8\xff", "JPEG"),
-        (b"II*\0" + bytes(10), "TIFF"),
-        (b"BM", "damaged BMP"),
-        (b"RIFF\0\0\0\0WEBP", "WEBP"),
         (bytes(128) + b"DICM", "no pixel data"),
         (dicom(SMALL, PixelData=None), r"no pixel data \(modality CT\)"),
         (dicom(SMALL, Rows=5), "32 vs 40 bytes"),
-        (dicom(np.zeros((3, 4, 4), np.int16), NumberOfFrames=4), "96 vs 128 bytes"),
         (dicom(SMALL, NumberOfFrames="-1"), "NumberOfFrames is -1"),
-        (dicom(SMALL, BitsStored=0), "BitsStored"),
         (dicom(SMALL, BitsStored=17), "Bits Stored"),
         (dicom(SMALL, BitsStored=12, HighBit=15), "HighBit"),
-        (dicom(SMALL, BitsAllocated=12), "Bits Allocated"),
         (dicom(SMALL, BitsAllocated=None), "Bits Allocated"),
         (dicom(SMALL, Rows=0), "4 x 0 pixels"),
         (dicom(SMALL, RescaleSlope="0"), "RescaleSlope is 0"),
+        (dicom(SMALL, PixelData=None, FloatPixelData=bytes(64)), "FloatPixelData is not read"),
         (dicom(SMALL, RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
-        (dicom(SMALL, ModalityLUTSequence=[pydicom.Dataset()]), "damaged DICOM"),
+        (dicom(SMALL, ModalityLUTSequence=[pydicom.Dataset()]), "lookup tables are not read"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="NONSENSE"), "NONSENSE"),
         (dicom(SMALL, uid.MPEG2MPML, PixelData=encapsulate([b"video"])), "MPEG2"),
-        (dicom(np.zeros((48, 64), np.int16), uid.RLELossless, Rows=49), "damaged DICOM"),
         (dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless, Rows=47), r"\[48, 64, 1\]"),
         (dicom(SMALL.astype("u1"), uid.JPEGBaseline8Bit, PixelData=encapsulate([encoded(RAMP, "JPEG")])), "24, 40, 1"),
     ],
@@ -731,24 +616,15 @@ def test_more_bytes_or_pixels_than_allowed_are_refused(tmp_path: Path) -> None:
     path.write_bytes(encoded(RAMP, "PNG"))
     size = path.stat().st_size
     assert decode(path, LUNG, Limits(max_bytes=size, max_pixels=RAMP.size)).gray.shape == RAMP.shape
+    (tmp_path / "long.dcm").touch()
+    os.truncate(tmp_path / "long.dcm", 300_000_000)  # takes no space on disk
+    with pytest.raises(DecodeError, match=r"300,000,000 bytes.*data\.max_bytes"):
+        decode(tmp_path / "long.dcm", LUNG)
     for source in (path, path.read_bytes()):
         with pytest.raises(DecodeError, match=r"data\.max_bytes allows"):
             decode(source, LUNG, Limits(max_bytes=size - 1))
         with pytest.raises(DecodeError, match=r"40 x 24 pixels; data\.max_pixels allows 959"):
             decode(source, LUNG, Limits(max_pixels=RAMP.size - 1))
-
-
-def test_a_file_that_is_too_long_is_not_even_read(tmp_path: Path) -> None:
-    path = tmp_path / "long.dcm"
-    path.write_bytes(dicom(SMALL))
-    os.truncate(path, 300_000_000)  # takes no space on disk
-    tracemalloc.start()
-    try:
-        with pytest.raises(DecodeError, match=r"300,000,000 bytes; data\.max_bytes"):
-            decode(path, LUNG)
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    finally:
-        tracemalloc.stop()
 
 
 WHOLE = {
@@ -776,9 +652,9 @@ def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: P
     os.mkfifo(tmp_path / "pipe")
     for path, reason in [
         (tmp_path / "missing.png", "No such file"),
-        (tmp_path, "not a file"),
-        (tmp_path / "pipe", "not a file"),
-        (Path("/dev/zero"), "not a file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "loop", "symbolic links"),
         (tmp_path / ("x" * 5000), "too long"),
         (tmp_path / "nul\0byte", "null"),
@@ -789,18 +665,6 @@ def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: P
         assert caught.value.path == str(path)
         with pytest.raises(DecodeError, match=reason):
             read(path)
-
-
-def test_files_without_permission_are_refused(tmp_path: Path) -> None:
-    (path := tmp_path / "a.png").write_bytes(encoded(RAMP, "PNG"))
-    path.chmod(0)
-    if os.access(path, os.R_OK):
-        pytest.skip("this user may read everything")
-    with pytest.raises(DecodeError, match="Permission denied"):
-        decode(path, LUNG)
-
-
-def test_any_name_will_do(tmp_path: Path) -> None:
     for name in ("胸部 CT – ü.png", "x" * 250 + ".png", "a b'\"\n.png"):
         (tmp_path / name).write_bytes(encoded(RAMP, "PNG"))
         assert decode(tmp_path / name, LUNG).gray.shape == RAMP.shape
@@ -812,7 +676,6 @@ def test_any_name_will_do(tmp_path: Path) -> None:
 def test_odd_files_put_nothing_on_the_terminal_and_change_no_limit_of_pillow(tmp_path: Path) -> None:
     says_implicit = dicom(SMALL).replace(uid.ExplicitVRLittleEndian.encode(), b"1.2.840.10008.1.2\0\0")
     odd = dicom(SMALL, WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
-    assert decode(odd, LUNG).study == "no!"
     exif = encoded(RAMP, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
     damaged = dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless).replace(b"\xff\x52", b"\xff\x00")
     for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged}.items():
@@ -851,25 +714,19 @@ def test_threads_decode_side_by_side() -> None:
 def test_pydicom_is_not_imported_for_other_formats(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(RAMP, "PNG"))
     code = (
-        "import sys; from pathlib import Path; from chestct.config.schema import WindowConfig;"
-        "from chestct.imaging.decode import decode; decode(Path(sys.argv[1]), WindowConfig());"
-        "print('pydicom' in sys.modules, 'torch' in sys.modules)"
+        "import sys; from pathlib import Path; from chestct.config.schema import WindowConfig\n"
+        "from chestct.imaging.decode import decode; decode(Path(sys.argv[1]), WindowConfig())\n"
+        "print({'pydicom', 'torch'} & sys.modules.keys())"
     )
-    assert run_python(code, tmp_path / "a.png").stdout.split() == ["False", "False"]
+    assert run_python(code, tmp_path / "a.png").stdout.strip() == "set()"
 
 
 # --- real files
 
 
-def needs(folder: str) -> Path:
-    if not (REAL / folder).is_dir():
-        pytest.skip(f"real slices are not here: {REAL / folder}")
-    return REAL / folder
-
-
 @pytest.mark.slow
 def test_real_slices_decode_and_their_copies_are_found() -> None:
-    files = sorted(path for path in needs("chest-ct").rglob("*") if path.is_file())
+    files = sorted(path for path in real("chest-ct").rglob("*") if path.is_file())
     hashes = {path: pixel_hash(decode(path, LUNG).gray) for path in files}
     assert (len(hashes), len(set(hashes.values()))) == (1000, 847)
     normal = [digest for path, digest in hashes.items() if "normal" in path.parts]
@@ -877,7 +734,7 @@ def test_real_slices_decode_and_their_copies_are_found() -> None:
 
 
 def test_real_dicom_follows_the_printed_formula() -> None:
-    files = sorted(needs("dicom").glob("*.dcm"))
+    files = sorted(real("dicom").glob("*.dcm"))
     assert len(files) == 11
     for path in files:
         dataset = pydicom.dcmread(path)
@@ -887,6 +744,4 @@ def test_real_dicom_follows_the_printed_formula() -> None:
         if padding is not None:
             signed = padding - 65536 if dataset.PixelRepresentation and padding > 32767 else padding
             expected[dataset.pixel_array == signed] = 0
-        slice_ = decode(path, LUNG)
-        assert np.abs(slice_.gray - expected).max() <= 1 / 255
-        assert (slice_.patient, slice_.series) == (dataset.PatientID, dataset.SeriesInstanceUID)
+        assert np.abs(decode(path, LUNG).gray - expected).max() <= 1 / 255

@@ -16,37 +16,13 @@ def wide_slice():
     return gray
 
 
-@pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
-def test_every_fit_gives_a_square_of_bytes(fit):
-    out = Preprocess(48, fit)(wide_slice())
-    assert out.shape == (48, 48)
-    assert out.dtype == np.uint8
-
-
-def test_pad_keeps_the_aspect_ratio():
-    body = Preprocess(120, "pad")(wide_slice()) > 100
-    assert abs(np.ptp(np.flatnonzero(body.any(0))) - 60) <= 2
-    assert abs(np.ptp(np.flatnonzero(body.any(1))) - 40) <= 2
-
-
-def test_stretch_does_not():
-    body = Preprocess(120, "stretch")(wide_slice()) > 100
-    assert abs(np.ptp(np.flatnonzero(body.any(1))) - 80) <= 2
-
-
-def test_body_fills_the_square():
-    body = Preprocess(120, "body")(wide_slice()) > 100
-    assert np.ptp(np.flatnonzero(body.any(0))) == 119
-
-
-def test_air_that_is_not_quite_black_is_no_body():
-    noise = np.random.default_rng(0).uniform(0, 0.1, (60, 120)).astype(np.float32)
-    body = Preprocess(120, "body")(np.maximum(wide_slice(), noise)) > 100
-    assert np.ptp(np.flatnonzero(body.any(0))) == 119
-
-
-def test_a_black_slice_has_no_body_and_stays_black():
-    assert Preprocess(32, "body")(np.zeros((40, 50), np.float32)).max() == 0
+@pytest.mark.parametrize(("fit", "width", "height"), [("pad", 60, 40), ("stretch", 60, 80), ("body", 119, 79)])
+def test_every_fit_gives_a_square_of_bytes(fit, width, height):
+    air = np.random.default_rng(0).uniform(0, 0.1, (60, 120)).astype(np.float32)  # not quite black, and no body
+    out = Preprocess(120, fit)(np.maximum(wide_slice(), air))
+    assert (out.shape, out.dtype) == ((120, 120), np.uint8)
+    extent = [np.ptp(np.flatnonzero((out > 100).any(axis))) for axis in (0, 1)]
+    assert extent == pytest.approx([width, height], abs=2)
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
@@ -69,12 +45,11 @@ def test_the_percentiles_around_the_body_become_black_and_white():
     assert (np.diff(level) >= 0).all()
 
 
-def test_what_has_no_contrast_is_given_none():
-    assert set(np.unique(Preprocess(32, "body", "body")(np.full((40, 40), 0.5, np.float32)))) == {128}
-
-
-def test_grey_levels_are_kept():
-    assert set(np.unique(Preprocess(32, "pad")(np.full((64, 64), 0.5, np.float32)))) == {128}
+def test_grey_levels_are_kept_and_what_has_no_contrast_or_body_is_given_none():
+    flat = np.full((40, 40), 0.5, np.float32)
+    for seen in (Preprocess(32, "pad"), Preprocess(32, "body", "body")):
+        assert set(np.unique(seen(flat))) == {128}
+    assert Preprocess(32, "body")(np.zeros((40, 50), np.float32)).max() == 0
 
 
 def assert_png_export_is_seen_alike(dicom, folder):

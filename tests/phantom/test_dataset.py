@@ -1,4 +1,4 @@
-"""A written set: deterministic, stratified, whole or absent, and what its truth says."""
+"""A written set: deterministic, stratified, whole or absent, and what its truth says, planted faults included."""
 
 import hashlib
 import json
@@ -8,11 +8,13 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import ConfigError, DataError
 from chestct.phantom import dataset
-from chestct.phantom.thorax import PADDING
+from chestct.phantom.defects import COPIES, ODD, altered
+from chestct.phantom.thorax import PADDING, Phantom
 
 SMALL = {"slices": 14, "size": 64}
 
@@ -23,132 +25,78 @@ def hashes(root):
     }
 
 
-def test_layout_splits_and_truth_agree(tmp_path):
-    cfg = PhantomConfig(slices=50, size=64, cancer=0.6)
-    truth = dataset.write(tmp_path / "set", cfg)
+def grey(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("L"), float) / 255
+
+
+def test_layout_splits_masks_and_truth_agree(tmp_path):
+    cfg, root = PhantomConfig(slices=50, size=64, cancer=0.6), tmp_path / "set"
+    truth = dataset.write(root, cfg)
     files = truth["files"]
-    assert {f["path"] for f in files} | {f["mask"] for f in files if f["mask"]} | {"truth.json"} == set(
-        hashes(tmp_path / "set")
-    )
+    assert {f["path"] for f in files} | {f["mask"] for f in files if f["mask"]} | {"truth.json"} == set(hashes(root))
     assert Counter(f["subtype"] for f in files) == {name: 20 if name == "normal" else 10 for name in SUBTYPES}
     for subtype in SUBTYPES:
         count = Counter(f["split"] for f in files if f["subtype"] == subtype)
-        total = sum(count.values())
-        assert count["test"] == round(0.2 * total)
-        assert count["valid"] == round(0.15 * total)
+        assert (count["test"], count["valid"]) == (round(0.2 * count.total()), round(0.15 * count.total()))
     for f in files:
         assert f["path"] == f"{f['split']}/{f['subtype']}/phantom_{f['index']:05d}.png"
-        with Image.open(tmp_path / "set" / f["path"]) as image:
-            assert (image.mode, image.size) == ("L", (f["width"], f["height"]))
-        assert (f["mask"] is None) == (f["lesion"] is None) == (f["subtype"] == "normal")
-    assert json.loads((tmp_path / "set" / "truth.json").read_text()) == truth
-
-
-def test_masks_fit_their_slices_and_the_truth(tmp_path):
-    for f in dataset.write(tmp_path / "set", PhantomConfig(**SMALL))["files"]:
-        if f["mask"]:
-            with Image.open(tmp_path / "set" / f["mask"]) as image:
-                assert image.mode == "1"
-                mask = np.asarray(image)
-            assert mask.shape == (f["height"], f["width"])
-            x0, y0, x1, y1 = f["lesion"]["box"]
-            assert mask[y0:y1, x0:x1].sum() == mask.sum() == f["lesion"]["area"]
-            assert mask[y0:y1, x0].any()
-            assert mask[y1 - 1, x0:x1].any()
-
-
-def test_a_slice_can_be_drawn_again_from_its_truth(tmp_path):
-    cfg = PhantomConfig(**SMALL)
-    entry = dataset.write(tmp_path / "set", cfg)["files"][5]
-    drawn = dataset.thorax.draw(np.random.default_rng(entry["seed"]), entry["drawn"], cfg)
-    with Image.open(tmp_path / "set" / entry["path"]) as image:
-        assert np.array_equal(np.asarray(image), dataset.thorax.display(drawn.hu, entry["window"]))
-
-
-@pytest.mark.slow
-def test_the_same_settings_write_the_same_bytes(tmp_path):
-    cfg = PhantomConfig(**SMALL, defects=["near", "odd_files"])
-    dataset.write(tmp_path / "a", cfg)
-    dataset.write(tmp_path / "b", cfg)
-    dataset.write(tmp_path / "c", PhantomConfig(**SMALL, defects=["near", "odd_files"], seed=1))
-    assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    assert hashes(tmp_path / "a") != hashes(tmp_path / "c")
+        assert (f["mask"] is None) == (f["subtype"] == "normal")
+        for name, mode in ((f["path"], "L"), (f["mask"], "1")):
+            if name:
+                with Image.open(root / name) as image:
+                    assert (image.mode, image.size) == (mode, (f["width"], f["height"]))
+    assert json.loads((root / "truth.json").read_text()) == truth
+    drawn = dataset.thorax.draw(np.random.default_rng(files[5]["seed"]), files[5]["drawn"], cfg)
+    shown = dataset.thorax.display(drawn.hu, files[5]["window"])
+    np.testing.assert_allclose(grey(root / files[5]["path"]), shown / 255)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["png", "dicom"])
-def test_the_number_of_processes_changes_nothing(tmp_path, format):
+def test_the_same_settings_write_the_same_bytes_in_any_number_of_processes(tmp_path, format):
     cfg = PhantomConfig(slices=70, size=64, defects=["exact", "near", "odd_files"], format=format)
     for processes in (1, 2):
         dataset.write(tmp_path / str(processes), cfg, processes=processes)
+    dataset.write(tmp_path / "other", PhantomConfig(slices=70, size=64, format=format, seed=1))
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+    assert not set(hashes(tmp_path / "1").values()) & set(hashes(tmp_path / "other").values())
 
 
 def test_dicom_gives_back_the_hounsfield_units(tmp_path):
     cfg = PhantomConfig(**SMALL, format="dicom")
     truth = dataset.write(tmp_path / "set", cfg)
-    patients, instances = set(), set()
+    identities = set()
     for f in truth["files"]:
         ds = pydicom.dcmread(tmp_path / "set" / f["path"])  # without force: it must be a proper file
         drawn = dataset.thorax.draw(np.random.default_rng(f["seed"]), f["drawn"], cfg)
         hu = ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
         assert np.array_equal(hu, np.round(drawn.hu))
         assert hu.min() >= PADDING
-        assert ds.SOPClassUID.name == "CT Image Storage"
-        assert ds.SOPInstanceUID == ds.file_meta.MediaStorageSOPInstanceUID
-        assert (ds.Rows, ds.Columns, ds.RescaleIntercept) == (f["height"], f["width"], -1024)
+        assert (ds.SOPClassUID.name, ds.SOPInstanceUID) == ("CT Image Storage", ds.file_meta.MediaStorageSOPInstanceUID)
+        assert (ds.Rows, ds.Columns) == (f["height"], f["width"])
         assert ds.PixelSpacing == pytest.approx([f["spacing"]] * 2, abs=1e-4)
         assert [ds.WindowCenter, ds.WindowWidth] == pytest.approx(f["window"], abs=0.06)
-        patients.add(ds.PatientID)
-        instances.add(ds.SOPInstanceUID)
-        assert all(len(uid) <= 64 for uid in (ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID))
-    assert len(patients) == len(instances) == len(truth["files"])
+        identities |= {ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID}
+    assert len(identities) == 4 * len(truth["files"])
 
 
-def test_a_complete_set_is_reused_without_drawing(tmp_path, monkeypatch):
-    cfg = PhantomConfig(**SMALL)
-    first = dataset.write(tmp_path / "set", cfg)
-    monkeypatch.setattr(dataset.thorax, "draw", lambda *_: pytest.fail("drawn again"))
-    assert dataset.write(tmp_path / "set", cfg) == first
-
-
-def test_other_settings_draw_anew(tmp_path):
-    dataset.write(tmp_path / "set", PhantomConfig(**SMALL))
-    before = hashes(tmp_path / "set")
-    truth = dataset.write(tmp_path / "set", PhantomConfig(**SMALL, difficulty=0.9))
-    assert truth["settings"]["difficulty"] == 0.9
-    assert hashes(tmp_path / "set") != before
-    assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.lock"}
-
-
-@pytest.mark.parametrize("truth", ["whole", "cut"])
-def test_a_set_that_holds_somebodys_files_is_not_drawn_anew(tmp_path, truth):
-    root = tmp_path / "set"
-    dataset.write(root, PhantomConfig(**SMALL))
-    mine = root / "train" / "normal" / "my notes.txt"
-    mine.write_text("keep me", encoding="utf-8")
-    (root / "train" / ".DS_Store").write_bytes(b"")
-    if truth == "cut":
-        (root / "truth.json").write_text("{", encoding="utf-8")
-    with pytest.raises(DataError, match=r"my notes\.txt"):
-        dataset.write(root, PhantomConfig(**SMALL, difficulty=0.9))
-    assert mine.read_text(encoding="utf-8") == "keep me"
-    mine.unlink()
-    dataset.write(root, PhantomConfig(**SMALL, difficulty=0.9))
-
-
-@pytest.mark.parametrize("damage", ["slice", "mask", "truth_cut"])
-def test_a_set_with_something_missing_is_not_reused(tmp_path, damage):
+def test_a_whole_set_is_reused_and_anything_else_is_left_alone(tmp_path, monkeypatch):
     cfg, root = PhantomConfig(**SMALL), tmp_path / "set"
-    truth = dataset.write(root, cfg)
-    whole = hashes(root)
-    entry = next(f for f in truth["files"] if f["mask"])
-    if damage == "truth_cut":
-        (root / "truth.json").write_text('{"settings":')
-    else:
-        (root / entry["path" if damage == "slice" else "mask"]).unlink()
-    dataset.write(root, cfg)
-    assert hashes(root) == whole
+    first = dataset.write(root, cfg)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "scan.png").write_bytes(b"precious")
+    (tmp_path / "file").write_bytes(b"precious")
+    before = hashes(tmp_path)
+    monkeypatch.setattr(dataset.thorax, "draw", lambda *_: pytest.fail("drawn again"))
+    assert dataset.write(root, cfg) == first
+    for path, settings in ((root, {"difficulty": 0.9}), (tmp_path / "mine", {}), (tmp_path / "file", {})):
+        with pytest.raises(DataError, match="other than these phantoms"):
+            dataset.write(path, PhantomConfig(**SMALL, **settings))
+    assert before.items() <= hashes(tmp_path).items()
+    (root / first["files"][0]["path"]).unlink()
+    with pytest.raises(DataError, match="other than these phantoms"):
+        dataset.write(root, cfg)
 
 
 def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch):
@@ -162,26 +110,109 @@ def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch
         return draw(*args)
 
     monkeypatch.setattr(dataset.thorax, "draw", killed)
-    # As after SIGKILL, when nothing is cleaned up either.
-    monkeypatch.setattr(dataset.shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(KeyboardInterrupt):
         dataset.write(root, cfg)
     monkeypatch.undo()
     assert not root.exists()
-    assert list(tmp_path.glob(".set-*"))
     assert len(dataset.write(root, cfg)["files"]) == cfg.slices
     assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.lock"}  # the next run clears up
-
-
-def test_foreign_folders_are_left_alone(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "scan.png").write_bytes(b"precious")
-    with pytest.raises(DataError, match="something other than phantoms"):
-        dataset.write(tmp_path / "mine", PhantomConfig(**SMALL))
-    assert (tmp_path / "mine" / "scan.png").read_bytes() == b"precious"
 
 
 def test_a_misspelt_defect_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"exakt.*Known: exact"):
         dataset.write(tmp_path / "set", PhantomConfig(**SMALL, defects=["exakt"]))
     assert not (tmp_path / "set").exists()
+
+
+# --- planted faults
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("planted") / "set"
+    cfg = PhantomConfig(slices=40, size=96, defects=[*COPIES, "odd_files"], defect_rate=0.3)
+    return root, dataset.write(root, cfg, processes=1)["files"]
+
+
+def copies(files, defect):
+    originals = {f["path"]: f for f in files}
+    pairs = [(f, originals[f["original"]]) for f in files if f["defect"] == defect]
+    assert len(pairs) == 12
+    return pairs
+
+
+@pytest.mark.parametrize("defect", ["exact", "across_splits", "label_conflict"])
+def test_exact_copies_are_the_same_bytes(planted, defect):
+    root, files = planted
+    for copy, original in copies(files, defect):
+        assert (root / copy["path"]).read_bytes() == (root / original["path"]).read_bytes()
+        assert (copy["split"] != original["split"]) == (defect == "across_splits")
+        assert (copy["subtype"] != original["subtype"]) == (defect == "label_conflict")
+        assert copy["path"].startswith(f"{copy['split']}/{copy['subtype']}/")
+
+
+def test_near_copies_differ_in_bytes_but_not_in_what_they_show(planted):
+    root, files = planted
+
+    def thumbnail(f, margin=0.0):
+        """Standardised 32 x 32 picture without a margin, a fraction of the side."""
+        with Image.open(root / f["path"]) as image:
+            box = (margin * image.width, margin * image.height, (1 - margin) * image.width, (1 - margin) * image.height)
+            small = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.BOX, box), float)
+        return (small - small.mean()) / small.std()
+
+    for copy, original in copies(files, "near"):
+        assert (root / copy["path"]).read_bytes() != (root / original["path"]).read_bytes()
+        same = np.mean(thumbnail(copy) * thumbnail(original, 0.03 if "left" in copy["change"] else 0.0))
+        strangers = [f for f in files if f["defect"] is None and f["index"] != copy["index"]]
+        assert same > max(0.75, *(np.mean(thumbnail(copy) * thumbnail(f)) for f in strangers))
+        with Image.open(root / copy["path"]) as image:
+            assert image.size == (copy["width"], copy["height"])
+            assert (image.format == "JPEG") == ("quality" in copy["change"])
+
+
+@pytest.mark.parametrize("change", [{"factor": 0.7}, {"factor": 1.3}, {"left": 0.02, "top": 0.2, "right": 0.1}])
+def test_masks_follow_the_geometry_of_near_copies(change):
+    mask = np.zeros((90, 120), bool)
+    mask[40:60, 20:50] = True
+    hu = np.where(mask, 900, -900).astype(np.float32)  # the picture is its own mask
+    picture, moved = altered(Phantom(hu, mask, mask, 1.0, (0.0, 2000.0)), change)
+    assert moved.any()
+    assert np.mean((np.asarray(picture) > 127) != moved) < 0.01
+    assert moved.shape != mask.shape
+
+
+def test_odd_files_cannot_be_read_and_show_what_no_other_file_shows(planted):
+    root, files = planted
+    odd = [f for f in files if not f["readable"]]
+    assert len(odd) == len(ODD) == len([f for f in files if f["defect"] == "odd_files"])
+    for f in odd:
+        assert f["index"] >= 40
+        with pytest.raises((OSError, SyntaxError)):
+            grey(root / f["path"])
+
+
+SHORTCUTS = {
+    "shortcut_window": lambda grey: grey[grey > 0.3].mean(),
+    "shortcut_size": lambda grey: grey.size,
+    "shortcut_border": lambda grey: np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).mean(),
+}
+
+
+@pytest.mark.slow
+def test_a_shortcut_gives_the_class_away_and_leaves_lesions_in_place(tmp_path):
+    """All three in one set, which is quicker; each shows in a number of its own, which a clean set does not have."""
+
+    def scores(defects):
+        root = tmp_path / f"{len(defects)} planted"
+        files = dataset.write(root, PhantomConfig(slices=40, size=64, defects=defects))["files"]
+        for f in files:
+            with Image.open(root / (f["mask"] or f["path"])) as mask:
+                assert mask.size == (f["width"], f["height"])
+        pictures = [grey(root / f["path"]) for f in files]
+        cancer = [f["subtype"] != "normal" for f in files]
+        aurocs = {name: roc_auc_score(cancer, [number(p) for p in pictures]) for name, number in SHORTCUTS.items()}
+        return {name: max(score, 1 - score) for name, score in aurocs.items()}
+
+    assert all(score > 0.9 for score in scores(list(SHORTCUTS)).values())
+    assert all(score < 0.75 for score in scores([]).values())
