@@ -21,47 +21,56 @@ POOLED = ("brier", "log_loss", "ece")
 """Metrics that need no class to occur."""
 
 
-def compare(
-    table_a: pd.DataFrame,
-    table_b: pd.DataFrame,
-    task: str,
-    split: str = "test",
-    scores: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
-    thresholds: tuple[float, float] = (0.5, 0.5),
-    resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The difference B - A of every metric on the slices of `split` that both tables of predictions hold.
+def compare_runs(cfg: Config, out: Path) -> str:
+    """Compares the two evaluations that cfg.compare names; writes comparison.json to `out`, returns it as text.
 
-    scores: calibrated scores [N, K] of each whole table, or None for the table's own; thresholds: of A and of B.
-    Slices are matched by source, path and content; groups are those of A. Returns one row a metric: metric, a, b,
-    difference, low, high (95 %, percentiles over the same draws of groups for both), excludes_zero, slices, groups and
-    reason. Undefined values are None with a reason; so is an interval that rests on fewer than MIN_GROUPS groups of a
-    class, or in which no draw shows a difference.
-
-    Raises DataError if the tables share too few slices, disagree on a target, or were not made for `task`.
+    Each is a predictions.parquet, or a folder that holds one or an `evaluation` folder with one. Raises DataError.
     """
-    rows = _shared(table_a, table_b, split)
-    try:
-        a, b = (
-            sample_of(table.iloc[at], task, None if own is None else own[at], threshold)
-            for table, at, own, threshold in zip((table_a, table_b), rows, scores, thresholds, strict=True)
-        )
-    except KeyError as error:
-        raise DataError(f"Not a table of task {task}: {error}. Compare runs of one task.") from error
-    n, groups = len(a.target), len(np.unique(a.group))
-    if wrong := int((a.target != b.target).sum()):
-        raise DataError(f"{wrong} of {n} shared slices have another target in the other run: labels differ.")
+    a, b = (_read(name) for name in cfg.compare)
+    frame = compare(a, b, cfg.evaluation.resamples, cfg.data.split_seed)
+    write_atomic(out / "comparison.json", frame.to_json(orient="records", indent=1))
+    return compare_text(frame, *cfg.compare)
+
+
+def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """The difference B - A of every metric on the test slices that both tables of predictions hold.
+
+    Slices are matched by source, path and content; groups are those of A; each run decides by its own threshold.
+    Returns one row a metric: metric, a, b, difference, low, high (95 %, percentiles over the same draws of groups for
+    both), excludes_zero, slices, groups and reason. Undefined values are None with a reason; so is an interval that
+    rests on fewer than MIN_GROUPS groups of a class, or in which no draw shows a difference.
+
+    Raises DataError if the tables share too few slices, disagree on a target, or are of different tasks.
+    """
+    task = "binary" if "logit_cancer" in table_a else "subtype"
+    columns = [f"probability_{name}" for name in classes_of(task)[task == "binary" :]]
+    samples, parts = [], []
+    for name, table in (("A", table_a), ("B", table_b)):
+        if not {*columns, "logit_cancer" if task == "binary" else "logit_normal"} <= set(table):
+            raise DataError(f"Run {name} was evaluated for another task. Compare runs of one task.")
+        test = table[table["split"] == "test"]
+        if copies := int(test.duplicated(KEYS).sum()):
+            raise DataError(f"Run {name} holds {copies} test slices twice; compare one evaluation with one other.")
+        parts.append(test.set_index(KEYS))
+    shared = parts[0].index.intersection(parts[1].index, sort=False)
+    n, groups = len(shared), parts[0].loc[shared, "group"].nunique()
     if groups < MIN_GROUPS:
         raise DataError(
-            f"The runs share {n} {split} slices in {groups} groups; a comparison needs {MIN_GROUPS} groups. "
-            "Evaluate both on the same data with the same data.split and data.split_seed."
+            f"The runs share {n} test slices in {groups} groups (A has {len(parts[0])}, B has {len(parts[1])}); a "
+            f"comparison needs {MIN_GROUPS} groups. Evaluate both on the same data with the same data.split and "
+            "data.split_seed."
         )
+    for part in parts:
+        both = part.loc[shared].reset_index()
+        samples.append(sample_of(both, task, both[columns].to_numpy(), _threshold(part)))
+    a, b = samples
+    if wrong := int((a.target != b.target).sum()):
+        raise DataError(f"{wrong} of {n} shared slices have another target in the other run: labels differ.")
     values = [{name: float(v[0]) for name, v in statistics(sample, np.ones((1, n))).items()} for sample in (a, b)]
     drawn = [(statistics(a, weights), statistics(b, weights)) for weights in draws(a.group, resamples, seed)]
     differences = {name: np.concatenate([of_b[name] - of_a[name] for of_a, of_b in drawn]) for name in values[0]}
-    table = [_row(name, a, b, values, differences[name]) for name in differences]
-    return pd.DataFrame(table, dtype=object)  # None stays None
+    rows = [_row(name, a, b, values, differences[name]) for name in differences]
+    return pd.DataFrame(rows, dtype=object)  # None stays None
 
 
 def _row(name: str, a: Sample, b: Sample, values: list[dict[str, float]], drawn: np.ndarray) -> dict[str, Any]:
@@ -79,33 +88,8 @@ def _row(name: str, a: Sample, b: Sample, values: list[dict[str, float]], drawn:
     fewest = groups if shares or name in POOLED else fewest_groups(a.target, a.group)
     low, high, reason = difference_interval(drawn, value_b - value_a, fewest)
     excludes = low is not None and high is not None and (low > 0 or high < 0)
-    return row | {
-        "difference": value_b - value_a, "low": low, "high": high, "excludes_zero": excludes, "reason": reason
-    }  # fmt: skip
-
-
-def compare_runs(cfg: Config, out: Path) -> str:
-    """Compares the two evaluations that cfg.compare names; writes comparison.json to `out`, returns it as text.
-
-    Each is a predictions.parquet, or a folder that holds one or an `evaluation` folder with one. Raises DataError.
-    """
-    a, b = (_read(name) for name in cfg.compare)
-    task = "binary" if "logit_cancer" in a else "subtype"
-    columns = [f"probability_{name}" for name in classes_of(task)[task == "binary" :]]
-    for name, table in (("A", a), ("B", b)):
-        if not set(columns) <= set(table):
-            raise DataError(f"Run {name} was evaluated for another task. Compare runs of one task.")
-    frame = compare(
-        a,
-        b,
-        task,
-        scores=(a[columns].to_numpy(), b[columns].to_numpy()),
-        thresholds=(_threshold(a), _threshold(b)),
-        resamples=cfg.evaluation.resamples,
-        seed=cfg.data.split_seed,
-    )
-    write_atomic(out / "comparison.json", frame.to_json(orient="records", indent=1))
-    return compare_text(frame, *cfg.compare)
+    interval = {"low": low, "high": high, "excludes_zero": excludes, "reason": reason}
+    return row | {"difference": value_b - value_a} | interval
 
 
 def _read(name: str) -> pd.DataFrame:
@@ -143,20 +127,3 @@ def compare_text(frame: pd.DataFrame, name_a: str, name_b: str) -> str:
         star = "*" if row["excludes_zero"] else ""
         lines.append(f"{row['metric']:{width}}  {a:>8}  {b:>8}  {difference:>8}  {interval} {star}".rstrip())
     return "\n".join(lines)
-
-
-def _shared(table_a: pd.DataFrame, table_b: pd.DataFrame, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where the shared slices of the split stand in each table, int [M] each."""
-    parts = []
-    for name, table in (("A", table_a), ("B", table_b)):
-        part = table[KEYS].assign(row=np.arange(len(table)))[(table["split"] == split).to_numpy()]
-        if copies := int(part.duplicated(KEYS).sum()):
-            raise DataError(f"Run {name} holds {copies} {split} slices twice; compare one evaluation with one other.")
-        parts.append(part)
-    both = parts[0].merge(parts[1], on=KEYS, suffixes=("_a", "_b"))
-    if both.empty:
-        raise DataError(
-            f"The runs share no {split} slice: A has {len(parts[0])}, B has {len(parts[1])}. Evaluate both on the same "
-            "data with the same data.split and data.split_seed."
-        )
-    return both["row_a"].to_numpy(), both["row_b"].to_numpy()

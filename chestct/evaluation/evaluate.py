@@ -25,8 +25,8 @@ from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError
-from chestct.evaluation.outputs import normal_features, outputs
 from chestct.evaluation.subgroups import subgroups
+from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
@@ -38,6 +38,11 @@ from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
 from chestct.stats.drift import differences, training_facts
 from chestct.stats.metrics import Estimate, auroc, measure
 from chestct.tracking import code_version
+
+SPLITS = ("train", "valid", "test")
+
+NORMALS = 128
+"""Normal training slices that heat maps are held against, at most."""
 
 
 @dataclass(frozen=True)
@@ -77,19 +82,12 @@ class Evaluation:
         return self.table[self.table["split"] == "test"]
 
     @cached_property
-    def baseline(self) -> torch.Tensor:
-        """What normal training slices show, which heat maps are held against (chestct.models.saliency)."""
-        assert self.model is not None
-        assert self.data is not None
-        with torch.no_grad():
-            features = normal_features(self.model, self.data, self.cfg)
-            return normal_cam(self.model.net, features.to(self.model.device).float()).cpu()
-
-    @cached_property
     def bundle(self) -> Bundle:
         """What answers for squares; it has no facts as yet, which come with the export."""
         assert self.model is not None
-        return Bundle(self.model.net, self.point, self.novelty_model, self.baseline, {})
+        assert self.data is not None
+        baseline = normal_baseline(self.model, self.data, self.cfg)
+        return Bundle(self.model.net, self.point, self.novelty_model, baseline, {})
 
     @property
     def headline(self) -> Row:
@@ -113,7 +111,12 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     data.prepare_data()
     data.setup()
     assert data.store is not None
-    logits, pooled = outputs(model, data, cfg)
+    data.features = {}  # what training left there may come from convolutions that have changed since
+    if _cached(model, cfg):
+        features.attach(data, model.net, cfg, SPLITS, views=1)
+    answers = {split: features.outputs(model.net, data.dataset(split), cfg.data.batch_size) for split in SPLITS}
+    logits = {split: answer[0] for split, answer in answers.items()}
+    pooled = {split: answer[1] for split, answer in answers.items()}
     valid = data.manifest.loc[data.manifest["split"] == "valid", "target"].to_numpy()
     point = OperatingPoint.fit(logits["valid"], valid, cfg.evaluation)
     novelty_model = fit_novelty(pooled["train"], pooled["valid"])
@@ -122,6 +125,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     table = decided(pd.concat(parts, ignore_index=True), point, novelty, cfg.task)
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    shift = differences(training_facts(data.manifest, table), data.manifest[data.manifest["split"] == "test"], test)
     return Evaluation(
         cfg,
         table,
@@ -134,8 +139,46 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         data=data,
         manifest=data.manifest,
         images=data.store.images,
-        sections=_sections(cfg, data, table, point),
+        sections={
+            "subgroups": subgroups(test, point.threshold, **settings),
+            "shift": shift,
+            "audit": kept_audit(cfg, data.store),
+            "made": made(),
+        },
     )
+
+
+def _cached(model: Classifier, cfg: Config) -> bool:
+    """Whether what convolutions give may come from the cache: while they are the given ones."""
+    return cfg.features.cache and model.cfg.always_frozen
+
+
+@torch.no_grad()
+def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor:
+    """What NORMALS normal training slices show, which heat maps are held against (chestct.models.saliency).
+
+    Their maps are cached like frozen features: they take as long as all else in a warm run.
+    """
+    net, dataset = model.net, data.dataset("train")
+    normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
+    chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
+
+    def conv5(x: torch.Tensor) -> torch.Tensor:
+        return net.conv5(x).half()  # half the space
+
+    if _cached(model, cfg):
+        maps = features.extract(
+            conv5,
+            lambda positions: dataset.slices([chosen[i] for i in positions], view=0),
+            [dataset.contents[i] for i in chosen],
+            features.space_folder(cfg, net.digest, 0) / "conv5",
+            net.mean.device,
+            batch_size=cfg.features.batch_size,
+        )
+    else:
+        images = dataset.images[dataset.rows[chosen]]
+        maps = torch.cat([conv5(x).cpu() for x in net.batches(images, cfg.features.batch_size)])
+    return normal_cam(net, maps.to(net.mean.device).float()).cpu()
 
 
 def decided(table: pd.DataFrame, point: OperatingPoint, novelty: np.ndarray, task: str) -> pd.DataFrame:
@@ -165,30 +208,16 @@ def calibrated(part: pd.DataFrame, task: str) -> np.ndarray:
 
 def measured(part: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
     """All metrics of one split, from calibrated scores."""
-    return measure(
-        part,
-        cfg.task,
-        calibrated(part, cfg.task),
-        threshold,
-        resamples=cfg.evaluation.resamples,
-        seed=cfg.data.split_seed,
-    )
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    return measure(part, cfg.task, calibrated(part, cfg.task), threshold, **settings)
 
 
 def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estimate], data: SliceModule | None) -> Row:
     """A line of the side-by-side table, with the best shortcut on the same slices where the data is at hand."""
-    counts = test["label"].value_counts()
-    line = Row(
-        policy,
-        estimates,
-        {name: int(counts.get(name, 0)) for name in ("normal", "cancer")},
-        int(test["group"].nunique()),
-        int(test["leaked"].sum()),
-    )
-    cancer = (test["label"] == "cancer").to_numpy()
-    if data is None or cancer.all() or not cancer.any():
+    slices = {name: int((test["label"] == name).sum()) for name in ("normal", "cancer")}
+    line = Row(policy, estimates, slices, int(test["group"].nunique()), int(test["leaked"].sum()))
+    if data is None or data.store is None or 0 in slices.values():
         return line
-    assert data.store is not None
     scores = shortcut_scores(data.manifest, data.store.images, seed=cfg.data.split_seed)
     if not scores:
         return dataclasses.replace(line, note="no shortcut baseline is defined on these slices")
@@ -212,24 +241,11 @@ def _margin(test: pd.DataFrame, shortcut: np.ndarray, cfg: Config) -> Estimate:
     return Estimate(value, low, high, len(test), len(np.unique(group)), reason)
 
 
-def _sections(cfg: Config, data: SliceModule, table: pd.DataFrame, point: OperatingPoint) -> dict[str, Any]:
-    """What the report shows beyond the metrics and costs little."""
-    assert data.store is not None
-    test = table[table["split"] == "test"]
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    manifest = data.manifest[data.manifest["split"] == "test"]
-    return {
-        "subgroups": subgroups(test, 1 - test["probability_normal"].to_numpy(), point.threshold, **settings),
-        "shift": differences(training_facts(data.manifest, table), manifest, test),
-        "audit": kept_audit(cfg, data.store),
-        "made": made(),
-    }
-
-
 def made() -> dict[str, Any]:
-    """How the numbers came about: command, time, versions."""
+    """How the numbers came about: command (without its place on this machine), time, versions."""
+    program = Path(sys.argv[0]).name.replace("__main__.py", "chestct")
     return {
-        "command": " ".join(["python", *_program(), *sys.argv[1:]]),
+        "command": " ".join(["python" if program.endswith(".py") else "", program, *sys.argv[1:]]).strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chestct": chestct.__version__,
         "python": platform.python_version(),
@@ -238,18 +254,9 @@ def made() -> dict[str, Any]:
     }
 
 
-def _program() -> list[str]:
-    """How the running program was called, without its place on this machine."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program, _, command = sys.argv[0].rpartition(" ")  # `chestct export` stands there as one
-    if not command.isalpha():  # a path, which may hold spaces
-        program, command = sys.argv[0], ""
-    name = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(program).name]
-    return [*name, *command.split()]
-
-
 def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:
     assert data.store is not None
+    splitting = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage")
     return {
         "task": cfg.task,
         "data": cfg.data.name,
@@ -259,8 +266,5 @@ def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:
         "data_hash": data.store.data_hash,
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt or "").resolve().parts[-3:]),
-        "splitting": {
-            name: getattr(cfg.data, name)
-            for name in ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage")
-        },
+        "splitting": {name: getattr(cfg.data, name) for name in splitting},
     }

@@ -23,23 +23,21 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
 def facts(evaluation: Evaluation) -> dict[str, Any]:
     """What bundle.json says besides the operating point and the hashes."""
-    cfg, data = evaluation.cfg, evaluation.data
+    cfg, data, table = evaluation.cfg, evaluation.data, evaluation.table
     assert data is not None
-    assert data.store is not None
     learned = data.manifest[data.manifest["split"] != "test"]
-    training = training_facts(data.manifest, evaluation.table)
+    training = training_facts(data.manifest, table)
+    model = {key: value for key, value in dataclasses.asdict(cfg.model).items() if key not in ("weights", "freeze")}
     return {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
-        "reliability": reliability(evaluation),
-        "model": {
-            "backbone": cfg.model.backbone,
-            "head": cfg.model.head,
-            "pool": cfg.model.pool,
-            "hidden": list(cfg.model.hidden),
-            "dropout": cfg.model.dropout,
-            "trained_convolutions": not cfg.always_frozen,
+        "reliability": {
+            str(split): reliability_table(
+                1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy()
+            )
+            for split, rows in table.groupby("split")
         },
+        "model": model | {"trained_convolutions": not cfg.always_frozen},
         "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
         "limits": {"max_bytes": cfg.data.max_bytes, "max_pixels": cfg.data.max_pixels},
@@ -54,13 +52,4 @@ def facts(evaluation: Evaluation) -> dict[str, Any]:
         },
         "statistics": training["statistics"],
         "code": code_version(),
-    }
-
-
-def reliability(evaluation: Evaluation) -> dict[str, list[dict[str, float]]]:
-    """Points of the reliability diagram, cancer against normal, of each split that was measured."""
-    table = evaluation.table
-    return {
-        str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
-        for split, rows in table.groupby("split")
     }

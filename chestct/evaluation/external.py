@@ -6,9 +6,7 @@ training data are left out, which the bundle knows by their hashes.
 
 import dataclasses
 
-import numpy as np
 import pandas as pd
-from rich.progress import track
 
 from chestct.config.schema import Config, classes_of
 from chestct.data.prepare import is_synthetic, prepare_store
@@ -21,9 +19,6 @@ from chestct.models.predictions import prediction_table
 from chestct.models.vgg16 import pick_device
 from chestct.stats.drift import differences
 
-CHUNK = 64
-"""Slices between two steps of the progress bar."""
-
 
 def evaluate_bundle(cfg: Config) -> Evaluation:
     """Measures the bundle cfg.bundle on the slices that cfg.data describes.
@@ -33,18 +28,20 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     """
     bundle = load_bundle(cfg.bundle or "packaged")
     bundle.net.to(pick_device(cfg.trainer.accelerator))
-    cfg = _seen_as_trained(cfg, bundle)
+    as_trained = dataclasses.replace(cfg.data, **dataclasses.asdict(bundle.preprocess), window=bundle.window, views=0)
+    cfg = dataclasses.replace(cfg, task=bundle.task, data=as_trained)
     store = prepare_store(cfg, cfg.trainer.progress)
     manifest, left_out = _slices(cfg, store, bundle)
     if not manifest["subtype"].isin(bundle.classes).all():
         cfg = dataclasses.replace(cfg, task="binary")
     table = _predicted(manifest, store, bundle, cfg)
+    metrics = {"test": measured(table, cfg, bundle.point.threshold)}
     evaluation = Evaluation(
         cfg,
         table,
         bundle.point,
         bundle.novelty_model,
-        metrics := {"test": measured(table, cfg, bundle.point.threshold)},
+        metrics,
         [row(cfg, cfg.data.split, table, metrics["test"], None)],
         {
             "task": cfg.task,
@@ -62,12 +59,6 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     )
     evaluation.bundle = bundle
     return evaluation
-
-
-def _seen_as_trained(cfg: Config, bundle: Bundle) -> Config:
-    """The settings with the bundle's task and preprocessing."""
-    data = dataclasses.replace(cfg.data, **dataclasses.asdict(bundle.preprocess), window=bundle.window, views=0)
-    return dataclasses.replace(cfg, task=bundle.task, data=data)
 
 
 def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, int]:
@@ -92,13 +83,9 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, in
 
 def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:
     """Predictions of every slice; where subtypes are not known, those of a subtype bundle are reduced to cancer."""
-    chunks = np.array_split(manifest["row"].to_numpy(), np.arange(CHUNK, len(manifest), CHUNK))
-    parts = [
-        bundle.predict(store.images[rows])
-        for rows in track(chunks, "Scoring", disable=not cfg.trainer.progress, transient=True)
-    ]
-    logits, novelty = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "novelty"))
+    answers = bundle.predict(store.images[manifest["row"].to_numpy()])
     names = {name: i for i, name in enumerate(classes_of(cfg.task))}
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
-    table = decided(prediction_table(manifest, "test", logits, bundle.task), bundle.point, novelty, bundle.task)
+    table = prediction_table(manifest, "test", answers.logits, bundle.task)
+    table = decided(table, bundle.point, answers.novelty, bundle.task)
     return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])

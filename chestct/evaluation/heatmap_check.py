@@ -6,7 +6,6 @@ yes or no with its figures, so that a report can say in a sentence what failed.
 """
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +32,7 @@ LOST = 0.5
 """Mean absolute rank correlation below which a map counts as lost when the network's weights are."""
 
 STEPS, DRAWS = 8, 2
-"""Points of a deletion or insertion curve less one; random orders, and random weights, that a map is compared with."""
+"""Points of a deletion curve less one; random orders, and random weights, that a map is compared with."""
 
 
 def lesion_slices(root: Path, preprocess: Preprocess, window: WindowConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -49,6 +48,7 @@ def lesion_slices(root: Path, preprocess: Preprocess, window: WindowConfig) -> t
     return np.stack(squares), np.stack(masks)
 
 
+@torch.no_grad()
 def check_explanation(
     net: VGG16,
     images: np.ndarray,
@@ -63,93 +63,62 @@ def check_explanation(
     images: uint8 [N, S, S]; masks: bool [N, S, S], at least two and none empty; outputs: int [N], the output to be
     explained; baseline: as for `normalised_cam`; curves: slices (those of the highest scores) for the checks that need
     further forward passes. Returns `passes`, `checks` {name: bool}, `failures` (a sentence each), `slices`,
-    `tolerance_px`, `pointing`, `share`, `randomisation`, `deletion` and `insertion`.
+    `tolerance_px`, `pointing`, `randomisation` and `deletion`.
     """
     if len(images) < 2 or not masks.any((1, 2)).all():
         raise ValueError("at least two slices, each with a lesion, are needed")
-    score, cam = _explain(net, images, outputs, baseline)
+    starts = range(0, len(images), 16)
+    parts = [
+        normalised_cam(net, net.conv5(x), outputs[at : at + 16], baseline)
+        for at, x in zip(starts, net.batches(images, 16), strict=True)
+    ]
+    logits, cam = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    score = to_scores(logits.numpy())[np.arange(len(outputs)), outputs]
     shown = np.stack([heat_to_square(one, images.shape[1]) for one in heat(cam)])
     body = np.stack([ndimage.binary_fill_holes(image > BODY_LEVEL * 255) for image in images])
     few = np.argsort(-score, kind="stable")[:curves]
     result: dict[str, Any] = {
         "slices": len(images),
         "tolerance_px": round(TOLERANCE * images.shape[1]),
-        **_localisation(shown, masks, body),
+        "pointing": _pointing(shown, masks, body),
         "randomisation": _randomisation(net, images[few], outputs[few], body[few], seed),
-        **_curves(net, images[few], outputs[few], cam[few], body[few], seed),
+        "deletion": _deletion(net, images[few], outputs[few], shown[few], body[few], seed),
     }
     checks, failures = _judge(result)
     return {"passes": all(checks.values()), "checks": checks, "failures": failures, **result}
 
 
-@torch.no_grad()
-def _explain(
-    net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None
-) -> tuple[np.ndarray, torch.Tensor]:
-    """Scores float [N] of the outputs in question and their normalised maps [N, h, w]."""
-    starts = range(0, len(images), 16)
-    parts = [
-        normalised_cam(net, net.conv5(x), outputs[at : at + 16], baseline)
-        for at, x in zip(starts, net.batches(images, 16), strict=True)
-    ]
-    logits, cams = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return _scores(logits, outputs), cams
-
-
-def _scores(logits: torch.Tensor, outputs: np.ndarray) -> np.ndarray:
-    """P(output), float64 [N], not calibrated."""
-    return to_scores(logits.numpy())[np.arange(len(outputs)), outputs]
-
-
-def _localisation(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[str, Any]:
-    """Pointing game and share of heat in the lesion, for heat [N, S, S] and for what knows nothing of the slice.
+def _pointing(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[str, Any]:
+    """Pointing game for heat [N, S, S], and for what knows nothing of the slice.
 
     chance: a random point of the body; centre: its centre of mass; average_lesion: where the other slices' lesions
     are most often.
     """
     n, side = len(masks), masks.shape[1]
     near = np.stack([ndimage.distance_transform_edt(~mask) for mask in masks]) <= round(TOLERANCE * side)
-    others = masks.sum(0) - masks.astype(float)
     centres = [ndimage.center_of_mass(b) if b.any() else (side / 2, side / 2) for b in body]
-    spots = np.zeros_like(others)
+    spots = np.zeros(masks.shape)
     spots[(np.arange(n), *np.array(centres).astype(int).T)] = 1
     usual = ndimage.gaussian_filter(near.sum(0) - near.astype(float), (0, side / 56, side / 56))
-    pointing: dict[str, Any] = {
-        "chance": _mean_in(near, body),
+    found = _hit(shown, near)
+    return {
+        "chance": float(np.mean([(a & b).sum() / max(1, b.sum()) for a, b in zip(near, body, strict=True)])),
         "centre": _hit(spots, near),
         "average_lesion": _hit(usual, near),
-        "heat": _hit(shown, near),
+        "heat": found,
+        "interval": list(wilson(round(found * n), n)),
+        "heat_0px": _hit(shown, masks),
+        "no_heat": int((shown.max((1, 2)) == 0).sum()),
     }
-    share = {
-        "chance": _mean_in(masks, body),
-        "centre": _share(ndimage.gaussian_filter(spots, (0, side / 8, side / 8)), masks),
-        "average_lesion": _share(others, masks),
-        "heat": _share(shown, masks),
-    }
-    hits = round(pointing["heat"] * n)
-    pointing |= {"interval": list(wilson(hits, n)), "hits": hits, "heat_0px": _hit(shown, masks)}
-    return {"pointing": pointing | {"no_heat": int((shown.max((1, 2)) == 0).sum())}, "share": share}
 
 
 def _hit(maps: np.ndarray, allowed: np.ndarray) -> float:
     """Share of the maps [N, S, S] whose peak is allowed; a map without any heat points nowhere."""
     flat = maps.reshape(len(maps), -1)
-    at = flat.argmax(1)
-    rows = np.arange(len(maps))
+    rows, at = np.arange(len(maps)), flat.argmax(1)
     return float((allowed.reshape(len(maps), -1)[rows, at] & (flat[rows, at] > 0)).mean())
 
 
-def _share(maps: np.ndarray, masks: np.ndarray) -> float:
-    """Mean share of a map's heat that lies in the mask; none of it where there is no heat."""
-    total = maps.sum((1, 2))
-    return float(((maps * masks).sum((1, 2)) / np.where(total > 0, total, 1)).mean())
-
-
-def _mean_in(allowed: np.ndarray, body: np.ndarray) -> float:
-    return float(np.mean([(a & b).sum() / max(1, b.sum()) for a, b in zip(allowed, body, strict=True)]))
-
-
-@torch.no_grad()
 def _randomisation(
     net: VGG16, images: np.ndarray, outputs: np.ndarray, body: np.ndarray, seed: int
 ) -> dict[str, float]:
@@ -181,8 +150,7 @@ def _redrawn(layers: nn.Sequential, seed: int) -> nn.Sequential:
     layers = copy.deepcopy(layers)
     generator = torch.Generator().manual_seed(seed)
     for parameter in layers.parameters():
-        fresh = torch.randn(parameter.shape, generator=generator) * parameter.std(correction=0).cpu()
-        parameter.copy_(fresh)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.std(correction=0).cpu())
     return layers
 
 
@@ -192,62 +160,34 @@ def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
     return 0.0 if constant else float(stats.spearmanr(a, b).statistic)
 
 
-def _curves(
-    net: VGG16,
-    images: np.ndarray,
-    outputs: np.ndarray,
-    cam: torch.Tensor,
-    body: np.ndarray,
-    seed: int,
-) -> dict[str, Any]:
-    """Area under the score as the body's pixels are blurred away (deletion) or appear (insertion), hottest first.
-
-    For comparison the same for random orders, drawn as coarse as the map.
-    """
+def _deletion(
+    net: VGG16, images: np.ndarray, outputs: np.ndarray, shown: np.ndarray, body: np.ndarray, seed: int
+) -> dict[str, float]:
+    """Mean area in [0, 1] under the score as the body's pixels are blurred away, hottest first or in a random order."""
     rng = np.random.default_rng(seed)
     side = images.shape[1]
-    areas: dict[str, dict[str, list[float]]] = {name: {"heat": [], "random": []} for name in ("deletion", "insertion")}
-    for image, output, one, inside in zip(images, outputs, cam, body, strict=True):
-        blurred = ndimage.gaussian_filter(image, side / 16)
-        random = [torch.tensor(rng.random(one.shape)) for _ in range(DRAWS)]
-        score = _scorer(net, int(output))
-        for kind, order in [("heat", one), *(("random", draw) for draw in random)]:
-            ranking = heat_to_square(order.float(), side)
-            areas["deletion"][kind].append(_area(score, image, blurred, ranking, inside))
-            areas["insertion"][kind].append(_area(score, blurred, image, ranking, inside))
-    means = {name: {kind: float(np.mean(values)) for kind, values in by.items()} for name, by in areas.items()}
-    return {**means, "curve_slices": len(images)}
+    areas: dict[str, list[float]] = {"heat": [], "random": []}
+    for image, output, hot, inside in zip(images, outputs, shown, body, strict=True):
+        coarse = (rng.random((side // 16, side // 16)) for _ in range(DRAWS))  # as coarse as the map
+        for kind, order in [("heat", hot), *(("random", heat_to_square(one, side)) for one in coarse)]:
+            frames = _deleted(image, order, inside)
+            scores = to_scores(torch.cat([net(x).cpu() for x in net.batches(frames)]).numpy())[:, output]
+            areas[kind].append(float(np.trapezoid(scores, dx=1 / STEPS)))
+    return {kind: float(np.mean(values)) for kind, values in areas.items()}
 
 
-def _scorer(net: VGG16, output: int) -> Callable[[np.ndarray], np.ndarray]:
-    @torch.no_grad()
-    def score(images: np.ndarray) -> np.ndarray:
-        logits = torch.cat([net(x).cpu() for x in net.batches(images)])
-        return _scores(logits, np.full(len(images), output))
-
-    return score
-
-
-def _area(
-    score: Callable[[np.ndarray], np.ndarray],
-    before: np.ndarray,
-    after: np.ndarray,
-    ranking: np.ndarray,
-    inside: np.ndarray,
-) -> float:
-    """Area in [0, 1] under the score while pixels inside the body turn from before to after, highest ranked first."""
-    rank = np.full(ranking.shape, np.inf)
-    rank[inside] = stats.rankdata(-ranking[inside], method="ordinal") / max(1, inside.sum())
-    frames = np.stack([np.where(rank <= step / STEPS, after, before) for step in range(STEPS + 1)])
-    return float(np.trapezoid(score(frames), dx=1 / STEPS))
+def _deleted(image: np.ndarray, order: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """The square [S, S] while its pixels inside the body are blurred, highest ranked first: uint8 [STEPS + 1, S, S]."""
+    rank = np.full(order.shape, np.inf)
+    rank[inside] = stats.rankdata(-order[inside], method="ordinal") / max(1, inside.sum())
+    blurred = ndimage.gaussian_filter(image, len(image) / 16)
+    return np.stack([np.where(rank <= step / STEPS, blurred, image) for step in range(STEPS + 1)])
 
 
 def _judge(result: dict[str, Any]) -> tuple[dict[str, bool], list[str]]:
     """Each check's outcome, and a sentence for each that failed."""
-    pointing, share, weights = result["pointing"], result["share"], result["randomisation"]
+    pointing, weights, deletion = result["pointing"], result["randomisation"], result["deletion"]
     blind = max(("chance", "centre", "average_lesion"), key=lambda name: pointing[name])
-    best_share = max(share[name] for name in ("chance", "centre", "average_lesion"))
-    deletion, insertion = result["deletion"], result["insertion"]
     outcomes = {
         "pointing": (
             pointing["interval"][0] > pointing[blind],
@@ -255,11 +195,6 @@ def _judge(result: dict[str, Any]) -> tuple[dict[str, bool], list[str]]:
             f"{pointing['heat']:.0%} of {result['slices']} slices, 95 % interval {pointing['interval'][0]:.0%} to "
             f"{pointing['interval'][1]:.0%}: not clearly more often than without looking at the slice "
             f"({blind.replace('_', ' ')}: {pointing[blind]:.0%}).",
-        ),
-        "share": (
-            share["heat"] > best_share,
-            f"{share['heat']:.1%} of the heat lies in the lesion, no more than without looking at the slice "
-            f"({best_share:.1%}).",
         ),
         "randomisation": (
             max(weights.values()) < LOST,
@@ -270,11 +205,6 @@ def _judge(result: dict[str, Any]) -> tuple[dict[str, bool], list[str]]:
             deletion["heat"] < deletion["random"],
             f"Blurring the hottest areas first lowers the score no faster than a random order (area under the curve "
             f"{deletion['heat']:.2f} against {deletion['random']:.2f}).",
-        ),
-        "insertion": (
-            insertion["heat"] > insertion["random"],
-            f"Showing the hottest areas first raises the score no faster than a random order (area under the curve "
-            f"{insertion['heat']:.2f} against {insertion['random']:.2f}).",
         ),
     }
     checks = {name: bool(passed) for name, (passed, _) in outcomes.items()}

@@ -1,8 +1,8 @@
 """Whether the novelty of a slice tells chest CT from everything else: pictures of many kinds that are none.
 
 All of them are made here or ship with packages that chestct needs (scikit-learn, matplotlib, pydicom), so that anyone
-can measure it again; none took part in fitting anything. Some are near misses on purpose: other body parts, phantoms,
-and the test slices themselves with their grey levels or their sides the wrong way round.
+can measure it again; none took part in fitting anything. Some are near misses on purpose: radiographs, other body
+parts, and the test slices themselves with their grey levels inverted.
 """
 
 import gzip
@@ -18,13 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
-from chestct.config.schema import PhantomConfig, WindowConfig
+from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import FOREIGN
-from chestct.phantom import thorax
 from chestct.stats.calibration import wilson
 
 SIDE = 320
@@ -39,44 +38,31 @@ MEDICAL = (
 
 
 def novelty_figures(
-    bundle: Bundle,
-    preprocess: Preprocess,
-    of_test: np.ndarray,
-    images: np.ndarray,
-    each: int,
-    synthetic: bool,
-    seed: int = 0,
+    bundle: Bundle, preprocess: Preprocess, of_test: np.ndarray, images: np.ndarray, each: int, seed: int = 0
 ) -> list[dict[str, Any]]:
     """One row a kind of picture, and one for all that are no chest CT: `kind`, `pictures`, `median` novelty, `auroc`
     against the test slices, and how many are called uncertain or refused (`beyond`: novelty above 1), or `refused`
     (above FOREIGN), each with Wilson's interval [low, high].
 
     of_test: novelty of the test slices, float [N]; images: test slices, uint8 [M, S, S], to be altered; each: pictures
-    of a kind at most; synthetic: whether the model was trained on phantoms, which then are nothing foreign.
+    of a kind at most.
     """
-    kinds: dict[str, Iterator[np.ndarray] | np.ndarray] = {
-        "noise": (_noise(np.random.default_rng([seed, 0, i])) for i in range(each)),
-        "drawings and text": (_drawing(np.random.default_rng([seed, 1, i])) for i in range(each)),
-        "photographs, cut from three": (_photograph(np.random.default_rng([seed, 2, i]), i) for i in range(each)),
-        "drawn radiographs": (_radiograph(np.random.default_rng([seed, 3, i])) for i in range(each)),
-        "other body parts and modalities": _medical(each),
+    draws = (_noise, _drawing, _photograph, _radiograph)
+    noise, drawings, photographs, radiographs = (
+        [draw(np.random.default_rng([seed, kind, i])) for i in range(each)] for kind, draw in enumerate(draws)
+    )
+    kinds = {
+        "noise": noise,
+        "drawings and text": drawings,
+        "photographs, cut from three": photographs,
+        "drawn radiographs": radiographs,
+        "other body parts and modalities": list(_medical(each)),
     }
-    if not synthetic:
-        kinds["phantoms of chest CT"] = (_phantom(np.random.default_rng([seed, 4, i]), i) for i in range(each))
-    kinds |= {
-        "test slices, grey levels inverted": 255 - images[:each],
-        "test slices, upside down": images[:each, ::-1].copy(),
-    }
-    novelty = {kind: bundle.predict(_squares(pictures, preprocess)).novelty for kind, pictures in kinds.items()}
-    foreign = np.concatenate([values for kind, values in novelty.items() if "chest" not in kind and "test" not in kind])
-    return [_row(kind, values, of_test) for kind, values in ({"no chest CT, all together": foreign} | novelty).items()]
-
-
-def _squares(pictures: Iterator[np.ndarray] | np.ndarray, preprocess: Preprocess) -> np.ndarray:
-    """uint8 squares of grey pictures [H, W], float in [0, 1] or uint8; squares stay as they are."""
-    if isinstance(pictures, np.ndarray):
-        return pictures
-    return np.stack([preprocess(picture) for picture in pictures])
+    squares = {kind: np.stack([preprocess(picture) for picture in pictures]) for kind, pictures in kinds.items()}
+    squares["test slices, grey levels inverted"] = 255 - images[:each]
+    novelty = {kind: bundle.predict(pictures).novelty for kind, pictures in squares.items()}
+    novelty = {"no chest CT, all together": np.concatenate([novelty[kind] for kind in kinds])} | novelty
+    return [_row(kind, values, of_test) for kind, values in novelty.items()]
 
 
 def _row(kind: str, novelty: np.ndarray, of_test: np.ndarray) -> dict[str, Any]:
@@ -122,10 +108,10 @@ def _drawing(rng: np.random.Generator) -> np.ndarray:
     return 255 - levels if rng.random() < 0.5 else levels
 
 
-def _photograph(rng: np.random.Generator, i: int) -> np.ndarray:
+def _photograph(rng: np.random.Generator) -> np.ndarray:
     """A part of one of the photographs that ship with scikit-learn and matplotlib."""
     photographs = [*sorted(Path(sklearn.datasets.__file__).parent.glob("images/*.jpg")), _shipped("grace_hopper.jpg")]
-    whole = Image.open(photographs[i % len(photographs)]).convert("L")
+    whole = Image.open(photographs[rng.integers(len(photographs))]).convert("L")
     side = int(rng.uniform(0.3, 1) * min(whole.size))
     left, top = (int(rng.integers(0, size - side + 1)) for size in whole.size)
     return np.asarray(whole.crop((left, top, left + side, top + side)))
@@ -160,8 +146,3 @@ def _medical(each: int) -> Iterator[np.ndarray]:
             yield decode(Path(pydicom.__file__).parent / "data" / "test_files" / name, WindowConfig()).gray
         except DecodeError:
             continue
-
-
-def _phantom(rng: np.random.Generator, i: int) -> np.ndarray:
-    phantom = thorax.draw(rng, ("normal", "adenocarcinoma", "large_cell", "squamous")[i % 4], PhantomConfig())
-    return thorax.display(phantom.hu, phantom.window)

@@ -1,4 +1,4 @@
-"""How much the score depends on what should not matter: noise, blur, compression, grey levels, size and position.
+"""How much the score depends on what should not matter: noise, blur, compression, grey levels, resolution, position.
 
 Every change is a pure function of a uint8 square and a strength, with three strengths that go from hardly visible to
 hard to bear; the model scores the changed slices again, and its answers are compared slice by slice.
@@ -7,7 +7,6 @@ hard to bear; the model scores the changed slices again, and its answers are com
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -16,86 +15,51 @@ from scipy import ndimage
 from sklearn.metrics import roc_auc_score
 
 Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
-"""(uint8 [S, S], strength, random stream) -> levels [S, S]"""
+"""(uint8 [S, S], strength, random stream) -> levels [S, S], not rounded"""
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """One kind of change; unit says what its strengths count."""
-
-    name: str
-    strengths: tuple[float, float, float]
-    unit: str
-    levels: Change
-
-    def change(self, image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-        """The changed square, uint8 [S, S]: levels are rounded, and saturate."""
-        return np.clip(np.rint(self.levels(image, strength, rng)), 0, 255).astype(np.uint8)
-
-
-def _noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return image + 255 * strength * rng.standard_normal(image.shape)
-
-
-def _blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return ndimage.gaussian_filter(image.astype(float), strength * len(image))
-
-
-def _jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+def _jpeg(image: np.ndarray, quality: float, _: np.random.Generator) -> np.ndarray:
     with io.BytesIO() as file:
-        Image.fromarray(image).save(file, "JPEG", quality=int(strength))
+        Image.fromarray(image).save(file, "JPEG", quality=int(quality))
         return np.asarray(Image.open(file).convert("L"))
 
 
-def _brightness(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return image + 255 * strength
+def _rotation(image: np.ndarray, degrees: float, rng: np.random.Generator) -> np.ndarray:
+    """Either way at random, with black corners."""
+    return np.asarray(Image.fromarray(image).rotate(degrees * rng.choice((-1, 1)), Image.Resampling.BILINEAR))
 
 
-def _contrast(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return (image - 127.5) * strength + 127.5
-
-
-def _window(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Darkest and brightest levels are clipped, as a narrower CT window around the same centre would."""
-    return (image - 127.5) / (1 - strength) + 127.5
-
-
-def _gamma(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    return 255 * (image / 255) ** strength
-
-
-def _rescale(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Down to a fraction of the resolution and up again."""
-    small = max(1, round(strength * len(image)))
+def _rescale(image: np.ndarray, share: float, _: np.random.Generator) -> np.ndarray:
+    """Down to a share of the resolution and up again."""
+    small = max(1, round(share * len(image)))
     picture = Image.fromarray(image).resize((small, small), Image.Resampling.BILINEAR)
     return np.asarray(picture.resize(image.shape[::-1], Image.Resampling.BILINEAR))
 
 
-def _crop(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A margin cut off on every side, and the rest enlarged."""
-    margin, side = strength * len(image), len(image)
-    box = (margin, margin, side - margin, side - margin)
-    return np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR, box=box))
+PERTURBATIONS: dict[str, tuple[str, tuple[float, float, float], Change]] = {
+    "noise": (
+        "standard deviation / grey range",
+        (0.02, 0.05, 0.10),
+        lambda x, s, rng: x + 255 * s * rng.standard_normal(x.shape),
+    ),
+    "blur": (
+        "standard deviation / side",
+        (0.005, 0.01, 0.02),
+        lambda x, s, _: ndimage.gaussian_filter(x.astype(float), s * len(x)),
+    ),
+    "jpeg": ("JPEG quality", (50, 20, 5), _jpeg),
+    "brighter": ("shift / grey range", (0.05, 0.10, 0.20), lambda x, s, _: x + 255 * s),
+    "less contrast": ("factor", (0.9, 0.75, 0.5), lambda x, s, _: (x - 127.5) * s + 127.5),
+    "gamma": ("exponent", (1.1, 1.3, 1.8), lambda x, s, _: 255 * (x / 255) ** s),
+    "rescale": ("share of the resolution left", (0.75, 0.5, 0.25), _rescale),
+    "rotation": ("degrees", (3, 8, 15), _rotation),
+}
+"""Name -> what its strengths count, three strengths, the change."""
 
 
-def _rotation(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Either way at random, with black corners."""
-    return np.asarray(Image.fromarray(image).rotate(strength * rng.choice((-1, 1)), Image.Resampling.BILINEAR))
-
-
-PERTURBATIONS = (
-    Perturbation("noise", (0.02, 0.05, 0.10), "standard deviation / grey range", _noise),
-    Perturbation("blur", (0.005, 0.01, 0.02), "standard deviation / side", _blur),
-    Perturbation("jpeg", (50, 20, 5), "JPEG quality", _jpeg),
-    Perturbation("brighter", (0.05, 0.10, 0.20), "shift / grey range", _brightness),
-    Perturbation("darker", (-0.05, -0.10, -0.20), "shift / grey range", _brightness),
-    Perturbation("less contrast", (0.9, 0.75, 0.5), "factor", _contrast),
-    Perturbation("narrower window", (0.1, 0.25, 0.5), "share of the window's width lost", _window),
-    Perturbation("gamma", (1.1, 1.3, 1.8), "exponent", _gamma),
-    Perturbation("rescale", (0.75, 0.5, 0.25), "share of the resolution left", _rescale),
-    Perturbation("crop", (0.02, 0.05, 0.10), "margin / side", _crop),
-    Perturbation("rotation", (3, 8, 15), "degrees", _rotation),
-)
+def changed(name: str, image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """The changed square, uint8 [S, S]: levels are rounded, and saturate."""
+    return np.clip(np.rint(PERTURBATIONS[name][2](image, strength, rng)), 0, 255).astype(np.uint8)
 
 
 def robustness(
@@ -130,10 +94,10 @@ def robustness(
         }
 
     rows = [row("none", 0, 0.0, "", plain)]
-    for kind in PERTURBATIONS:
-        for level, strength in enumerate(kind.strengths, 1):
+    for name, (unit, strengths, _) in PERTURBATIONS.items():
+        for level, strength in enumerate(strengths, 1):
             # Each slice has its own stream, so that a row does not depend on which others were computed.
             streams = [np.random.default_rng([seed, i]) for i in range(len(images))]
-            changed = np.stack([kind.change(image, strength, rng) for image, rng in zip(images, streams, strict=True)])
-            rows.append(row(kind.name, level, strength, kind.unit, np.asarray(score_of(changed), float)))
+            squares = [changed(name, image, strength, rng) for image, rng in zip(images, streams, strict=True)]
+            rows.append(row(name, level, strength, unit, np.asarray(score_of(np.stack(squares)), float)))
     return pd.DataFrame(rows)

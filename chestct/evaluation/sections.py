@@ -67,8 +67,7 @@ def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:
     cfg, bundle = evaluation.cfg, evaluation.bundle
     squares = evaluation.images[_some(evaluation, cfg.evaluation.novelty)["row"].to_numpy()]
     of_test = evaluation.test["novelty"].to_numpy()
-    synthetic = bundle.facts.get("data", evaluation.about)["synthetic"]  # the training data, not what is measured here
-    return novelty_figures(bundle, preprocess_of(cfg.data), of_test, squares, cfg.evaluation.novelty, synthetic)
+    return novelty_figures(bundle, preprocess_of(cfg.data), of_test, squares, cfg.evaluation.novelty)
 
 
 def under_changes(evaluation: Evaluation) -> pd.DataFrame:

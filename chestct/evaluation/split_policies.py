@@ -46,11 +46,10 @@ def _policy(cfg: Config, policy: str, train: Train) -> Row:
     cfg = _anew(cfg, split=policy, allow_leakage=policy == "official", folds=0, fold=0)
     data = SliceModule(cfg)
     try:
-        table, point = _decided(train(policy, cfg, data), cfg)
+        test, threshold = _tested(train(policy, cfg, data), cfg)
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
-    test = table[table["split"] == "test"]
-    return row(cfg, policy, test, measured(test, cfg, point.threshold), data)
+    return row(cfg, policy, test, measured(test, cfg, threshold), data)
 
 
 def _folds(cfg: Config, folds: int, train: Train) -> Row:
@@ -58,18 +57,15 @@ def _folds(cfg: Config, folds: int, train: Train) -> Row:
 
     Each fold has its own calibration and threshold. The note gives the spread over folds, which one split cannot show.
     """
-    tests, flagged = [], []
+    tests = []
     for fold in range(folds):
         changed = _anew(cfg, split="grouped", allow_leakage=False, folds=folds, fold=fold)
-        table, point = _decided(train(f"fold-{fold}", changed, SliceModule(changed)), changed)
-        tests.append(table[table["split"] == "test"])
-        flagged.append(1 - tests[-1]["probability_normal"].to_numpy() >= point.threshold)
+        tests.append(_tested(train(f"fold-{fold}", changed, SliceModule(changed)), changed)[0])
     pooled = pd.concat(tests, ignore_index=True)
     estimates = measured(pooled, cfg, 0.5)
-    truth = (pooled["label"] == "cancer").astype(int)
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
     # Thresholds differ between folds, so what rests on decisions is measured on the decisions themselves.
-    decisions = np.concatenate(flagged)[:, None].astype(float)
+    truth, decisions = (pooled["label"] == "cancer").astype(int), pooled[["flagged"]].to_numpy(float)
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
     on_decisions = measure(pooled.assign(target=truth), "binary", decisions, 0.5, **settings)
     prefix = "" if cfg.task == "binary" else "cancer/"
     estimates |= {prefix + name: on_decisions[name] for name in OF_DECISIONS if prefix + name in estimates}
@@ -92,9 +88,8 @@ def _permuted(cfg: Config, train: Train) -> Row:
     for split in ("train", "valid"):
         rows = data.manifest.index[data.manifest["split"] == split]
         data.manifest.loc[rows, "target"] = rng.permutation(data.manifest.loc[rows, "target"].to_numpy())
-    table, point = _decided(train("permuted", cfg, data), cfg)
-    test = table[table["split"] == "test"]
-    line = row(cfg, "permuted labels", test, measured(test, cfg, point.threshold), None)
+    test, threshold = _tested(train("permuted", cfg, data), cfg)
+    line = row(cfg, "permuted labels", test, measured(test, cfg, threshold), None)
     return dataclasses.replace(line, note="trained on random labels; its AUROC is chance, near 0.5")
 
 
@@ -107,7 +102,9 @@ def _anew(cfg: Config, **data: object) -> Config:
     return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=evaluation)
 
 
-def _decided(predictions: pd.DataFrame, cfg: Config) -> tuple[pd.DataFrame, OperatingPoint]:
+def _tested(predictions: pd.DataFrame, cfg: Config) -> tuple[pd.DataFrame, float]:
+    """The test slices with decisions by the operating point of these valid slices, and its threshold."""
     valid = predictions[predictions["split"] == "valid"]
     point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation)
-    return decided(predictions, point, np.zeros(len(predictions)), cfg.task), point
+    table = decided(predictions, point, np.zeros(len(predictions)), cfg.task)
+    return table[table["split"] == "test"], point.threshold

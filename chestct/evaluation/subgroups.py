@@ -4,10 +4,8 @@ Each subgroup is judged by its share of right decisions, because many hold one c
 marks one whose interval leaves out the value of all slices of the same class mix.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from chestct.stats.metrics import Estimate, measure
@@ -16,59 +14,53 @@ FEWEST = 5
 """Groups below which a subgroup is listed, but not judged."""
 
 
-def subgroups(
-    test: pd.DataFrame, scores: np.ndarray, threshold: float, *, resamples: int, seed: int
-) -> list[dict[str, Any]]:
+def subgroups(test: pd.DataFrame, threshold: float, *, resamples: int, seed: int) -> list[dict[str, Any]]:
     """One row for each subgroup of the test slices: `by`, `name`, class counts, `sensitivity`, `specificity`, `auroc`
     (Estimates), and `flag`, a sentence where an interval leaves out the overall value.
 
-    test: predictions with the manifest's columns; scores: calibrated P(cancer), float [N].
+    test: predictions with the manifest's columns and calibrated probabilities. Kinds that do not divide the slices are
+    left out.
     """
     table = test.assign(target=(test["label"] == "cancer").astype(int)).reset_index(drop=True)
-    overall = measure(table, "binary", scores[:, None], threshold, resamples=resamples, seed=seed)
-    rows = []
-    for by, name, mask in _parts(table):
-        part, own = table[mask], scores[mask.to_numpy()]
-        estimates = measure(part, "binary", own[:, None], threshold, resamples=resamples, seed=seed)
-        shown = {metric: estimates[metric] for metric in ("sensitivity", "specificity", "auroc")}
-        rows.append(
-            {
-                "by": by,
-                "name": name,
-                "normal": int((part["target"] == 0).sum()),
-                "cancer": int((part["target"] == 1).sum()),
-                "groups": int(part["group"].nunique()),
-                **shown,
-                "flag": _flag(shown, overall),
-            }
-        )
-    return rows
 
+    def measured(part: pd.DataFrame) -> dict[str, Estimate]:
+        scores = 1 - part[["probability_normal"]].to_numpy()
+        estimates = measure(part, "binary", scores, threshold, resamples=resamples, seed=seed)
+        return {metric: estimates[metric] for metric in ("sensitivity", "specificity", "auroc")}
 
-def _parts(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.Series]]:
-    """(kind, name, mask) of every subgroup; kinds that do not divide the slices are left out."""
+    overall, rows = measured(table), []
     kinds = {
         "source": table["source"],
         "subtype": table["subtype"].str.replace("_", " "),
-        "file": table["format"] + " " + table["mode"].where(table["mode"] != table["format"], ""),
+        "file": (table["format"] + " " + table["mode"].where(table["mode"] != table["format"], "")).str.strip(),
         "size": _thirds((table["width"] * table["height"]) ** 0.5, "px", 0),
         "contrast": _thirds(table["std"], "sd", 2),
     }
-    for kind, names in kinds.items():
-        if names.nunique() > 1:
-            ordered = names.cat.categories if isinstance(names.dtype, pd.CategoricalDtype) else sorted(names.unique())
-            yield from ((kind, str(name).strip(), names == name) for name in ordered if (names == name).any())
+    for by, names in kinds.items():
+        for name, part in table.groupby(names, observed=True) if names.nunique() > 1 else ():
+            estimates = measured(part)
+            rows.append(
+                {
+                    "by": by,
+                    "name": str(name),
+                    "normal": int((part["target"] == 0).sum()),
+                    "cancer": int((part["target"] == 1).sum()),
+                    "groups": int(part["group"].nunique()),
+                    **estimates,
+                    "flag": _flag(estimates, overall),
+                }
+            )
+    return rows
 
 
 def _thirds(values: pd.Series, unit: str, digits: int) -> pd.Series:
-    """The third of the slices that each value falls into, named by its bounds."""
+    """The third of the slices that each value falls into, named by its bounds; one name where they are too alike."""
     low, high = values.quantile([1 / 3, 2 / 3])
     low_text, high_text = (f"{value:.{digits}f} {unit}" for value in (low, high))
-    if low_text == high_text:  # too alike to have names of their own
+    if low_text == high_text:
         return pd.Series("all", index=values.index)
     names = [f"up to {low_text}", f"{low_text} to {high_text}", f"above {high_text}"]
-    third = np.select([values <= low, values <= high], [0, 1], 2)
-    return pd.Series(pd.Categorical.from_codes(third, pd.Index(names)), index=values.index)
+    return pd.cut(values, [-float("inf"), low, high, float("inf")], labels=names)
 
 
 def _flag(part: dict[str, Estimate], overall: dict[str, Estimate]) -> str:

@@ -61,12 +61,12 @@ def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Confi
     monkeypatch.setattr(VGG16, "conv5", counted)
     first = evaluate(cfg)
     batches.clear()
-    baseline = first.baseline
+    baseline = first.bundle.baseline
     normals = int((first.data.manifest.query("split == 'train'")["label"] == "normal").sum())
     assert sum(batches) == normals
     assert len(batches) == -(-normals // cfg.features.batch_size)
     batches.clear()
-    assert torch.equal(evaluate(cfg).baseline, baseline)
+    assert torch.equal(evaluate(cfg).bundle.baseline, baseline)
     assert batches == []
 
 
@@ -75,7 +75,7 @@ def test_an_accelerator_gives_the_numbers_of_the_cpu(run: tuple[Config, Result],
     cfg = replace(run[0], features=replace(run[0].features, cache=False))
     fast = evaluate(cfg)
     assert np.abs(fast.table["logit_cancer"] - evaluation.table["logit_cancer"]).max() < 1e-2
-    assert (fast.baseline - evaluation.baseline).abs().max() < 0.05 * evaluation.baseline.abs().max()
+    assert (fast.bundle.baseline - evaluation.bundle.baseline).abs().max() < 0.05 * evaluation.bundle.baseline.abs().max()
 
 
 def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Result], evaluation: Evaluation) -> None:

@@ -61,50 +61,28 @@ def result(learned):
 
 
 @pytest.mark.slow
-def test_maps_of_a_network_that_learned_the_lesions_find_them(result):
+def test_maps_of_a_network_that_learned_the_lesions_find_them(result, learned):
     # Where the lesion is all there is to see, random weights see it, too: that check is for slices with anatomy.
     assert all(passed for name, passed in result["checks"].items() if name != "randomisation")
-    assert set(result["checks"]) == {"pointing", "share", "randomisation", "deletion", "insertion"}
+    assert set(result["checks"]) == {"pointing", "randomisation", "deletion"}
     assert result["randomisation"]["last_block"] < 0.5
     assert result["passes"] == (not result["failures"])
-    assert result["pointing"]["heat"] > 0.6
-    assert result["pointing"]["heat"] > 2 * result["pointing"]["chance"]
-
-
-@pytest.mark.slow
-def test_result_is_plain_json(result):
+    assert result["pointing"]["heat"] > max(0.6, 2 * result["pointing"]["chance"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-
-
-@pytest.mark.slow
-def test_same_seed_same_result_and_the_network_is_left_as_it_was(learned):
     net, baseline, images, masks = learned
-    kept = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    one, two = (check_explanation(net, images[:3], masks[:3], np.zeros(3, int), baseline, curves=1) for _ in range(2))
-    assert one == two
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in net.state_dict().items())
+    again = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
+    assert again == result  # the network is left as it was
 
 
 @pytest.mark.slow
 def test_maps_that_point_away_from_lesions_fail_in_sentences(learned):
     net, baseline, images, masks = learned
     away = np.roll(masks, SIZE // 2, axis=(1, 2)) & ~masks
-    found = check_explanation(net, images, away, np.zeros(len(images), int), baseline, curves=1)
-    assert not found["passes"]
-    assert not found["checks"]["pointing"]
-    assert any("hottest point" in sentence and "%" in sentence for sentence in found["failures"])
-    assert len(found["failures"]) == list(found["checks"].values()).count(False)
-
-
-@pytest.mark.slow
-def test_reversed_evidence_fails_deletion_and_insertion(learned, monkeypatch):
-    net, baseline, images, masks = learned
-    real = explanation._explain
-    monkeypatch.setattr(explanation, "_explain", lambda *args: (real(*args)[0], -real(*args)[1]))
-    found = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=1)
-    assert not found["checks"]["deletion"]
-    assert not found["checks"]["insertion"]
-    assert not found["checks"]["pointing"]
+    away = np.where(away.any((1, 2), keepdims=True), away, ~masks)
+    failed = check_explanation(net, images, away, np.zeros(len(images), int), baseline, curves=2)
+    assert not failed["passes"]
+    assert not failed["checks"]["pointing"]
+    assert any("not clearly more often" in sentence for sentence in failed["failures"])
 
 
 @pytest.mark.slow
@@ -131,52 +109,36 @@ def test_pointing_allows_fifteen_pixels_of_224():
     mask = np.zeros((224, 224), bool)
     mask[100:110, 100:110] = True
     heat = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), spot(20, 20)])
-    found = explanation._localisation(heat, np.stack([mask] * 4), np.ones((4, 224, 224), bool))
-    assert found["pointing"]["heat"] == 0.5
-    assert found["pointing"]["heat_0px"] == 0.25
-    assert found["share"]["heat"] == 0.25
+    found = explanation._pointing(heat, np.stack([mask] * 4), np.ones((4, 224, 224), bool))
+    assert found["heat"] == 0.5
+    assert found["heat_0px"] == 0.25
     # Wilson 1927 for 2 of 4
-    assert found["pointing"]["interval"] == pytest.approx([0.1500, 0.8500], abs=1e-3)
+    assert found["interval"] == pytest.approx([0.1500, 0.8500], abs=1e-3)
 
 
-def test_chance_is_the_share_of_the_body_near_the_lesion():
-    mask = np.zeros((224, 224), bool)
-    mask[100:110, 100:110] = True
-    body = np.zeros_like(mask)
-    body[50:150, 50:150] = True
-    found = explanation._localisation(np.zeros((2, 224, 224)), np.stack([mask] * 2), np.stack([body] * 2))
-    near = ndimage.distance_transform_edt(~mask) <= 15
-    assert found["pointing"]["chance"] == pytest.approx(near.sum() / 100**2)
-    assert found["share"]["chance"] == pytest.approx(100 / 100**2)
-    assert found["pointing"]["no_heat"] == 2
-    assert found["pointing"]["heat"] == found["share"]["heat"] == 0
-
-
-def test_priors_hit_where_lesions_usually_are():
+def test_chance_and_priors_hit_as_often_as_lesions_lie_there():
     centre, corner = np.zeros((2, 224, 224), bool)
     centre[105:120, 105:120] = True
     corner[20:35, 20:35] = True
-    body = np.ones((4, 224, 224), bool)
-    found = explanation._localisation(np.zeros(body.shape), np.stack([centre, corner, corner, corner]), body)
-    assert found["pointing"]["centre"] == 0.25
-    assert found["pointing"]["average_lesion"] == 0.75  # the one in the centre is not told by itself
+    masks, body = np.stack([centre, corner, corner, corner]), np.ones((4, 224, 224), bool)
+    blind = explanation._pointing(np.zeros(body.shape), masks, body)
+    assert blind["centre"] == 0.25
+    assert blind["average_lesion"] == 0.75  # the one in the centre is not told by itself
+    assert (blind["no_heat"], blind["heat"]) == (4, 0)
+    near = [ndimage.distance_transform_edt(~mask) <= 15 for mask in masks]
+    assert blind["chance"] == pytest.approx(np.mean(near))
 
 
-def test_area_counts_pixels_of_the_body_in_order():
-    before, after = np.full((8, 8), 100, np.uint8), np.zeros((8, 8), np.uint8)
+def test_pixels_of_the_body_are_deleted_in_order():
+    image = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
     inside = np.zeros((8, 8), bool)
     inside[:, :4] = True
-    lesion = spot(2, 2, 8) > 0
-
-    def score(images):
-        return images[:, lesion][:, 0] / 100
-
-    first, last = lesion.astype(float), -lesion.astype(float)
-    steps = explanation.STEPS
-    assert explanation._area(score, before, after, first, inside) == pytest.approx(0.5 / steps)
-    assert explanation._area(score, before, after, last, inside) == pytest.approx(1 - 0.5 / steps)
-    outside = explanation._area(lambda images: images[:, 0, 6] / 100, before, after, first, inside)
-    assert outside == pytest.approx(1)
+    frames = explanation._deleted(image, spot(2, 2, 8), inside)
+    assert (frames[0] == image).all()
+    assert (frames[:, ~inside] == image[~inside]).all()
+    changed = (frames != image).sum((1, 2))
+    assert (np.diff(changed) >= 0).all()
+    assert 0 < changed[1] <= 4
 
 
 def test_lesions_lie_where_the_truth_says(tmp_path):
