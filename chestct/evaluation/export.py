@@ -31,12 +31,7 @@ def facts(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
-        "reliability": {
-            str(split): reliability_table(
-                1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy()
-            )
-            for split, rows in table.groupby("split")
-        },
+        "reliability": reliability(evaluation),
         "model": model | {"trained_convolutions": not cfg.always_frozen},
         "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
@@ -52,4 +47,12 @@ def facts(evaluation: Evaluation) -> dict[str, Any]:
         },
         "statistics": training["statistics"],
         "code": code_version(),
+    }
+
+
+def reliability(evaluation: Evaluation) -> dict[str, list[dict[str, float]]]:
+    """Points of the reliability diagram, cancer against normal, of each split that was measured."""
+    return {
+        str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
+        for split, rows in evaluation.table.groupby("split")
     }

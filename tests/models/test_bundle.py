@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,11 +181,6 @@ def test_facts_that_break_the_schema_are_refused_by_the_key(folder: Path, messag
         load_bundle(folder)
 
 
-def test_what_else_is_worth_knowing_may_stand_in_the_facts(folder: Path) -> None:
-    rewrite(folder, lambda facts: facts.update(note={"trained by": ["somebody"]}))
-    assert load_bundle(folder).facts["note"] == {"trained by": ["somebody"]}
-
-
 def test_a_head_that_would_make_its_target_by_an_expression_runs_nothing(folder: Path, tmp_path: Path) -> None:
     copy = f"{{_target_: shutil.copyfile, src: {folder / CARD}, dst: {tmp_path / 'sprung'}}}"
     head = {"_target_": "torch.nn.Identity", "y": f"${{oc.create:'{copy}'}}"}
@@ -248,17 +242,6 @@ def test_a_bundle_that_a_killed_export_had_moved_away_comes_back_before_anything
         save_bundle(folder, replace(bundle, facts=bundle.facts | {"task": "other"}))
     assert save_bundle(folder, bundle).predict(squares(1)).score == bundle.predict(squares(1)).score
     assert visible(folder.parent) == [folder.name]
-
-
-def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path, small_bundle: Path) -> None:
-    bundle = load_bundle(small_bundle)
-    threads = [threading.Thread(target=save_bundle, args=(tmp_path / "one", bundle)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert load_bundle(tmp_path / "one").card == bundle.card
-    assert {path.name for path in tmp_path.iterdir()} == {"one", ".one.lock"}
 
 
 @pytest.mark.parametrize("names", [("thesis.tex",), (FACTS, "thesis.tex"), (TENSORS,), (FACTS, "folder/a")])

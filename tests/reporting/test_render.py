@@ -18,10 +18,8 @@ EXPLANATION = {
     "failures": ["The hottest point is not in the lesion."],
     "slices": 20,
     "pointing": {"chance": 0.1, "centre": 0.2, "average_lesion": 0.1, "heat": 0.25, "interval": [0.1, 0.5]},
-    "share": {"chance": 0.02, "centre": 0.03, "average_lesion": 0.03, "heat": 0.4},
     "randomisation": {"head": 0.1, "last_block": 0.2},
     "deletion": {"heat": 0.3, "random": 0.6},
-    "insertion": {"heat": 0.8, "random": 0.5},
 }
 AUDIT = {
     "verdict": {"severity": "error", "text": "A high score proves little here."},

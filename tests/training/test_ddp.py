@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from chestct.config.checks import check
-from chestct.config.compose import CONF, merge_settings
+from chestct.config.compose import CONF
 from chestct.data.datamodule import Batches
 from chestct.errors import ChestCTError, ConfigError
 from chestct.training import callbacks, train
@@ -64,11 +64,6 @@ def test_devices_that_cannot_be_meant_are_refused(small, settings, says):
         check(small(*settings))
 
 
-def test_more_processes_than_slices_of_a_batch_are_refused(small, tmp_path):
-    with pytest.raises(ConfigError, match=r"4 processes share.*trainer\.devices=N"):
-        train(small("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3"), tmp_path)
-
-
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "GROUP_RANK": "1"}
 SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
 
@@ -93,15 +88,6 @@ def test_processes_that_were_started_without_ddp_are_refused(small, tmp_path, mo
         train(small(), tmp_path)
 
 
-def test_a_resumed_run_may_move_to_other_processes_and_stays_as_long(small):
-    import dataclasses
-
-    base = dataclasses.asdict(small("trainer.max_epochs=7", *TWO))
-    assert merge_settings(small(), ["trainer=default"], base).trainer.strategy == "single"
-    assert merge_settings(small(), ["trainer=default"], base).trainer.max_epochs == 7
-    assert merge_settings(small(), ["optim.lr=1"], base).trainer.devices == "auto"  # what this machine has
-
-
 @pytest.mark.slow
 def test_two_processes_train_what_one_would_and_measure_each_slice_once(small, tmp_path):
     # 38 slices in batches of 2 x 4, and every slice counts alike: nothing is left that could differ
@@ -110,18 +96,6 @@ def test_two_processes_train_what_one_would_and_measure_each_slice_once(small, t
     assert losses(two.folder).to_numpy() == pytest.approx(losses(one.folder).to_numpy(), abs=1e-5)
     assert two.metrics == pytest.approx(one.metrics, abs=1e-5)
     assert (two.predictions["logit_cancer"] - one.predictions["logit_cancer"]).abs().max() < 1e-4
-
-
-@pytest.mark.slow
-def test_what_processes_measure_together_is_what_one_measures(small, tmp_path):
-    result = train(small(*LONG, *TWO, "data.batch_size=7"), tmp_path)
-    history = pd.read_csv(tmp_path / "history.csv")
-    best = history.loc[history["valid/loss"].idxmin()]
-    for name, value in result.metrics.items():
-        if name.startswith("valid/"):  # measured once more by one process
-            assert best[name] == pytest.approx(value, abs=1e-5), name
-    assert result.epochs == 4
-    assert "LOCAL_RANK" not in os.environ
 
 
 @pytest.mark.slow
