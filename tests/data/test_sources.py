@@ -124,7 +124,7 @@ def test_no_label_is_suggested_and_the_advice_works_for_any_name_when_it_is_comp
         list_slices(cfg)
     advice = str(error.value)
     assert len(re.findall(r'^".+":  # one of normal, .*ignore$', advice, re.MULTILINE)) == 4
-    with pytest.raises(ConfigError, match=r"has no label; give one of normal, .*ignore"):
+    with pytest.raises(ConfigError, match=r"is not one of normal, .*ignore"):
         follow(advice, tmp_path)
     meanings = {"Krebs (alt)": "cancer", "健康": "normal", "tumour, left": "cancer", "a \\": "ignore"}
     cfg.labels = follow(advice, tmp_path, **meanings)
@@ -140,8 +140,8 @@ def test_no_label_is_suggested_and_the_advice_works_for_any_name_when_it_is_comp
     [
         ("- a", "no table"),
         ("a: [", "cannot be read"),
-        ("no: normal", "put False in quotes"),
-        ("a: ${oc.env:HOME}", r"maps to '\${oc.env:HOME}'"),
+        ("no: normal", "names are text"),
+        ("a: ${oc.env:HOME}", r"\[a\]='\${oc.env:HOME}' is not one of"),
         (None, "No such file"),
     ],
 )
