@@ -34,11 +34,12 @@ SIGNATURES = (
 
 
 class Size(NamedTuple):
-    """What a file announces: pixels of the first frame, and how many frames or pages there are."""
+    """What a file announces: pixels of the first frame, how many frames or pages, and where a DICOM slice lies."""
 
     width: int
     height: int
     frames: int
+    position: tuple[str, str, float] | None = None  # see chestct.imaging.dicom.Position
 
 
 def decode(
@@ -67,7 +68,7 @@ def decode_frames(
 
 
 def declared_size(data: bytes, limits: Limits = DEFAULT_LIMITS, *, name: str | None = None) -> Size:
-    """Width, height and number of frames that the header of a file announces; no pixel is decoded.
+    """Width, height, number of frames and position that the header of a file announces; no pixel is decoded.
 
     Raises DecodeError as `decode` does, also where one frame would be larger than the limits allow.
     """

@@ -41,6 +41,9 @@ MAX_SCANS = 100  # of a JPEG frame: each costs a pass over the whole of it
 SCAN, CODESTREAM = b"\xff\xda", b"\xff\x4f\xff\x51"
 FRAME_HEADER = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7](.{8})", re.DOTALL)
 
+Position = tuple[str, str, float]
+"""Where a slice lies: SeriesInstanceUID, `mm` or `number`, and the value; sorts within one series."""
+
 
 def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> Iterator[Slice]:
     """Slices of the DICOM file `data`: every frame, or the middle one only.
@@ -77,9 +80,23 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
         yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, modality)
 
 
-def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int]:
-    """(width, height, frames) that the header of the DICOM file `data` announces."""
-    return _read(data, limits)[2]
+def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int, Position | None]:
+    """(width, height, frames, position in the scan) that the header of the DICOM file `data` announces."""
+    dataset, _, size = _read(data, limits)
+    return *size, _position(dataset)
+
+
+def _position(dataset: Dataset) -> Position | None:
+    """Position in mm along the normal of the slice (PS3.3 C.7.6.2.1.1), else InstanceNumber; None without either."""
+    series = _text(dataset, "SeriesInstanceUID")
+    try:
+        corner, axes = dataset.get("ImagePositionPatient"), dataset.get("ImageOrientationPatient")
+        if corner and axes:
+            rows, columns = np.reshape(np.asarray(axes, float), (2, 3))
+            return series, "mm", float(np.cross(rows, columns) @ np.asarray(corner, float))
+        return series, "number", float(dataset["InstanceNumber"].value)
+    except (KeyError, TypeError, ValueError):  # missing, or no numbers: the pixels may be good all the same
+        return None
 
 
 def _read(data: bytes, limits: Limits) -> tuple[Dataset, uid.UID, tuple[int, int, int]]:

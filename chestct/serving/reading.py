@@ -22,7 +22,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 
 from chestct.errors import ChestCTError, DecodeError
-from chestct.imaging.decode import declared_size
+from chestct.imaging.decode import Size, declared_size
 from chestct.imaging.slice_files import is_slice_name
 from chestct.models.bundle import Bundle
 from chestct.serving.pictures import jpeg_uri, with_heat
@@ -99,8 +99,9 @@ def take(files: list[dict[str, Any]], folder: Path) -> Files:
 
 
 def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
-    """The files, archives opened, by name with numbers in their order. Raises UploadError.
+    """The files, archives opened, in the order of the scan. Raises UploadError.
 
+    DICOM slices are ordered by their position (see `Size`) where each has its own, others by name.
     max_slices: frames and pages counted by their headers; max_bytes: all together, inflated.
     """
     slices: Files = []
@@ -111,7 +112,11 @@ def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
         )
     if not slices:
         raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
-    _check_count(sum(_frames(data) for _, data in slices), max_slices)
+    headers = [_header(data) for _, data in slices]
+    _check_count(sum(header.frames for header in headers), max_slices)
+    positions = {header.position: file for header, file in zip(headers, slices, strict=True) if header.position}
+    if len(positions) == len(slices):
+        return [positions[position] for position in sorted(positions)]
     return sorted(slices, key=lambda file: natural(file[0]))
 
 
@@ -145,11 +150,11 @@ def _check_count(count: int, most: int) -> None:
         )
 
 
-def _frames(data: bytes) -> int:
+def _header(data: bytes) -> Size:
     try:
-        return declared_size(data).frames
+        return declared_size(data)
     except DecodeError:  # decoding will say why
-        return 1
+        return Size(0, 0, 1)
 
 
 def natural(name: str) -> list[tuple[str, int]]:
@@ -179,7 +184,7 @@ class Reading:
 def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | None = None) -> list[Reading]:
     """The readings of one file. A frame that cannot be read ends it, and those before it stay."""
     readings: list[Reading] = []
-    frames = _frames(data)
+    frames = _header(data).frames
     try:
         with predictor.room(data):
             for prediction in predictor.predict_frames(data, name="file"):

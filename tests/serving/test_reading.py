@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 
 from chestct.serving.reading import UploadError, expand, files_in_form, natural, unzip
 from tests.serving.conftest import zipped
@@ -67,6 +68,36 @@ def test_nothing_in_it_is_said(files: list[tuple[str, bytes]]) -> None:
 def test_names_sort_as_people_count() -> None:
     names = ["slice10", "slice9", "Slice1", "a", "10", "9", "²"]
     assert sorted(names, key=natural) == ["9", "10", "a", "Slice1", "slice9", "slice10", "²"]
+
+
+def placed(data: bytes, place: object, number: int, series: str = "1") -> bytes:
+    dataset, file = dcmread(io.BytesIO(data)), io.BytesIO()
+    dataset.ImagePositionPatient = place
+    if place is None:
+        del dataset.ImagePositionPatient
+    dataset.InstanceNumber, dataset.SeriesInstanceUID = number, series
+    dataset.save_as(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("places", "numbers", "series", "order"),
+    [
+        ([5.0, -5.0, 0.0], [1, 1, 1], "111", "bca"),  # along the scan
+        ([None] * 3, [3, 1, 2], "111", "bca"),  # by number
+        ([5.0, 1.0, 3.0], [1, 1, 1], "212", "bca"),  # one series after the other
+        ([0.0] * 3, [1, 1, 1], "111", "abc"),  # which tells nothing: by name
+    ],
+)
+def test_a_scan_is_ordered_by_place_then_number_then_name(examples, places, numbers, series: str, order: str) -> None:
+    data = examples["no-lesion.dcm"]
+    scan = [
+        (name, placed(data, None if z is None else [0, 0, z], number, one))
+        for name, z, number, one in zip("abc", places, numbers, series, strict=True)
+    ]
+    assert "".join(name for name, _ in expand(scan[::-1], MANY, 10_000_000)) == order
+    with_picture = expand([*scan[::-1], ("aa.png", b"rubbish")], MANY, 10_000_000)
+    assert "".join(name[0] for name, _ in with_picture) == "aabc"  # one has no place
 
 
 FORM = "multipart/form-data; boundary=b"
