@@ -112,6 +112,15 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield f"data.folds works with data.split=grouped, not with {data.split}: folders give one split only."
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
+    if unknown := set(data.holdout) - set(data.sources or [data.name]):
+        yield (
+            f"data.holdout={data.holdout}: there is no source {', '.join(sorted(unknown))}. The sources are "
+            f"{', '.join(data.sources or [data.name])}; several are given with data.sources."
+        )
+    elif data.holdout and not set(data.sources) - set(data.holdout):
+        yield f"data.holdout={data.holdout} leaves no source to train on: leave one out of it."
+    if data.holdout and (data.folds or data.split != "grouped"):
+        yield "data.holdout says what test is: it works with data.split=grouped and without data.folds."
     if data.root and data.sources:
         yield "Give either data.root (one source) or data.sources (several), not both; data.root=null takes it back."
 

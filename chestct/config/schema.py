@@ -102,12 +102,17 @@ class DataConfig:
     store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
     size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
     fit: str = setting(
-        "pad", "how a slice becomes square; body: cropped to it, then padded", choices=("pad", "stretch", "body")
+        "pad",
+        "how a slice becomes square; body, lungs: cropped to them, then padded",
+        choices=("pad", "stretch", "body", "lungs"),
     )
     contrast: str = setting(
-        "keep", "grey levels; body: percentiles 2 and 98 around the body are black and white", choices=("keep", "body")
+        "keep",
+        "grey levels; body: percentiles 2 and 98 around it are black and white; lungs: their air and soft tissue fixed",
+        choices=("keep", "body", "lungs"),
     )
     window: WindowConfig = field(default_factory=WindowConfig)
+    holdout: list[str] = setting([], "sources that are for test alone; the others then give only train and valid")
     split: str = setting("grouped", "no copies across splits; folders as they come; or those, cleaned", choices=SPLITS)
     split_seed: int = setting(0, "seed of the grouped split; apart from `seed` so that seeds share one test set")
     valid_fraction: float = setting(0.15, "share of the slices for validation (grouped)", low=0.01, high=0.5)

@@ -57,13 +57,15 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
     """The split of each slice: train, valid, test, or "" for slices that are left out.
 
     grouped and official_clean keep one slice of each set of exact copies; contents that carry two classes are left
-    out of them. Raises DataError where folders do not give the split of the settings, or where a class is missing.
+    out of them. With data.holdout, those sources are test, and the others train and valid. Raises DataError where
+    folders do not give the split of the settings, or where a class is missing.
     """
     classes = targets(manifest, task)
     conflicting = classes.groupby(manifest["content"]).transform("nunique") > 1
     if cfg.split == "grouped":
         kept = ~manifest["content"].duplicated() & ~conflicting
-        splits = _grouped(manifest["group"][kept], classes[kept], cfg).reindex(manifest.index, fill_value=LEFT_OUT)
+        divide = _held_out if cfg.holdout else _grouped
+        splits = divide(manifest[kept], classes[kept], cfg).reindex(manifest.index, fill_value=LEFT_OUT)
     else:
         splits = _official(manifest, cfg)
         if cfg.split == "official_clean":
@@ -80,7 +82,22 @@ def leaked(manifest: pd.DataFrame, splits: pd.Series) -> pd.Series:
     return order.gt(first) & order.notna()
 
 
-def _grouped(group: pd.Series, classes: pd.Series, cfg: DataConfig) -> pd.Series:
+def _held_out(manifest: pd.DataFrame, classes: pd.Series, cfg: DataConfig) -> pd.Series:
+    """All of the held-out sources for test, the others for train and valid, shared out by source and class.
+
+    What the others have in common with a held-out source (copies, a patient) is left out, so that it stays unseen.
+    """
+    held = manifest["source"].isin(cfg.holdout)
+    rest = manifest[~held & ~manifest["group"].isin(manifest["group"][held])]
+    counts = pd.crosstab(rest["group"], [rest["source"], classes[rest.index]])
+    part = stratified_group_split(counts, _shares(cfg.valid_fraction), cfg.split_seed)
+    splits = held.map({True: "test", False: LEFT_OUT}).astype(object)
+    splits[rest.index] = rest["group"].map(part).map(dict(enumerate(SPLITS)))
+    return splits
+
+
+def _grouped(manifest: pd.DataFrame, classes: pd.Series, cfg: DataConfig) -> pd.Series:
+    group = manifest["group"]
     counts = pd.crosstab(group, classes)
     if cfg.folds:
         fold = stratified_group_split(counts, [1 / cfg.folds] * cfg.folds, cfg.split_seed)

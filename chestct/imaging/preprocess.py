@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from chestct.imaging.lungs import find_lungs, levels_of
+
+Box = tuple[int, int, int, int]
+"""(left, top, right, bottom) in pixels; right and bottom lie outside."""
+
 THUMBNAIL = 56
 """Side of the thumbnails by which copies are recognised, in pixels."""
 
@@ -30,15 +35,28 @@ class Preprocess:
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
-        image = Image.fromarray(as_bytes(gray))
-        if "body" in (self.fit, self.contrast):
-            body = image.crop(body_box(np.asarray(image)))
-            image = body if self.fit == "body" else image
-            if self.contrast == "body":
-                image = image.point(stretched(np.array(body.histogram())))
+        box, table = self.region(as_bytes(gray))
+        image = Image.fromarray(as_bytes(gray)).crop(box)
+        if table is not None:
+            image = image.point(table)
         size = (self.size, self.size) if self.fit == "stretch" else _fitting(image, self.size)
         # Bilinear in Pillow averages over the whole footprint when it shrinks, so nothing aliases.
         return _square(image.resize(size, Image.Resampling.BILINEAR), self.size)
+
+    def region(self, levels: np.ndarray) -> tuple[Box, list[int] | None]:
+        """The part of a slice, uint8 [H, W], that is shown, and for each of 256 grey levels the new one (None: as is).
+
+        Where no lungs are seen, `lungs` does what `body` does: slices of a belly are then still whole.
+        """
+        lungs = find_lungs(levels) if "lungs" in (self.fit, self.contrast) else None
+        body = body_box(levels)
+        box = {"body": body, "lungs": lungs.box if lungs else body}.get(self.fit, (0, 0, *levels.shape[::-1]))
+        if self.contrast == "keep":
+            return box, None
+        if self.contrast == "lungs" and lungs:
+            return box, levels_of(lungs)
+        left, top, right, bottom = body
+        return box, stretched(np.bincount(levels[top:bottom, left:right].ravel(), minlength=256))
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:

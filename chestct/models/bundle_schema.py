@@ -32,8 +32,8 @@ class Network(Part):
 
 class Square(Part):
     size: Annotated[int, Field(ge=32, le=1024)]
-    fit: Literal["pad", "stretch", "body"]
-    contrast: Literal["keep", "body"] = "keep"
+    fit: Literal["pad", "stretch", "body", "lungs"]
+    contrast: Literal["keep", "body", "lungs"] = "keep"
 
 
 class Window(Part):

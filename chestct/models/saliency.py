@@ -13,14 +13,11 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from chestct.imaging.preprocess import Preprocess, body_box
+from chestct.imaging.preprocess import Box, Preprocess
 from chestct.models.vgg16 import VGG16
 
 SMOOTHING = 1 / 9
 """Standard deviation of the smoothing as a share of the side; a lesion and its surroundings take about a fifth."""
-
-Box = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels; right and bottom lie outside."""
 
 
 def class_activation_map(net: VGG16, conv5: torch.Tensor, output: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,9 +110,8 @@ class Placement:
 
 def placement(gray: np.ndarray, preprocess: Preprocess) -> Placement:
     """Where `preprocess` puts a slice, uint8 [H, W]."""
-    height, width = gray.shape
     size = preprocess.size
-    source = body_box(gray) if preprocess.fit == "body" else (0, 0, width, height)
+    source, _ = preprocess.region(gray)
     if preprocess.fit == "stretch":
         return Placement(size, source, (0, 0, size, size))
     sides = source[2] - source[0], source[3] - source[1]

@@ -27,6 +27,8 @@ from chestct.errors import ConfigError
         ("evaluation.threshold=yuden", "sensitivity>=0.95"),
         ("trainer.devices=two", "how many (2)"),
         ("optim.lr", "key=value"),
+        ("data.holdout=[elsewhere]", "there is no source elsewhere"),
+        ("data.holdout=[phantom]", "leaves no source to train on"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(override, says):
@@ -45,6 +47,7 @@ def test_a_wrong_setting_is_named_with_the_way_out(override, says):
         ("data.folds=5", "data.fold=5"),
         ("data.valid_fraction=0.5", "data.test_fraction=0.5"),
         ("data.root=/x", "data.sources={a: {root: /y}}"),
+        ("data=hospitals", "data.holdout=[lidc]", "data.split=official"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):

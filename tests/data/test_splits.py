@@ -77,6 +77,16 @@ OFFICIAL = ["train"] * 6 + ["valid"] * 4 + ["test"] * 4
 CLASSES = ["normal", "squamous"] * 7
 
 
+def test_a_held_out_source_is_test_alone_and_nothing_of_it_is_trained_on():
+    manifest = make_manifest([*range(20), *range(18, 38)], ["normal", "squamous"] * 20)
+    manifest["source"] = ["here"] * 20 + ["elsewhere"] * 20  # groups 18 and 19 are in both
+    splits = make_splits(manifest, "binary", DataConfig(holdout=["elsewhere"], valid_fraction=0.2))
+    assert (splits[20:] == "test").all()
+    assert splits[:18].isin(["train", "valid"]).all()
+    assert (splits[18:20] == "").all()
+    assert (splits == "valid").sum() == pytest.approx(4, abs=1)
+
+
 def test_official_clean_drops_what_crosses_and_copies_in_train():
     groups = [0, 1, 2, 3, 0, 5, 0, 7, 8, 9, 8, 0, 12, 13]
     content = [f"c{i}" for i in range(14)]

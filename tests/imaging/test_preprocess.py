@@ -8,6 +8,7 @@ from chestct.config.schema import PhantomConfig, WindowConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess, stretched
 from tests.conftest import real
+from tests.imaging.test_lungs import thorax
 
 
 def wide_slice():
@@ -23,6 +24,14 @@ def test_every_fit_gives_a_square_of_bytes(fit, width, height):
     assert (out.shape, out.dtype) == ((120, 120), np.uint8)
     extent = [np.ptp(np.flatnonzero((out > 100).any(axis))) for axis in (0, 1)]
     assert extent == pytest.approx([width, height], abs=2)
+
+
+def test_lungs_are_cropped_to_and_their_levels_fixed_whatever_the_window():
+    seen = Preprocess(96, "lungs", "lungs")
+    first, other = seen(thorax(40, 180)), seen(thorax(90, 240, outside=20))
+    assert np.abs(first.astype(int) - other).mean() < 1
+    assert (first < 100).mean() > 0.3  # lungs fill the square; in the whole slice they are a quarter
+    np.testing.assert_array_equal(seen(wide_slice()), Preprocess(96, "body", "body")(wide_slice()))  # no lungs there
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
