@@ -5,8 +5,7 @@ so cached features, resumed runs and several machines all see the same views. Vi
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torchvision.transforms import InterpolationMode, v2
@@ -16,23 +15,19 @@ from chestct.config.schema import AugmentConfig
 from chestct.files import digest
 
 
-def make_views(
-    images: torch.Tensor, contents: Sequence[str], views: Sequence[int], seed: int, cfg: AugmentConfig
-) -> torch.Tensor:
-    """View `views[i]` of each slice.
+def make_views(images: torch.Tensor, contents: Sequence[str], view: int, seed: int, cfg: AugmentConfig) -> torch.Tensor:
+    """One view of each slice, float32 [B, 1, S, S] in [0, 1]; what moves in from outside is black.
 
-    images: float32 [B, 1, S, S] in [0, 1]; contents: the hash of each. Returns the same shape and range; what moves in
-    from outside is black.
+    contents: the hash of each slice.
     """
-    if not any(views):
+    if not view:
         return images
     change = transforms(cfg, images.shape[-1])
     out = images.clone()
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-        for i, view in enumerate(views):
-            if view:
-                torch.manual_seed(int(digest(f"{seed}/{view}/{contents[i]}")[:16], 16) >> 1)  # it takes 63 bits
-                out[i] = change(images[i])
+        for i, content in enumerate(contents):
+            torch.manual_seed(int(digest(f"{seed}/{view}/{content}")[:16], 16) >> 1)  # it takes 63 bits
+            out[i] = change(images[i])
     return out
 
 
@@ -51,21 +46,11 @@ def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:
     if cfg.window:
         steps.append(v2.ColorJitter(brightness=cfg.window, contrast=cfg.window))
     if cfg.gamma:
-        steps.append(RandomStrength(lambda x, log: functional.adjust_gamma(x, math.exp(log)), -cfg.gamma, cfg.gamma))
+        steps.append(v2.Lambda(lambda x: functional.adjust_gamma(x, math.exp(_uniform(-cfg.gamma, cfg.gamma)))))
     if cfg.noise:
-        steps.append(RandomStrength(lambda x, sigma: functional.gaussian_noise(x, sigma=sigma), 0, cfg.noise))
+        steps.append(v2.Lambda(lambda x: functional.gaussian_noise(x, sigma=_uniform(0, cfg.noise))))
     return v2.Compose(steps or [v2.Identity()])
 
 
-class RandomStrength(v2.Transform):
-    """`change` of a slice with a strength that is drawn uniformly from [low, high]."""
-
-    def __init__(self, change: Callable[[torch.Tensor, float], torch.Tensor], low: float, high: float) -> None:
-        super().__init__()
-        self.change, self.low, self.high = change, low, high
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        return {"strength": float(torch.empty(1).uniform_(self.low, self.high))}
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        return self.change(inpt, params["strength"])
+def _uniform(low: float, high: float) -> float:
+    return float(torch.empty(1).uniform_(low, high))

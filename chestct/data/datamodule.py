@@ -2,8 +2,7 @@
 
 What a training step sees depends on the seed, the epoch and the slice alone, so a resumed run, a cached run and a run
 with other workers see the same batches. Several processes (DDP) share out the slices of train as torch's
-DistributedSampler does; those of valid and test without its padding, so that none is counted twice. Batches are fetched
-as a whole: augmentation works on the batch at once.
+DistributedSampler does; those of valid and test without its padding, so that none is counted twice.
 """
 
 import math
@@ -26,10 +25,7 @@ BatchKey = tuple[int, list[int]]
 
 
 class SliceDataset(Dataset):
-    """The slices of one split. A key is a batch, as `Batches` makes it; with `train`, the epoch decides the view.
-
-    Its items are batches as `SliceModule` describes them.
-    """
+    """The slices of one split: a key is a batch of them, as `Batches` makes it, an item as `SliceModule` says."""
 
     def __init__(
         self,
@@ -52,7 +48,7 @@ class SliceDataset(Dataset):
         """The given view of the slices at these positions, float32 [B, 1, S, S] in [0, 1]."""
         plain = torch.from_numpy(self.images[self.rows[positions]]).unsqueeze(1).float() / 255
         contents = [self.contents[i] for i in positions]
-        return make_views(plain, contents, [view] * len(contents), self.cfg.seed, self.cfg.data.augment)
+        return make_views(plain, contents, view, self.cfg.seed, self.cfg.data.augment)
 
     def __getitem__(self, key: BatchKey) -> Batch:
         epoch, positions = key
@@ -104,7 +100,6 @@ class SliceModule(L.LightningDataModule):
     A batch of its loaders is a dict of tensors: `x`, grey slices float32 [B, 1, S, S] in [0, 1] with S = data.size, or
     frozen features float32 [B, D]; `y`, int64 [B], positions in `class_names`; `i`, int64 [B], positions in the split.
     Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are.
-
     After `setup`: `store`; `manifest`, the slices that take part, one row each, with the columns split, target and
     leaked (docs/manifest.md has the others); `class_names`. `features` may then hold, for each split, one tensor
     [N, D] a view, in the manifest's order; they stand in for images while the convolutions are frozen.

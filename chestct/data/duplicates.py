@@ -57,11 +57,8 @@ def find_pairs(thumbs: np.ndarray, content: Sequence[str], threshold: float = TH
     thumbs: uint8 [N, THUMBNAIL, THUMBNAIL], grey, letterboxed or not; content: a hash of each slice's pixels at full
     resolution; threshold: similarity in [0, 1] from which slices are near-copies. Returns columns a < b (positions),
     similarity in [0, 1] and kind: "exact" (same content) or "near". Of each content only the first slice is compared.
-    Constant slices have no near-copies. Raises ValueError if thumbs have another shape or type.
+    Constant slices have no near-copies.
     """
-    shape = (len(content), THUMBNAIL, THUMBNAIL)
-    if thumbs.dtype != np.uint8 or thumbs.shape != shape:
-        raise ValueError(f"thumbs must be uint8 {shape}, got {thumbs.dtype} {thumbs.shape}")
     first = pd.Series(list(content), dtype=object).drop_duplicates().sort_values().index.to_numpy()
     with threadpool_limits(1, "blas"):  # matrices are small and all cores busy: threads of its own would only wait
         a, b, similarity = _near(thumbs[first], threshold)

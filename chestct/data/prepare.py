@@ -1,6 +1,6 @@
 """From settings to an open store: phantoms drawn where they are the source, files decoded, copies found.
 
-Ingest is incremental and content-addressed: a file whose bytes are known is never decoded again.
+A store is reused while the bytes and names of its files and the settings stay the same, and made anew otherwise.
 """
 
 import dataclasses
@@ -26,12 +26,10 @@ from chestct.imaging.decode import decode, read
 from chestct.imaging.preprocess import thumbnail
 from chestct.imaging.slice import Limits, pixel_hash
 from chestct.imaging.slice_files import describe_skipped
-from chestct.imaging.statistics import STATISTICS, image_statistics
+from chestct.imaging.statistics import image_statistics
 
 # Columns of the manifest and the DICOM attributes that they hold
 IDENTIFIERS = {"patient": "PatientID", "study": "StudyInstanceUID", "series": "SeriesInstanceUID"}
-# Columns of the manifest that follow from a file's bytes
-FACTS = ["file_hash", "content", "mode", "format", "bytes", *STATISTICS, *IDENTIFIERS]
 # Identifiers, in lower case and without punctuation, that stand for "not given"
 PLACEHOLDER = (
     "|id|name|patient|patientid|patientname|subject|case|test|noname|noid|unknown|none|null|na|nan|notavailable"
@@ -115,41 +113,38 @@ def describe(store: Store) -> str:
 
 
 def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> Store:
-    old = _current(cfg, folder)
     files, limits = listing.slices, Limits(cfg.max_bytes, cfg.max_pixels)
     # Threads, not processes: reading, hashing and Pillow release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = list(pool.map(lambda file: _hash(file, limits), files))
         made_of = json_digest([files, hashes, listing.skipped])
-        if old is not None and old.files == made_of:
-            return old
-        facts = {} if old is None else _facts(old)
+        if (store := _current(cfg, folder, made_of)) is not None:
+            return store
         keys = [key or f"unhashed {i}" for i, key in enumerate(hashes)]
-        new = {key: file for key, file in zip(keys, files, strict=True) if key not in facts}
-        measured = pool.map(lambda file: _measure(file, cfg, limits), new.values())
+        distinct = dict(zip(keys, files, strict=True))  # equal bytes are decoded once
+        measured = pool.map(lambda file: _measure(file, cfg, limits), distinct.values())
+        facts: dict[str, dict[str, Any]] = {}
         rows: dict[str, int] = {}  # content -> row of the store
-        table: list[dict[str, Any]] = []
-        unreadable: list[dict[str, str]] = []
         slices = folder / "slices.partial"
         try:
             with slices.open("wb") as out:  # no memory map: on a full disk it ends in a signal, not in an error
-                for file, key in track(list(zip(files, keys, strict=True)), "Reading slices", disable=not progress):
-                    pixels = b""
-                    if key not in facts:
-                        facts[key], pixels = next(measured)
-                    fact = facts[key]
-                    if "reason" in fact:
-                        unreadable.append({"source": file.source, "path": file.path, **fact})
-                        continue
-                    if fact["content"] not in rows:
+                progress_bar = track(measured, "Reading slices", len(distinct), disable=not progress)
+                for key, (fact, pixels) in zip(distinct, progress_bar, strict=True):
+                    facts[key] = fact
+                    if pixels and fact["content"] not in rows:
                         rows[fact["content"]] = len(rows)
-                        out.write(pixels or old.slices[fact["row"]].tobytes())  # type: ignore[union-attr]
-                    table.append({**file._asdict(), **fact, "row": rows[fact["content"]]})
+                        out.write(pixels)
+            table, unreadable = [], []
+            for file, key in zip(files, keys, strict=True):
+                fact = facts[key]
+                if "reason" in fact:
+                    unreadable.append({"source": file.source, "path": file.path, "reason": fact["reason"]})
+                else:
+                    table.append({**file._asdict(), "file_hash": key, **fact, "row": rows[fact["content"]]})
             if not table:
                 first = unreadable[0]
-                raise DataError(
-                    f"None of the {len(files)} files can be read; the first, {first['path']}: {first['reason']}"
-                )
+                why = f"the first, {first['path']}: {first['reason']}"
+                raise DataError(f"None of the {len(files)} files can be read; {why}")
             manifest = pd.DataFrame(table)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
             identifiers, disbelieved = believable(manifest)
@@ -158,8 +153,8 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
             pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
             about = {
                 "settings": pixel_settings(cfg),
-                # What another moment may read is tried again.
-                "files": made_of if all(row["file_hash"] for row in unreadable) else "",
+                # What another moment may read (a decoder installed, a disk that answers again) is tried again.
+                "files": made_of if all(fact.get("lasting", True) for fact in facts.values()) else "",
                 "unreadable": unreadable,
                 "skipped": listing.skipped,
                 "disbelieved": disbelieved,
@@ -170,8 +165,8 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
     return open_store(folder)
 
 
-def _current(cfg: DataConfig, folder: Path) -> Store | None:
-    """The store as it stands, if its pixels were made with these settings; anything else is made anew."""
+def _current(cfg: DataConfig, folder: Path, made_of: str) -> Store | None:
+    """The store as it stands, if it was made of the same files with the same settings."""
     if not (folder / STORE).is_file():
         return None
     try:
@@ -179,14 +174,7 @@ def _current(cfg: DataConfig, folder: Path) -> Store | None:
     except DataError as error:
         print(f"{str(error).split('. ')[0]}: all slices are decoded again.", file=sys.stderr)
         return None
-    return store if store.settings == pixel_settings(cfg) else None
-
-
-def _facts(store: Store) -> dict[str, dict[str, Any]]:
-    """What is known of each file content, by the hash of its bytes: FACTS and row, or the reason it is unreadable."""
-    facts: list[dict[Any, Any]] = store.manifest[[*FACTS, "row"]].to_dict("records")
-    facts += [{"file_hash": row["file_hash"], "reason": row["reason"]} for row in store.unreadable]
-    return {fact["file_hash"]: fact for fact in facts if fact["file_hash"]}
+    return store if (store.files, store.settings) == (made_of, pixel_settings(cfg)) else None
 
 
 def _hash(file: SliceFile, limits: Limits) -> str:
@@ -198,18 +186,15 @@ def _hash(file: SliceFile, limits: Limits) -> str:
 
 
 def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str, Any], bytes]:
-    """What one file is, and its record in the store; or the reason why it cannot be read."""
-    data = b""
+    """What one file is, and its record in the store; or the reason why it cannot be read, and nothing."""
     try:
         data = read(Path(file.root, file.path), limits)
         slice_ = decode(data, cfg.window, limits, name=file.path)
     except DecodeError as error:
-        # Without its hash a file is tried again: a decoder may have been installed, a disk may answer again.
-        return {"file_hash": digest(data) if data and error.lasting else "", "reason": error.reason}, b""
+        return {"reason": error.reason, "lasting": error.lasting}, b""
     # Bytes stay bytes: passes over floats would cost as much again as decoding.
     gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
     facts = {
-        "file_hash": digest(data),
         "content": pixel_hash(slice_.levels),
         "mode": slice_.mode,
         "format": slice_.format,
@@ -221,12 +206,11 @@ def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str
 
 
 def believable(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The DICOM identifiers that tell slices apart, "" elsewhere, and a sentence for each that is set aside.
+    """The manifest's DICOM identifiers that tell slices apart, "" elsewhere, and a sentence for each set aside.
 
     Anonymisers write one PatientID (`id`, `ANONYMOUS`, the name of the class) into every file; believed, it would make
-    one patient of a whole collection. manifest: one row a slice, with source, subtype, content and the columns of
-    IDENTIFIERS. Placeholders are set aside, and an identifier of a source that has one value at most in each class and
-    covers most of the source's slices.
+    one patient of a whole collection. Set aside are placeholders, and an identifier of a source that has one value at
+    most in each class and covers most of the source's slices.
     """
     result = manifest[list(IDENTIFIERS)].copy()
     notes = []

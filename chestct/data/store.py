@@ -38,7 +38,7 @@ class Store:
     slices: np.ndarray  # memory-mapped records of `record_type`; manifest["row"] points into it
     settings: dict[str, Any]  # what decides a stored pixel
     files: str  # digest of all names and contents that the store was made of
-    unreadable: list[dict[str, str]]  # source, path, file_hash, reason
+    unreadable: list[dict[str, str]]  # source, path, reason
     skipped: list[dict[str, str]]  # source, path, reason: what lies in the folders and is not used
     disbelieved: list[str]  # sentences about DICOM identifiers that link nothing
 
@@ -60,12 +60,10 @@ def record_type(size: int) -> np.dtype:
 
 
 def preprocess_of(cfg: DataConfig) -> Preprocess:
-    """The preprocessing that the data settings name."""
     return Preprocess(cfg.size, cfg.fit, cfg.contrast)
 
 
 def pixel_settings(cfg: DataConfig) -> dict[str, Any]:
-    """The settings that decide a stored pixel."""
     limits = {"max_bytes": cfg.max_bytes, "max_pixels": cfg.max_pixels}  # they decide what is readable
     return {**asdict(preprocess_of(cfg)), "window": asdict(cfg.window), **limits}
 

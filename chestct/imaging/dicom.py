@@ -56,10 +56,8 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
     """
     dataset, syntax, (_, _, count) = _read(data, limits)
     if not dataset.get("PixelData"):
-        if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
-            raise RefusedError("FloatPixelData is not read. Export the slice with integer pixel data")
         what = _text(dataset, "Modality") or "unknown"
-        raise RefusedError(f"no pixel data (modality {what}): a report, a plan or a header, not an image")
+        raise RefusedError(f"no integer pixel data (modality {what}): a report, a plan or a header, not an image")
     layout = _layout(dataset)
     shared = _items(dataset, "SharedFunctionalGroupsSequence")[:1]
     per_frame = _items(dataset, "PerFrameFunctionalGroupsSequence")
@@ -167,12 +165,8 @@ def _frame(pixels: bytes, frame: int, layout: dict[str, Any], syntax: uid.UID) -
     if not decoder.is_available:
         raise MissingDecoderError(f"{syntax.name} needs a decoder: pip install 'chestct[dicom]'")
     if syntax.is_encapsulated:
-        file, count, offsets = (
-            BudgetedFile(pixels, MAX_READS),
-            layout["number_of_frames"],
-            layout.get("extended_offsets"),
-        )
-        stream = get_frame(file, frame, number_of_frames=count, extended_offsets=offsets)
+        places = {name: layout.get(name) for name in ("number_of_frames", "extended_offsets")}
+        stream = get_frame(BudgetedFile(pixels, MAX_READS), frame, **places)
         pixels, frame = encapsulate([_checked(stream, layout, syntax)]), 0
         layout = {**layout, "number_of_frames": 1, "extended_offsets": None}
     return decoder.as_array(pixels, index=frame, **layout)[0]

@@ -14,33 +14,31 @@ def slices():
 
 
 def test_view_0_is_the_slice_itself(slices):
-    assert make_views(slices, NAMES, [0, 0, 0], 0, AugmentConfig()) is slices
+    assert make_views(slices, NAMES, 0, 0, AugmentConfig()) is slices
 
 
 def test_a_view_depends_on_seed_view_and_content_but_not_on_the_batch(slices):
-    whole = make_views(slices, NAMES, [1, 2, 1], 7, AugmentConfig())
-    alone = make_views(slices[2:], NAMES[2:], [1], 7, AugmentConfig())
-    assert torch.equal(whole[2:], alone)
-    assert not torch.equal(alone, make_views(slices[2:], NAMES[2:], [2], 7, AugmentConfig()))
-    assert not torch.equal(alone, make_views(slices[2:], NAMES[2:], [1], 8, AugmentConfig()))
-    assert not torch.equal(alone, make_views(slices[2:], ["other"], [1], 7, AugmentConfig()))
+    alone = make_views(slices[2:], NAMES[2:], 1, 7, AugmentConfig())
+    assert torch.equal(make_views(slices, NAMES, 1, 7, AugmentConfig())[2:], alone)
+    for name, view, seed in (("c", 2, 7), ("c", 1, 8), ("other", 1, 7)):
+        assert not torch.equal(alone, make_views(slices[2:], [name], view, seed, AugmentConfig()))
 
 
 def test_views_stay_in_range(slices):
     strong = AugmentConfig(1.0, 40, 0.3, 0.5, 30, 0.5, 1.0, 0.1, 0.5)
     for view in range(1, 10):
-        out = make_views(slices, NAMES, [view] * 3, 0, strong)
+        out = make_views(slices, NAMES, view, 0, strong)
         assert out.min() >= 0
         assert out.max() <= 1
 
 
 def test_all_switched_off_changes_nothing_and_flip_alone_mirrors_left_and_right(slices):
-    assert torch.allclose(make_views(slices, NAMES, [1] * 3, 0, AugmentConfig(**OFF)), slices, atol=1e-6)
-    out = make_views(slices, NAMES, [1] * 3, 0, AugmentConfig(**OFF | {"flip": 1.0}))
+    assert torch.allclose(make_views(slices, NAMES, 1, 0, AugmentConfig(**OFF)), slices, atol=1e-6)
+    out = make_views(slices, NAMES, 1, 0, AugmentConfig(**OFF | {"flip": 1.0}))
     assert torch.allclose(out, slices.flip(3), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in OFF if name != "flip"])
 def test_each_change_changes_something(slices, name):
-    out = make_views(slices, NAMES, [1] * 3, 0, AugmentConfig(**OFF | {name: 0.3 if name != "rotate" else 20.0}))
+    out = make_views(slices, NAMES, 1, 0, AugmentConfig(**OFF | {name: 0.3 if name != "rotate" else 20.0}))
     assert not torch.allclose(out, slices, atol=1e-3)

@@ -9,7 +9,6 @@ from PIL import Image
 from benchmarks.copies import CHANGES, phantom
 from chestct.data import duplicates
 from chestct.data.duplicates import group, link
-from chestct.data.registration import IDENTITY, correlation, find_image, make_levels, register, warp
 from chestct.imaging.preprocess import thumbnail
 
 SIDE = 112
@@ -122,50 +121,9 @@ def test_more_copies_than_a_list_of_candidates_holds_are_one_group(monkeypatch: 
     assert len(pairs) < 100 * 2 * duplicates.ROUNDS  # not all with all, which would be 4,950
 
 
-def test_inputs_that_do_not_fit_are_refused() -> None:
-    thumbs = np.zeros((2, 56, 56), np.uint8)
-    for other, content in ((thumbs, ["a"]), (thumbs.astype(float), ["a", "b"]), (thumbs[:, :28], ["a", "b"])):
-        with pytest.raises(ValueError, match="uint8"):
-            duplicates.find_pairs(other, content)
-
-
 def test_an_empty_key_links_nothing_and_groups_are_numbered_by_their_first_member() -> None:
     pairs = link(["", "s", "t", "t", "s", ""], "series")
     assert pair_set(pairs, "series") == {(1, 4), (2, 3)}
     labels = group(6, pairs)
     assert labels.tolist() == [0, 1, 2, 2, 1, 3]
     assert labels.dtype == np.int64
-
-
-def texture(seed: int, n: int = 1) -> np.ndarray:
-    """Smooth random images in a black frame: uint8 [n, 56, 56]."""
-    axis = np.arange(56) / 56
-    waves = np.exp(-(((axis[:, None] - np.linspace(0, 1, 15)) / 0.05) ** 2))
-    image = 120 + 50 * waves @ np.random.default_rng(seed).normal(size=(n, 15, 15)) @ waves.T
-    image[:, :4] = image[:, -4:] = 0
-    return np.clip(image, 0, 255).astype(np.uint8)
-
-
-def test_register_finds_the_pose_of_a_warped_copy_and_stiffness_holds_it_back() -> None:
-    image = texture(1, n=5)
-    pose = np.random.default_rng(0).uniform([0.93, -0.04, 0.93, -0.04], [1.07, 0.04, 1.07, 0.04], (5, 4))
-    moved = np.clip(warp(image.astype(np.float32), pose), 0, 255).astype(np.uint8)
-    estimate = held = np.tile(IDENTITY, (5, 1))
-    for side, sigma in ((14, 0.2), (28, 0.2), (56, 1 / 28)):
-        (fixed,), (moving,) = make_levels(moved, [side], sigma), make_levels(image, [side], sigma)
-        estimate = register(fixed, moving, estimate, steps=8, stiffness=1e-3)
-        held = register(fixed, moving, held, steps=8, stiffness=1.0)
-    assert estimate == pytest.approx(pose, abs=0.01)
-    assert (np.abs(held - IDENTITY).mean(0) < 0.8 * np.abs(estimate - IDENTITY).mean(0)).all()
-    assert (correlation(fixed, moving, estimate) > 0.93).all()
-    assert correlation(fixed, moving, np.tile(IDENTITY, (5, 1))).mean() < 0.6
-    assert not correlation(fixed, moving, np.tile([1.0, 0.0, 1.0, 0.5], (5, 1))).any()  # too little overlap
-
-
-def test_bars_and_a_white_border_within_them_are_not_image() -> None:
-    image = texture(3)
-    image[:, :8] = image[:, -8:] = 0
-    image[:, 8:12] = image[:, -12:-8] = image[:, 8:-8, :4] = image[:, 8:-8, -4:] = 255
-    for turned in (image, image.transpose(0, 2, 1)):
-        counts = [np.count_nonzero(find_image(turned)[0].any(axis)) for axis in (0, 1)]
-        assert sorted(counts) == [30, 46]

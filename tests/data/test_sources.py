@@ -45,34 +45,19 @@ def follow(advice: str, folder: Path, **meanings: str) -> dict[str, str]:
     return compose(f"data.labels_file={folder}/labels.yaml").data.labels
 
 
-def test_split_folders_and_suffixed_class_names_are_read(tmp_path):
-    cfg = fill(
-        tmp_path, "train/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib/a.png", "test/normal/b.png", "valid/Normal/c.png"
-    )
-    assert read(cfg) == {
-        "train/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib/a.png": ("train", "adenocarcinoma"),
-        "test/normal/b.png": ("test", "normal"),
-        "valid/Normal/c.png": ("valid", "normal"),
-    }
-
-
-def test_class_folders_without_splits_are_read_with_everything_below_them_in_a_fixed_order(tmp_path):
-    cfg = fill(tmp_path, "normal/b.png", "normal/patient1/z.png", "normal/a.png", "cancer/q.png")
+def test_class_folders_are_read_with_everything_below_them_in_a_fixed_order_and_splits_have_many_names(tmp_path):
+    cfg = fill(tmp_path / "flat", "normal/b.png", "normal/patient1/z.png", "normal/a.png", "cancer/q.png")
     assert list(read(cfg).items()) == [
         ("cancer/q.png", ("", "cancer")),
         ("normal/a.png", ("", "normal")),
         ("normal/b.png", ("", "normal")),
         ("normal/patient1/z.png", ("", "normal")),
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [("Training", "train"), ("TESTING", "test"), ("Validation", "valid"), ("val", "valid"), ("Test", "test")],
-)
-def test_split_folders_have_many_names(tmp_path, name, split):
-    cfg = fill(tmp_path, f"{name}/normal/a.png", "train/normal/b.png")
-    assert read(cfg) == {f"{name}/normal/a.png": (split, "normal"), "train/normal/b.png": ("train", "normal")}
+    suffixed = "adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib"
+    splits = {"train": "train", "Training": "train", "val": "valid", "Validation": "valid", "TESTING": "test"}
+    cfg = fill(tmp_path / "split", *(f"{name}/{suffixed}/a.png" for name in splits), "train/Normal/b.png")
+    expected = {f"{name}/{suffixed}/a.png": (split, "adenocarcinoma") for name, split in splits.items()}
+    assert read(cfg) == expected | {"train/Normal/b.png": ("train", "normal")}
 
 
 @pytest.mark.parametrize("stray", ["validation2", "normal_more", "test_old"])

@@ -23,7 +23,7 @@ from pydicom.encaps import encapsulate
 
 from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
-from chestct.imaging.decode import declared_size, decode, decode_frames, read
+from chestct.imaging.decode import declared_size, decode, decode_frames
 from chestct.imaging.raster import webp_size
 from chestct.imaging.slice import Limits, Slice, pixel_hash
 from tests.conftest import real
@@ -100,6 +100,7 @@ COPIES = {
     "LZW": encoded(np.dstack([RAMP] * 3), "TIFF", compression="tiff_lzw"),
     "WEBP": encoded(np.dstack([RAMP] * 3), "WEBP", lossless=True),
     **{f"16 bit {format}": encoded(RAMP.astype(np.uint16) * 257, format) for format in ("PNG", "TIFF")},
+    "16 bit, big-endian": encoded((RAMP.astype(np.uint16) * 257).astype(">u2"), "TIFF"),
     "float": encoded(RAMP.astype(np.float32) / 255, "TIFF"),
 }
 
@@ -117,14 +118,7 @@ def test_hash_depends_on_every_level_and_on_the_shape() -> None:
     changed[-1, -1] += 1
     fine[0, 1] += 1  # what eight bits cannot tell
     assert len({pixel_hash(gray) for gray in (RAMP, changed, RAMP.reshape(40, 24), RAMP.T, RAMP[:, ::-1], fine)}) == 6
-    read_back = decode(encoded(fine, "PNG"), LUNG).levels
-    assert pixel_hash(fine) == pixel_hash(fine / np.float32(65535)) == pixel_hash(read_back)
-
-
-def test_sixteen_bits_are_divided_by_the_full_range_in_either_byte_order() -> None:
-    stored = np.array([[0, 1, 4095], [32768, 65534, 65535]], np.uint16)
-    for data in (encoded(stored, "PNG"), encoded(stored, "TIFF"), encoded(stored.astype(">u2"), "TIFF")):
-        np.testing.assert_allclose(decode(data, LUNG).gray, stored / 65535, atol=1e-7)
+    assert pixel_hash(fine) == pixel_hash(fine / np.float32(65535))
 
 
 def test_one_bit_colour_and_ink_become_grey() -> None:
@@ -164,37 +158,14 @@ def test_exif_orientation_is_applied_and_damaged_metadata_hurts_nothing(format: 
             assert decode(encoded(RAMP, format, exif=damaged, **options), LUNG).gray.shape == RAMP.shape
 
 
-@pytest.mark.parametrize(
-    "samples", [RAMP.astype(np.float32), np.full((4, 4), np.nan, np.float32), RAMP.astype(np.int32) - 9]
-)
-def test_tiff_samples_of_unknown_range_are_refused(samples: np.ndarray) -> None:
-    with pytest.raises(DecodeError, match="save with 8 or 16 bits"):
-        decode(encoded(samples, "TIFF"), LUNG)
-
-
-def test_content_decides_and_not_the_name(tmp_path: Path) -> None:
-    for name, data, format in [
-        ("a.jpg", encoded(RAMP, "PNG"), "PNG"),
-        ("b.png", encoded(RAMP, "JPEG"), "JPEG"),
-        ("c", dicom(SMALL), "DICOM"),
-        ("d.dcm", encoded(RAMP, "WEBP"), "WEBP"),
-    ]:
-        path = tmp_path / name
-        path.write_bytes(data)
-        assert decode(path, LUNG).format == format
-        assert np.array_equal(decode(path, LUNG).gray, decode(data, LUNG).gray)
-
-
 def test_color_tells_photographs_from_marked_slices() -> None:
     gray = np.dstack([np.kron(RAMP, np.ones((8, 8), np.uint8))] * 3)
-    marked = gray.copy()
+    marked, photo = gray.copy(), np.kron(COLORS[:4, :4], np.ones((50, 50, 1), np.uint8))
     marked[10:20, 10:20] = (255, 0, 0)
-    photo = np.asarray(Image.fromarray(COLORS[:4, :4]).resize((300, 200)))
-    assert decode(encoded(gray, "PNG"), LUNG).color == 0
-    assert decode(encoded(gray[..., 0], "PNG"), LUNG).color == 0
-    assert 0 < decode(encoded(marked, "PNG"), LUNG).color < 0.02
-    assert decode(encoded(gray, "JPEG"), LUNG).color < 0.02
-    assert decode(encoded(photo, "JPEG"), LUNG).color > 0.05
+    files = [encoded(gray, "PNG"), encoded(marked, "PNG"), encoded(gray, "JPEG"), encoded(photo, "JPEG")]
+    grey, mark, jpeg, other = (decode(data, LUNG).color for data in files)
+    assert grey == 0 < mark
+    assert max(mark, jpeg) < 0.02 < 0.05 < other
 
 
 def test_tiff_pages_come_in_order_and_the_first_is_the_slice() -> None:
@@ -253,11 +224,10 @@ def imagemagick_profile() -> str:
         png_with_text("Raw profile type exif", imagemagick_profile()),
         png_with_text("XML:com.adobe.xmp", XMP, itxt=True),
         encoded(RAMP, "TIFF", tiffinfo={700: XMP.encode()}),
-        encoded(RAMP, "TIFF", tiffinfo={700: XMP.encode()}, compression="tiff_lzw"),
         encoded(RAMP, "JPEG", xmp=XMP.encode(), quality=100),
         encoded(RAMP, "WEBP", xmp=XMP.encode(), lossless=True),
     ],
-    ids=["ImageMagick", "PNG", "TIFF", "TIFF-LZW", "JPEG", "WEBP"],
+    ids=["ImageMagick", "PNG", "TIFF", "JPEG", "WEBP"],
 )
 def test_orientation_stated_elsewhere_than_in_exif_is_applied(data: bytes) -> None:
     np.testing.assert_allclose(decode(data, LUNG).gray, np.rot90(RAMP, -1) / 255, atol=2.01 / 255)
@@ -366,13 +336,15 @@ def test_enhanced_ct_has_its_rescale_in_functional_groups() -> None:
 
 def test_the_files_own_window_is_used_when_asked_for() -> None:
     stored = np.arange(0, 2000, dtype=np.int16).reshape(40, 50)
-    data = dicom(stored, WindowCenter=["40", "-600"], WindowWidth=["400", "1500"])
-    own = decode(data, WindowConfig(from_file=True)).gray
-    np.testing.assert_allclose(own, windowed(stored - 1024, 40, 400), atol=1e-5)
-    np.testing.assert_allclose(decode(data, LUNG).gray, windowed(stored - 1024), atol=1e-5)
-    for elements in ({"WindowCenter": "40", "WindowWidth": "0"}, {"WindowCenter": "", "WindowWidth": "400"}):
-        without = decode(dicom(stored, **elements), WindowConfig(from_file=True)).gray
-        np.testing.assert_allclose(without, windowed(stored - 1024), atol=1e-5)
+    own = WindowConfig(from_file=True)
+    for elements, asked, expected in [
+        ({"WindowCenter": ["40", "-600"], "WindowWidth": ["400", "1500"]}, own, (40, 400)),
+        ({"WindowCenter": ["40", "-600"], "WindowWidth": ["400", "1500"]}, LUNG, (-600, 1500)),
+        ({"WindowCenter": "40", "WindowWidth": "0"}, own, (-600, 1500)),
+        ({"WindowCenter": "", "WindowWidth": "400"}, own, (-600, 1500)),
+    ]:
+        gray = decode(dicom(stored, **elements), asked).gray
+        np.testing.assert_allclose(gray, windowed(stored - 1024, *expected), atol=1e-5)
     step = decode(dicom(stored), WindowConfig(center=100, width=1)).gray
     assert np.array_equal(step, (stored - 1024 > 99).astype(np.float32))
 
@@ -562,20 +534,17 @@ def test_files_of_countless_pieces_are_not_walked_to_their_end(flood: str) -> No
         (b"\0" * 4096, "neither PNG"),
         (b"<!DOCTYPE html><html><body>Sign in", "<!DOCTYPE html>"),
         (b"\x89PNG\r\n\x1a\n", "damaged PNG"),
-        (bytes(128) + b"DICM", "no pixel data"),
-        (dicom(SMALL, PixelData=None), r"no pixel data \(modality CT\)"),
+        (bytes(128) + b"DICM", "no integer pixel data"),
+        (dicom(SMALL, PixelData=None), r"no integer pixel data \(modality CT\)"),
+        *((encoded(samples, "TIFF"), "save with 8 or 16 bits") for samples in (RAMP * 1.5, SMALL * np.nan, SMALL - 9)),
         (dicom(SMALL, Rows=5), "32 vs 40 bytes"),
         (dicom(SMALL, NumberOfFrames="-1"), "NumberOfFrames is -1"),
-        (dicom(SMALL, BitsStored=17), "Bits Stored"),
         (dicom(SMALL, BitsStored=12, HighBit=15), "HighBit"),
-        (dicom(SMALL, BitsAllocated=None), "Bits Allocated"),
         (dicom(SMALL, Rows=0), "4 x 0 pixels"),
         (dicom(SMALL, RescaleSlope="0"), "RescaleSlope is 0"),
-        (dicom(SMALL, PixelData=None, FloatPixelData=bytes(64)), "FloatPixelData is not read"),
         (dicom(SMALL, RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
         (dicom(SMALL, ModalityLUTSequence=[pydicom.Dataset()]), "lookup tables are not read"),
         (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="PALETTE COLOR"), "PALETTE COLOR"),
-        (dicom(np.zeros((4, 4), np.uint8), PhotometricInterpretation="NONSENSE"), "NONSENSE"),
         (dicom(SMALL, uid.MPEG2MPML, PixelData=encapsulate([b"video"])), "MPEG2"),
         (dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless, Rows=47), r"\[48, 64, 1\]"),
         (dicom(SMALL.astype("u1"), uid.JPEGBaseline8Bit, PixelData=encapsulate([encoded(RAMP, "JPEG")])), "24, 40, 1"),
@@ -588,19 +557,16 @@ def test_errors_name_the_reason(data: bytes, reason: str) -> None:
 
 
 def test_more_bytes_or_pixels_than_allowed_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(RAMP, "PNG"))
-    size = path.stat().st_size
-    assert decode(path, LUNG, Limits(max_bytes=size, max_pixels=RAMP.size)).gray.shape == RAMP.shape
     (tmp_path / "long.dcm").touch()
     os.truncate(tmp_path / "long.dcm", 300_000_000)  # takes no space on disk
     with pytest.raises(DecodeError, match=r"300,000,000 bytes.*data\.max_bytes"):
         decode(tmp_path / "long.dcm", LUNG)
-    for source in (path, path.read_bytes()):
-        with pytest.raises(DecodeError, match=r"data\.max_bytes allows"):
-            decode(source, LUNG, Limits(max_bytes=size - 1))
-        with pytest.raises(DecodeError, match=r"40 x 24 pixels; data\.max_pixels allows 959"):
-            decode(source, LUNG, Limits(max_pixels=RAMP.size - 1))
+    data = encoded(RAMP, "PNG")
+    assert decode(data, LUNG, Limits(max_bytes=len(data), max_pixels=RAMP.size)).gray.shape == RAMP.shape
+    with pytest.raises(DecodeError, match=r"data\.max_bytes allows"):
+        decode(data, LUNG, Limits(max_bytes=len(data) - 1))
+    with pytest.raises(DecodeError, match=r"40 x 24 pixels; data\.max_pixels allows 959"):
+        decode(data, LUNG, Limits(max_pixels=RAMP.size - 1))
 
 
 WHOLE = {
@@ -632,24 +598,14 @@ def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: P
         (tmp_path / "pipe", "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "loop", "symbolic links"),
-        (tmp_path / ("x" * 5000), "too long"),
         (tmp_path / "nul\0byte", "null"),
-        (tmp_path / "\udcff.png", "No such file"),
     ]:
         with pytest.raises(DecodeError, match=reason) as caught:
             decode(path, LUNG)
         assert caught.value.path == str(path)
-        with pytest.raises(DecodeError, match=reason):
-            read(path)
-    for name in ("胸部 CT – ü.png", "x" * 250 + ".png", "a b'\"\n.png"):
-        (tmp_path / name).write_bytes(encoded(RAMP, "PNG"))
-        assert decode(tmp_path / name, LUNG).gray.shape == RAMP.shape
 
 
-# --- manners
-
-
-def test_odd_files_put_nothing_on_the_terminal_and_change_no_limit_of_pillow(tmp_path: Path) -> None:
+def test_odd_files_put_nothing_on_the_terminal(tmp_path: Path) -> None:
     says_implicit = dicom(SMALL).replace(uid.ExplicitVRLittleEndian.encode(), b"1.2.840.10008.1.2\0\0")
     odd = dicom(SMALL, WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
     exif = encoded(RAMP, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
@@ -657,25 +613,17 @@ def test_odd_files_put_nothing_on_the_terminal_and_change_no_limit_of_pillow(tmp
     for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged}.items():
         (tmp_path / name).write_bytes(data)
     code = (
-        "import logging, sys; from pathlib import Path; from PIL import Image, PngImagePlugin\n"
-        "from chestct.config.schema import WindowConfig; from chestct.errors import DecodeError\n"
-        "from chestct.imaging.decode import decode\n"
+        "import logging, sys; from pathlib import Path; from chestct.config.schema import WindowConfig\n"
+        "from chestct.errors import DecodeError; from chestct.imaging.decode import decode\n"
         "logging.basicConfig(level=logging.INFO)\n"  # as Hydra does
-        "before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK\n"
         "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    try: decode(path, WindowConfig())\n"
         "    except DecodeError: print(path.name)\n"
-        "assert before == (Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK)\n"
     )
-    printed = run_python(code, tmp_path)
-    assert (printed.stdout.split(), printed.stderr) == (["d"], "")
-
-
-def run_python(code: str, path: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, "-c", code, str(path)], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert (printed.stdout.split(), printed.stderr) == (["d"], "")
 
 
 def test_threads_decode_side_by_side() -> None:
@@ -687,26 +635,7 @@ def test_threads_decode_side_by_side() -> None:
     assert hashes == expected * 25
 
 
-def test_pydicom_is_not_imported_for_other_formats(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(encoded(RAMP, "PNG"))
-    code = (
-        "import sys; from pathlib import Path; from chestct.config.schema import WindowConfig\n"
-        "from chestct.imaging.decode import decode; decode(Path(sys.argv[1]), WindowConfig())\n"
-        "print({'pydicom', 'torch'} & sys.modules.keys())"
-    )
-    assert run_python(code, tmp_path / "a.png").stdout.strip() == "set()"
-
-
 # --- real files
-
-
-@pytest.mark.slow
-def test_real_slices_decode_and_their_copies_are_found() -> None:
-    files = sorted(path for path in real("chest-ct").rglob("*") if path.is_file())
-    hashes = {path: pixel_hash(decode(path, LUNG).gray) for path in files}
-    assert (len(hashes), len(set(hashes.values()))) == (1000, 847)
-    normal = [digest for path, digest in hashes.items() if "normal" in path.parts]
-    assert (len(normal), len(set(normal))) == (215, 66)
 
 
 def test_real_dicom_follows_the_printed_formula() -> None:
