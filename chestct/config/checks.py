@@ -102,6 +102,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.num_nodes}: for several say trainer=ddp."
     if trainer.strategy == "ddp" and trainer.accelerator == "mps":
         yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
+    if data.lesions and cfg.task != "binary":
+        yield "data.lesions draws cancer of no subtype: it works with task=binary."
     if cfg.evaluation.folds == 1:
         yield "evaluation.folds=1: two folds at least, or 0 for none."
     if cfg.compare and len(cfg.compare) != 2:

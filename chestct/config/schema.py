@@ -128,6 +128,12 @@ class DataConfig:
     views: int = setting(
         2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
     )
+    lesions: float = setting(
+        0.0,
+        "share of normal training slices that a view shows with a lesion drawn in; as many with a control",
+        low=0,
+        high=0.5,
+    )
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -141,8 +147,12 @@ class ModelConfig:
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting(
-        "gap", "gap: mean over places (512 features); flatten: every place (25,088)", choices=("gap", "flatten")
+        "gap",
+        "gap: mean over places (512 features); flatten: every place; topk: the head judges each place, the best count",
+        choices=("gap", "flatten", "topk"),
     )
+    block: int = setting(5, "which of VGG's blocks the head sees; the later ones are left out", low=3, high=5)
+    standardise: bool = setting(False, "features less their mean, over their spread, as training shows them")
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")
     dropout: float = setting(0.0, "dropout before every linear layer of the head", low=0, high=0.95)
@@ -170,6 +180,7 @@ class OptimConfig:
     schedule: str = setting("cosine", "learning rate over time", choices=("constant", "cosine", "one_cycle"))
     warmup: float = setting(0.1, "share of all steps over which the learning rate rises", low=0, high=0.9)
     label_smoothing: float = setting(0.0, "how far targets move towards the uniform distribution", low=0, high=0.5)
+    places: float = setting(1.0, "with model.pool=topk: weight of the loss at places that are known", low=0, high=100)
     class_weights: bool = setting(True, "weigh classes inversely to their frequency in train")
 
 

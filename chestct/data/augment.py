@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional
 
@@ -15,10 +16,17 @@ from chestct.config.schema import AugmentConfig
 from chestct.files import digest
 
 
-def make_views(images: torch.Tensor, contents: Sequence[str], view: int, seed: int, cfg: AugmentConfig) -> torch.Tensor:
+def make_views(
+    images: torch.Tensor,
+    contents: Sequence[str],
+    view: int,
+    seed: int,
+    cfg: AugmentConfig,
+    masks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One view of each slice, float32 [B, 1, S, S] in [0, 1]; what moves in from outside is black.
 
-    contents: the hash of each slice.
+    contents: the hash of each slice; masks: bool [B, 1, S, S], changed in place: turned and shifted with their slices.
     """
     if not view:
         return images
@@ -27,7 +35,11 @@ def make_views(images: torch.Tensor, contents: Sequence[str], view: int, seed: i
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         for i, content in enumerate(contents):
             torch.manual_seed(int(digest(f"{seed}/{view}/{content}")[:16], 16) >> 1)  # it takes 63 bits
-            out[i] = change(images[i])
+            image = tv_tensors.Image(images[i])
+            if masks is None:
+                out[i] = change(image)
+            else:
+                out[i], masks[i] = change(image, tv_tensors.Mask(masks[i]))
     return out
 
 
@@ -46,9 +58,11 @@ def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:
     if cfg.window:
         steps.append(v2.ColorJitter(brightness=cfg.window, contrast=cfg.window))
     if cfg.gamma:
-        steps.append(v2.Lambda(lambda x: functional.adjust_gamma(x, math.exp(_uniform(-cfg.gamma, cfg.gamma)))))
+        steps.append(
+            v2.Lambda(lambda x: functional.adjust_gamma(x, math.exp(_uniform(-cfg.gamma, cfg.gamma))), tv_tensors.Image)
+        )
     if cfg.noise:
-        steps.append(v2.Lambda(lambda x: functional.gaussian_noise(x, sigma=_uniform(0, cfg.noise))))
+        steps.append(v2.Lambda(lambda x: functional.gaussian_noise(x, sigma=_uniform(0, cfg.noise)), tv_tensors.Image))
     return v2.Compose(steps or [v2.Identity()])
 
 

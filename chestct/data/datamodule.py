@@ -19,6 +19,9 @@ from chestct.data.augment import make_views
 from chestct.data.prepare import prepare_store, prepared_folder
 from chestct.data.splits import load_splits
 from chestct.data.store import Store, open_store
+from chestct.files import digest
+from chestct.imaging.lungs import find_lungs
+from chestct.phantom.insertion import Kind, insert
 
 Batch = dict[str, torch.Tensor]
 BatchKey = tuple[int, list[int]]
@@ -35,8 +38,9 @@ class SliceDataset(Dataset):
         cfg: Config,
         train: bool = False,
         features: Sequence[torch.Tensor] = (),
+        places: Sequence[torch.Tensor] = (),
     ) -> None:
-        self.images, self.cfg, self.train, self.features = images, cfg, train, features
+        self.images, self.cfg, self.train, self.features, self.places = images, cfg, train, features, places
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
         self.y = torch.tensor(y)
@@ -46,15 +50,56 @@ class SliceDataset(Dataset):
 
     def slices(self, positions: Sequence[int], view: int) -> torch.Tensor:
         """The given view of the slices at these positions, float32 [B, 1, S, S] in [0, 1]."""
+        return self._views(positions, view)[0]
+
+    def masks(self, positions: Sequence[int], view: int) -> torch.Tensor:
+        """Where lesions are drawn into these views, float32 [B, 1, S, S], 0 or 1."""
+        return self._views(positions, view)[1].float()
+
+    def _views(self, positions: Sequence[int], view: int) -> tuple[torch.Tensor, torch.Tensor]:
         plain = torch.from_numpy(self.images[self.rows[positions]]).unsqueeze(1).float() / 255
+        masks = torch.zeros_like(plain, dtype=torch.bool)
         contents = [self.contents[i] for i in positions]
-        return make_views(plain, contents, view, self.cfg.seed, self.cfg.data.augment)
+        for i, position in enumerate(positions):
+            lungs = find_lungs(self.images[self.rows[position]]) if (kind := self._kind(position, view)) else None
+            if kind and lungs is not None:
+                rng = np.random.default_rng(_number(f"{self.cfg.seed}/{view}/{contents[i]}/lesion"))
+                square, mask = insert(plain[i, 0].numpy(), lungs.mask, kind, rng)
+                plain[i, 0], masks[i, 0] = torch.from_numpy(square), torch.from_numpy(mask)
+        return make_views(plain, contents, view, self.cfg.seed, self.cfg.data.augment, masks), masks
+
+    def _kind(self, position: int, view: int) -> Kind | None:
+        """What is drawn into a normal slice of train: a lesion, a control or nothing, by its content, view and seed."""
+        share = self.cfg.data.lesions if self.train and view else 0
+        if not share or self.y[position]:
+            return None
+        drawn = _number(f"{self.cfg.seed}/{view}/{self.contents[position]}/kind") / 2**64
+        return "lesion" if drawn < share else "control" if drawn < 2 * share else None
+
+    def drawn_contents(self, view: int) -> list[str]:
+        """The contents, and what is drawn into each in this view: what decides a slice's features in one space."""
+        return [f"{content} {self._kind(i, view) or ''}".strip() for i, content in enumerate(self.contents)]
 
     def __getitem__(self, key: BatchKey) -> Batch:
         epoch, positions = key
         view = view_of(self.cfg, epoch) if self.train else 0
-        x = self.features[view][positions] if self.features else self.slices(positions, view)
-        return {"x": x, "y": self.y[positions], "i": torch.tensor(positions, dtype=torch.long)}
+        y = self.y[positions]
+        batch = {"y": y, "i": torch.tensor(positions, dtype=torch.long)}
+        if self.train and self.cfg.data.lesions and (self.places or not self.features):
+            if self.features:
+                batch["x"], places = self.features[view][positions], self.places[view][positions]
+            else:
+                batch["x"], places = self._views(positions, view)
+            drawn = places.flatten(1).amax(1) > 0
+            # Of slices with cancer it is not known where; of normal ones, all is, and what was drawn makes them cancer.
+            batch["places"] = torch.where(y.bool()[:, None, None, None], -1.0, places.float())
+            return batch | {"y": torch.where(drawn, 1, y)}
+        return batch | {"x": self.features[view][positions] if self.features else self.slices(positions, view)}
+
+
+def _number(text: str) -> int:
+    """A number below 2**64 that the text decides."""
+    return int(digest(text)[:16], 16)
 
 
 def view_of(cfg: Config, epoch: int) -> int:
@@ -99,7 +144,10 @@ class SliceModule(L.LightningDataModule):
 
     A batch of its loaders is a dict of tensors: `x`, grey slices float32 [B, 1, S, S] in [0, 1] with S = data.size, or
     frozen features float32 [B, D]; `y`, int64 [B], positions in `class_names`; `i`, int64 [B], positions in the split.
-    Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are.
+    Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are. With
+    data.lesions, normal slices of train may show a lesion, are cancer then, and all batches of train have `places`,
+    float32 [B, 1, h, w] on the grid of `x`: how much of each place a drawn lesion covers, -1 where it is not known.
+
     After `setup`: `store`; `manifest`, the slices that take part, one row each, with the columns split, target and
     leaked (docs/manifest.md has the others); `class_names`. `features` may then hold, for each split, one tensor
     [N, D] a view, in the manifest's order; they stand in for images while the convolutions are frozen.
@@ -111,6 +159,7 @@ class SliceModule(L.LightningDataModule):
         self.class_names = classes_of(cfg.task)
         self.store: Store | None = None
         self.features: dict[str, list[torch.Tensor]] = {}
+        self.places: dict[str, list[torch.Tensor]] = {}
         self.prepare_data_per_node = False  # machines see one cache_dir
 
     def prepare_data(self) -> None:
@@ -130,7 +179,9 @@ class SliceModule(L.LightningDataModule):
         assert self.store is not None, "setup() comes first"
         part = self.manifest[self.manifest["split"] == split]
         y = part["target"].to_numpy(np.int64)
-        return SliceDataset(self.store.images, part, y, self.cfg, train, self.features.get(split, ()))
+        return SliceDataset(
+            self.store.images, part, y, self.cfg, train, self.features.get(split, ()), self.places.get(split, ())
+        )
 
     def class_counts(self) -> torch.Tensor:
         """Slices of each class in train, float32 [classes]."""

@@ -16,12 +16,14 @@ import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
+from torch.nn import functional
 
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
 from chestct.models.vgg16 import VGG16, channel_means
+from chestct.phantom import insertion
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
@@ -36,26 +38,29 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
     Images are then not touched any more while the convolutions are frozen.
     """
     for split in splits:
-        dataset = data.dataset(split)
-        data.features[split] = [
-            extract(
-                net.pooled,
-                partial(dataset.slices, view=view),
-                dataset.contents,
-                space_folder(cfg, net.digest, view),
-                net.mean.device,
-                batch_size=cfg.features.batch_size,
-                label=f"Features, {split}, view {view}" if cfg.trainer.progress else "",
+        dataset = data.dataset(split, train=split == "train")
+        dataset.features, data.features[split], data.places[split] = (), [], []
+        for view in range(views if split == "train" else 1):
+            run = partial(extract, device=net.mean.device, batch_size=cfg.features.batch_size)
+            folder = space_folder(cfg, net.digest, view)
+            label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
+            contents = dataset.drawn_contents(view)
+            data.features[split].append(
+                run(net.pooled, partial(dataset.slices, view=view), contents, folder, label=label)
             )
-            for view in range(views if split == "train" else 1)
-        ]
+            if cfg.data.lesions and split == "train":
+                side = data.features[split][-1].shape[-1] if cfg.model.pool == "topk" else 1
+                cover = partial(functional.adaptive_avg_pool2d, output_size=side)
+                data.places[split].append(run(cover, partial(dataset.masks, view=view), contents, folder / "places"))
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     """The cache folder of a feature space: named by everything, besides a slice's content, that decides features."""
     settings = {"format": FORMAT, "weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
+    settings |= {"block": cfg.model.block} if cfg.model.block < 5 else {}
     if view:
         settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
+        settings |= {"lesions": cfg.data.lesions, "drawing": insertion.VERSION} if cfg.data.lesions else {}
     return cfg.cache / "features" / json_digest(settings)[:24]
 
 
@@ -124,7 +129,7 @@ def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndar
     net.eval()
     every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], batch_size))
     if dataset.features:
-        every = dataset.features[:1]
+        every = torch.split(dataset.features[0], 1024)
     parts = [
         (net.head(maps.to(net.mean.device)).float().cpu(), channel_means(maps, net.channels).float().cpu())
         for maps in every

@@ -22,7 +22,7 @@ from chestct.config.checks import resolve
 from chestct.config.targets import build, check_trusted
 from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, has_places
 from chestct.models.weights import load_weights
 
 Batch = dict[str, torch.Tensor]
@@ -56,8 +56,8 @@ class Classifier(L.LightningModule):
         self.losses = nn.ModuleDict({f"{stage}_": MeanMetric() for stage in ("train", "valid")})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: slices float [B, 1, S, S] in [0, 1], or features [B, D]. Returns logits [B, outputs]."""
-        return self.net.head(x) if x.ndim == 2 else self.net(x)
+        """x: slices float [B, 1, S, S] in [0, 1], or features [B, D] or [B, C, h, w]. Returns logits [B, outputs]."""
+        return self.net(x) if x.ndim == 4 and x.shape[1] == 1 else self.net.head(x)
 
     def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Class-weighted mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B]."""
@@ -90,8 +90,14 @@ class Classifier(L.LightningModule):
         self._log_metrics("valid")
 
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
-        logits = self(batch["x"])
-        loss = self.loss(logits, batch["y"])
+        if "places" in batch and has_places(self.net.head):
+            evidence = self.net.head[:-1](batch["x"] if batch["x"].shape[1] > 1 else self.net.maps(batch["x"]))
+            logits = self.net.head[-1](evidence)
+            known = functional.adaptive_avg_pool2d(batch["places"], evidence.shape[2:])
+            loss = self.loss(logits, batch["y"]) + self.cfg.optim.places * places_loss(evidence, known)
+        else:
+            logits = self(batch["x"])
+            loss = self.loss(logits, batch["y"])
         # Batches count by their class weights: the mean over an epoch is that over its slices, however they are dealt.
         weight = cast(torch.Tensor, self.class_weight)[batch["y"]].sum()
         cast(MeanMetric, self.losses[f"{stage}_"]).update(loss.detach(), weight)
@@ -176,6 +182,20 @@ class Classifier(L.LightningModule):
 def _scores(logits: torch.Tensor) -> torch.Tensor:
     """What metrics take: torchmetrics would take logits that happen to lie in [0, 1] for scores."""
     return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
+
+
+def places_loss(evidence: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+    """How badly evidence tells places with a drawn lesion from those without: cross-entropy, both kinds alike.
+
+    evidence: logits [B, 1, h, w]; covered: share of each place that a lesion covers, [B, 1, h, w], below 0 where that
+    is not known. A place counts as lesion from a third on, or if no other of its slice is covered more; one that is
+    touched counts as neither.
+    """
+    most = covered.amax((2, 3), keepdim=True).clamp(min=0.02)
+    lesion = (covered >= 0.33) | (covered >= 0.9 * most)
+    clear = (covered >= 0) & (covered < 0.03)
+    each = functional.softplus(torch.where(lesion, -evidence, evidence))
+    return torch.stack([each[part].sum() / part.sum().clamp(min=1) for part in (lesion, clear & ~lesion)]).sum()
 
 
 def metric_collection(outputs: int, stage: str) -> MetricCollection:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional
 
 from chestct.imaging.preprocess import Box, Preprocess
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, has_places
 
 SMOOTHING = 1 / 9
 """Standard deviation of the smoothing as a share of the side; a lesion and its surroundings take about a fifth."""
@@ -25,8 +25,12 @@ def class_activation_map(net: VGG16, conv5: torch.Tensor, output: int = 0) -> tu
 
     Selvaraju et al. 2017, eq. 1 and 2 without the ReLU: a channel weighs as much as the mean of its gradient over all
     positions. For a linear head on mean-pooled features this is the map of Zhou et al. 2016.
-    conv5: float [B, 512, h, w] from `net.conv5`; net in eval mode.
+    conv5: float [B, 512, h, w] from `net.conv5`; net in eval mode. Where the head judges places, what it says of each
+    is the map, exactly.
     """
+    if has_places(net.head):
+        evidence = net.head[:-1](net.pool(conv5))
+        return net.head[-1](evidence), evidence[:, output].float()
     # Callers are usually under no_grad or inference_mode; a clone made out here can be differentiated all the same.
     with torch.inference_mode(False), torch.enable_grad():
         conv5 = conv5.detach().clone()
@@ -65,12 +69,13 @@ def normalised_cam(
     On 760 default phantoms of other seeds than those of training, the hottest point lies within 15 pixels of the lesion
     in 0.86 (0.83 of the 48 test slices); in 0.75 without smoothing and spread, in 0.56 for Grad-CAM as it is.
 
-    conv5: from `net.conv5`; outputs: int [B]; baseline: from `normal_cam`, None for the plain map.
+    conv5: from `net.conv5`; outputs: int [B]; baseline: from `normal_cam`, None for the plain map; a head that judges
+    places needs none, for its evidence is 0 where both answers are as likely.
     """
     by_output = {int(k): class_activation_map(net, conv5, int(k)) for k in np.unique(outputs)}
     logits = next(iter(by_output.values()))[0]
     cam = torch.stack([by_output[int(k)][1][i] for i, k in enumerate(outputs)])
-    if baseline is not None:
+    if baseline is not None and not has_places(net.head):
         mean, spread = baseline.to(cam.device)[:, torch.from_numpy(outputs)]
         cam = (_standing_out(cam) - mean) / spread
     return logits, cam

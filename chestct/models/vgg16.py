@@ -28,15 +28,20 @@ class VGG16(nn.Module):
         super().__init__()
         self.size = size
         self.digest = weights.digest  # of the convolutions as they were given; training changes the network, not this
+        self.block = cfg.block
         layers = convolutions(weights.backbone).eval()
+        if cfg.block < 5:
+            layers = layers[: self._block_ends(layers)[cfg.block]]
         self.channels, height, width = layers(torch.empty(1, 3, size, size, device="meta")).shape[1:]
         if weights.tensors is None:
-            layers = convolutions(weights.backbone, "cpu")
+            layers = convolutions(weights.backbone, "cpu").eval()[: len(layers)]
         else:
-            layers.load_state_dict(dict(weights.tensors), assign=True)
+            left_out = {} if cfg.block == 5 else weights.tensors.keys() - layers.state_dict().keys()
+            tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in left_out}
+            layers.load_state_dict(tensors, assign=True)
         # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
         self.features = layers.to(memory_format=torch.channels_last)
-        self.head = _head(cfg, self.channels if cfg.pool == "gap" else self.channels * height * width, outputs)
+        self.head = _head(cfg, self.channels * (height * width if cfg.pool == "flatten" else 1), outputs)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
         for name, values in (("mean", weights.mean), ("scale", weights.scale)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
@@ -46,12 +51,19 @@ class VGG16(nn.Module):
         return self.head(self.maps(x))
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
-        """What the head gets: the last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`."""
+        """What the head gets: the last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`.
+
+        With model.block=4 it is twice as fine, with 3 four times (and has 256 channels). That holds for `conv5` too.
+        """
         return self.pool(self.conv5(x))
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """`maps` after the head's own pooling, float32 [B, D]: what is cached while convolutions are frozen."""
-        return self.head[0](self.maps(x)).float()
+        """What is cached while convolutions are frozen: `maps` after the head's own pooling, float32 [B, D].
+
+        With model.pool=topk nothing is pooled before the head: float16 [B, C, h, w].
+        """
+        pooled = self.head[0](self.maps(x))
+        return pooled.float() if pooled.ndim == 2 else pooled.half()
 
     def conv5(self, x: torch.Tensor) -> torch.Tensor:
         """What the last max pool gets, [B, 512, S // 16, S // 16], for x as in `forward`.
@@ -87,13 +99,17 @@ class VGG16(nn.Module):
         """
         if isinstance(freeze, bool):
             return len(self.features) if freeze else 0
-        ends = [i + 1 for i, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
-        if len(ends) != 5:
+        return self._block_ends(self.features)[min(freeze, self.block)]
+
+    def _block_ends(self, layers: nn.Sequential) -> list[int]:
+        """How many layers there are up to the end of 0, 1, ... blocks."""
+        ends = [0, *(i + 1 for i, layer in enumerate(layers) if isinstance(layer, nn.MaxPool2d))]
+        if len(ends) <= self.block or len(ends) > 6:
             raise ConfigError(
-                f"model.freeze={freeze} counts VGG16's five blocks, which this model.backbone does not have. Give "
-                "model.freeze=true or false, and no trainer.unfreeze_epoch."
+                "model.block below 5, model.freeze=1 to 5 and trainer.unfreeze_epoch count VGG16's five blocks, which "
+                "this model.backbone does not have. Give model.freeze=true or false, and leave the others out."
             )
-        return [0, *ends][freeze]
+        return ends
 
     def set_frozen(self, freeze: bool | int) -> None:
         """Fixes all convolutions (true), none (false), or the given number of blocks from the input."""
@@ -122,23 +138,43 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
             Pool(cfg.pool), build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
         )
     layers: list[nn.Module] = [Pool(cfg.pool)]
-    for out in cfg.hidden:
-        layers += [nn.Dropout(cfg.dropout), nn.Linear(width, out), nn.ReLU()]
+    places = cfg.pool == "topk"
+    if cfg.standardise:
+        layers.append((nn.BatchNorm2d if places else nn.BatchNorm1d)(width, affine=False))
+    for out in (*cfg.hidden, outputs):
+        layers += [nn.Dropout(cfg.dropout), nn.Conv2d(width, out, 1) if places else nn.Linear(width, out), nn.ReLU()]
         width = out
-    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), nn.Linear(width, outputs))
+    return nn.Sequential(*layers[:-1], *([BestPlaces()] if places else []))
 
 
 class Pool(nn.Module):
-    """[B, C, h, w] -> [B, C] (gap) or [B, C * h * w] (flatten); what is pooled already passes through."""
+    """[B, C, h, w] -> [B, C] (gap), [B, C * h * w] (flatten) or as it is (topk); what is pooled passes through."""
 
     def __init__(self, pool: str) -> None:
         super().__init__()
         self.pool = pool
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        if maps.ndim == 2:
-            return maps
+        if maps.ndim == 2 or self.pool == "topk":
+            return maps.float()
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
+
+
+def has_places(head: nn.Sequential) -> bool:
+    """Whether a head judges places one by one, so that `head[:-1]` gives the explanation (model.pool=topk)."""
+    return isinstance(head[-1], BestPlaces)
+
+
+class BestPlaces(nn.Module):
+    """Evidence [B, K, h, w] -> logits [B, K]: the mean over the BEST places of each slice and output.
+
+    One place is noise, and the mean over all of them is what a small lesion drowns in.
+    """
+
+    BEST = 3
+
+    def forward(self, evidence: torch.Tensor) -> torch.Tensor:
+        return evidence.flatten(2).topk(self.BEST, 2).values.mean(2)
 
 
 def channel_means(features: torch.Tensor, channels: int) -> torch.Tensor:

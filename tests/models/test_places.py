@@ -1,0 +1,126 @@
+"""The head that judges places: its map is the explanation, and lesions drawn into normal slices teach it where."""
+
+import numpy as np
+import pytest
+import torch
+
+from chestct.config.compose import compose
+from chestct.config.schema import ModelConfig
+from chestct.data.datamodule import SliceModule
+from chestct.errors import ConfigError
+from chestct.evaluation.evaluate import evaluate, logits_of
+from chestct.evaluation.export import export
+from chestct.models.bundle import load_bundle
+from chestct.models.features import attach
+from chestct.models.lightning_module import places_loss
+from chestct.models.saliency import normalised_cam
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
+from chestct.training.train import train
+from tests.conftest import SMALL
+
+PLACES = ("experiment=places", "data.size=64", "data.views=1", "trainer.max_epochs=2", "model.hidden=[8]")
+
+
+def network(**model):
+    torch.manual_seed(0)
+    return VGG16(ModelConfig(pool="topk", standardise=True, hidden=[8], **model), 1, 64, load_weights("oxford")).eval()
+
+
+@pytest.mark.parametrize(("block", "shape"), [(5, (512, 2, 2)), (4, (512, 4, 4)), (3, (256, 8, 8))])
+def test_an_earlier_block_is_what_the_whole_network_gives_there(block, shape):
+    x = torch.rand(2, 1, 64, 64)
+    whole, part = network(), network(block=block)
+    ends = {5: 31, 4: 24, 3: 17}[block]
+    with torch.no_grad():
+        maps = part.maps(x)
+        assert maps.shape[1:] == shape
+        torch.testing.assert_close(maps, whole.features[:ends]((x - whole.mean) * whole.scale))
+
+
+def test_blocks_are_those_of_vgg():
+    with pytest.raises(ConfigError, match="five blocks"):
+        VGG16(ModelConfig(block=4), 1, 64, load_weights("none", "alexnet"))
+
+
+@torch.no_grad()
+def test_the_map_is_what_the_score_is_made_of():
+    net, x = network(block=4), torch.rand(3, 1, 64, 64)
+    logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
+    torch.testing.assert_close(logits, net(x))
+    torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
+
+
+def test_the_loss_at_places_wants_lesions_where_they_are_and_nothing_elsewhere():
+    covered = torch.zeros(2, 1, 4, 4)
+    covered[0, 0, 1, 1:3] = torch.tensor([0.8, 0.1])  # a lesion, and a place that it touches: that one is not judged
+    right = torch.where(covered > 0.5, 9.0, -9.0)
+    assert places_loss(right, covered) < 0.01
+    touched = right.clone()
+    touched[0, 0, 1, 2] = 9
+    assert places_loss(touched, covered) == places_loss(right, covered)
+    for wrong in ((0, 0, 1, 1), (1, 0, 3, 3)):
+        evidence = right.clone()
+        evidence[wrong] = -right[wrong]
+        assert places_loss(evidence, covered) > 0.2
+    small = covered * 0.1  # the most that any place is covered is what there is
+    assert places_loss(right, small) < 0.01
+    assert places_loss(-right, torch.full_like(covered, -1.0)) == 0  # nothing is known
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, phantoms, cache):
+    """(settings, set up data) with lesions drawn into half of the normal training slices."""
+    cfg = compose(*SMALL, f"data.root={phantoms}", f"cache_dir={cache}", *PLACES, "data.lesions=0.5")
+    data = SliceModule(cfg)
+    data.prepare_data()
+    data.setup()
+    return cfg, data
+
+
+def test_lesions_make_normal_slices_cancer_and_are_where_the_places_say(drawn):
+    _, data = drawn
+    dataset = data.dataset("train", train=True)
+    every = list(range(len(dataset)))
+    plain, shown = dataset[0, every], dataset[1, every]
+    normal = dataset.y == 0
+    assert torch.equal(plain["y"], dataset.y)
+    assert not plain["places"][normal].any()
+    lesions = normal & (shown["y"] == 1)
+    assert 0 < lesions.sum() < normal.sum()
+    assert torch.equal(lesions, normal & (shown["places"].flatten(1).amax(1) > 0))
+    assert (shown["places"][~normal] == -1).all()
+    assert torch.equal(shown["y"][~normal], dataset.y[~normal])
+    assert not data.dataset("valid")._views([0, 1], 1)[1].any()
+
+
+def test_cached_maps_and_places_are_those_of_the_images(drawn):
+    cfg, data = drawn
+    dataset = data.dataset("train", train=True)
+    net = network(block=4)
+    attach(data, net, cfg, ("train",), views=2)
+    cached = data.dataset("train", train=True)
+    data.features.clear(), data.places.clear()
+    positions = list(range(12))
+    images, maps = dataset[1, positions], cached[1, positions]
+    assert torch.equal(images["y"], maps["y"])
+    with torch.no_grad():
+        torch.testing.assert_close(net.pooled(images["x"]), maps["x"], rtol=2e-3, atol=2e-3)
+    assert maps["places"].shape == (12, 1, 4, 4)
+    torch.testing.assert_close(
+        torch.nn.functional.adaptive_avg_pool2d(images["places"].clamp(min=0), 4), maps["places"].clamp(min=0)
+    )
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_a_bundle_that_explains_itself(small, tmp_path):
+    result = train(small(*PLACES, "data.lesions=0.4"), tmp_path / "run")
+    assert np.isfinite(list(result.metrics.values())).all()
+    evaluation = evaluate(small(*PLACES, "data.lesions=0.4", f"ckpt={result.best}"))
+    assert evaluation.table["path"].tolist() == result.predictions["path"].tolist()
+    np.testing.assert_allclose(logits_of(evaluation.table), logits_of(result.predictions), atol=1e-4)
+    bundle = export(evaluation, tmp_path / "bundle", "# A card")
+    outputs = bundle.predict(evaluation.images[:4], explain=True)
+    assert outputs.heat.shape == (4, 8, 8) or outputs.heat.shape == (4, 4, 4)
+    again = load_bundle(tmp_path / "bundle").predict(evaluation.images[:4])
+    np.testing.assert_array_equal(outputs.logits, again.logits)
