@@ -28,28 +28,49 @@ OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
     """The rows that cfg.evaluation asks for. Raises ChestCTError unless the convolutions are frozen throughout."""
     wanted = cfg.evaluation
-    if (wanted.policies or wanted.folds or wanted.permuted) and not cfg.always_frozen:
+    if (wanted.policies or wanted.folds or wanted.permuted or wanted.sources) and not cfg.always_frozen:
         raise ChestCTError(
             "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
-            "evaluation.policies, evaluation.folds and evaluation.permuted, or train those runs one by one."
+            "evaluation.policies, .folds, .permuted and .sources, or train those runs one by one."
         )
     if wanted.policies:
-        yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
+        for policy in POLICIES:
+            if policy != cfg.data.split:
+                yield _policy(cfg, policy, train, split=policy, allow_leakage=policy == "official", holdout=[])
+    if wanted.sources:
+        if len(cfg.data.sources) < 2:
+            raise ChestCTError("evaluation.sources holds out one source after the other: give several, data.sources.")
+        yield from _sources(cfg, train)
     if wanted.folds:
         yield _folds(cfg, wanted.folds, train)
     if wanted.permuted:
         yield _permuted(cfg, train)
 
 
-def _policy(cfg: Config, policy: str, train: Train) -> Row:
+def _policy(cfg: Config, name: str, train: Train, **changes: object) -> Row:
     """The recipe under another policy, with its own operating point; a row with the reason where that cannot be."""
-    cfg = _anew(cfg, split=policy, allow_leakage=policy == "official", folds=0, fold=0)
+    cfg = _anew(cfg, folds=0, fold=0, **changes)
     data = SliceModule(cfg)
     try:
-        test, threshold = _tested(train(policy, cfg, data), cfg)
+        test, threshold = _tested(train(name, cfg, data), cfg)
     except ChestCTError as error:
-        return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
-    return row(cfg, policy, test, measured(test, cfg, threshold), data)
+        return Row(name, {}, {}, 0, 0, note=f"not available: {error}")
+    return row(cfg, name, test, measured(test, cfg, threshold), data)
+
+
+def _sources(cfg: Config, train: Train) -> Iterator[Row]:
+    """Leave one source out (docs/protocol.md): each is tested by a model, and at a threshold, of the others alone."""
+    scores = []
+    for source in cfg.data.sources:
+        held = {"split": "grouped", "allow_leakage": False, "holdout": [source]}
+        line = _policy(cfg, f"without {source}", train, **held)
+        estimate = line.estimates.get("auroc") or line.estimates.get("cancer/auroc")
+        if estimate and estimate.value is not None:
+            scores.append(estimate.value)
+        yield line
+    if scores:
+        note = f"mean AUROC of {len(scores)} held-out sources {np.mean(scores):.3f}, worst {min(scores):.3f}"
+        yield Row("held-out sources", {}, {}, 0, 0, note=note)
 
 
 def _folds(cfg: Config, folds: int, train: Train) -> Row:
