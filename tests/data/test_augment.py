@@ -38,6 +38,21 @@ def test_all_switched_off_changes_nothing_and_flip_alone_mirrors_left_and_right(
     assert torch.allclose(out, slices.flip(3), atol=1e-5)
 
 
+def test_masks_are_turned_and_shifted_with_their_slices_and_stay_masks():
+    masks = torch.zeros(3, 1, 32, 32, dtype=torch.bool)
+    masks[:, :, 8:20, 4:14] = True
+    images = masks.float() * 0.8
+    moves = AugmentConfig(**OFF | {"flip": 0.5, "rotate": 30, "shift": 0.1, "zoom": 0.2})
+    for view in range(1, 5):
+        moved = masks.clone()
+        out = make_views(images, NAMES, view, 0, moves, moved)
+        torch.testing.assert_close(out, make_views(images, NAMES, view, 0, moves))
+        assert ((out > 0.4) == moved).float().mean() > 0.97
+    strong = make_views(images, NAMES, 1, 0, AugmentConfig(**OFF | {"noise": 1.0, "gamma": 1.0, "window": 0.5}), masks)
+    assert not torch.equal(strong, images)
+    assert masks.sum() == 3 * 12 * 10
+
+
 @pytest.mark.parametrize("name", [name for name in OFF if name != "flip"])
 def test_each_change_changes_something(slices, name):
     out = make_views(slices, NAMES, 1, 0, AugmentConfig(**OFF | {name: 0.3 if name != "rotate" else 20.0}))
