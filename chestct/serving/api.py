@@ -4,15 +4,20 @@ Host names and CORS are Starlette's middleware; what it has nothing for stands i
 """
 
 import asyncio
+import re
+import secrets
 import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from PIL import Image
 from prometheus_client import generate_latest
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -24,13 +29,17 @@ import chestct
 from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.limits import SOON, RequestLimits
-from chestct.serving.pictures import data_uri, encoded, with_heat
-from chestct.serving.predictor import BUSY, NOT_MEDICAL, BusyError, Predictor
-from chestct.serving.reading import OnAnswer, UploadError, files_in_form, keep, record
+from chestct.serving.predictor import BUSY, NOT_MEDICAL, BusyError, OnAnswer, Predictor, data_uri
+
+FILENAME = re.compile(rb";\s*filename\*?(0\*?)?\s*=", re.IGNORECASE)
 
 HOSTS = ("localhost", "[::1]", *(f"*.{last}" for last in range(256)))
 """Hosts that are always answered: no DNS name ends in a number, so the patterns are IPv4 addresses, which a page on a
 rebound name cannot claim to be."""
+
+
+class UploadError(ChestCTError):
+    """A request that asks for too much, or that cannot be read."""
 
 
 def make_app(
@@ -108,6 +117,43 @@ async def _cancelled_with(request: Request) -> AsyncIterator[threading.Event]:
         watching.cancel()
 
 
+def files_in_form(body: bytes, content_type: str) -> list[bytes]:
+    """The content of each file in a body of multipart/form-data, fields left out. Raises UploadError.
+
+    For Starlette, a part named by `filename*=` (RFC 5987, as older clients write names that are not ASCII) is a field.
+    """
+    parts: list[tuple[bytearray, bytearray]] = []
+    ends: list[bool] = []
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    callbacks: Any = {
+        "on_part_begin": lambda: parts.append((bytearray(), bytearray())),
+        "on_header_value": lambda data, start, end: parts[-1][0].extend(data[start:end]),
+        "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
+        "on_end": lambda: ends.append(True),
+    }
+    try:
+        MultipartParser(boundary, callbacks).write(body)
+    except FormParserError as error:
+        raise UploadError(f"The form cannot be read: {error}.") from None
+    if not boundary or not ends:
+        raise UploadError("The form cannot be read: it is cut off, or its content type names another boundary.")
+    return [bytes(content) for headers, content in parts if FILENAME.search(headers)]
+
+
+def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
+    """Writes uploads under random names, which it returns. max_bytes: everybody's together. Raises BusyError."""
+    size = sum(map(len, files))
+    for path in folder.iterdir():
+        with suppress(OSError):  # read and removed meanwhile
+            size += path.stat().st_size
+    if size > max_bytes:
+        raise BusyError("Too many uploads wait to be read. Try again in a minute.")
+    names = [secrets.token_hex(16) for _ in files]
+    for name, content in zip(names, files, strict=True):
+        (folder / name).write_bytes(content)
+    return names
+
+
 def _file_in(body: bytes, content_type: str) -> bytes:
     """The file in a request: its body, or the first file of a form. Raises UploadError where there is none."""
     is_form = content_type.startswith("multipart/form-data")
@@ -123,7 +169,8 @@ def answer(
     """The answer for one file as plain JSON; with_overlay: with a PNG as data URI. Raises DecodeError and BusyError."""
     with predictor.room(data, cancelled):
         prediction = predictor.predict(data, name="file", explain=with_overlay, cancelled=cancelled)
-        record(prediction, on_answer)
+        if on_answer:
+            on_answer(prediction)
         fields: dict[str, Any] = {
             "score": round(prediction.score, 6),
             "decision": prediction.decision,
@@ -136,6 +183,6 @@ def answer(
             "notice": NOT_MEDICAL,
         }
         if with_overlay:
-            image = with_heat(prediction) or Image.fromarray(prediction.gray)
-            fields["overlay"] = data_uri(encoded(image, "PNG", compress_level=1), "png")
+            image = prediction.overlay() or Image.fromarray(prediction.gray)
+            fields["overlay"] = data_uri(image, "PNG", compress_level=1)
         return fields

@@ -1,5 +1,6 @@
 """Pictures to click: drawn when the service starts, so that nothing is downloaded and no patient is shown."""
 
+import io
 from typing import NamedTuple
 
 import numpy as np
@@ -8,10 +9,10 @@ from PIL import Image, ImageDraw, ImageOps
 from chestct.config.schema import PhantomConfig
 from chestct.phantom.defects import dicom
 from chestct.phantom.thorax import display, draw
-from chestct.serving.pictures import encoded, jpeg_uri
+from chestct.serving.predictor import jpeg_uri
 
 PHANTOMS = {
-    "large-lesion.dcm": ("Large lesion", "large_cell", 0.0, 12),
+    "large-lesion.dcm": ("Large lesion", "large_cell", 0.0, 10),
     "small-lesion.dcm": ("Small lesion", "adenocarcinoma", 0.7, 9),
     "no-lesion.dcm": ("No lesion", "normal", 0.4, 5),
 }
@@ -39,8 +40,9 @@ def make_examples() -> list[Example]:
     evening = Image.fromarray(np.repeat(sky[:, None], 400, 1))  # coloured like a photograph
     hills = [(0, 230), (120, 150), (220, 235), (310, 180), (400, 240), (400, 300), (0, 300)]
     ImageDraw.Draw(evening).polygon(hills, fill=(58, 84, 74))
-    data = encoded(evening, "JPEG", quality=90)
-    return [*examples, Example("Not a slice", "Picture, refused", "hills.jpg", data, _thumb(evening))]
+    file = io.BytesIO()
+    evening.save(file, "JPEG", quality=90)
+    return [*examples, Example("Not a slice", "Picture, refused", "hills.jpg", file.getvalue(), _thumb(evening))]
 
 
 def _thumb(image: Image.Image) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from chestct.errors import ChestCTError
-from chestct.imaging.statistics import STATISTICS
+from chestct.imaging.statistics import STATISTICS, image_statistics
 from chestct.serving.predictor import Prediction
 
 logger = logging.getLogger("chestct.serving")
@@ -45,7 +45,7 @@ class Monitor:
 
     def record(self, prediction: Prediction) -> None:
         """Notes an answer. Returns at once and never raises for what is wrong with the disk."""
-        numbers = {"score": prediction.score, "novelty": prediction.novelty, **prediction.statistics}
+        numbers = {"score": prediction.score, "novelty": prediction.novelty, **image_statistics(prediction.slice.gray)}
         what = (int(time.time()), prediction.bundle, prediction.decision, int(prediction.known))
         try:
             self._waiting.put_nowait((*what, *(float(numbers[name]) for name in NUMBERS)))

@@ -17,9 +17,8 @@ from PIL import Image
 from chestct.config.schema import ServeConfig
 from chestct.errors import ChestCTError
 from chestct.serving.examples import Example
-from chestct.serving.pictures import jpeg_uri
-from chestct.serving.predictor import Predictor
-from chestct.serving.reading import Files, OnAnswer, Reading, expand, read, take
+from chestct.serving.predictor import OnAnswer, Predictor, jpeg_uri
+from chestct.serving.reading import Files, Reading, expand, read, take
 from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, card_body, caveats, plain
 
 SESSIONS = 64

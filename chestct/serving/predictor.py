@@ -1,26 +1,28 @@
-"""From a file to an answer: decode, preprocess, network, decision, heat map. Imports torch, and nothing that trains.
+"""From a file to an answer and its pictures: decode, preprocess, network, decision, heat. Imports nothing that trains.
 
 The network takes one slice at a time: on a processor a shared pass is no faster a slice, and two passes at once would
 fight for the same cores. Everything else happens in the caller's thread, within a budget of pixels.
 """
 
+import base64
+import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from chestct.errors import ChestCTError
 from chestct.imaging.decode import declared_size, decode, decode_frames
 from chestct.imaging.slice import Limits, Slice, pixel_hash
-from chestct.imaging.statistics import image_statistics
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN
-from chestct.models.saliency import heat_to_slice, placement
+from chestct.models.saliency import blend, heat_to_slice, placement
 
 COLOR = 0.05
 """Mean chroma (see chestct.imaging.slice.Slice) above which an image is a colour photograph, not CT."""
@@ -32,7 +34,6 @@ NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagno
 
 NEVER = threading.Event()
 """A request that nobody cancels."""
-
 
 BUSY = "The service is busy. Try again in a few seconds."
 
@@ -55,8 +56,19 @@ class Prediction:
     gray: np.ndarray  # uint8 [H, W], as decoded
     heat: np.ndarray | None  # float32 [H, W] in [0, 1], evidence for cancer; all zero where there is none
     slice: Slice
-    statistics: dict[str, float]  # chestct.imaging.statistics
     bundle: str  # id of the bundle that answered
+
+    def overlay(self) -> Image.Image | None:
+        """The slice at full resolution with its heat over it; None where there is none to show.
+
+        Heat is relative to its own slice: on one called normal the brightest spot is no sign of anything.
+        """
+        if self.decision not in ("cancer", UNCERTAIN) or self.heat is None or not self.heat.any():
+            return None
+        return Image.fromarray(blend(self.gray, self.heat, 0.6))
+
+
+OnAnswer = Callable[[Prediction], None]
 
 
 class Predictor:
@@ -74,7 +86,7 @@ class Predictor:
         seconds: float = 60.0,
         pixels: int = 128_000_000,
     ) -> None:
-        self.source, self.limits, self.seconds, self.pixels = source, limits, seconds, pixels
+        self.limits, self.seconds, self.pixels = limits, seconds, pixels
         self.bundle = load_bundle(source)
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
         self._network = threading.Lock()
@@ -120,10 +132,9 @@ class Predictor:
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
             yield self._answer(bundle, decoded, explain, NEVER)
 
-    def reload(self, source: str | Path | None = None) -> str:
-        """Loads the bundle again, or another, and returns its id; after a BundleError the old one stays."""
-        source = source or self.source
-        self.bundle, self.source = load_bundle(source), source
+    def reload(self, source: str | Path) -> str:
+        """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
+        self.bundle = load_bundle(source)
         return self.bundle.id
 
     def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, cancelled: threading.Event) -> Prediction:
@@ -156,7 +167,6 @@ class Predictor:
             gray=gray,
             heat=heat,
             slice=decoded,
-            statistics=image_statistics(decoded.gray),
             bundle=bundle.id,
         )
 
@@ -188,3 +198,19 @@ def _why_uncertain(bundle: Bundle, possible: tuple[str, ...], novelty: float) ->
     if not possible:
         return f"At {share} coverage the score fits no class: it is unlike the validation slices of each."
     return f"At {share} coverage the score fits more than one answer: {' or '.join(possible)}."
+
+
+def data_uri(image: Image.Image, format: str, side: int | None = None, **options: int) -> str:
+    """A picture for a page or an answer, at most `side` pixels a side, which never lies on the server's disk.
+
+    format and options: Pillow's.
+    """
+    if side:
+        image.thumbnail((side, side), Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def jpeg_uri(image: Image.Image) -> str:
+    return data_uri(image, "JPEG", 512, quality=90)

@@ -1,4 +1,4 @@
-"""From what a visitor sends to what is shown of each slice: files out of forms and archives, answers, pictures.
+"""From what a visitor of the page uploaded to what is shown of each slice: files out of archives, answers, pictures.
 
 Archives are opened in memory, where a name can lead nowhere, and their directory is believed as little as any header.
 One bad file spoils no other, and of an answer only what is shown is kept.
@@ -7,78 +7,25 @@ One bad file spoils no other, and of an answer only what is shown is kept.
 import io
 import logging
 import re
-import secrets
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from prometheus_client import Counter
-from python_multipart import MultipartParser
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import parse_options_header
 
 from chestct.errors import ChestCTError, DecodeError
 from chestct.imaging.decode import Size, declared_size
 from chestct.imaging.slice_files import is_slice_name
 from chestct.models.bundle import Bundle
-from chestct.serving.pictures import jpeg_uri, with_heat
-from chestct.serving.predictor import BusyError, Prediction, Predictor
+from chestct.serving.api import UploadError
+from chestct.serving.predictor import OnAnswer, Prediction, Predictor, jpeg_uri
 from chestct.serving.sentences import explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
 
-SLICES = Counter("chestct_slices", "Slices answered, by decision", ["decision"])
-
-FILENAME = re.compile(rb";\s*filename\*?(0\*?)?\s*=", re.IGNORECASE)
-
-OnAnswer = Callable[[Prediction], None]
 Files = list[tuple[str, bytes]]
 """(name, bytes); names are as their owner calls them: shown to them, never logged."""
-
-
-class UploadError(ChestCTError):
-    """A request that asks for too much, or that cannot be read."""
-
-
-def files_in_form(body: bytes, content_type: str) -> list[bytes]:
-    """The content of each file in a body of multipart/form-data, fields left out. Raises UploadError.
-
-    For Starlette, a part named by `filename*=` (RFC 5987, as older clients write names that are not ASCII) is a field.
-    """
-    parts: list[tuple[bytearray, bytearray]] = []
-    ends: list[bool] = []
-    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-    callbacks: Any = {
-        "on_part_begin": lambda: parts.append((bytearray(), bytearray())),
-        "on_header_value": lambda data, start, end: parts[-1][0].extend(data[start:end]),
-        "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
-        "on_end": lambda: ends.append(True),
-    }
-    try:
-        MultipartParser(boundary, callbacks).write(body)
-    except FormParserError as error:
-        raise UploadError(f"The form cannot be read: {error}.") from None
-    if not boundary or not ends:
-        raise UploadError("The form cannot be read: it is cut off, or its content type names another boundary.")
-    return [bytes(content) for headers, content in parts if FILENAME.search(headers)]
-
-
-def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
-    """Writes uploads under random names, which it returns. max_bytes: everybody's together. Raises BusyError."""
-    size = sum(map(len, files))
-    for path in folder.iterdir():
-        with suppress(OSError):  # read and removed meanwhile
-            size += path.stat().st_size
-    if size > max_bytes:
-        raise BusyError("Too many uploads wait to be read. Try again in a minute.")
-    names = [secrets.token_hex(16) for _ in files]
-    for name, content in zip(names, files, strict=True):
-        (folder / name).write_bytes(content)
-    return names
 
 
 def take(files: list[dict[str, Any]], folder: Path) -> Files:
@@ -101,7 +48,7 @@ def take(files: list[dict[str, Any]], folder: Path) -> Files:
 def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
     """The files, archives opened, in the order of the scan. Raises UploadError.
 
-    DICOM slices are ordered by their position (see `Size`) where each has its own, others by name.
+    That is by position (see `Size`) where every file has one, and by name, with numbers in their order.
     max_slices: frames and pages counted by their headers; max_bytes: all together, inflated.
     """
     slices: Files = []
@@ -114,10 +61,9 @@ def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
         raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
     headers = [_header(data) for _, data in slices]
     _check_count(sum(header.frames for header in headers), max_slices)
-    positions = {header.position: file for header, file in zip(headers, slices, strict=True) if header.position}
-    if len(positions) == len(slices):
-        return [positions[position] for position in sorted(positions)]
-    return sorted(slices, key=lambda file: natural(file[0]))
+    placed = all(header.position for header in headers)
+    order = sorted(range(len(slices)), key=lambda i: (placed and headers[i].position, natural(slices[i][0])))
+    return [slices[i] for i in order]
 
 
 def unzip(data: bytes, max_files: int, max_bytes: int) -> Files:
@@ -188,7 +134,8 @@ def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | Non
     try:
         with predictor.room(data):
             for prediction in predictor.predict_frames(data, name="file"):
-                record(prediction, on_answer)
+                if on_answer:
+                    on_answer(prediction)
                 shown = name if frames == 1 else f"{name}, frame {len(readings) + 1}"
                 readings.append(_reading(predictor.bundle, shown, prediction))
         return readings
@@ -203,7 +150,7 @@ def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | Non
 
 
 def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
-    heat = with_heat(prediction)
+    heat = prediction.overlay()
     return Reading(
         name,
         prediction.decision,
@@ -214,10 +161,3 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
         jpeg_uri(Image.fromarray(prediction.gray)),
         jpeg_uri(heat) if heat else "",
     )
-
-
-def record(prediction: Prediction, on_answer: OnAnswer | None) -> None:
-    """Counts an answer, and passes it on to whoever records it."""
-    SLICES.labels(prediction.decision).inc()
-    if on_answer:
-        on_answer(prediction)

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import uvicorn
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import Counter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -29,10 +30,11 @@ from chestct.errors import ChestCTError, ConfigError
 from chestct.imaging.slice import Limits
 from chestct.serving.api import make_app
 from chestct.serving.limits import login_from
-from chestct.serving.predictor import Predictor
-from chestct.serving.reading import OnAnswer
+from chestct.serving.predictor import OnAnswer, Prediction, Predictor
 
 logger = logging.getLogger("chestct.serving")
+
+SLICES = Counter("chestct_slices", "Slices answered, by decision; examples are not counted", ["decision"])
 
 STILL_S = 15.0
 """Seconds for which a connection may wait for the head of a request, or leave an answer unread."""
@@ -78,12 +80,17 @@ def make_server(
     from chestct.serving.examples import make_examples
     from chestct.serving.page import CSS, THEME, make_page
 
-    app = make_app(predictor, cfg.serve, uploads, on_answer, login)
+    def count(prediction: Prediction) -> None:
+        SLICES.labels(prediction.decision).inc()
+        if on_answer:
+            on_answer(prediction)
+
+    app = make_app(predictor, cfg.serve, uploads, count, login)
     examples, unreadable = make_examples(), (RequestValidationError, KeyError, FnIndexInferError)
     predictor.predict(examples[-1].data)  # the first pass of a network is slower than the rest
     gr.mount_gradio_app(
         app,
-        make_page(predictor, cfg.serve, uploads, examples, on_answer),
+        make_page(predictor, cfg.serve, uploads, examples, count),
         path="/",
         server_name=cfg.serve.host,
         server_port=cfg.serve.port,

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from chestct.config.checks import resolve
-from chestct.config.compose import compose
 from tests.e2e.test_commands import ROOT
 
 
@@ -40,12 +38,3 @@ def test_an_experiment_keeps_the_settings_that_were_edited_by_hand(tmp_path, mon
     used = yaml.safe_load((tmp_path / "out.yaml").read_text(encoding="utf-8"))
     assert used["data"]["name"] == "clinic"
     assert used["optim"]["lr"] == 0.5
-
-
-@pytest.mark.slow
-def test_groups_are_opened_into_params(tmp_path):
-    overrides = ("data=chest_ct", "data.root=/a, (b)", "optim=sgd")
-    command = [sys.executable, str(ROOT / "train.py"), "--cfg", "job", *overrides]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert resolve(yaml.safe_load(done.stdout)) == compose(*overrides)
-    assert not list(tmp_path.iterdir())

@@ -1,11 +1,8 @@
 """Tracking against a real MLflow server on loopback, which stands for DagsHub's."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,15 +11,11 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
-from chestct.config.compose import CONF
 from chestct.tracking import TrackingError, probe, sync
-from tests.conftest import SMALL
-from tests.e2e.loopback import PASSWORDS, log_in
+from tests.e2e.loopback import log_in
 from tests.tracking.conftest import fit, recorded
 
 pytestmark = pytest.mark.slow
-
-ROOT = CONF.parent
 
 
 def test_wrong_password_and_missing_permission_are_told_apart(server, monkeypatch):
@@ -102,20 +95,6 @@ def test_a_run_is_on_the_server_while_it_lasts_and_whole_at_its_end(server, sett
     assert_same(server, cfg)
 
 
-def test_a_server_killed_and_restarted_in_mid_run_loses_nothing(settings, server, small, tmp_path, capfd):
-    cfg = small(*settings)
-    with recorded(cfg, tmp_path / "out") as run:
-        act(run, range(10), tmp_path / "evaluation")
-        server.kill()
-        act(run, range(10, 30), tmp_path / "evaluation")
-        server.start()
-        act(run, range(30, 40), tmp_path / "evaluation")
-    printed = capfd.readouterr()
-    assert "MLflow copy" in printed.out
-    assert "Failed to log" not in printed.err
-    assert_same(server, cfg)
-
-
 def test_a_server_that_hangs_neither_slows_the_run_nor_loses_anything(
     settings, server, small, tmp_path, capsys, monkeypatch
 ):
@@ -165,52 +144,3 @@ def test_sync_sends_what_was_trained_offline_once_and_goes_on_after_a_break(
     assert sync(cfg) == 0
     assert "stays so" in capsys.readouterr().out
     assert copies(server, cfg)[1] == []
-
-
-def train(*overrides, cwd, **environment):
-    """python train.py in a process of its own."""
-    given = {override.split("=")[0] for override in overrides}
-    command = [sys.executable, str(ROOT / "train.py"), *(s for s in SMALL if s.split("=")[0] not in given), *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, cwd=cwd, env=environment, text=True, **out)
-
-
-def test_a_training_is_shared_whole_and_no_file_holds_a_password(settings, server, small, phantoms, cache, tmp_path):
-    more = [*settings[:3], f"data.root={phantoms}", f"cache_dir={cache}"]
-    done = train(*more, cwd=tmp_path, DVC_EXP_NAME="brave-fox", DAGSHUB_USER_TOKEN=PASSWORDS["writer"])
-    printed, _ = done.communicate(timeout=200)
-    assert done.returncode == 0, printed
-    copy = assert_same(server, small(*settings))
-    assert copy.info.run_name == "brave-fox"
-    assert copy.data.tags["data.leakage"] == "none"
-    places = [path for root in (tmp_path, cache, server.folder) for path in root.rglob("*") if path.is_file()]
-    assert len(places) > 20
-    assert [path for path in places if PASSWORDS["writer"].encode() in path.read_bytes()] == []
-    assert PASSWORDS["writer"] not in printed
-
-
-def test_a_training_that_others_may_not_join_is_sent_while_it_runs_and_after_a_kill(
-    settings, server, small, phantoms, cache, tmp_path
-):
-    store = f"sqlite:///{tmp_path}/local.db"
-    more = ["tracking=mlflow", f"tracking.uri={store}", f"data.root={phantoms}", f"cache_dir={cache}"]
-    going = train(*more, "trainer.max_epochs=2000", "trainer.patience=0", cwd=tmp_path)
-    try:
-        deadline = time.monotonic() + 90
-        while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")):
-            assert going.poll() is None, going.communicate()[0]
-            assert time.monotonic() < deadline, "no epoch ended within 90 s"
-            time.sleep(0.3)
-        going.send_signal(signal.SIGSTOP)  # it keeps its folder and leaves the processor to the other
-        again = train(*more, "ckpt=last", cwd=tmp_path)
-        printed, _ = again.communicate(timeout=150)
-        assert again.returncode == 2
-        assert "Another training is writing to" in printed
-        assert "Traceback" not in printed
-        assert sync(small(*settings)) == 1
-    finally:
-        going.kill()
-        going.communicate()
-    assert sync(small(*settings)) == 1
-    assert_same(server, small(*settings))

@@ -66,17 +66,6 @@ def test_a_search_ends_with_its_winner_and_the_command_that_makes_it_again(call,
 
 
 @pytest.mark.slow
-def test_a_search_that_was_cut_short_makes_the_trials_that_it_would_have_made(call, tmp_path):
-    for folder, trials in (("whole", (7,)), ("cut", (3, 7))):
-        for n in trials:
-            settings = (f"hydra.sweeper.trials={n}", f"hydra.sweep.dir={tmp_path}/{folder}")
-            status, _, err = call("train.py", "-m", "sweep=head", *settings, *QUICK)
-            assert status == 0, err
-    assert len(table(tmp_path / "cut")) == 7
-    pd.testing.assert_frame_equal(table(tmp_path / "cut"), table(tmp_path / "whole"))
-
-
-@pytest.mark.slow
 def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other_settings(call, tmp_path):
     folder = tmp_path / "named"
     command = ("train.py", "-m", "optim.lr=-1,0.01", f"hydra.sweep.dir={folder}", "tracking=mlflow", *QUICK)
@@ -95,6 +84,60 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
         assert "Traceback" not in err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_search_goes_on_with_the_trial_it_was_at_and_finds_what_it_would_have_found(
+    call, tmp_path, phantoms, cache, signum
+):
+    small = [*SMALL, f"data.root={phantoms}", f"cache_dir={cache}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+    settings = [
+        "sweep=head",
+        "hydra.sweeper.trials=3",
+        "trainer.max_epochs=100",
+        "trainer.patience=0",
+        "tracking=mlflow",
+    ]
+    folder = tmp_path / "runs" / "sweep-head"
+    given = [setting for setting in small if not setting.startswith(("trainer.max_epochs", "tracking=off"))]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *settings, *given]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while not list(folder.glob("1/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signum)
+    printed, _ = process.communicate(timeout=120)
+    assert not (folder / "2").exists()
+    if signum == signal.SIGTERM:
+        assert process.returncode == 130, printed
+        assert "The same command goes on with it" in printed
+        assert "Traceback" not in printed
+        assert len(table(folder)) == 1
+    first = (folder / "0" / "history.csv").stat().st_mtime_ns
+    assert call("train.py", "-m", *settings)[0] == 0
+    assert (folder / "0" / "history.csv").stat().st_mtime_ns == first
+    assert_one_family(tmp_path, 3)
+    assert call("train.py", "-m", *settings, f"hydra.sweep.dir={tmp_path}/whole", "tracking=off")[0] == 0
+    pd.testing.assert_frame_equal(table(folder), table(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit"])
+def test_jobs_run_in_processes_of_their_own(call, tmp_path, monkeypatch, launcher):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # stands for an installed package
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Submitit's own stand-in for a cluster
+    here = ("launcher=joblib",) if launcher == "joblib" else ("launcher=slurm", "hydra/launcher=submitit_local")
+    status, _, err = call("train.py", "-m", "optim.lr=1e-2,-1", "evaluation.report=false", *QUICK, *here)
+    assert status == 2
+    assert "out of range" in err
+    assert "Traceback" not in err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert list(table(folder)["state"]) == ["done", "failed"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -111,62 +154,3 @@ def test_a_mistake_in_a_sweep_is_one_message_before_anything_runs(call, tmp_path
     assert says in err
     assert "Traceback" not in out + err
     assert not (tmp_path / "runs").exists()
-
-
-def started(tmp_path, phantoms, *arguments):
-    settings = [s for s in SMALL if "max_epochs" not in s] + [f"data.root={phantoms}", f"cache_dir={tmp_path}/cache"]
-    settings += ["tracking=mlflow", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db", "trainer.patience=0"]
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "sweep=head", *settings, *arguments]
-    return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_search_goes_on_with_the_trial_it_was_at(tmp_path, phantoms, signum):
-    settings = ("trainer.max_epochs=150", "hydra.sweeper.trials=3")
-    process = started(tmp_path, phantoms, *settings)
-    folder = tmp_path / "runs" / "sweep-head"
-    deadline = time.monotonic() + 180
-    while not list(folder.glob("1/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert not (folder / "2").exists()
-    if signum != signal.SIGKILL:
-        assert process.returncode == 130, errors
-        assert "The same command goes on with it" in errors
-        assert "Traceback" not in errors
-        assert len(table(folder)) == 1
-    first = (folder / "0" / "history.csv").stat().st_mtime_ns
-    process = started(tmp_path, phantoms, *settings)
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
-    assert sorted(table(folder)["job"]) == [0, 1, 2]
-    assert (folder / "0" / "history.csv").stat().st_mtime_ns == first
-    assert_one_family(tmp_path, 3)
-
-
-@pytest.mark.slow
-def test_jobs_in_parallel_processes_find_what_one_process_finds(call, tmp_path, monkeypatch):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = ("sweep=head", "hydra.sweeper.trials=2", *QUICK)
-    status, _, err = call("train.py", "-m", *settings, "launcher=joblib", "tracking=mlflow")
-    assert status == 0, err
-    assert_one_family(tmp_path, 2)
-    status, _, err = call("train.py", "-m", *settings, f"hydra.sweep.dir={tmp_path}/alone")
-    assert status == 0, err
-    pd.testing.assert_frame_equal(table(tmp_path / "runs/sweep-head"), table(tmp_path / "alone"), atol=1e-6)
-
-
-@pytest.mark.slow
-def test_jobs_of_a_cluster_run_in_processes_of_their_own(call, tmp_path, monkeypatch):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # stands for an installed package
-    here = ("launcher=slurm", "hydra/launcher=submitit_local")  # Submitit's own stand-in for a cluster
-    status, _, err = call("train.py", "-m", "optim.lr=1e-2,-1", "evaluation.report=false", *QUICK, *here)
-    assert status == 2
-    assert "out of range" in err
-    assert "Traceback" not in err
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert list(table(folder)["state"]) == ["done", "failed"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import socket
 import threading
 import time
@@ -9,11 +10,13 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import uvicorn
+from sklearn.linear_model import Ridge
 
 from chestct.config.schema import Config, EvaluationConfig, ModelConfig, ServeConfig, WindowConfig
 from chestct.imaging.decode import decode
@@ -55,13 +58,11 @@ def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("norma
         x = torch.from_numpy(squares).unsqueeze(1).float() / 255
         maps = net.maps(x)
         pooled = maps.mean((2, 3))
-        wanted = torch.from_numpy(6 * np.eye(len(classes))[targets] - 3).float()[:, -outputs:]
-        centred = pooled - pooled.mean(0)
-        gram = centred @ centred.T + 0.3 * centred.square().sum(1).mean() * torch.eye(len(centred))
-        slope = (centred.T @ torch.linalg.solve(gram, wanted - wanted.mean(0))).T
+        ridge = Ridge(alpha=0.3 * float(pooled.var(0).sum()))
+        ridge.fit(pooled.numpy(), (6 * np.eye(len(classes))[targets] - 3)[:, -outputs:])
         linear = next(layer for layer in net.head if isinstance(layer, torch.nn.Linear))
-        linear.weight.copy_(slope)
-        linear.bias.copy_(wanted.mean(0) - slope @ pooled.mean(0))
+        linear.weight.copy_(torch.from_numpy(ridge.coef_.reshape(outputs, -1)))
+        linear.bias.copy_(torch.from_numpy(np.atleast_1d(ridge.intercept_)))
         logits, baseline = net.head(maps).numpy(), normal_cam(net, net.conv5(x))
     facts = {
         "task": "binary" if outputs == 1 else "subtype",
@@ -102,7 +103,7 @@ def serving(bundle: Path, on_answer=None, login=b"", **settings) -> Iterator[Ser
     """settings: of ServeConfig."""
     cfg = Config(bundle=str(bundle), serve=ServeConfig(**settings))
     listening = bind("127.0.0.1", 0)
-    with upload_folder() as uploads:
+    with mock.patch.dict(os.environ), upload_folder() as uploads:  # Gradio looks there for the folder of uploads
         predictor = predictor_for(cfg, str(bundle))
         server = make_server(cfg, predictor, uploads, on_answer, login)
         with in_thread(server, listening):

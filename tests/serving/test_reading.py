@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from pydicom import dcmread
 
-from chestct.serving.reading import UploadError, expand, files_in_form, natural, unzip
+from chestct.serving.api import UploadError, files_in_form
+from chestct.serving.reading import expand, unzip
 from tests.serving.conftest import zipped
 
 MANY, MUCH = 10, 1_000_000
@@ -59,17 +60,6 @@ def test_too_many_slices_are_refused_with_the_way_out() -> None:
             expand(files, MANY, MUCH)
 
 
-@pytest.mark.parametrize("files", [[], [("a.zip", zipped({}))], [("a.zip", zipped({"DICOMDIR": b"x"}))]])
-def test_nothing_in_it_is_said(files: list[tuple[str, bytes]]) -> None:
-    with pytest.raises(UploadError, match="no file in it"):
-        expand(files, MANY, MUCH)
-
-
-def test_names_sort_as_people_count() -> None:
-    names = ["slice10", "slice9", "Slice1", "a", "10", "9", "²"]
-    assert sorted(names, key=natural) == ["9", "10", "a", "Slice1", "slice9", "slice10", "²"]
-
-
 def placed(data: bytes, place: object, number: int, series: str = "1") -> bytes:
     dataset, file = dcmread(io.BytesIO(data)), io.BytesIO()
     dataset.ImagePositionPatient = place
@@ -86,7 +76,8 @@ def placed(data: bytes, place: object, number: int, series: str = "1") -> bytes:
         ([5.0, -5.0, 0.0], [1, 1, 1], "111", "bca"),  # along the scan
         ([None] * 3, [3, 1, 2], "111", "bca"),  # by number
         ([5.0, 1.0, 3.0], [1, 1, 1], "212", "bca"),  # one series after the other
-        ([0.0] * 3, [1, 1, 1], "111", "abc"),  # which tells nothing: by name
+        ([1.0, 1.0, 0.0], [1, 1, 1], "111", "cab"),
+        ([0.0] * 3, [1, 1, 1], "111", "abc"),  # which tells nothing: by name, as people count
     ],
 )
 def test_a_scan_is_ordered_by_place_then_number_then_name(examples, places, numbers, series: str, order: str) -> None:
@@ -114,8 +105,6 @@ def part(headers: bytes, content: bytes = b"data") -> bytes:
         (part(NAMED), FORM),  # cut off
         (b"rubbish", FORM),
         (part(NAMED) + b"--b--", "multipart/form-data"),
-        (part(NAMED) + b"--b--", "multipart/form-data; boundary*=a; boundary*1=b"),
-        (part(NAMED) + b"--b--", "multipart/form-data; boundary=" + "b" * 20_000),
         (part(NAMED + b"\r\nX: " + b"x" * 8_000_000) + b"--b--", FORM),
         (part(NAMED + b"\r\nX: x" * 10_000) + b"--b--", FORM),
         (b"--b\r\n" + NAMED + b"\r\n--b--", FORM),
