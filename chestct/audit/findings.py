@@ -1,12 +1,12 @@
 """From numbers to plain sentences: what is wrong, how bad it is, and what to do about it.
 
-One small rule for each kind of fault, each with its thresholds next to it, so that a verdict can be argued with. Only
-the split policy in force can be in error; what other policies would leak is information.
+Only the split policy in force can be in error; what other policies would leak is information.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import chain, product
 from typing import Any, NamedTuple
 
 from chestct.imaging.slice_files import describe_skipped
@@ -109,12 +109,8 @@ class Audit:
 
 def findings(audit: Audit) -> list[Finding]:
     """All findings, worst first."""
-    listed = [
-        *_about_the_split(audit),
-        *_about_labels_and_copies(audit),
-        *_about_shortcuts(audit),
-        *_about_files(audit),
-    ]
+    rules = (_about_the_split, _about_labels_and_copies, _about_shortcuts, _about_files)
+    listed = chain.from_iterable(rule(audit) for rule in rules)
     return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
 
 
@@ -179,13 +175,8 @@ def _leaked(name: str, tally: dict[str, Any]) -> str:
 
 
 def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
-    severities = {
-        ("copy", True): "error",
-        ("copy", False): "warning",
-        ("near", True): "warning",
-        ("near", False): "info",
-    }
-    for (kind, labels), severity in severities.items():
+    for kind, labels in product(("copy", "near"), (True, False)):
+        severity = SEVERITIES[2 - (kind == "copy") - labels]
         if rows := [row for row in audit.conflicts if (row["kind"], row["labels"]) == (kind, labels)]:
             what = "Identical images" if kind == "copy" else "Near-copies"
             called = "both cancer and normal" if labels else "two subtypes of cancer"

@@ -5,7 +5,7 @@ draws. Choosing a direction on the data, and the best of many baselines, biases 
 shortcut must therefore be both material and significant after correction.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,14 +88,19 @@ def shortcuts(manifest: pd.DataFrame, splits: Mapping[str, pd.Series], images: n
         X = features[baseline.name]
         overall = _nothing(_undefined(X[once], y[once]) or few)
         if not overall["reason"]:
-            overall = _estimate(_cross_validated(baseline, X[once], y[once], folds, seed), y[once], weights)
+            if baseline.model:
+                model = _model(baseline, seed)
+                scores = cross_val_predict(model, X[once], y[once], cv=folds, method="predict_proba")[:, 1]
+            else:
+                scores = _score(baseline, X[once], y[once], X[once], seed)
+            overall = _estimate(scores, y[once], weights)
         row: dict[str, Any] = {**baseline._asdict(), **overall, "test": {}}
         row["flagged"] = overall["significant"] and overall["low"] > MATERIAL and baseline.family != "picture"
         for name, test in tests.items():
             train = trains[name]
             result = _nothing(_undefined(X[train], y[train]) or _undefined(X[test], y[test]))
             if not result["reason"]:
-                scores = _learn(baseline, X[train], y[train], seed)(X[test])
+                scores = _score(baseline, X[train], y[train], X[test], seed)
                 result = _estimate(scores, y[test], test_weights[name], _few_groups(group[test], y[test]))
             row["test"][name] = result
         rows.append(row)
@@ -103,7 +108,7 @@ def shortcuts(manifest: pd.DataFrame, splits: Mapping[str, pd.Series], images: n
 
 
 class ShortcutScores(NamedTuple):
-    """A baseline learned on train, and its scores float [N] on the N test slices; larger speaks for cancer."""
+    """A baseline's scores, float [N], on the N test slices; larger speaks for cancer."""
 
     title: str
     scores: np.ndarray
@@ -123,7 +128,7 @@ def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) ->
     for baseline in BASELINES:
         X = features[baseline.name]
         if not (_undefined(X[train], y[train]) or _undefined(X[test], y[test])):
-            scores = _learn(baseline, X[train], y[train], seed)(X[test])
+            scores = _score(baseline, X[train], y[train], X[test], seed)
             learned.append(ShortcutScores(baseline.title, scores, float(auroc(scores, y[test])[0])))
     return learned
 
@@ -163,20 +168,11 @@ def _model(baseline: Baseline, seed: int) -> ClassifierMixin:
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
 
 
-def _learn(baseline: Baseline, X: np.ndarray, y: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
-    """What turns features [N, k] into scores [N], learned on X [M, k] and y [M]."""
-    if not baseline.model:
-        sign = 1 if auroc(X[:, 0], y)[0] >= 0.5 else -1
-        return lambda new: sign * new[:, 0]
-    model = _model(baseline, seed).fit(X, y)
-    return lambda new: model.predict_proba(new)[:, 1]
-
-
-def _cross_validated(baseline: Baseline, X: np.ndarray, y: np.ndarray, folds: list[Any], seed: int) -> np.ndarray:
-    """Scores [N] of models that have not seen the slice's group; a single number is only turned the right way round."""
-    if not baseline.model:
-        return _learn(baseline, X, y, seed)(X)
-    return cross_val_predict(_model(baseline, seed), X, y, cv=folds, method="predict_proba")[:, 1]
+def _score(baseline: Baseline, X: np.ndarray, y: np.ndarray, new: np.ndarray, seed: int) -> np.ndarray:
+    """Scores [N] of new slices [N, k] by a model, or a number's direction, learned on X [M, k] and y [M]."""
+    if baseline.model:
+        return _model(baseline, seed).fit(X, y).predict_proba(new)[:, 1]
+    return new[:, 0] if auroc(X[:, 0], y)[0] >= 0.5 else -new[:, 0]
 
 
 def _resampled(group: np.ndarray, y: np.ndarray, seed: int) -> list[np.ndarray]:

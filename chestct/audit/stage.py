@@ -121,11 +121,10 @@ def balance(manifest: pd.DataFrame, split: pd.Series) -> Table:
 def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict[str, Any]:
     """Held-out slices whose content or group is in an earlier split.
 
-    manifest: one row a slice, index 0..N-1; split: "train" | "valid" | "test" | "" for each; pairs: as `audit` takes
-    them, only to name the most alike. Returns, for "test" and "valid", `slices` (how many there are), `copies`
-    (pixel-identical to an earlier slice), `related` (no copy, but in one group with one: near-copy or same patient),
-    and `by_class` with the same three; under `list` one row for every leaked slice with the earlier slice (`twin`) that
-    gives it away; `left_out` counts slices in no split.
+    split: "train" | "valid" | "test" | "" for each slice; pairs: only to name the most alike. Returns, for "test" and
+    "valid", `slices` (how many there are), `copies` (pixel-identical to an earlier slice), `related` (no copy, but in
+    one group with one), and `by_class` with the same three; under `list` every leaked slice with the earlier one
+    (`twin`) that gives it away; `left_out` counts slices in no split.
     """
     result: dict[str, Any] = {"left_out": int((split == LEFT_OUT).sum()), "list": []}
     alike = pd.concat([pairs, pairs.rename(columns={"a": "b", "b": "a"})]).sort_values("similarity", ascending=False)
@@ -157,11 +156,7 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
 
 
 def duplicates(manifest: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
-    """Exact copies and near-copies, whatever the split.
-
-    Returns `files`, `contents`, `redundant` (files - contents), `exact_groups` (contents with more than one file),
-    `largest` (files of the most frequent content), `near_pairs` (pairs of different contents) and `by_class`.
-    """
+    """Counts of exact copies and near-copies, whatever the split; `redundant` files are copies of another one."""
     copies = manifest["content"].value_counts()
     content = manifest["content"].to_numpy()
     near = pairs[pairs["kind"] == "near"]
@@ -205,8 +200,7 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
 def examples(manifest: pd.DataFrame, pairs: pd.DataFrame, conflicts: Table, leaks: Table) -> Table:
     """The pairs worth looking at: label conflicts, leaked slices with their twins, near-copies.
 
-    leaks: the `list` of one policy. {kind "conflict" | "leak" | "near", a, b (positions), a_path, b_path, about (one
-    line)}.
+    leaks: the `list` of one policy. Rows of kind ("conflict", "leak", "near"), a, b (positions), a_path, b_path, about.
     """
     rows: list[tuple[str, int, int, str]] = [
         ("conflict", row["slices"][0], row["slices"][1], " and ".join(row["classes"][:2]).replace("_", " "))

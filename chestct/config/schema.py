@@ -23,6 +23,8 @@ FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "unreadable", "shortcu
 FINDINGS += ("identifiers", "shift", "duplicates")
 """Kinds of findings of the audit."""
 
+COPIES = ("exact", "near", "across_splits", "label_conflict")
+DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")
 MONITORS = ("valid/loss", "valid/auroc")
 
 SPLITS = ("grouped", "official", "official_clean")
@@ -69,9 +71,7 @@ class PhantomConfig:
     difficulty: float = setting(0.4, "0: large lesions, much reaction around them; 1: small, faint ones", low=0, high=1)
     cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
     format: str = setting("png", "file format", choices=("png", "dicom"))
-    defects: list[str] = setting(
-        [], "faults to plant: exact, near, across_splits, label_conflict, shortcut_window|size|border, odd_files"
-    )
+    defects: list[str] = setting([], "faults to plant", choices=DEFECTS)
     defect_rate: float = setting(0.05, "fraction of slices that get a copy for each copying defect", low=0, high=0.5)
 
 

@@ -5,11 +5,9 @@ it: every slice is registered to the mean slice, which undoes shift and zoom; it
 descriptor are candidates; each candidate pair is registered to each other and compared in its fine detail. All work is
 done in the order of the content keys, so that the groups do not depend on the order of the files.
 
-Measured (`python -m benchmarks.copies`, and with `--root` on the public set): of 1,500 near-copies planted among 2,000
-different phantoms (JPEG 40 and 95, zoom 0.5 and 2, crops, shifts and borders up to 5 % a side, a line, brightness,
-contrast, gamma, window, combinations) 1,498 join their originals, alike by 0.906 and more, and no false pair appears;
-of 635 planted among the 847 different slices of the public set 632 do. What is alike there besides, down to THRESHOLD,
-are copies of its own and neighbouring slices of one patient, which must not be in two splits either.
+Of 1,500 near-copies planted among 2,000 different phantoms 1,498 join their originals, alike by 0.906 and more, and no
+false pair appears; of 635 among the 847 different slices of the public set 632 do (`python -m benchmarks.copies`). What
+is alike there besides, down to THRESHOLD, are neighbouring slices of one patient, which must not be in two splits.
 """
 
 import os
@@ -69,10 +67,8 @@ def find_pairs(thumbs: np.ndarray, content: Sequence[str], threshold: float = TH
 def link(keys: Sequence[str], kind: str) -> pd.DataFrame:
     """Pairs of the given kind, as `find_pairs` returns them, that chain all slices with one key; "" links nothing."""
     key = pd.Series(list(keys), dtype=object)
-    b = np.arange(len(key))
-    a = pd.Series(b).groupby(key, sort=False).shift().to_numpy()
-    linked = (key != "").to_numpy() & ~np.isnan(a)
-    return _table(a[linked], b[linked], np.ones(linked.sum()), kind)
+    before = pd.Series(np.arange(len(key))).groupby(key).shift()[key != ""].dropna()
+    return _table(before.to_numpy(), before.index.to_numpy(), np.ones(len(before)), kind)
 
 
 def group(n: int, pairs: pd.DataFrame) -> np.ndarray:

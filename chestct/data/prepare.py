@@ -151,10 +151,11 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
             copies = find_pairs(thumbs[manifest["row"]], manifest["content"].tolist())
             mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
             pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
+            # Bytes that lack a decoder are tried again: it may have been installed.
+            lacking = any(key in hashes for key, fact in facts.items() if not fact.get("lasting", True))
             about = {
                 "settings": pixel_settings(cfg),
-                # What another moment may read (a decoder installed, a disk that answers again) is tried again.
-                "files": made_of if all(fact.get("lasting", True) for fact in facts.values()) else "",
+                "files": "" if lacking else made_of,
                 "unreadable": unreadable,
                 "skipped": listing.skipped,
                 "disbelieved": disbelieved,

@@ -13,11 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-IDENTITY = np.array([1.0, 0.0, 1.0, 0.0])
-"""The pose that changes nothing."""
-
-CLIP = 3
-"""Largest normalised level, in local standard deviations."""
+IDENTITY = np.array([1.0, 0.0, 1.0, 0.0])  # the pose that changes nothing
+CLIP = 3  # largest normalised level, in local standard deviations
 
 Level = tuple[np.ndarray, np.ndarray]
 

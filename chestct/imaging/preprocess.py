@@ -35,8 +35,9 @@ class Preprocess:
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
-        box, table = self.region(as_bytes(gray))
-        image = Image.fromarray(as_bytes(gray)).crop(box)
+        levels = as_bytes(gray)
+        box, table = self.region(levels)
+        image = Image.fromarray(levels).crop(box)
         if table is not None:
             image = image.point(table)
         size = (self.size, self.size) if self.fit == "stretch" else _fitting(image, self.size)

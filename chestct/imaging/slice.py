@@ -42,9 +42,8 @@ class Slice:
 
     levels: [H, W], 0 black, as the file has them: uint8 or uint16 with their largest value for white, or float32 in
     [0, 1]; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or "DICOM"; color: mean chroma, (max - min of
-    R, G, B) / 255 over a grid of pixels: 0 for grey, below 0.02 for CT with coloured marks or JPEG noise, above 0.05
-    for most photographs; patient, study, series, modality: DICOM's PatientID, StudyInstanceUID, SeriesInstanceUID and
-    Modality, or ""; frame: index in a file of several.
+    R, G, B) / 255: below 0.02 for CT with coloured marks or JPEG noise, above 0.05 for most photographs; patient,
+    study, series, modality: DICOM's, or ""; frame: index in a file of several.
     """
 
     levels: np.ndarray

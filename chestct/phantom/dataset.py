@@ -33,10 +33,9 @@ def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int
     """Write a set of phantoms under `root`, unless the same set is there already; returns its truth.
 
     Layout: `<split>/<subtype>/phantom_00042.png` (or .dcm), 65 % train, 15 % valid, 20 % test, stratified by subtype;
-    `masks/<split>/<subtype>/phantom_00042.png`, 1-bit, for every readable file that shows a lesion; `truth.json`:
-    {"settings": ..., "generator": ..., "files": [one dict a file]}, with the fields of `File` and seed, width, height,
-    spacing (mm a pixel), window ([centre, width] in HU), readable, mask (None without a lesion).
-    Raises ConfigError for an unknown defect, DataError if `root` holds anything else.
+    `masks/<split>/<subtype>/phantom_00042.png`, 1-bit, for every readable file that shows a lesion; `truth.json`, with
+    the settings and, for each of `files`, what `_write_file` returns. Raises DataError if `root` holds anything
+    else.
     """
     files = defects.plan(_clean_files(cfg), cfg)
     settings = {"settings": dataclasses.asdict(cfg), "generator": GENERATOR}
@@ -46,9 +45,7 @@ def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int
             truth = read_truth(root)
             if truth and truth | settings == truth and all((root / file.path).is_file() for file in files):
                 return truth
-            raise DataError(
-                f"{root} holds something other than these phantoms. Remove it, or draw into another folder."
-            )
+            raise DataError(f"{root} holds something other than these phantoms. Remove it, or draw into another.")
         part = root.with_name(f".{root.name}.partial")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process: it would hold the lock
         # Spawned, not forked: a fork of a process whose threads hold locks (torch, MLflow) can hang.
@@ -88,7 +85,8 @@ def _clean_files(cfg: PhantomConfig) -> list[File]:
 
 
 def _write_file(folder: Path, cfg: PhantomConfig, file: File) -> dict[str, Any]:
-    """Draw and write one file and its mask; returns its entry in the truth."""
+    """Draws and writes one file and its mask; returns its entry in the truth: the fields of `File` and seed, width,
+    height, spacing (mm a pixel), window ([centre, width] in HU), readable, and mask (None without a lesion)."""
     seed = [cfg.seed % 2**32, 2, file.index]  # np.random.default_rng(seed) and the subtype draw the phantom again
     sized = dataclasses.replace(cfg, size=round(cfg.size * file.change.get("size", 1.0)))
     phantom = thorax.draw(np.random.default_rng(seed), file.drawn, sized)

@@ -14,13 +14,10 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from chestct.config.schema import SUBTYPES, PhantomConfig
-from chestct.errors import ConfigError
+from chestct.config.schema import COPIES, SUBTYPES, PhantomConfig
 from chestct.phantom.thorax import Phantom, display
 
 SPLITS = ("train", "valid", "test")
-COPIES = ("exact", "near", "across_splits", "label_conflict")
-DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")
 ODD = ("truncated", "empty", "text")  # nobody can read these
 INTERCEPT = -1024
 
@@ -53,12 +50,7 @@ class File:
 
 
 def plan(clean: list[File], cfg: PhantomConfig) -> list[File]:
-    """The files of a clean set, one a slice in order of index, and after them those that the defects of cfg add.
-
-    Raises ConfigError for an unknown defect.
-    """
-    if unknown := sorted(set(cfg.defects) - set(DEFECTS)):
-        raise ConfigError(f"Unknown defect {', '.join(unknown)} in data.phantom.defects. Known: {', '.join(DEFECTS)}.")
+    """The files of a clean set, one a slice in order of index, and after them those that the defects of cfg add."""
     rng = np.random.default_rng(np.random.SeedSequence([cfg.seed % 2**32, 1]))
     clean = [replace(file, change=_shortcuts(file.drawn != "normal", rng, cfg.defects)) for file in clean]
     files = list(clean)

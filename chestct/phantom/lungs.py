@@ -1,10 +1,8 @@
 """What fills the lungs: vessels that branch from the hila, harmless findings, and at most one carcinoma.
 
 The harmless findings go into every slice alike, so that a slice is never cancer merely because something lies in the
-lung. What differs between the subtypes is what radiology texts teach: adenocarcinoma lies in the periphery, part-solid
-with spicules; squamous cell carcinoma sits at the hilum and may cavitate; large cell carcinoma is a big lobulated
-peripheral mass. The lung around a tumour reacts, each in its own way; that texture is what a network with pooled
-features sees, so the difficulty dims it too.
+lung. The subtypes differ as radiology texts teach, and so does the reaction of the lung around them; that texture is
+what a network with pooled features sees, so the difficulty dims it too.
 """
 
 import math

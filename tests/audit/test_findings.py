@@ -18,12 +18,9 @@ def kinds(audit: Audit) -> dict[str, str]:
     return {finding.kind: finding.severity for finding in reversed(audit.findings)}
 
 
-def test_only_the_policy_in_force_can_be_in_error_for_leaking(faulty, official):
+def test_findings_come_worst_first_and_only_the_policy_in_force_can_be_in_error_for_leaking(faulty, official):
     assert kinds(official)["leakage"] == "error"
     assert kinds(run(faulty, "grouped"))["leakage"] == "info"
-
-
-def test_findings_come_worst_first_and_each_says_what_to_do(official):
     assert {"leakage", "label_conflict", "unreadable", "duplicates", "sample_size"} <= set(kinds(official))
     ranks = [SEVERITIES.index(finding.severity) for finding in official.findings]
     assert ranks == sorted(ranks)

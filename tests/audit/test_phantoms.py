@@ -17,13 +17,11 @@ pytestmark = pytest.mark.slow
 def audited(folder: Path, slices: int, *defects: str, split: str = "grouped") -> Audit:
     cfg = PhantomConfig(slices=slices, size=128, defects=list(defects))
     dataset.write(folder / "phantoms", cfg)
-    data = DataConfig(
-        root=str(folder / "phantoms"), labels={name: name for name in SUBTYPES}, split=split, size=64, max_unreadable=9
-    )
+    root, labels = str(folder / "phantoms"), {name: name for name in SUBTYPES}
+    data = DataConfig(root=root, labels=labels, split=split, size=64, max_unreadable=9)
     store = ingest(data, folder / "store")
-    splits = {
-        name: make_splits(store.manifest, "binary", replace(data, split=name)) for name in ("official", "grouped")
-    }
+    policies = ("official", "grouped")
+    splits = {name: make_splits(store.manifest, "binary", replace(data, split=name)) for name in policies}
     return audit(store, splits, name="phantom", split=split)
 
 
@@ -50,9 +48,7 @@ def test_copies_across_splits_conflicts_and_broken_files_are_found(tmp_path: Pat
     truth = dataset.read_truth(tmp_path / "phantoms")
     assert truth is not None
     planted = [file for file in truth["files"] if file["defect"] == "across_splits"]
-    crossing = {row["path"] for row in audit_.leakage["official"]["list"]} | {
-        row["twin_path"] for row in audit_.leakage["official"]["list"]
-    }
+    crossing = {row[side] for row in audit_.leakage["official"]["list"] for side in ("path", "twin_path")}
     assert {file["path"] for file in planted} <= crossing
     conflicts = {path for row in audit_.conflicts for path in row["paths"]}
     assert {file["path"] for file in truth["files"] if file["defect"] == "label_conflict"} <= conflicts

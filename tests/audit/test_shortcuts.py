@@ -51,36 +51,19 @@ def test_formats_and_pixels_tied_to_the_label_are_flagged(make_data):
     ]
 
 
-@pytest.mark.slow
-def test_a_significant_but_small_difference_is_no_shortcut(make_data):
-    data = make_data(1500)
-    data.manifest["std"] += 0.025 * (data.manifest["label"] == "cancer")
-    row = measure(data)["std"]
-    assert row["significant"]
-    assert row["auroc"] > 0.55
-    assert not row["flagged"]
-
-
-def test_a_high_figure_on_few_slices_has_to_survive_the_correction_for_many_rules(make_data, monkeypatch):
-    monkeypatch.setattr("chestct.audit.shortcuts.MATERIAL", 0.5)
-    data = make_data(40)
-    data.manifest["std"] += 0.063 * (data.manifest["label"] == "cancer")
+@pytest.mark.parametrize(
+    ("slices", "by", "material", "significant"), [(1500, 0.025, 0.6, True), (40, 0.063, 0.5, False)]
+)
+def test_a_shortcut_is_both_material_and_significant_after_the_correction_for_many_rules(
+    make_data, monkeypatch, slices, by, material, significant
+):
+    monkeypatch.setattr("chestct.audit.shortcuts.MATERIAL", material)
+    data = make_data(slices)
+    data.manifest["std"] += by * (data.manifest["label"] == "cancer")
     row = measure(data)["std"]
     assert row["low"] > 0.5
-    assert not row["significant"]
+    assert row["significant"] is significant
     assert not row["flagged"]
-
-
-def test_the_thumbnail_is_a_weak_baseline_and_never_flagged(make_data):
-    data = make_data()
-    cancer = (data.manifest["label"] == "cancer").to_numpy()[:, None, None]
-    images = data.slices["image"]
-    top, bottom = images[:, 4:18, 10:30].copy(), images[:, 22:36, 10:30].copy()
-    images[:, 4:18, 10:30] = np.where(cancer, np.maximum(top, bottom), np.minimum(top, bottom))
-    images[:, 22:36, 10:30] = np.where(cancer, np.minimum(top, bottom), np.maximum(top, bottom))
-    rows = measure(data)  # the same grey levels, in other places
-    assert rows["thumbnail"]["auroc"] > 0.95
-    assert flagged(rows) == set()
 
 
 def test_models_are_never_tested_on_a_group_they_were_trained_on(make_data):

@@ -159,7 +159,5 @@ def test_validation_and_test_do_not_hang_on_one_large_group():
 
 def test_another_class_that_is_full_does_not_send_a_large_group_elsewhere():
     counts = pd.DataFrame({"cancer": [70, *[0] * 13], "normal": [0, 9, 6, *[1] * 11]})
-    part = stratified_group_split(
-        counts, [0.65, 0.15, 0.2], seed=0
-    )  # 70 are more than 0.65 of all cancers: train is full of them
+    part = stratified_group_split(counts, [0.65, 0.15, 0.2], seed=0)  # 70 are more than all cancers of train
     assert part[1] == part[2] == 0

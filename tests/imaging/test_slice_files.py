@@ -1,5 +1,3 @@
-import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -29,18 +27,3 @@ def test_every_file_is_listed_once_and_a_skipped_folder_stands_for_its_files(tmp
     assert [path for path, reason in listed.items() if not reason] == ["a.png", "b.png", "c/d.png"]
     assert {path for path, reason in listed.items() if reason} == {".git", "@eaDir", "loop", "c/Thumbs.db"}
     assert "link" in listed["loop"]
-
-
-def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "locked").mkdir()
-    listed = os.scandir
-
-    def scandir(path: str) -> object:
-        if Path(path).name == "locked":
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return listed(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    errors: list[OSError] = []
-    assert list(walk(tmp_path, errors.append)) == []
-    assert [Path(error.filename).name for error in errors] == ["locked"]

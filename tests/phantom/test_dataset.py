@@ -8,13 +8,10 @@ import numpy as np
 import pydicom
 import pytest
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
-from chestct.config.schema import SUBTYPES, PhantomConfig
-from chestct.errors import ConfigError, DataError
+from chestct.config.schema import COPIES, SUBTYPES, PhantomConfig
+from chestct.errors import DataError
 from chestct.phantom import dataset
-from chestct.phantom.defects import COPIES, ODD, altered
-from chestct.phantom.thorax import PADDING, Phantom
 
 SMALL = {"slices": 14, "size": 64}
 
@@ -66,19 +63,15 @@ def test_the_same_settings_write_the_same_bytes_in_any_number_of_processes(tmp_p
 def test_dicom_gives_back_the_hounsfield_units(tmp_path):
     cfg = PhantomConfig(**SMALL, format="dicom")
     truth = dataset.write(tmp_path / "set", cfg)
-    identities = set()
     for f in truth["files"]:
         ds = pydicom.dcmread(tmp_path / "set" / f["path"])  # without force: it must be a proper file
         drawn = dataset.thorax.draw(np.random.default_rng(f["seed"]), f["drawn"], cfg)
         hu = ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
         assert np.array_equal(hu, np.round(drawn.hu))
-        assert hu.min() >= PADDING
         assert (ds.SOPClassUID.name, ds.SOPInstanceUID) == ("CT Image Storage", ds.file_meta.MediaStorageSOPInstanceUID)
         assert (ds.Rows, ds.Columns) == (f["height"], f["width"])
         assert ds.PixelSpacing == pytest.approx([f["spacing"]] * 2, abs=1e-4)
         assert [ds.WindowCenter, ds.WindowWidth] == pytest.approx(f["window"], abs=0.06)
-        identities |= {ds.PatientID, ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.SOPInstanceUID}
-    assert len(identities) == 4 * len(truth["files"])
 
 
 def test_a_whole_set_is_reused_and_anything_else_is_left_alone(tmp_path, monkeypatch):
@@ -100,37 +93,26 @@ def test_a_whole_set_is_reused_and_anything_else_is_left_alone(tmp_path, monkeyp
 
 
 def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch):
-    cfg, root, drawn = PhantomConfig(**SMALL), tmp_path / "set", []
-    draw = dataset.thorax.draw
+    cfg, root, encode = PhantomConfig(**SMALL), tmp_path / "set", dataset.defects.encode
 
-    def killed(*args):
-        drawn.append(1)
-        if len(drawn) > 10:
+    def killed(phantom, file, identity):
+        if file.index == 10:
             raise KeyboardInterrupt
-        return draw(*args)
+        return encode(phantom, file, identity)
 
-    monkeypatch.setattr(dataset.thorax, "draw", killed)
-    with pytest.raises(KeyboardInterrupt):
-        dataset.write(root, cfg)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset.defects, "encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            dataset.write(root, cfg)
     assert not root.exists()
     assert len(dataset.write(root, cfg)["files"]) == cfg.slices
     assert {p.name for p in tmp_path.iterdir()} == {"set", ".set.lock"}  # the next run clears up
 
 
-def test_a_misspelt_defect_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"exakt.*Known: exact"):
-        dataset.write(tmp_path / "set", PhantomConfig(**SMALL, defects=["exakt"]))
-    assert not (tmp_path / "set").exists()
-
-
-# --- planted faults
-
-
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     root = tmp_path_factory.mktemp("planted") / "set"
-    cfg = PhantomConfig(slices=40, size=96, defects=[*COPIES, "odd_files"], defect_rate=0.3)
+    cfg = PhantomConfig(slices=40, size=96, defects=list(COPIES), defect_rate=0.3)
     return root, dataset.write(root, cfg, processes=1)["files"]
 
 
@@ -169,50 +151,3 @@ def test_near_copies_differ_in_bytes_but_not_in_what_they_show(planted):
         with Image.open(root / copy["path"]) as image:
             assert image.size == (copy["width"], copy["height"])
             assert (image.format == "JPEG") == ("quality" in copy["change"])
-
-
-@pytest.mark.parametrize("change", [{"factor": 0.7}, {"factor": 1.3}, {"left": 0.02, "top": 0.2, "right": 0.1}])
-def test_masks_follow_the_geometry_of_near_copies(change):
-    mask = np.zeros((90, 120), bool)
-    mask[40:60, 20:50] = True
-    hu = np.where(mask, 900, -900).astype(np.float32)  # the picture is its own mask
-    picture, moved = altered(Phantom(hu, mask, mask, 1.0, (0.0, 2000.0)), change)
-    assert moved.any()
-    assert np.mean((np.asarray(picture) > 127) != moved) < 0.01
-    assert moved.shape != mask.shape
-
-
-def test_odd_files_cannot_be_read_and_show_what_no_other_file_shows(planted):
-    root, files = planted
-    odd = [f for f in files if not f["readable"]]
-    assert len(odd) == len(ODD) == len([f for f in files if f["defect"] == "odd_files"])
-    for f in odd:
-        assert f["index"] >= 40
-        with pytest.raises((OSError, SyntaxError)):
-            grey(root / f["path"])
-
-
-SHORTCUTS = {
-    "shortcut_window": lambda grey: grey[grey > 0.3].mean(),
-    "shortcut_size": lambda grey: grey.size,
-    "shortcut_border": lambda grey: np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]).mean(),
-}
-
-
-@pytest.mark.slow
-def test_a_shortcut_gives_the_class_away_and_leaves_lesions_in_place(tmp_path):
-    """All three in one set, which is quicker; each shows in a number of its own, which a clean set does not have."""
-
-    def scores(defects):
-        root = tmp_path / f"{len(defects)} planted"
-        files = dataset.write(root, PhantomConfig(slices=40, size=64, defects=defects))["files"]
-        for f in files:
-            with Image.open(root / (f["mask"] or f["path"])) as mask:
-                assert mask.size == (f["width"], f["height"])
-        pictures = [grey(root / f["path"]) for f in files]
-        cancer = [f["subtype"] != "normal" for f in files]
-        aurocs = {name: roc_auc_score(cancer, [number(p) for p in pictures]) for name, number in SHORTCUTS.items()}
-        return {name: max(score, 1 - score) for name, score in aurocs.items()}
-
-    assert all(score > 0.9 for score in scores(list(SHORTCUTS)).values())
-    assert all(score < 0.75 for score in scores([]).values())

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation
-from sklearn.metrics import roc_auc_score
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.phantom.thorax import PADDING, display, draw
@@ -21,8 +20,6 @@ def test_the_same_seed_draws_the_same_slice():
     assert np.array_equal(first.mask, again.mask)
     assert first.window == again.window
     assert first.hu.shape != other.hu.shape or not np.array_equal(first.hu, other.hu)
-    with pytest.raises(ValueError, match="subtype must be one of"):
-        phantom(0, "sarcoma")
 
 
 @pytest.mark.parametrize("size", [64, 160])
@@ -71,28 +68,11 @@ def test_difficulty_shrinks_lesions_and_subtypes_differ_in_size_and_place():
             offsets.append(abs(columns.mean() - lung_columns.mean()) / np.ptp(lung_columns))
         return np.median(areas), np.median(offsets)
 
-    (adeno, adeno_place), (squamous, squamous_place), (large, large_place) = map(features, CANCERS_BY_SIZE)
+    by_size = ("adenocarcinoma", "squamous", "large_cell")
+    (adeno, adeno_place), (squamous, squamous_place), (large, large_place) = map(features, by_size)
     assert adeno < squamous < large
     assert squamous_place < min(adeno_place, large_place)
     assert features("large_cell", difficulty=0.0)[0] > 1.5 * features("large_cell", difficulty=1.0)[0]
-
-
-CANCERS_BY_SIZE = ("adenocarcinoma", "squamous", "large_cell")
-
-
-@pytest.mark.slow
-def test_no_single_number_of_a_clean_slice_tells_its_class():
-    cancer = np.arange(1000) % 5 < 3
-    numbers = {name: [] for name in ("height", "width", "area", "aspect", "mean", "std", "border", "window", "air")}
-    for i, is_cancer in enumerate(cancer):
-        drawn = phantom(1000 + i, CANCERS[i % 3] if is_cancer else "normal", size=64)
-        grey = display(drawn.hu, drawn.window) / 255
-        height, width = grey.shape
-        measured = (height, width, height * width, width / height, grey.mean(), grey.std(), grey[:3].mean())
-        for name, value in zip(numbers, (*measured, drawn.window[1], np.mean(grey == 0)), strict=True):
-            numbers[name].append(value)
-    scores = {name: roc_auc_score(cancer, values) for name, values in numbers.items()}
-    assert all(0.40 <= score <= 0.60 for score in scores.values()), scores
 
 
 def test_display_maps_the_window_to_the_grey_range():
