@@ -104,12 +104,12 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
     if data.lesions and cfg.task != "binary":
         yield "data.lesions draws cancer of no subtype: it works with task=binary."
-    if cfg.evaluation.folds == 1:
-        yield "evaluation.folds=1: two folds at least, or 0 for none."
+    if 1 in (data.folds, cfg.evaluation.folds):
+        yield "data.folds, evaluation.folds: two folds at least, or 0 for none."
     if cfg.compare and len(cfg.compare) != 2:
         yield f"compare={cfg.compare}: give two evaluations, as in compare=[runs/A,runs/B]."
-    if data.folds == 1 or (data.folds and data.fold >= data.folds):
-        yield f"data.folds={data.folds} data.fold={data.fold}: two folds at least, and fold counts from 0."
+    if data.folds and data.fold >= data.folds:
+        yield f"data.folds={data.folds} data.fold={data.fold}: fold counts from 0."
     if data.folds and data.split != "grouped":
         yield f"data.folds works with data.split=grouped, not with {data.split}: folders give one split only."
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
@@ -128,26 +128,21 @@ def _contradictions(cfg: Config) -> Iterator[str]:
 
 
 OTHER_NAMES = {
-    "optim.lr": ("learning_rate", "base_lr", "eta"),
+    "optim.lr": ("learning_rate", "base_lr"),
     "optim.name": ("optimizer", "optimiser"),
     "optim.schedule": ("scheduler", "lr_scheduler"),
-    "optim.weight_decay": ("wd", "decay", "l2"),
-    "optim.class_weights": ("class_weight", "pos_weight"),
-    "data.root": ("path", "dir", "data_dir", "data_path", "dataset", "folder", "root_dir", "data_root"),
+    "data.root": ("path", "dir", "data_dir", "data_path", "dataset", "folder", "root_dir"),
     "data.size": ("img_size", "image_size", "input_size", "resolution", "resize"),
-    "data.batch_size": ("bs", "batch"),
-    "data.workers": ("num_workers", "n_workers"),
+    "data.workers": ("num_workers",),
     "trainer.max_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
-    "trainer.patience": ("early_stopping", "early_stop"),
-    "trainer.devices": ("gpus", "num_gpus", "ngpu"),
+    "trainer.patience": ("early_stopping",),
+    "trainer.devices": ("gpus", "num_gpus"),
     "trainer.accelerator": ("device", "cuda", "gpu"),
-    "model.freeze": ("frozen", "freeze_backbone", "freeze_features", "train_backbone"),
-    "model.weights": ("pretrained", "backbone_weights"),
-    "evaluation.threshold": ("cutoff", "thresh"),
-    "tracking.experiment": ("experiment_name",),
+    "model.freeze": ("frozen", "freeze_backbone"),
+    "model.weights": ("pretrained",),
     "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir"),
-    "ckpt": ("checkpoint", "ckpt_path", "resume", "resume_from", "resume_from_checkpoint"),
-    "seed": ("random_seed", "random_state", "seed_everything"),
+    "ckpt": ("checkpoint", "ckpt_path", "resume", "resume_from"),
+    "seed": ("random_seed", "random_state"),
 }
 """What other projects of the field call a setting."""
 

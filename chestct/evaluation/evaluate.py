@@ -34,8 +34,8 @@ from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
+from chestct.stats import drift
 from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
-from chestct.stats.drift import differences, training_facts
 from chestct.stats.metrics import Estimate, auroc, measure
 from chestct.tracking import code_version
 
@@ -126,7 +126,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
     settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    shift = differences(training_facts(data.manifest, table), data.manifest[data.manifest["split"] == "test"], test)
+    columns = drift.measured(data.manifest[data.manifest["split"] == "test"], test)
+    shift = drift.differences(drift.training_facts(data.manifest, table), columns)
     return Evaluation(
         cfg,
         table,

@@ -17,7 +17,7 @@ from chestct.evaluation.evaluate import Evaluation, decided, made, measured, row
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
 from chestct.models.vgg16 import pick_device
-from chestct.stats.drift import differences
+from chestct.stats import drift
 
 
 def evaluate_bundle(cfg: Config) -> Evaluation:
@@ -53,7 +53,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
             "bundle": bundle.id,
             "left_out": left_out,
         },
-        sections={"shift": differences(bundle.facts, manifest, table), "made": made()},
+        sections={"shift": drift.differences(bundle.facts, drift.measured(manifest, table)), "made": made()},
         manifest=manifest,
         images=store.images,
     )

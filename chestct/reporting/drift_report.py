@@ -20,7 +20,7 @@ from chestct.models.operating_point import REFUSED
 from chestct.reporting.environment import render
 from chestct.serving.monitor import read_records
 from chestct.serving.predictor import NOT_MEDICAL
-from chestct.stats.drift import MEASURED, PSI_LARGE, difference, holm, reference
+from chestct.stats.drift import MEASURED, PSI_LARGE, differences, holm, reference
 
 FEWEST = 50
 """Slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2."""
@@ -89,13 +89,9 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     fresh = own & ~records["known"]
     refused = fresh & (records["decision"] == REFUSED)
     answered, slices = fresh & ~refused, int(fresh.sum())
-    compared: list[tuple[str, str, bool]] = []
-    p: list[float] = []
-    for name in MEASURED if answered.sum() >= FEWEST else ():
-        new = difference(name, reference(facts, name), records[name][answered])
-        change = f"median {new.now:.4g}, was {new.before:.4g}; PSI {new.psi:.2f}"
-        compared.append((name, change, new.psi >= PSI_LARGE))
-        p.append(new.p)
+    new = differences(facts, {name: records[name][answered] for name in MEASURED}) if answered.sum() >= FEWEST else []
+    compared = [(d.name, f"median {d.now:.4g}, was {d.before:.4g}; PSI {d.psi:.2f}", d.psi >= PSI_LARGE) for d in new]
+    p = [d.p for d in new]
     if slices >= FEWEST:
         foreign, count = reference(facts, "novelty") > FOREIGN, int(refused.sum())
         before, now = float(foreign.mean()), count / slices

@@ -63,11 +63,11 @@ def psi(before: np.ndarray, now: np.ndarray) -> float:
 
 
 def training_facts(manifest: "pd.DataFrame", predictions: "pd.DataFrame") -> dict[str, Any]:
-    """What a bundle keeps to be compared with later slices (see `difference`): QUANTILES, and slices by split.
+    """What a bundle keeps to be compared with later slices: QUANTILES of all that is MEASURED, and slices by split.
 
     manifest: the slices of all splits; predictions: those of validation with `probability_normal` and `novelty`.
     """
-    columns = _columns(manifest[manifest["split"] == "train"], predictions[predictions["split"] == "valid"])
+    columns = measured(manifest[manifest["split"] == "train"], predictions[predictions["split"] == "valid"])
     return {
         "data": {"slices": {str(split): int(n) for split, n in manifest["split"].value_counts().items()}},
         "statistics": {name: np.quantile(values, QUANTILES).tolist() for name, values in columns.items()},
@@ -81,20 +81,18 @@ def reference(facts: Mapping[str, Any], name: str) -> np.ndarray:
     return np.interp(np.linspace(0, 1, slices), np.linspace(0, 1, len(quantiles)), quantiles)
 
 
-def difference(name: str, before: np.ndarray, now: np.ndarray) -> Difference:
-    """Values float [N] of one of MEASURED in training (see `reference`), and new ones [M]."""
-    test = ks_2samp(before, now, method="asymp")
-    medians = float(np.median(before)), float(np.median(now))
-    return Difference(name, *medians, psi(before, now), float(test.statistic), float(test.pvalue))
+def differences(facts: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> list[Difference]:
+    """Each of MEASURED, float [N] of new slices in `columns`, against the training data of a bundle."""
+    result = []
+    for name in MEASURED:
+        before, now = reference(facts, name), columns[name]
+        test, medians = ks_2samp(before, now, method="asymp"), (float(np.median(before)), float(np.median(now)))
+        result.append(Difference(name, *medians, psi(before, now), float(test.statistic), float(test.pvalue)))
+    return result
 
 
-def differences(facts: Mapping[str, Any], manifest: "pd.DataFrame", predictions: "pd.DataFrame") -> list[Difference]:
-    """Each of MEASURED, of the slices in both tables, against the training data of a bundle."""
-    columns = _columns(manifest, predictions)
-    return [difference(name, reference(facts, name), columns[name]) for name in MEASURED]
-
-
-def _columns(manifest: "pd.DataFrame", predictions: "pd.DataFrame") -> dict[str, np.ndarray]:
+def measured(manifest: "pd.DataFrame", predictions: "pd.DataFrame") -> dict[str, np.ndarray]:
+    """Each of MEASURED of the slices in both tables, float [N]."""
     scored = {"score": 1 - predictions["probability_normal"], "novelty": predictions["novelty"]}
     return {name: column.to_numpy(float) for name, column in {**manifest[list(STATISTICS)], **scored}.items()}
 
@@ -111,16 +109,10 @@ def split_shift(numbers: "pd.DataFrame", split: "pd.Series", group: "pd.Series")
         reason = f"too few groups: {len(train)} in train, {len(test)} in test, needs {MIN_GROUPS} in each"
         undefined = {"distance": None, "p": None, "train": None, "test": None, "flagged": False, "reason": reason}
         return [{"name": name, **undefined} for name in numbers]
-    tests = [ks_2samp(train[name], test[name]) for name in numbers]
-    return [
-        {
-            "name": name,
-            "distance": float(test_.statistic),
-            "p": float(p),
-            "train": float(train[name].mean()),
-            "test": float(test[name].mean()),
-            "flagged": bool(p < 0.05 and test_.statistic >= MATERIAL_DISTANCE),
-            "reason": "",
-        }
-        for name, test_, p in zip(numbers, tests, holm(np.array([t.pvalue for t in tests])), strict=True)
-    ]
+    compared = [ks_2samp(train[name], test[name]) for name in numbers]
+    rows = []
+    for name, (distance, _), p in zip(numbers, compared, holm(np.array([c.pvalue for c in compared])), strict=True):
+        means = {"train": float(train[name].mean()), "test": float(test[name].mean())}
+        flagged = bool(p < 0.05 and distance >= MATERIAL_DISTANCE)
+        rows.append({"name": name, "distance": float(distance), "p": float(p), **means, "flagged": flagged})
+    return rows

@@ -101,34 +101,29 @@ class _OpenRun(Run):
     def begin(self) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
 
-        client = MlflowClient(self.uri)
-        self.run_id = self._resume(client) or self._create(client)
-        self.client = client
+        client, resumed = MlflowClient(self.uri), noted_run(self.folder)
+        if resumed and (self.sweep or self.cfg.ckpt or self.parent):
+            try:
+                client.update_run(resumed, status="RUNNING")
+                self.run_id = resumed
+            except MlflowException:
+                print(f"The MLflow run {resumed} of this folder is not in {self.uri} or was deleted; a new one begins.")
+        self.run_id, self.client = self.run_id or self._create(client), client
         known = client.get_run(self.run_id).data.params  # if a resumed run changes one, MLflow keeps the first
         params = [Param(key, str(value)[:6000]) for key, value, _ in leaves(self.cfg) if key not in known]
         client.log_batch(self.run_id, params=params)
         self.tags(code_version() | {"folder": self.out.resolve()})
-        if self.server:
-            remote = MlflowClient(self.server)
-            if problem := probe(self.server, self.cfg.tracking.experiment):
-                print(f"{problem} The run is recorded in {self.uri}.")
-                return
-            sent = stores.within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, artifacts=False))
-            if isinstance(sent, str):
-                self.copy = Run(remote, sent, self.server)
-
-    def _resume(self, client: "MlflowClient") -> str | None:
-        from mlflow.exceptions import MlflowException
-
-        known = noted_run(self.folder)
-        if known and (self.sweep or self.cfg.ckpt or self.parent):
-            try:
-                client.update_run(known, status="RUNNING")
-                return known
-            except MlflowException:
-                print(f"The MLflow run {known} of this folder is not in {self.uri}, or was deleted; a new one begins.")
-        return None
+        if self.server is None:
+            return
+        if problem := probe(self.server, self.cfg.tracking.experiment):
+            print(f"{problem} The run is recorded in {self.uri}.")
+            return
+        remote = MlflowClient(self.server)
+        sent = stores.within(BEGIN_SECONDS, lambda: send(client, remote, self.run_id, artifacts=False))
+        if isinstance(sent, str):
+            self.copy = Run(remote, sent, self.server)
 
     def _create(self, client: "MlflowClient") -> str:
         experiment, file = self.cfg.tracking.experiment, store_file(self.uri)
@@ -164,10 +159,9 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
         return
     run = _OpenRun(cfg, out, sweep)
     prepare(run.uri)
-    status = "FAILED"
+    status = "FINISHED"
     try:
         yield run
-        status = "FINISHED"
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise

@@ -34,18 +34,13 @@ class TrackingError(ChestCTError):
     """A tracking server or store that cannot be used."""
 
 
-def named_uri(cfg: TrackingConfig) -> str:
-    """What the settings name, else what MLflow's own variable names, else the store on this machine."""
-    return cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or cfg.local
-
-
 def is_server(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
 def local_uri(cfg: TrackingConfig) -> str:
-    """URI of the store on this machine."""
-    named = named_uri(cfg)
+    """URI of the store on this machine: what settings or MLflow's own variable name, unless that is a server."""
+    named = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or cfg.local
     uri = cfg.local if cfg.name == "dagshub" or is_server(named) else named
     file = store_file(uri)
     return f"{SQLITE}{at_home(str(file))}" if file else uri
@@ -101,7 +96,7 @@ def server_uri(cfg: TrackingConfig) -> str | None:
     MLflow's client is given DagsHub's token where it reads users. Raises ConfigError where a password stands in the
     URI, or DagsHub's owner, repository or token is missing.
     """
-    uri = named_uri(cfg)
+    uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     if cfg.name == "dagshub":
         for key, value in (("tracking.owner", cfg.owner), ("tracking.repo", cfg.repo)):
             if not value or not re.fullmatch(r"[\w.-]+", value):

@@ -13,13 +13,10 @@ from chestct.errors import ConfigError
     [
         ("optim.lrr=1", "Did you mean optim.lr?"),
         ("lrr=1", "Did you mean optim.lr?"),
-        ("optm.lr=1", "Did you mean optim.lr?"),
         ("data.splt=grouped", "Did you mean data.split?"),
         ("optim.lr=fast", "optim.lr"),
-        ("trainer.max_epochs=1.5", "trainer.max_epochs"),
         ("data.split=group", "Did you mean grouped?"),
         ("optim=adm", "conf/optim/"),
-        ("optim.lr=-1", "out of range"),
         ("model.freeze=9", "out of range: 0 to 5"),
         ("model.hidden=[8,0]", "model.hidden[1]=0"),
         ("data.labels={healthy: nromal}", "Did you mean normal?"),
@@ -66,10 +63,8 @@ def test_freeze_is_a_switch_or_a_number_of_blocks_until_convolutions_join_in():
     assert not compose("model.freeze=1").starts_frozen  # 1 == True in Python
     assert compose("model.freeze=5").starts_frozen
     cfg = compose("experiment=two_stage")
-    assert cfg.frozen_at(cfg.trainer.unfreeze_epoch - 1)
-    assert not cfg.frozen_at(cfg.trainer.unfreeze_epoch)
-    assert cfg.starts_frozen
-    assert not cfg.always_frozen
+    assert (cfg.starts_frozen, cfg.always_frozen) == (True, False)
+    assert [cfg.frozen_at(cfg.trainer.unfreeze_epoch + step) for step in (-1, 0)] == [True, False]
 
 
 def test_committed_files_follow_from_the_schema():
@@ -82,21 +77,17 @@ def test_schema_defaults_pass_their_own_checks():
     assert all(item.metadata.get("help") for _, _, item in leaves(Config))
 
 
-def test_settings_survive_a_checkpoint():
+def test_settings_survive_a_checkpoint_and_those_that_earlier_versions_had_are_left_out():
     cfg = compose("experiment=subtype", "model.freeze=3", "data.labels={a.b: cancer}")
-    assert resolve(dataclasses.asdict(cfg)) == cfg
+    stored = dataclasses.asdict(cfg)
+    stored["tracking"]["system_metrics"] = True
+    assert resolve(stored) == cfg
 
 
-def test_overlay_changes_only_what_was_said():
+def test_what_is_given_is_laid_over_a_checkpoints_settings_whole_groups_too():
     base = dataclasses.asdict(compose("experiment=seed_recipe", "data=chest_ct", "data.root=/there"))
-    said = merge_settings(compose("optim.lr=0.5"), ["optim.lr=0.5"], base)
-    assert said.optim.lr == 0.5
-    assert said.optim.name == "sgd"
-    assert said.data.root == "/there"
-
-
-def test_overlay_takes_a_whole_group():
-    base = dataclasses.asdict(compose("data=chest_ct", "data.root=/there", "data.batch_size=7"))
+    merged = merge_settings(compose("optim.lr=0.5"), ["optim.lr=0.5"], base)
+    assert (merged.optim.lr, merged.optim.name, merged.data.root) == (0.5, "sgd", "/there")
     assert merge_settings(compose("data=phantom"), ["data=phantom"], base).data == compose().data
 
 
@@ -128,9 +119,3 @@ def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():
         resolve({"data": "chest_ct"})
     with pytest.raises(ConfigError, match=r"optim\.lrr.*Did you mean optim\.lr"):
         resolve({"optim": {"lrr": 1}})
-
-
-def test_settings_that_earlier_versions_had_are_left_out():
-    stored = dataclasses.asdict(compose("optim.lr=0.5"))
-    stored["tracking"]["system_metrics"] = True
-    assert resolve(stored) == compose("optim.lr=0.5")

@@ -19,8 +19,6 @@ from chestct.serving.monitor import COLUMNS, NUMBERS
 from chestct.stats.drift import MEASURED, QUANTILES
 from tests.models.test_bundle import make
 
-ROOT = Path(__file__).parents[2]
-
 
 def draw(rng: np.random.Generator, n: int) -> dict[str, np.ndarray]:
     """The numbers of n slices, about as those of the public set: skewed, with ties, bimodal."""
@@ -51,9 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(1000)
     train, valid = draw(rng, 500), draw(rng, 120)
     facts = json.loads((folder / FACTS).read_text())
-    facts["statistics"] = {
-        name: np.quantile((train if name in STATISTICS else valid)[name], QUANTILES).tolist() for name in NUMBERS
-    }
+    both = valid | {name: train[name] for name in STATISTICS}
+    facts["statistics"] = {name: np.quantile(both[name], QUANTILES).tolist() for name in NUMBERS}
     facts["data"]["slices"] = {"train": 500, "valid": 120, "test": 100}
     del facts["digest"]
     (folder / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}))
@@ -73,8 +70,8 @@ def write(path: Path, window: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def drifted(drift: drift_report.Drift) -> set[str]:
-    return {shift.name for shift in drift.shifts if shift.drifted}
+def drifted(drift: drift_report.Drift) -> list[str]:
+    return [shift.name for shift in drift.shifts if shift.drifted]
 
 
 @pytest.mark.parametrize("n", [50, 100, 1000])
@@ -87,9 +84,8 @@ def test_a_number_that_moves_by_a_standard_deviation_is_found_and_named(bundle, 
     window = records(bundle, 3, 200)
     window[name] = window[name] + window[name].std()
     drift = compare(bundle, window)
-    assert drift.verdict == "drift"
-    assert name in drift.sentence
-    assert drifted(drift) == {name}
+    assert (drift.verdict, name in drift.sentence) == ("drift", True)
+    assert drifted(drift) == [name]
     assert [shift.name for shift in drift.shifts] == [*MEASURED, "refused"]
 
 
@@ -106,18 +102,10 @@ def test_refusals_raise_an_alarm_of_their_own_and_do_not_colour_the_rest(bundle)
     for name in NUMBERS:
         window[name][:90] = 50.0
     drift = compare(bundle, window)
-    assert drifted(drift) == {"refused"}
+    assert drifted(drift) == ["refused"]
     assert drift.decisions == {"normal": 210, "refused": 90}
     drift = compare(bundle, records(bundle, 3, 80, refused=80))  # nothing else is left to judge
-    assert [shift.name for shift in drift.shifts if shift.drifted] == [shift.name for shift in drift.shifts]
-
-
-def test_few_records_are_not_judged(bundle):
-    window = records(bundle, 3, 49)
-    window["mean"] += 1
-    drift = compare(bundle, window)
-    assert drift.verdict == "few"
-    assert "49 slices are too few to judge" in drift.sentence
+    assert drifted(drift) == [shift.name for shift in drift.shifts] == ["refused"]
 
 
 def test_slices_of_other_bundles_and_of_the_training_data_are_counted_and_left_out(bundle):
@@ -130,22 +118,18 @@ def test_slices_of_other_bundles_and_of_the_training_data_are_counted_and_left_o
     assert "30 of other bundles, 30 of the training data" in drift_report.summary(drift)
 
 
-@pytest.fixture
-def call(monkeypatch):
-    """call(*arguments): the exit status of `chestct drift report`."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["chestct", "drift", "report", *map(str, arguments)])
+def call(*arguments: object) -> int:
+    """The exit status of `chestct drift report`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["chestct", "drift", "report", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        return int(stop.value.code or 0)
-
-    return run
+    return int(stop.value.code or 0)
 
 
-@pytest.mark.parametrize(("change", "n", "status"), [(0.0, 200, 0), (0.2, 200, 1), (0.2, 20, 3), (0, 0, 3)])
+@pytest.mark.parametrize(("change", "n", "status"), [(0.0, 200, 0), (0.2, 200, 1), (0.2, 49, 3), (0, 0, 3)])
 def test_the_exit_status_tells_the_verdict_and_the_page_fetches_nothing(
-    call, bundle, folder, tmp_path, capsys, change, n, status
+    bundle, folder, tmp_path, capsys, change, n, status
 ):
     window = records(bundle, 4, n)
     window["mean"] += change
@@ -158,7 +142,7 @@ def test_the_exit_status_tells_the_verdict_and_the_page_fetches_nothing(
         assert shift.change in html
 
 
-def test_errors_end_with_2_and_say_the_way_out(call, bundle, folder, tmp_path, capsys):
+def test_errors_end_with_2_and_say_the_way_out(bundle, folder, tmp_path, capsys):
     db = write(tmp_path / "m.db", records(bundle, 0, 60))
     make(tmp_path / "plain")
     (tmp_path / "file").write_text("")

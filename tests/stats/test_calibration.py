@@ -95,18 +95,15 @@ def test_thresholds_lie_midway_and_ties_are_settled(y, policy, cost_ratio, thres
     assert choose_threshold(np.array([0.1, 0.2, 0.3, 0.9]), np.array(y), policy, cost_ratio) == pytest.approx(threshold)
 
 
-@pytest.mark.parametrize(
-    ("scores", "policy", "called"),
-    [
+def test_thresholds_at_the_ends_and_between_neighbouring_floats():
+    for scores, policy, called in (
         ([0.3, 0.3], "sensitivity>=0.95", [True, True]),  # equal scores go together
         ([1.0, 1.0], "specificity>=0.95", [False, False]),
         ([0.0, 0.0], "sensitivity>=1", [True, True]),
         ([0.7, np.nextafter(0.7, 1)], "youden", [False, True]),
-    ],
-)
-def test_thresholds_at_the_ends_and_between_neighbouring_floats(scores, policy, called):
-    threshold = choose_threshold(np.array(scores), np.array([0, 1]), policy)
-    assert [score >= threshold for score in scores] == called
+    ):
+        threshold = choose_threshold(np.array(scores), np.array([0, 1]), policy)
+        assert [score >= threshold for score in scores] == called, policy
 
 
 def test_calibration_needs_slices_and_a_policy_both_classes():
@@ -131,10 +128,10 @@ def test_conformal_sets_cover_each_class_at_the_stated_rate():
 
 
 def test_conformal_quantiles_of_a_worked_example():
-    p = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])[:, None]  # nine cancers, no normal
-    quantiles = fit_conformal(np.hstack([1 - p, p]), np.ones(9, int), 0.9)
-    assert quantiles == pytest.approx([1.0, 0.9])  # rank ceil(10 * 0.9) = 9 of 9; no normal slice: never excluded
-    assert fit_conformal(np.hstack([1 - p, p]), np.ones(9, int), 0.91) == [1.0, 1.0]  # rank 10 of 9
+    p = np.arange(0.9, 0.05, -0.1)[:, None]  # nine cancers, no normal
+    fitted = [fit_conformal(np.hstack([1 - p, p]), np.ones(9, int), coverage) for coverage in (0.9, 0.91)]
+    assert fitted[0] == pytest.approx([1.0, 0.9])  # rank ceil(10 * 0.9) = 9 of 9; no normal slice: never excluded
+    assert fitted[1] == [1.0, 1.0]  # rank 10 of 9
     assert prediction_sets(np.array([[0.2, 0.8], [0.5, 0.5]]), [0.9, 0.1]).tolist() == [[True, False], [True, False]]
 
 
@@ -149,6 +146,5 @@ def test_reliability_table_counts_every_slice_once():
     scores, y = np.array([0.05, 0.1, 0.1, 0.55, 0.95]), np.array([0, 0, 1, 1, 1])
     rows = reliability_table(scores, y, 10)
     assert [row["n"] for row in rows] == [3, 1, 1]  # bins are closed on the right: 0.1 is in the first
-    assert rows[0]["score"] == pytest.approx(0.25 / 3)
-    assert rows[0]["observed"] == pytest.approx(1 / 3)
-    assert (rows[0]["low"], rows[0]["high"]) == wilson(1, 3)
+    low, high = wilson(1, 3)
+    assert rows[0] == pytest.approx({"score": 0.25 / 3, "observed": 1 / 3, "n": 3, "low": low, "high": high})

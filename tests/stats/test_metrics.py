@@ -7,7 +7,7 @@ from sklearn import metrics as sk
 from chestct.errors import DataError
 from chestct.models.lightning_module import metric_collection
 from chestct.models.predictions import output_names, to_scores
-from chestct.stats.bootstrap import draws, effective_size
+from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson
 from chestct.stats.metrics import Estimate, measure, sample_of, statistics
 
@@ -93,13 +93,6 @@ def test_values_lie_within_their_intervals_and_repeat_with_the_seed(task):
     assert found["auroc"] != measure(frame, task, resamples=300, seed=1)["auroc"]
 
 
-def test_draws_take_whole_groups_and_as_many_as_there_are():
-    weights = np.concatenate(list(draws(np.array([0, 0, 1, 2, 2, 2]), 500, 0)))
-    assert (weights == weights[:, [0, 0, 2, 3, 3, 3]]).all()
-    assert (weights[:, [0, 2, 3]].sum(1) == 3).all()
-    assert weights.mean() == pytest.approx(1, abs=0.05)
-
-
 def clustered(seed, groups=60, size=5, shared=1.0):
     """Slices of a group share most of their noise, as slices of one patient do; true AUROC is the same throughout."""
     rng = np.random.default_rng(seed)
@@ -130,14 +123,11 @@ def test_intervals_of_clustered_slices_hold_the_truth_as_often_as_they_say():
     hits, naive = dict.fromkeys(truth, 0), dict.fromkeys(truth, 0)
     for seed in range(200):
         frame = clustered(seed, shared=0.8)
-        for count, found in (
-            (hits, measure(frame, "binary", resamples=400)),
-            (naive, measure(frame.assign(group=range(len(frame))), "binary", resamples=400)),
-        ):
+        for count, part in ((hits, frame), (naive, frame.assign(group=range(len(frame))))):
+            found = measure(part, "binary", resamples=400)
             for name, value in truth.items():
                 count[name] += found[name].low <= value <= found[name].high
-    assert min(hits.values()) >= 180
-    assert max(hits.values()) <= 199
+    assert all(180 <= count <= 199 for count in hits.values())
     assert max(naive.values()) <= 160
 
 
