@@ -68,8 +68,8 @@ def prepare(uri: str) -> None:
         with FileLock(f"{file}.lock", timeout=WAIT_SECONDS):
             if not _has_tables(file):
                 part = file.with_name(f"{file.name}.making")
-                for left in (part, Path(f"{part}-journal")):  # by a kill
-                    left.unlink(missing_ok=True)
+                for left in (f"{part}", f"{part}-journal", f"{file}-journal"):  # by a kill: SQLite would replay them
+                    Path(left).unlink(missing_ok=True)
                 MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
                 part.replace(file)
         MlflowClient(uri).search_experiments(max_results=1)
