@@ -14,7 +14,7 @@ from chestct.config.schema import Config, classes_of
 from chestct.errors import DataError
 from chestct.files import write_atomic
 from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, fewest_groups
-from chestct.stats.metrics import Sample, missing, proportions_of, sample_of, statistics
+from chestct.stats.metrics import missing, proportions_of, sample_of, statistics
 
 KEYS = ["source", "path", "content"]
 POOLED = ("brier", "log_loss", "ece")
@@ -43,53 +43,44 @@ def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000,
     Raises DataError if the tables share too few slices, disagree on a target, or are of different tasks.
     """
     task = "binary" if "logit_cancer" in table_a else "subtype"
-    columns = [f"probability_{name}" for name in classes_of(task)[task == "binary" :]]
-    samples, parts = [], []
-    for name, table in (("A", table_a), ("B", table_b)):
-        if not {*columns, "logit_cancer" if task == "binary" else "logit_normal"} <= set(table):
-            raise DataError(f"Run {name} was evaluated for another task. Compare runs of one task.")
-        test = table[table["split"] == "test"]
-        if copies := int(test.duplicated(KEYS).sum()):
-            raise DataError(f"Run {name} holds {copies} test slices twice; compare one evaluation with one other.")
-        parts.append(test.set_index(KEYS))
-    shared = parts[0].index.intersection(parts[1].index, sort=False)
-    n, groups = len(shared), parts[0].loc[shared, "group"].nunique()
+    if ("logit_cancer" in table_b) != (task == "binary"):
+        raise DataError("The runs were evaluated for different tasks. Compare runs of one task.")
+    tests = [table[table["split"] == "test"].drop_duplicates(KEYS).set_index(KEYS) for table in (table_a, table_b)]
+    shared = tests[0].index.intersection(tests[1].index, sort=False)
+    n, groups = len(shared), tests[0].loc[shared, "group"].nunique()
     if groups < MIN_GROUPS:
         raise DataError(
-            f"The runs share {n} test slices in {groups} groups (A has {len(parts[0])}, B has {len(parts[1])}); a "
+            f"The runs share {n} test slices in {groups} groups (A has {len(tests[0])}, B has {len(tests[1])}); a "
             f"comparison needs {MIN_GROUPS} groups. Evaluate both on the same data with the same data.split and "
             "data.split_seed."
         )
-    for part in parts:
-        both = part.loc[shared].reset_index()
-        samples.append(sample_of(both, task, both[columns].to_numpy(), _threshold(part)))
-    a, b = samples
+    columns = [f"probability_{name}" for name in classes_of(task)[task == "binary" :]]
+    a, b = (sample_of(test.loc[shared], task, test.loc[shared, columns].to_numpy(), _threshold(test)) for test in tests)
     if wrong := int((a.target != b.target).sum()):
         raise DataError(f"{wrong} of {n} shared slices have another target in the other run: labels differ.")
     values = [{name: float(v[0]) for name, v in statistics(sample, np.ones((1, n))).items()} for sample in (a, b)]
     drawn = [(statistics(a, weights), statistics(b, weights)) for weights in draws(a.group, resamples, seed)]
-    differences = {name: np.concatenate([of_b[name] - of_a[name] for of_a, of_b in drawn]) for name in values[0]}
-    rows = [_row(name, a, b, values, differences[name]) for name in differences]
+    rows = []
+    for name in values[0]:
+        shares = [proportions_of(sample)[name] for sample in (a, b) if name in proportions_of(sample)]
+        base = np.logical_or(shares[0][1], shares[1][1]) if shares else np.ones(n, bool)
+        groups = len(np.unique(a.group[base]))
+        row: dict[str, Any] = {"metric": name, "a": values[0][name], "b": values[1][name]}
+        row |= {"difference": row["b"] - row["a"], "low": None, "high": None, "excludes_zero": False}
+        row |= {"slices": int(base.sum()), "groups": groups}
+        if np.isnan(row["difference"]):
+            of = int(not np.isnan(row["a"]))
+            row["reason"] = shares[of][2] if shares else missing((a, b)[of])
+        else:
+            differences = np.concatenate([of_b[name] - of_a[name] for of_a, of_b in drawn])
+            fewest = groups if shares or name in POOLED else fewest_groups(a.target, a.group)
+            low, high, reason = difference_interval(differences, row["difference"], fewest)
+            excludes = low is not None and high is not None and (low > 0 or high < 0)
+            row |= {"low": low, "high": high, "excludes_zero": excludes, "reason": reason}
+        rows.append(
+            {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row.items()}
+        )
     return pd.DataFrame(rows, dtype=object)  # None stays None
-
-
-def _row(name: str, a: Sample, b: Sample, values: list[dict[str, float]], drawn: np.ndarray) -> dict[str, Any]:
-    """One metric of both: its values, their difference, and what that rests on."""
-    shares = [proportions_of(sample)[name] for sample in (a, b) if name in proportions_of(sample)]
-    base = np.logical_or(shares[0][1], shares[1][1]) if shares else np.ones(len(a.target), bool)
-    groups = len(np.unique(a.group[base]))
-    value_a, value_b = (None if np.isnan(value[name]) else value[name] for value in values)
-    row: dict[str, Any] = {"metric": name, "a": value_a, "b": value_b}
-    row |= {"difference": None, "low": None, "high": None, "excludes_zero": False}
-    row |= {"slices": int(base.sum()), "groups": groups}
-    if value_a is None or value_b is None:
-        i = 0 if value_a is None else 1
-        return row | {"reason": shares[i][2] if shares else missing((a, b)[i])}
-    fewest = groups if shares or name in POOLED else fewest_groups(a.target, a.group)
-    low, high, reason = difference_interval(drawn, value_b - value_a, fewest)
-    excludes = low is not None and high is not None and (low > 0 or high < 0)
-    interval = {"low": low, "high": high, "excludes_zero": excludes, "reason": reason}
-    return row | {"difference": value_b - value_a} | interval
 
 
 def _read(name: str) -> pd.DataFrame:
@@ -104,9 +95,8 @@ def _read(name: str) -> pd.DataFrame:
         table = pd.read_parquet(path)
         return table.assign(flagged=table["flagged"])
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path} is no table of predictions of this version ({error}). Evaluate the run again."
-        ) from None
+        reason = f"{path} is no table of predictions of this version ({error}). Evaluate the run again."
+        raise DataError(reason) from None
 
 
 def _threshold(table: pd.DataFrame) -> float:

@@ -115,38 +115,40 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     if _cached(model, cfg):
         features.attach(data, model.net, cfg, SPLITS, views=1)
     answers = {split: features.outputs(model.net, data.dataset(split), cfg.data.batch_size) for split in SPLITS}
-    logits = {split: answer[0] for split, answer in answers.items()}
-    pooled = {split: answer[1] for split, answer in answers.items()}
-    valid = data.manifest.loc[data.manifest["split"] == "valid", "target"].to_numpy()
-    point = OperatingPoint.fit(logits["valid"], valid, cfg.evaluation)
-    novelty_model = fit_novelty(pooled["train"], pooled["valid"])
-    parts = [prediction_table(data.manifest, split, logits[split], cfg.task) for split in ("valid", "test")]
-    novelty = torch.cat([novelty_model.distance(pooled[split]) for split in ("valid", "test")]).numpy()
-    table = decided(pd.concat(parts, ignore_index=True), point, novelty, cfg.task)
+    novelty_model = fit_novelty(answers["train"][1], answers["valid"][1])
+    parts = []
+    for split in ("valid", "test"):
+        logits, pooled = answers[split]
+        part = prediction_table(data.manifest, split, logits, cfg.task)
+        parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
+    point = OperatingPoint.fit(answers["valid"][0], parts[0]["target"].to_numpy(), cfg.evaluation)
+    table = pd.concat(parts, ignore_index=True)
+    table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
     settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
     columns = drift.measured(data.manifest[data.manifest["split"] == "test"], test)
-    shift = drift.differences(drift.training_facts(data.manifest, table), columns)
-    return Evaluation(
-        cfg,
-        table,
-        point,
-        novelty_model,
-        metrics,
-        [row(cfg, cfg.data.split, test, metrics["test"], data)],
-        _about(cfg, data),
-        model=model,
-        data=data,
-        manifest=data.manifest,
-        images=data.store.images,
-        sections={
-            "subgroups": subgroups(test, point.threshold, **settings),
-            "shift": shift,
-            "audit": kept_audit(cfg, data.store),
-            "made": made(),
-        },
-    )
+    sections = {
+        "subgroups": subgroups(test, point.threshold, **settings),
+        "shift": drift.differences(drift.training_facts(data.manifest, table), columns),
+        "audit": kept_audit(cfg, data.store),
+        "made": made(),
+    }
+    splitting = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage")
+    about = {
+        "task": cfg.task,
+        "data": cfg.data.name,
+        "split": cfg.data.split,
+        "synthetic": is_synthetic(cfg.data),
+        "leaked": int(table["leaked"].sum()),
+        "data_hash": data.store.data_hash,
+        # The run's folder and below: where it lies on this machine is nobody's business.
+        "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
+        "splitting": {name: getattr(cfg.data, name) for name in splitting},
+    }
+    rows = [row(cfg, cfg.data.split, test, metrics["test"], data)]
+    measures = (table, point, novelty_model, metrics, rows, about)
+    return Evaluation(cfg, *measures, model, data, data.manifest, data.store.images, sections)
 
 
 def _cached(model: Classifier, cfg: Config) -> bool:
@@ -163,13 +165,9 @@ def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.
     net, dataset = model.net, data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
-
-    def conv5(x: torch.Tensor) -> torch.Tensor:
-        return net.conv5(x).half()  # half the space
-
     if _cached(model, cfg):
         maps = features.extract(
-            conv5,
+            lambda x: net.conv5(x).half(),  # half the space
             lambda positions: dataset.slices([chosen[i] for i in positions], view=0),
             [dataset.contents[i] for i in chosen],
             features.space_folder(cfg, net.digest, 0) / "conv5",
@@ -178,7 +176,7 @@ def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.
         )
     else:
         images = dataset.images[dataset.rows[chosen]]
-        maps = torch.cat([conv5(x).cpu() for x in net.batches(images, cfg.features.batch_size)])
+        maps = torch.cat([net.conv5(x).half().cpu() for x in net.batches(images, cfg.features.batch_size)])
     return normal_cam(net, maps.to(net.mean.device).float()).cpu()
 
 
@@ -188,11 +186,12 @@ def decided(table: pd.DataFrame, point: OperatingPoint, novelty: np.ndarray, tas
     """
     names = classes_of(task)
     probabilities = point.probabilities(logits_of(table))
-    sets = [" or ".join(np.array(names)[held]) or "none" for held in point.sets(probabilities)]
-    calibrated = {f"probability_{name}": probabilities[:, i] for i, name in enumerate(names)}
-    flagged = 1 - probabilities[:, 0] >= point.threshold
     return table.assign(
-        **calibrated, flagged=flagged, decision=point.decide(probabilities, novelty), set=sets, novelty=novelty
+        **{f"probability_{name}": probabilities[:, i] for i, name in enumerate(names)},
+        flagged=1 - probabilities[:, 0] >= point.threshold,
+        decision=point.decide(probabilities, novelty),
+        set=[" or ".join(np.array(names)[held]) or "none" for held in point.sets(probabilities)],
+        novelty=novelty,
     )
 
 
@@ -223,23 +222,18 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
     if not scores:
         return dataclasses.replace(line, note="no shortcut baseline is defined on these slices")
     best = max(scores, key=lambda baseline: baseline.auroc)
-    margin = _margin(test, best.scores, cfg)
-    return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
-
-
-def _margin(test: pd.DataFrame, shortcut: np.ndarray, cfg: Config) -> Estimate:
-    """AUROC of the model minus that of the shortcut, on the same slices in the same resamples."""
     cancer = (test["label"] == "cancer").to_numpy()
     group = np.unique(test["group"], return_inverse=True)[1]
     model = 1 - test["probability_normal"].to_numpy()
 
     def margin(weights: np.ndarray) -> np.ndarray:
-        return auroc(model, cancer, weights) - auroc(shortcut, cancer, weights)
+        return auroc(model, cancer, weights) - auroc(best.scores, cancer, weights)
 
     value = float(margin(np.ones((1, len(test))))[0])
     drawn = np.concatenate([margin(weights) for weights in draws(group, cfg.evaluation.resamples, cfg.data.split_seed)])
     low, high, reason = difference_interval(drawn, value, fewest_groups(cancer, group))
-    return Estimate(value, low, high, len(test), len(np.unique(group)), reason)
+    estimate = Estimate(value, low, high, len(test), line.groups, reason)
+    return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=estimate)
 
 
 def made() -> dict[str, Any]:
@@ -252,20 +246,4 @@ def made() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         **code_version(),
-    }
-
-
-def _about(cfg: Config, data: SliceModule) -> dict[str, Any]:
-    assert data.store is not None
-    splitting = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage")
-    return {
-        "task": cfg.task,
-        "data": cfg.data.name,
-        "split": cfg.data.split,
-        "synthetic": is_synthetic(cfg.data),
-        "leaked": int(data.manifest.loc[data.manifest["split"] != "train", "leaked"].sum()),
-        "data_hash": data.store.data_hash,
-        # The run's folder and below: where it lies on this machine is nobody's business.
-        "checkpoint": "/".join(Path(cfg.ckpt or "").resolve().parts[-3:]),
-        "splitting": {name: getattr(cfg.data, name) for name in splitting},
     }

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
@@ -18,29 +17,19 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
     card: the model card, as chestct.reporting.render.model_card makes it.
     """
-    return save_bundle(folder, dataclasses.replace(evaluation.bundle, facts=facts(evaluation), card=card))
-
-
-def facts(evaluation: Evaluation) -> dict[str, Any]:
-    """What bundle.json says besides the operating point and the hashes."""
-    cfg, data, table = evaluation.cfg, evaluation.data, evaluation.table
+    cfg, data = evaluation.cfg, evaluation.data
     assert data is not None
     learned = data.manifest[data.manifest["split"] != "test"]
-    training = training_facts(data.manifest, table)
+    training = training_facts(data.manifest, evaluation.table)
     model = {key: value for key, value in dataclasses.asdict(cfg.model).items() if key not in ("weights", "freeze")}
-    return {
+    facts = {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
         "reliability": reliability(evaluation),
         "model": model | {"trained_convolutions": not cfg.always_frozen},
         "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
-        "limits": {"max_bytes": cfg.data.max_bytes, "max_pixels": cfg.data.max_pixels},
-        "data": {
-            **evaluation.about,
-            **training["data"],
-            "seen": sorted({content[:16] for content in learned["content"]}),
-        },
+        "data": evaluation.about | training["data"] | {"seen": sorted({c[:16] for c in learned["content"]})},
         "metrics": {
             split: {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
             for split, estimates in evaluation.metrics.items()
@@ -48,6 +37,7 @@ def facts(evaluation: Evaluation) -> dict[str, Any]:
         "statistics": training["statistics"],
         "code": code_version(),
     }
+    return save_bundle(folder, dataclasses.replace(evaluation.bundle, facts=facts, card=card))
 
 
 def reliability(evaluation: Evaluation) -> dict[str, list[dict[str, float]]]:

@@ -36,39 +36,28 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         cfg = dataclasses.replace(cfg, task="binary")
     table = _predicted(manifest, store, bundle, cfg)
     metrics = {"test": measured(table, cfg, bundle.point.threshold)}
-    evaluation = Evaluation(
-        cfg,
-        table,
-        bundle.point,
-        bundle.novelty_model,
-        metrics,
-        [row(cfg, cfg.data.split, table, metrics["test"], None)],
-        {
-            "task": cfg.task,
-            "data": cfg.data.name,
-            "split": "external" if store.data_hash != bundle.facts["data"].get("data_hash") else cfg.data.split,
-            "synthetic": is_synthetic(cfg.data),
-            "leaked": int(table["leaked"].sum()),
-            "data_hash": store.data_hash,
-            "bundle": bundle.id,
-            "left_out": left_out,
-        },
-        sections={"shift": drift.differences(bundle.facts, drift.measured(manifest, table)), "made": made()},
-        manifest=manifest,
-        images=store.images,
-    )
-    evaluation.bundle = bundle
+    rows = [row(cfg, cfg.data.split, table, metrics["test"], None)]
+    about = {
+        "task": cfg.task,
+        "data": cfg.data.name,
+        "split": "external" if store.data_hash != bundle.facts["data"].get("data_hash") else cfg.data.split,
+        "synthetic": is_synthetic(cfg.data),
+        "leaked": int(table["leaked"].sum()),
+        "data_hash": store.data_hash,
+        "bundle": bundle.id,
+        "left_out": left_out,
+    }
+    evaluation = Evaluation(cfg, table, bundle.point, bundle.novelty_model, metrics, rows, about)
+    evaluation.manifest, evaluation.images, evaluation.bundle = manifest, store.images, bundle
+    evaluation.sections = {"shift": drift.differences(bundle.facts, drift.measured(manifest, table)), "made": made()}
     return evaluation
 
 
 def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, int]:
     """The slices to measure, with `split` "test", `target` and `leaked`; and how many were left out as known."""
     if store.data_hash == bundle.facts["data"].get("data_hash"):
-        splitting = bundle.facts["data"]["splitting"]
-        manifest = load_splits(
-            store.manifest, dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **splitting))
-        )
-        manifest = manifest[manifest["split"] == "test"]
+        as_split = dataclasses.replace(cfg.data, **bundle.facts["data"]["splitting"])
+        manifest = load_splits(store.manifest, dataclasses.replace(cfg, data=as_split)).query("split == 'test'")
     else:
         manifest = store.manifest.drop_duplicates("content").assign(split="test", leaked=False)
     # Of the bundle's own data, too: another version may find other groups and deal them otherwise. Leaks that were

@@ -5,14 +5,14 @@ hard to bear; the model scores the changed slices again, and its answers are com
 """
 
 import io
-import math
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
+
+from chestct.stats.metrics import auroc
 
 Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 """(uint8 [S, S], strength, random stream) -> levels [S, S], not rounded"""
@@ -37,16 +37,8 @@ def _rescale(image: np.ndarray, share: float, _: np.random.Generator) -> np.ndar
 
 
 PERTURBATIONS: dict[str, tuple[str, tuple[float, float, float], Change]] = {
-    "noise": (
-        "standard deviation / grey range",
-        (0.02, 0.05, 0.10),
-        lambda x, s, rng: x + 255 * s * rng.standard_normal(x.shape),
-    ),
-    "blur": (
-        "standard deviation / side",
-        (0.005, 0.01, 0.02),
-        lambda x, s, _: ndimage.gaussian_filter(x.astype(float), s * len(x)),
-    ),
+    "noise": ("sd / grey range", (0.02, 0.05, 0.10), lambda x, s, rng: x + 255 * s * rng.standard_normal(x.shape)),
+    "blur": ("sd / side", (0.005, 0.01, 0.02), lambda x, s, _: ndimage.gaussian_filter(x.astype(float), s * len(x))),
     "jpeg": ("JPEG quality", (50, 20, 5), _jpeg),
     "brighter": ("shift / grey range", (0.05, 0.10, 0.20), lambda x, s, _: x + 255 * s),
     "less contrast": ("factor", (0.9, 0.75, 0.5), lambda x, s, _: (x - 127.5) * s + 127.5),
@@ -63,41 +55,26 @@ def changed(name: str, image: np.ndarray, strength: float, rng: np.random.Genera
 
 
 def robustness(
-    score_of: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
-    targets: np.ndarray,
-    threshold: float = 0.5,
-    seed: int = 0,
+    score_of: Callable[[np.ndarray], np.ndarray], images: np.ndarray, targets: np.ndarray, threshold: float
 ) -> pd.DataFrame:
-    """One row for the slices as they are, and one a perturbation and strength.
+    """One row for the slices as they are ("none"), and one a perturbation and strength.
 
-    score_of: P(cancer) float [N] in [0, 1] of uint8 [N, S, S]; images: uint8 [N, S, S]; targets: int [N], cancer 1;
-    threshold: score from which a slice counts as cancer. Columns: perturbation ("none" in the first row), level (1-3,
-    0 for none), strength, unit, auroc (None with one class), auroc_change, score_change (mean absolute), flipped
-    (share of decisions that change), slices.
+    score_of: P(cancer) float [N] of uint8 [N, S, S]; images: uint8 [N, S, S]; targets: int [N], cancer 1; threshold:
+    score from which a slice counts as cancer. Columns: perturbation, strength, unit, auroc (NaN with one class),
+    score_change (mean absolute), flipped (share of decisions that change).
     """
-    plain = np.asarray(score_of(images), float)
-    both = len(np.unique(targets)) == 2
-
-    def row(name: str, level: int, strength: float, unit: str, scores: np.ndarray) -> dict[str, object]:
-        auroc, before = (float(roc_auc_score(targets, s)) if both else math.nan for s in (scores, plain))
-        return {
-            "perturbation": name,
-            "level": level,
-            "strength": strength,
-            "unit": unit,
-            "auroc": auroc if both else None,
-            "auroc_change": auroc - before if both else None,
-            "score_change": float(np.abs(scores - plain).mean()),
-            "flipped": float(((scores >= threshold) != (plain >= threshold)).mean()),
-            "slices": len(scores),
-        }
-
-    rows = [row("none", 0, 0.0, "", plain)]
-    for name, (unit, strengths, _) in PERTURBATIONS.items():
-        for level, strength in enumerate(strengths, 1):
+    plain = score_of(images)
+    rows = []
+    levels = [(name, unit, strength) for name, (unit, strengths, _) in PERTURBATIONS.items() for strength in strengths]
+    for name, unit, strength in [("none", "", 0.0), *levels]:
+        scores = plain
+        if name != "none":
             # Each slice has its own stream, so that a row does not depend on which others were computed.
-            streams = [np.random.default_rng([seed, i]) for i in range(len(images))]
+            streams = [np.random.default_rng([0, i]) for i in range(len(images))]
             squares = [changed(name, image, strength, rng) for image, rng in zip(images, streams, strict=True)]
-            rows.append(row(name, level, strength, unit, np.asarray(score_of(np.stack(squares)), float)))
-    return pd.DataFrame(rows)
+            scores = score_of(np.stack(squares))
+        change = np.abs(scores - plain).mean()
+        flipped = ((scores >= threshold) != (plain >= threshold)).mean()
+        rows.append((name, strength, unit, auroc(scores, targets)[0], change, flipped))
+    columns = ["perturbation", "strength", "unit", "auroc", "score_change", "flipped"]
+    return pd.DataFrame(rows, columns=columns)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import Config
 from chestct.data.prepare import located
 from chestct.data.store import preprocess_of
 from chestct.errors import ConfigError
@@ -34,61 +33,57 @@ def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def explanation(evaluation: Evaluation) -> dict[str, Any]:
-    """Heat maps of new phantoms held against their lesions (chestct.evaluation.heatmap_check)."""
-    cfg, bundle = evaluation.cfg, evaluation.bundle
+    """Heat maps of phantoms like those of the settings, but new, held against their lesions (see heatmap_check)."""
+    cfg, bundle, number = evaluation.cfg, evaluation.bundle, evaluation.cfg.evaluation.phantoms
     try:
         bundle.net.first_trainable(4)
     except ConfigError:
         raise ConfigError("evaluation.phantoms redraws VGG's last block, which this model.backbone lacks.") from None
-    images, masks = lesion_slices(_new_phantoms(cfg), preprocess_of(cfg.data), cfg.data.window)
-    images, masks = images[: cfg.evaluation.phantoms], masks[: cfg.evaluation.phantoms]
-    outputs = explained_output(bundle.predict(images).logits)
-    return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, curves=2)
-
-
-def _new_phantoms(cfg: Config) -> Path:
-    """Root of phantoms like those of the settings, nearly all with lesions, drawn where they are not there yet."""
     drawn = dataclasses.replace(
         cfg.data.phantom,
         seed=cfg.data.phantom.seed + OTHER_SEED,
-        slices=max(12, round(cfg.evaluation.phantoms / 0.9)),
+        slices=max(12, round(number / 0.9)),
         cancer=0.95,
         defects=[],
     )
     data = dataclasses.replace(cfg.data, name="phantom", root=None, sources={}, phantom=drawn)
     root = Path(located(dataclasses.replace(cfg, data=data)).root or "")
     write(root, drawn, cfg.trainer.progress)
-    return root
+    images, masks = (part[:number] for part in lesion_slices(root, preprocess_of(cfg.data), cfg.data.window))
+    outputs = explained_output(bundle.predict(images).logits)
+    return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, curves=2)
 
 
 def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:
     """Pictures that are no chest CT, and how far from the training slices they lie (see novelty_check)."""
-    assert evaluation.images is not None
-    cfg, bundle = evaluation.cfg, evaluation.bundle
-    squares = evaluation.images[_some(evaluation, cfg.evaluation.novelty)["row"].to_numpy()]
+    number = evaluation.cfg.evaluation.novelty
+    squares, _ = _some(evaluation, number)
     of_test = evaluation.test["novelty"].to_numpy()
-    return novelty_figures(bundle, preprocess_of(cfg.data), of_test, squares, cfg.evaluation.novelty)
+    return novelty_figures(evaluation.bundle, preprocess_of(evaluation.cfg.data), of_test, squares, number)
 
 
 def under_changes(evaluation: Evaluation) -> pd.DataFrame:
-    """Scores of test slices after graded changes (chestct.evaluation.robustness)."""
-    assert evaluation.images is not None
-    chosen = _some(evaluation, evaluation.cfg.evaluation.robustness)
+    """Scores of test slices after graded changes (see robustness)."""
+    squares, targets = _some(evaluation, evaluation.cfg.evaluation.robustness)
     # The changes stand for what happens to a slice before it is preprocessed; its place in the square is settled.
     again = dataclasses.replace(preprocess_of(evaluation.cfg.data), fit="pad")
-    return robustness(
-        lambda images: evaluation.bundle.predict(np.stack([again(image) for image in images])).score,
-        evaluation.images[chosen["row"].to_numpy()],
-        (chosen["label"] == "cancer").to_numpy(int),
-        evaluation.point.threshold,
-    )
+
+    def score_of(images: np.ndarray) -> np.ndarray:
+        return evaluation.bundle.predict(np.stack([again(image) for image in images])).score
+
+    return robustness(score_of, squares, targets, evaluation.point.threshold)
 
 
-def _some(evaluation: Evaluation, number: int) -> pd.DataFrame:
-    """Test slices drawn at random: as many of each class as there are, up to half of `number`; cancer for the rest."""
+def _some(evaluation: Evaluation, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Test slices drawn at random, uint8 [N, S, S], and whether each is cancer, int [N].
+
+    As many of each class as there are, up to half of `number`; cancer for the rest.
+    """
     assert evaluation.manifest is not None
+    assert evaluation.images is not None
     test = evaluation.manifest[evaluation.manifest["split"] == "test"]
     test = test.sample(frac=1, random_state=evaluation.cfg.data.split_seed)
     half = max(1, number // 2)
     normal, cancer = (test[test["label"] == label] for label in ("normal", "cancer"))
-    return pd.concat([normal.head(half), cancer.head(max(half, number - len(normal)))])
+    chosen = pd.concat([normal.head(half), cancer.head(max(half, number - len(normal)))])
+    return evaluation.images[chosen["row"].to_numpy()], (chosen["label"] == "cancer").to_numpy(int)

@@ -90,9 +90,10 @@ def _folds(cfg: Config, folds: int, train: Train) -> Row:
     on_decisions = measure(pooled.assign(target=truth), "binary", decisions, 0.5, **settings)
     prefix = "" if cfg.task == "binary" else "cancer/"
     estimates |= {prefix + name: on_decisions[name] for name in OF_DECISIONS if prefix + name in estimates}
-    scored = ((1 - test["probability_normal"].to_numpy(), (test["label"] == "cancer").to_numpy()) for test in tests)
-    single = [float(auroc(*pair)[0]) for pair in scored if pair[1].any() and not pair[1].all()]
-    spread = f"AUROC of single folds {np.mean(single):.3f} ± {np.std(single, ddof=1):.3f}" if len(single) > 1 else ""
+    single = [
+        auroc(1 - test["probability_normal"].to_numpy(), (test["label"] == "cancer").to_numpy()) for test in tests
+    ]
+    spread = f"AUROC of single folds {np.nanmean(single):.3f} ± {np.nanstd(single, ddof=1):.3f}"
     return dataclasses.replace(row(cfg, f"{folds} folds", pooled, estimates, None), note=spread)
 
 

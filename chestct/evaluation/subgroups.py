@@ -33,34 +33,16 @@ def subgroups(test: pd.DataFrame, threshold: float, *, resamples: int, seed: int
         "source": table["source"],
         "subtype": table["subtype"].str.replace("_", " "),
         "file": (table["format"] + " " + table["mode"].where(table["mode"] != table["format"], "")).str.strip(),
-        "size": _thirds((table["width"] * table["height"]) ** 0.5, "px", 0),
-        "contrast": _thirds(table["std"], "sd", 2),
+        "size, px": pd.qcut((table["width"] * table["height"]) ** 0.5, 3, precision=0, duplicates="drop"),
+        "contrast, sd": pd.qcut(table["std"], 3, precision=2, duplicates="drop"),
     }
     for by, names in kinds.items():
         for name, part in table.groupby(names, observed=True) if names.nunique() > 1 else ():
             estimates = measured(part)
-            rows.append(
-                {
-                    "by": by,
-                    "name": str(name),
-                    "normal": int((part["target"] == 0).sum()),
-                    "cancer": int((part["target"] == 1).sum()),
-                    "groups": int(part["group"].nunique()),
-                    **estimates,
-                    "flag": _flag(estimates, overall),
-                }
-            )
+            counts = {"normal": int((part["target"] == 0).sum()), "cancer": int((part["target"] == 1).sum())}
+            counts["groups"] = int(part["group"].nunique())
+            rows.append({"by": by, "name": str(name), **counts, **estimates, "flag": _flag(estimates, overall)})
     return rows
-
-
-def _thirds(values: pd.Series, unit: str, digits: int) -> pd.Series:
-    """The third of the slices that each value falls into, named by its bounds; one name where they are too alike."""
-    low, high = values.quantile([1 / 3, 2 / 3])
-    low_text, high_text = (f"{value:.{digits}f} {unit}" for value in (low, high))
-    if low_text == high_text:
-        return pd.Series("all", index=values.index)
-    names = [f"up to {low_text}", f"{low_text} to {high_text}", f"above {high_text}"]
-    return pd.cut(values, [-float("inf"), low, high, float("inf")], labels=names)
 
 
 def _flag(part: dict[str, Estimate], overall: dict[str, Estimate]) -> str:

@@ -7,16 +7,14 @@ one is noticed. A head on the packaged convolutions makes a bundle of some kilob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -106,21 +104,21 @@ class Bundle:
     @torch.no_grad()
     def predict(self, images: np.ndarray, explain: bool = False) -> Outputs:
         """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
-        parts = [self._answers(x, explain) for x in self.net.batches(images)]
-        logits, novelty, heat = (np.concatenate(part) for part in zip(*parts, strict=True))
+        parts = []
+        for x in self.net.batches(images):
+            conv5 = self.net.conv5(x)
+            maps = self.net.pool(conv5)
+            of_batch = self.net.head(maps).cpu().numpy()
+            distances = self.novelty_model.distance(channel_means(maps, self.net.channels).cpu()).numpy()
+            shown = np.empty(0)
+            if explain:
+                cam = normalised_cam(self.net, conv5, explained_output(of_batch), self.baseline)[1]
+                shown = heat(cam).cpu().numpy()
+            parts.append((of_batch, distances, shown))
+        logits, novelty, heats = (np.concatenate(part) for part in zip(*parts, strict=True))
         probabilities = self.point.probabilities(logits)
         decision = self.point.decide(probabilities, novelty)
-        return Outputs(logits, probabilities, decision, novelty, heat if explain else None)
-
-    def _answers(self, x: torch.Tensor, explain: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Logits, novelty and heat (without `explain`: nothing) of slices float [B, 1, S, S]."""
-        conv5 = self.net.conv5(x)
-        maps = self.net.pool(conv5)
-        logits = self.net.head(maps).cpu().numpy()
-        shown = np.empty(0)
-        if explain:
-            shown = heat(normalised_cam(self.net, conv5, explained_output(logits), self.baseline)[1]).cpu().numpy()
-        return logits, self.novelty_model.distance(channel_means(maps, self.net.channels).cpu()).numpy(), shown
+        return Outputs(logits, probabilities, decision, novelty, heats if explain else None)
 
 
 def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
@@ -135,56 +133,43 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
     if own:
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
-    tensors |= {f"novelty.{key}": value for key, value in bundle.novelty_model.to_tensors().items()}
+    tensors |= {f"novelty.{key}": value for key, value in asdict(bundle.novelty_model).items()}
     tensors["saliency.baseline"] = bundle.baseline
     files = {TENSORS: save({key: value.contiguous() for key, value in tensors.items()}), CARD: bundle.card.encode()}
+    mean, scale = net.mean.flatten().tolist(), net.scale.flatten().tolist()
     facts = {
         "schema": SCHEMA,
         "chestct": chestct.__version__,
         **{key: value for key, value in bundle.facts.items() if key != "digest"},
-        "weights": {
-            "packaged": not own,
-            "mean": net.mean.flatten().tolist(),
-            "scale": net.scale.flatten().tolist(),
-            "digest": net.digest,
-        },
-        "operating_point": bundle.point.to_dict(),
+        "weights": {"packaged": not own, "mean": mean, "scale": scale, "digest": net.digest},
+        "operating_point": asdict(bundle.point),
         "files": {name: digest(data) for name, data in files.items()},
     }
     facts = json.loads(json.dumps(facts, allow_nan=False))
     check_facts(facts)
     text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
-    with _replacing(folder) as new:
-        for name, data in (files | {FACTS: text.encode()}).items():
-            (new / name).write_bytes(data)
+    _replace(folder.absolute(), files | {FACTS: text.encode()})
     return load_bundle(folder)
 
 
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A new folder next to `folder`; it takes that one's place when the block ends without an error.
+def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Puts files in the place of what is in `folder`, all or none.
 
-    Exports to one folder wait for each other, by a lock that stays next to it. What one that was killed left there is
-    put back, where it had moved the old bundle away, or removed. Raises BundleError as `check_target`.
+    What an export that was killed left there is put back, where it had moved the old bundle away, or removed.
     """
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     new, old = (folder.with_name(f".{folder.name}.bundle-{which}") for which in ("new", "old"))
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if old.exists() and not os.path.lexists(folder):
-            old.replace(folder)
-        check_target(folder)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
-        new.mkdir()
-        try:
-            yield new
-            if folder.exists():
-                folder.replace(old)
-            new.replace(folder)
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+    if old.exists() and not os.path.lexists(folder):
+        old.replace(folder)
+    check_target(folder)
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    new.mkdir(parents=True)
+    for name, data in files.items():
+        (new / name).write_bytes(data)
+    if folder.exists():
+        folder.replace(old)
+    new.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(folder: Path) -> None:
@@ -193,12 +178,12 @@ def check_target(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a folder. Give another for the bundle: bundle={folder}-bundle")
-    names = {entry.name for entry in folder.iterdir()}
-    other = {entry.name for entry in folder.iterdir() if entry.name not in LARGEST or not entry.is_file()}
-    if other or (names and FACTS not in names):
+    entries = sorted(folder.iterdir())
+    other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
+    if other or (entries and not (folder / FACTS).is_file()):
         raise BundleError(
-            f"{folder} holds {min(other or names)} and is no bundle: an export would remove what is in it. Give a "
-            f"folder of its own: bundle={folder / 'bundle'}"
+            f"{folder} holds {(other or entries)[0].name} and is no bundle: an export would remove what is in it. "
+            f"Give a folder of its own: bundle={folder / 'bundle'}"
         )
 
 
@@ -237,7 +222,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
             "bundle=packaged."
         )
     try:
-        facts = json.loads(_read(folder, FACTS), parse_constant=_refuse)
+        facts = json.loads(_read(folder, FACTS))
         schema, stated = facts["schema"], facts.pop("digest")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BundleError(f"{path} is damaged. Export the bundle again.") from None
@@ -252,10 +237,6 @@ def _read_facts(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BundleError(f"{path} is not a bundle's: {error}. Export the bundle again.") from None
     return facts | {"digest": stated}
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number")
 
 
 def _read(folder: Path, name: str, expected: str = "") -> bytes:

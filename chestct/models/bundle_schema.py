@@ -51,13 +51,8 @@ class WeightsOf(Part):
     digest: str
 
 
-class Calibration(Part):
-    scale: Annotated[float, Field(ge=0)]
-    shift: float
-
-
 class Point(Part):
-    calibration: Calibration
+    calibration: Annotated[dict[Literal["scale", "shift"], float], Field(min_length=2)]
     threshold: Annotated[float, Field(ge=0, le=1.001)]  # one that calls nothing cancer lies above 1
     policy: str
     coverage: Share

@@ -24,7 +24,8 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Pa
     """
     path, name = Path(ckpt), "best.ckpt" if best else "last.ckpt"
     if ckpt == "last":
-        runs = [path for path in Path(runs_dir).glob("**/checkpoints/last.ckpt") if _is_run(path.relative_to(runs_dir))]
+        found = Path(runs_dir).glob("**/checkpoints/last.ckpt")
+        runs = [p for p in found if not any(x == REFITS or x[0] == "." for x in p.relative_to(runs_dir).parts)]
         if not runs:
             raise ConfigError(f"ckpt=last: no run with a checkpoint under {runs_dir}. Train first: python train.py")
         # Runs that end in the same instant are told apart by their names, which begin with the time.
@@ -40,10 +41,6 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Pa
     return path
 
 
-def _is_run(path: Path) -> bool:
-    return not any(part == REFITS or part.startswith(".") for part in path.parts)
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The checkpoint in a file, without running anything that is in it.
 
@@ -51,13 +48,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     import torch
 
-    if not path.is_file():
-        raise WeightsError(f"No checkpoint {path}. Give a .ckpt file, a run folder, or ckpt=last for the newest run.")
-    content = path.read_bytes()
+    content = path.read_bytes() if path.is_file() else b""
     if len(content) < 86 or content != sealed(content[:-66] + bytes(2)):
         raise WeightsError(
-            f"The checkpoint {path} is damaged: its checksum is wrong or missing. Take another copy of it, or the "
-            "other one of best.ckpt and last.ckpt; one of a version that wrote no checksum has to be trained again."
+            f"The checkpoint {path} is missing or damaged: its checksum is wrong or not there. Take another copy, or "
+            "the other one of best.ckpt and last.ckpt; one of a version that wrote no checksum is to be trained again."
         )
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -67,11 +62,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         hyper = checkpoint["hyper_parameters"]
         parts = [checkpoint["chestct"], checkpoint["state_dict"], hyper["settings"], hyper["data"]]
+        if all(isinstance(part, dict) for part in parts):  # OmegaConf would read a text as YAML
+            return checkpoint
     except (KeyError, TypeError):
-        parts = [None]
-    if not all(isinstance(part, dict) for part in parts):  # OmegaConf would read a text as YAML
-        raise WeightsError(f"{path} is not a checkpoint of this project.")
-    return checkpoint
+        pass
+    raise WeightsError(f"{path} is not a checkpoint of this project.")
 
 
 def sealed(archive: bytes) -> bytes:

@@ -33,10 +33,7 @@ FORMAT = 3
 
 
 def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], views: int) -> None:
-    """Gives the data module the frozen features of these splits: of train so many views, of others the plain slices.
-
-    Images are then not touched any more while the convolutions are frozen.
-    """
+    """Gives the data module the frozen features of these splits: of train so many views, of others the plain slices."""
     for split in splits:
         dataset = data.dataset(split, train=split == "train")
         dataset.features, data.features[split], data.places[split] = (), [], []
@@ -112,8 +109,6 @@ def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
             if digest(raw) != path.stem:
                 raise ValueError("its checksum does not match")
             rows |= dict(zip(contents, load(raw)["features"], strict=True))
-        except FileNotFoundError:
-            continue  # another process removed it first
         except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
             print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
             path.unlink(missing_ok=True)
@@ -130,9 +125,8 @@ def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndar
     every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], batch_size))
     if dataset.features:
         every = torch.split(dataset.features[0], 1024)
-    parts = [
-        (net.head(maps.to(net.mean.device)).float().cpu(), channel_means(maps, net.channels).float().cpu())
-        for maps in every
-    ]
-    logits, pooled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return logits.numpy(), pooled
+    logits, pooled = [], []
+    for maps in every:
+        logits.append(net.head(maps.to(net.mean.device)).float().cpu())
+        pooled.append(channel_means(maps, net.channels).float().cpu())
+    return torch.cat(logits).numpy(), torch.cat(pooled)

@@ -120,12 +120,9 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self) -> Any:
         cfg = self.cfg.optim
         optimizer: torch.optim.Optimizer
-        # Convolutions that join in later are in the optimiser from the start: without gradients it leaves them alone.
-        groups = [
-            {"params": list(self.net.head.parameters()), "lr": cfg.lr},
-            {"params": self._later(), "lr": cfg.lr * cfg.backbone_lr_ratio},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = [{"params": list(self.net.head.parameters()), "lr": cfg.lr}]
+        if later := self._later():  # from the start: without gradients the optimiser leaves them alone
+            groups.append({"params": later, "lr": cfg.lr * cfg.backbone_lr_ratio})
         if cfg.optimizer:
             optimizer = build(cfg.optimizer, torch.optim.Optimizer, "optim.optimizer", groups)
         elif cfg.name == "sgd":
@@ -135,15 +132,7 @@ class Classifier(L.LightningModule):
         if cfg.scheduler:
             own = build(cfg.scheduler, lr_scheduler.LRScheduler, "optim.scheduler", optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": own, "monitor": self.cfg.trainer.monitor}}
-        schedule = self._schedule(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> lr_scheduler.LRScheduler:
-        cfg = self.cfg.optim
-        if cfg.schedule == "one_cycle":
-            top = [group["lr"] for group in optimizer.param_groups]
-            # One step more than will be taken: Lightning steps the schedule once after the last batch.
-            return lr_scheduler.OneCycleLR(optimizer, top, total_steps=steps + 1, pct_start=max(cfg.warmup, 1 / steps))
+        steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(cfg.warmup * steps)
 
         def factor(step: int) -> float:
@@ -152,7 +141,14 @@ class Classifier(L.LightningModule):
             done = min(1.0, (step - warmup) / max(1, steps - warmup))
             return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done))
 
-        return lr_scheduler.LambdaLR(optimizer, factor)
+        schedule: lr_scheduler.LRScheduler
+        if cfg.schedule == "one_cycle":
+            top = [group["lr"] for group in optimizer.param_groups]
+            # One step more than will be taken: Lightning steps the schedule once after the last batch.
+            schedule = lr_scheduler.OneCycleLR(optimizer, top, steps + 1, pct_start=max(cfg.warmup, 1 / steps))
+        else:
+            schedule = lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _later(self) -> list[nn.Parameter]:
         """Parameters of the convolutions that train at any time in the run."""

@@ -8,7 +8,7 @@ public chest CT set against Euclidean, cosine and k-nearest distances). 1 is the
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,13 +55,9 @@ class NoveltyModel:
         squared = (along**2 / self.variances.double()).sum(1) + (beyond**2).sum(1) / self.rest.double()
         return squared.sqrt().float() / self.threshold
 
-    def to_tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that `from_tensors` needs, contiguous, as safetensors wants it."""
-        return {name: tensor.contiguous() for name, tensor in asdict(self).items()}
-
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "NoveltyModel":
-        """The inverse of `to_tensors`; raises TypeError or ValueError for others."""
+        """The inverse of dataclasses.asdict; raises TypeError or ValueError for tensors that do not fit each other."""
         model = cls(**tensors)
         k, d = model.directions.shape
         for name, shape in {"mean": [d], "variances": [k], "rest": [], "threshold": []}.items():
@@ -88,13 +84,8 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quan
     variances = spread**2 / (len(x) - 1)
     # The floor keeps slices that are all alike from dividing by zero.
     rest = (variances[k:].sum() / (x.shape[1] - k)).clamp(min=1e-12)
-    model = NoveltyModel(
-        mean=mean.float(),
-        directions=directions[:k].half(),
-        variances=variances[:k].clamp(min=rest.item()).float(),
-        rest=rest.float(),
-        threshold=torch.tensor(1.0),
-    )
+    along = variances[:k].clamp(min=rest.item()).float()
+    model = NoveltyModel(mean.float(), directions[:k].half(), along, rest.float(), torch.tensor(1.0))
     distances = model.distance(features_valid).double()
     logs = distances.clamp(min=1e-12).log()
     fitted = logs.mean() + math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1)) * logs.std()
@@ -102,6 +93,6 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quan
 
 
 def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:
-    """float64: differences of directions that hardly vary are small next to the features themselves."""
+    # float64: differences of directions that hardly vary are small next to the features themselves.
     features = features.double().clamp(min=0)
     return (features / features.sum(1, keepdim=True).clamp(min=1e-12)).sqrt()

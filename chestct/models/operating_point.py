@@ -4,7 +4,7 @@ They belong together, because a threshold means something only on the scores tha
 them as JSON, and evaluation and serving decide with the same lines.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -70,13 +70,9 @@ class OperatingPoint:
         """Conformal sets, bool [N, classes]: the classes that cannot be excluded at the stated coverage."""
         return prediction_sets(probabilities, list(self.quantiles))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OperatingPoint":
-        """The inverse of `to_dict`."""
+        """The inverse of dataclasses.asdict."""
         rest = {**values, "calibration": Calibration(**values["calibration"]), "quantiles": tuple(values["quantiles"])}
         return cls(**rest)
 

@@ -83,11 +83,10 @@ def normalised_cam(
 
 def _standing_out(cam: torch.Tensor) -> torch.Tensor:
     """Maps [B, h, w], smoothed by a Gaussian (zero outside the square), less each map's mean."""
-    positions = torch.arange(cam.shape[-1], device=cam.device)
-    sigma = SMOOTHING * len(positions)
-    weights = torch.exp(-0.5 * ((positions[:, None] - positions) / sigma) ** 2)
-    steps = torch.arange(-len(positions), len(positions) + 1)
-    weights = weights / torch.exp(-0.5 * (steps / sigma) ** 2).sum().to(cam.device)
+    side = cam.shape[-1]
+    kernel = torch.exp(-0.5 * (torch.arange(-side, side + 1, device=cam.device) / (SMOOTHING * side)) ** 2)
+    positions = torch.arange(side, device=cam.device)
+    weights = (kernel / kernel.sum())[side + positions[:, None] - positions]
     smooth = weights @ cam @ weights
     return smooth - smooth.mean((1, 2), keepdim=True)
 
@@ -136,19 +135,21 @@ def mask_to_square(mask: np.ndarray, place: Placement) -> np.ndarray:
 
 
 def heat_to_square(heat: np.ndarray | torch.Tensor, size: int) -> np.ndarray:
-    """Heat [h, w] at the network's resolution, float32 [size, size], bicubic: peaks may lie between positions."""
+    """Heat [h, w] at the network's resolution, float32 [size, size]."""
     full = (0, 0, size, size)
     return heat_to_slice(heat, (size, size), Placement(size, full, full))
 
 
 def heat_to_slice(heat: np.ndarray | torch.Tensor, shape: tuple[int, int], place: Placement) -> np.ndarray:
-    """Heat [h, w] over the network's square as float32 [H, W] over the slice; zero where the square does not reach."""
+    """Heat [h, w] over the network's square as float32 [H, W] over the slice; zero where the square does not reach.
+
+    Bicubic: peaks may lie between positions.
+    """
     left, top, right, bottom = place.source
-    box = tuple(edge * len(heat) / place.size for edge in place.target)
-    part = Image.fromarray(np.asarray(heat, np.float32)).resize(
-        (right - left, bottom - top), Image.Resampling.BICUBIC, box=(box[0], box[1], box[2], box[3])
-    )
+    a, b, c, d = (edge * len(heat) / place.size for edge in place.target)
+    image = Image.fromarray(np.asarray(heat, np.float32))
     seen = np.zeros(shape, np.float32)
+    part = image.resize((right - left, bottom - top), Image.Resampling.BICUBIC, box=(a, b, c, d))
     seen[top:bottom, left:right] = np.asarray(part).clip(0, 1)
     return seen
 

@@ -61,7 +61,7 @@ def contents(evaluation: Evaluation) -> dict[str, Any]:
         "headline": text.headline(evaluation),
         "caveats": text.caveats(evaluation),
         "about": evaluation.about,
-        "operating_point": evaluation.point.to_dict(),
+        "operating_point": dataclasses.asdict(evaluation.point),
         "metrics": evaluation.metrics,
         "side_by_side": evaluation.rows,
         "sections": {name: section for name, section in evaluation.sections.items() if name != "audit"},

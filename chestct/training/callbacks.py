@@ -32,8 +32,9 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
     if cfg.unfreeze_epoch:
         callbacks.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
     if cfg.patience:
-        stop = EarlyStopping(cfg.monitor, patience=cfg.patience, mode=cfg.mode, check_on_train_epoch_end=True)
-        callbacks.append(stop)
+        callbacks.append(
+            EarlyStopping(cfg.monitor, mode=cfg.mode, patience=cfg.patience, check_on_train_epoch_end=True)
+        )
     if cfg.progress:
         callbacks.append(RichProgressBar(leave=False))
     callbacks += [build(spec, Callback, f"callbacks.{name}") for name, spec in settings.callbacks.items()]
@@ -51,8 +52,8 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        rates = {"lr": trainer.optimizers[0].param_groups[0]["lr"]}
-        self.rows.append({"epoch": trainer.current_epoch} | metrics | rates)
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.rows.append({"epoch": trainer.current_epoch, **metrics, "lr": rate})
         if trainer.is_global_zero:
             write_atomic(self.path, pd.DataFrame(self.rows).to_csv(index=False))
 
@@ -87,14 +88,17 @@ class Unfreeze(Callback):
 
 
 class EndWithParent(Callback):
-    """Lets SIGTERM end a process that Lightning started for DDP at once; the process that started it tells of it.
+    """Ends a process that Lightning started for DDP at once, on SIGTERM or when the process that started it is gone.
 
-    Lightning's own handler would wait for the other processes, one of which may be gone.
+    Lightning's own handler would wait for the other processes, one of which may be gone. Of a parent's death torch
+    tells by SIGINT, which programs that were started in the background (nohup) ignore.
     """
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1 and multiprocessing.parent_process():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Keeper(ModelCheckpoint):

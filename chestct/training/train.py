@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
+from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach, outputs
@@ -70,8 +70,8 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     try:
         write_atomic(out / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
     except OSError as error:
-        reason = f"Cannot write to the run folder {out}: {error.strerror}. Choose another with runs_dir=FOLDER."
-        raise ChestCTError(reason) from None
+        reason = f"{error.strerror}. Choose another with runs_dir=FOLDER."
+        raise ChestCTError(f"Cannot write to the run folder {out}: {reason}") from None
     where = environment(cfg.trainer.strategy)
     callbacks = callbacks_of(cfg, out)
     trainer = _trainer(cfg, out, callbacks, where)
@@ -91,7 +91,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             )
         about = {"hash": data.store.data_hash, "leaks": int(data.manifest["leaked"].sum())}
         model = Classifier(dataclasses.asdict(cfg), list(data.class_names), data.class_counts().tolist(), about)
-        resume = _resumable(cfg, out, model, where)
+        resume = _resumable(cfg, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
@@ -117,6 +117,12 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
 def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEnvironment) -> L.Trainer:
     """Lightning's trainer for these settings. Raises ChestCTError where this machine cannot meet them."""
+
+    def made(name: str, value: Any) -> Any:
+        """An argument of the Trainer's; what is named by `_target_`, such as a profiler, writes to the run folder."""
+        named = isinstance(value, dict) and "_target_" in value
+        return build(value, object, f"trainer.args.{name}", dirpath=out) if named else value
+
     strategy: str | Strategy = "auto"
     devices: int | str = cfg.trainer.devices
     if cfg.trainer.strategy == "single":
@@ -146,16 +152,10 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEn
             use_distributed_sampler=False,  # chestct.data.datamodule.Batches deals the slices
             # The loaders change from features to images when convolutions join in.
             reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
-            **{name: _argument(name, value, out) for name, value in cfg.trainer.args.items()},
+            **{name: made(name, value) for name, value in cfg.trainer.args.items()},
         )
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer settings that this machine or Lightning's Trainer cannot meet: {error}") from None
-
-
-def _argument(name: str, value: Any, out: Path) -> Any:
-    """An argument of the Trainer's; what is named by `_target_`, such as a profiler, writes to the run folder."""
-    named = isinstance(value, dict) and "_target_" in value
-    return build(value, object, f"trainer.args.{name}", dirpath=out) if named else value
 
 
 def environment(strategy: str) -> ClusterEnvironment:
@@ -201,21 +201,11 @@ def _ended_in_order(trainer: L.Trainer, out: Path) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def _resumable(cfg: Config, out: Path, model: Classifier, where: ClusterEnvironment) -> Path | None:
-    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data.
-
-    In the run's own folder that is the last one, whichever is named: epochs are never thrown away.
-    """
+def _resumable(cfg: Config, model: Classifier) -> Path | None:
+    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data."""
     if not cfg.ckpt:
         return None
-    path = Path(cfg.ckpt)
-    checkpoint = read_checkpoint(path)
-    # Only the first of several processes has the run's folder; all go on in it.
-    if path.name == "best.ckpt" and (where.global_rank() or path.resolve().parent == (out / "checkpoints").resolve()):
-        with suppress(WeightsError):  # no last one, or damaged
-            checkpoint = read_checkpoint(path.with_name("last.ckpt"))
-            path = path.with_name("last.ckpt")
-            print(f"Going on with last.ckpt, of epoch {checkpoint['epoch'] + 1}, not with best.ckpt.")
+    checkpoint = read_checkpoint(Path(cfg.ckpt))
     check_fits(checkpoint, model)
     theirs, ours = (hparams["data"]["hash"][:12] for hparams in (checkpoint["hyper_parameters"], model.hparams))
     if theirs != ours:
@@ -223,7 +213,7 @@ def _resumable(cfg: Config, out: Path, model: Classifier, where: ClusterEnvironm
             f"The data changed since {cfg.ckpt} was written (hash {theirs}, now {ours}). "
             "Resume with the data of that run, or start anew without ckpt."
         )
-    return path
+    return Path(cfg.ckpt)
 
 
 def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> tuple[dict[str, float], pd.DataFrame]:
@@ -246,17 +236,14 @@ def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> t
 def _record(cfg: Config, data: SliceModule, model: Classifier, run: Run) -> None:
     """Audits the data where that has not been done, and tells the run what it stands on."""
     assert data.store is not None
-    slices = {str(split): int(n) for split, n in data.manifest["split"].value_counts().items()}
     leaks = int(data.manifest["leaked"].sum())
     run.artifacts(kept_report(cfg, data.store), "audit")
-    run.tags(
-        {
-            "data.name": cfg.data.name,
-            "data.hash": data.store.data_hash,
-            "data.split": cfg.data.split,
-            "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
-            "data.synthetic": is_synthetic(cfg.data),
-            **{f"slices.{split}": n for split, n in slices.items()},
-            **model.parameter_counts(),
-        }
-    )
+    tags = {
+        "data.name": cfg.data.name,
+        "data.hash": data.store.data_hash,
+        "data.split": cfg.data.split,
+        "data.leakage": f"{leaks} slices have copies in an earlier split" if leaks else "none",
+        "data.synthetic": is_synthetic(cfg.data),
+    }
+    slices = {f"slices.{split}": int(n) for split, n in data.manifest["split"].value_counts().items()}
+    run.tags(tags | slices | model.parameter_counts())

@@ -9,14 +9,14 @@ from chestct.models.predictions import output_names, to_scores
 from chestct.stats.metrics import measure
 
 
-def run(n=120, noise=1.0, seed=0, own=1.0, task="binary", threshold=0.5, power=1.0):
-    """A run's table of predictions; runs of one seed share their slices and, but for `own`, what is hard in them."""
-    rng = np.random.default_rng(seed)
+def run(n=120, noise=1.0, task="binary", power=1.0):
+    """A run's table of predictions; runs share their slices and half of what is hard in them."""
+    rng = np.random.default_rng(0)
     names = output_names(task)
     target = rng.integers(0, max(2, len(names)), n)
     signal = (2 * target - 1)[:, None] if task == "binary" else 2 * np.eye(4)[target]
     hard = rng.normal(size=(n, len(names)))
-    logits = signal + noise * (hard + own * rng.normal(size=(n, len(names))))
+    logits = signal + noise * (hard + rng.normal(size=(n, len(names))))
     scores = to_scores(logits) ** power
     frame = pd.DataFrame(
         {"source": "x", "path": [f"{i}.png" for i in range(n)], "content": [f"c{i}" for i in range(n)]}
@@ -26,7 +26,7 @@ def run(n=120, noise=1.0, seed=0, own=1.0, task="binary", threshold=0.5, power=1
     frame = frame.assign(**{f"logit_{name}": logits[:, i] for i, name in enumerate(names)})
     frame = frame.assign(**{f"score_{name}": scores[:, i] for i, name in enumerate(names)})
     frame = frame.assign(**{f"probability_{name}": probabilities[:, i] for i, name in enumerate(classes_of(task))})
-    return frame.assign(flagged=1 - probabilities[:, 0] >= threshold**power)
+    return frame.assign(flagged=1 - probabilities[:, 0] >= 0.5**power)
 
 
 def rows(frame):
@@ -70,21 +70,10 @@ def test_a_better_run_is_told_from_an_equal_one_and_the_text_marks_it():
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_pairing_narrows_the_interval():
-    """Two runs that fail on the same slices: the difference is known better than either value."""
-    a, b = run(n=300, noise=2), run(n=300, noise=2, own=1.2)
-    paired = rows(compare(a, b))["auroc"]
-    single = measure(a, "binary")["auroc"]
-    assert paired["high"] - paired["low"] < 0.6 * np.sqrt(2) * (single.high - single.low)
-
-
-def test_a_run_compared_with_itself_has_no_interval_rather_than_certainty():
+def test_a_run_compared_with_itself_has_no_interval_and_each_run_its_own_scores_and_threshold():
     auroc = rows(compare(run(), run(), resamples=50))["auroc"]
     assert (auroc["difference"], auroc["low"], auroc["excludes_zero"]) == (0.0, None, False)
     assert "same difference in every resample" in auroc["reason"]
-
-
-def test_calibrated_scores_and_thresholds_belong_to_their_own_run():
     compared = rows(compare(run(), run(power=2.0), resamples=20))
     assert compared["accuracy"]["difference"] == compared["auroc"]["difference"] == 0
     assert compared["brier"]["difference"] > 0
@@ -115,9 +104,8 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_count():
         (run(), other, r"share 0 test slices in 0 groups \(A has 120, B has 120\).*data\.split"),
         (run(), run().iloc[:6], "share 6 test slices in 3 groups"),
         (run(), changed, "3 of 120 shared slices have another target"),
-        (run(), pd.concat([run(), run().iloc[:5]]), "Run B holds 5 test slices twice"),
-        (run(), run(task="subtype"), "another task"),
-        (run(task="subtype"), run(), "another task"),
+        (run(), run(task="subtype"), "different tasks"),
+        (run(task="subtype"), run(), "different tasks"),
     ):
         with pytest.raises(DataError, match=says):
             compare(a, b)

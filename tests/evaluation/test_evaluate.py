@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from chestct.config.schema import Config
+from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
-from chestct.models.lightning_module import load_classifier
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
@@ -40,13 +39,6 @@ def test_two_stage_runs_are_measured_on_the_network_that_they_end_with(small, tm
     cfg = replace(cfg, ckpt=str(tmp_path / "checkpoints" / "last.ckpt"))
     after, fresh = evaluate(cfg, result.data), evaluate(cfg)
     assert (after.table["logit_cancer"] - fresh.table["logit_cancer"]).abs().max() < 1e-5
-    net = load_classifier(Path(cfg.ckpt)).eval().net
-    assert fresh.data is not None
-    assert fresh.images is not None
-    valid = fresh.data.manifest.query("split == 'valid'")
-    with torch.no_grad():
-        logits = torch.cat([net(x) for x in net.batches(fresh.images[valid["row"].to_numpy()])])[:, 0]
-    assert np.abs(fresh.table.query("split == 'valid'")["logit_cancer"] - logits.numpy()).max() < 1e-4
 
 
 def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Config, Result], tmp_path, monkeypatch):
@@ -72,12 +64,8 @@ def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Confi
 
 @pytest.mark.skipif(pick_device().type == "cpu", reason="needs an accelerator")
 def test_an_accelerator_gives_the_numbers_of_the_cpu(run: tuple[Config, Result], evaluation: Evaluation) -> None:
-    cfg = replace(run[0], features=replace(run[0].features, cache=False))
-    fast = evaluate(cfg)
+    fast = evaluate(replace(run[0], features=replace(run[0].features, cache=False)))
     assert np.abs(fast.table["logit_cancer"] - evaluation.table["logit_cancer"]).max() < 1e-2
-    assert (
-        fast.bundle.baseline - evaluation.bundle.baseline
-    ).abs().max() < 0.05 * evaluation.bundle.baseline.abs().max()
 
 
 def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Result], evaluation: Evaluation) -> None:
@@ -89,21 +77,17 @@ def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Re
     assert flagged.all()
 
 
-def test_the_headline_stands_beside_its_best_shortcut(evaluation: Evaluation) -> None:
+def test_the_headline_stands_beside_its_best_shortcut_and_subgroups_divide_the_slices(evaluation: Evaluation) -> None:
     row = evaluation.headline
     assert row.policy == "grouped"
     assert row.slices["normal"] + row.slices["cancer"] == len(evaluation.test)
     assert row.shortcut
     assert row.margin is not None
     auroc = row.estimates["auroc"].value
-    if row.margin.value is not None:
-        assert row.margin.value == pytest.approx(auroc - row.shortcut_auroc, abs=1e-6)
-
-
-def test_subgroups_divide_the_test_slices(evaluation: Evaluation) -> None:
-    rows = evaluation.sections["subgroups"]
-    for by in {row["by"] for row in rows}:
-        assert sum(row["normal"] + row["cancer"] for row in rows if row["by"] == by) == len(evaluation.test)
+    assert row.margin.value == pytest.approx(auroc - row.shortcut_auroc, abs=1e-6)
+    subgroups = evaluation.sections["subgroups"]
+    for by in {part["by"] for part in subgroups}:
+        assert sum(part["normal"] + part["cancer"] for part in subgroups if part["by"] == by) == len(evaluation.test)
 
 
 @pytest.mark.slow
@@ -112,6 +96,5 @@ def test_subtypes_are_measured_by_class_and_as_cancer(small, tmp_path) -> None:
     result = train(cfg, tmp_path)
     evaluation = evaluate(replace(cfg, ckpt=str(result.best)), result.data)
     assert evaluation.metrics["test"]["cancer/auroc"].value is not None
-    assert evaluation.table[[f"probability_{n}" for n in ("normal", "adenocarcinoma", "large_cell", "squamous")]].sum(
-        axis=1
-    ).to_numpy() == pytest.approx(np.ones(len(evaluation.table)))
+    probabilities = evaluation.table[[f"probability_{name}" for name in classes_of("subtype")]]
+    assert probabilities.sum(axis=1).to_numpy() == pytest.approx(np.ones(len(evaluation.table)))

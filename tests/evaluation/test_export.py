@@ -13,9 +13,14 @@ from chestct.training.train import Result
 
 
 @pytest.fixture(scope="module")
-def bundle(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("export") / "bundle"
-    export(evaluation, folder, model_card(evaluation))
+def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("export") / "bundle"
+    export(evaluation, made, model_card(evaluation))
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> Bundle:
     return load_bundle(folder)
 
 
@@ -30,10 +35,9 @@ def test_the_bundle_gives_the_numbers_of_the_evaluation(bundle: Bundle, evaluati
 
 
 def test_the_predictor_gives_the_same_numbers_for_the_files(
-    bundle: Bundle, evaluation: Evaluation, run: tuple[Config, Result], tmp_path: Path
+    folder: Path, evaluation: Evaluation, run: tuple[Config, Result]
 ) -> None:
-    export(evaluation, tmp_path / "b", "# Card\n")
-    predictor = Predictor(tmp_path / "b")
+    predictor = Predictor(folder)
     for row in evaluation.test.head(4).itertuples():
         answer = predictor.predict(Path(run[0].data.root or "") / str(row.path))
         assert answer.score == pytest.approx(row.probability_cancer, abs=1e-5)

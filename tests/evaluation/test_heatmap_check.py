@@ -7,7 +7,7 @@ from PIL import Image
 from scipy import ndimage
 
 from chestct.config.schema import ModelConfig, PhantomConfig, WindowConfig
-from chestct.evaluation import heatmap_check as explanation
+from chestct.evaluation import heatmap_check
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.saliency import normal_cam
@@ -54,35 +54,17 @@ def learned():
     return net, normal_cam(net, normal), *draw(12, True, 7)
 
 
-@pytest.fixture(scope="module")
-def result(learned):
-    net, baseline, images, masks = learned
-    return check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
-
-
 @pytest.mark.slow
-def test_maps_of_a_network_that_learned_the_lesions_find_them(result, learned):
+def test_maps_of_a_network_that_learned_the_lesions_find_them(learned):
+    net, baseline, images, masks = learned
+    result = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
     # Where the lesion is all there is to see, random weights see it, too: that check is for slices with anatomy.
     assert all(passed for name, passed in result["checks"].items() if name != "randomisation")
-    assert set(result["checks"]) == {"pointing", "randomisation", "deletion"}
     assert result["randomisation"]["last_block"] < 0.5
-    assert result["passes"] == (not result["failures"])
     assert result["pointing"]["heat"] > max(0.6, 2 * result["pointing"]["chance"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    net, baseline, images, masks = learned
     again = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
     assert again == result  # the network is left as it was
-
-
-@pytest.mark.slow
-def test_maps_that_point_away_from_lesions_fail_in_sentences(learned):
-    net, baseline, images, masks = learned
-    away = np.roll(masks, SIZE // 2, axis=(1, 2)) & ~masks
-    away = np.where(away.any((1, 2), keepdims=True), away, ~masks)
-    failed = check_explanation(net, images, away, np.zeros(len(images), int), baseline, curves=2)
-    assert not failed["passes"]
-    assert not failed["checks"]["pointing"]
-    assert any("not clearly more often" in sentence for sentence in failed["failures"])
 
 
 @pytest.mark.slow
@@ -93,10 +75,11 @@ def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatc
     def edges(net, maps, outputs, baseline):  # the same for every network
         return net.head(net.pool(maps)), blobs.expand(len(maps), -1, -1)
 
-    monkeypatch.setattr(explanation, "normalised_cam", edges)
+    monkeypatch.setattr(heatmap_check, "normalised_cam", edges)
     found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, curves=1)
     assert found["randomisation"] == pytest.approx({"head": 1.0, "last_block": 1.0})
     assert not found["checks"]["randomisation"]
+    assert any("random weights resemble" in sentence for sentence in found["failures"])
 
 
 def spot(row, column, side=224):
@@ -105,26 +88,21 @@ def spot(row, column, side=224):
     return found
 
 
-def test_pointing_allows_fifteen_pixels_of_224():
+def test_pointing_allows_fifteen_pixels_of_224_and_what_knows_nothing_hits_where_lesions_lie():
+    body = np.ones((4, 224, 224), bool)
     mask = np.zeros((224, 224), bool)
     mask[100:110, 100:110] = True
-    heat = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), spot(20, 20)])
-    found = explanation._pointing(heat, np.stack([mask] * 4), np.ones((4, 224, 224), bool))
+    shown = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), spot(20, 20)])
+    found = heatmap_check._pointing(shown, np.stack([mask] * 4), body)
     assert found["heat"] == 0.5
-    assert found["heat_0px"] == 0.25
-    # Wilson 1927 for 2 of 4
-    assert found["interval"] == pytest.approx([0.1500, 0.8500], abs=1e-3)
-
-
-def test_chance_and_priors_hit_as_often_as_lesions_lie_there():
+    assert found["interval"] == pytest.approx([0.1500, 0.8500], abs=1e-3)  # Wilson 1927 for 2 of 4
     centre, corner = np.zeros((2, 224, 224), bool)
     centre[105:120, 105:120] = True
     corner[20:35, 20:35] = True
-    masks, body = np.stack([centre, corner, corner, corner]), np.ones((4, 224, 224), bool)
-    blind = explanation._pointing(np.zeros(body.shape), masks, body)
-    assert blind["centre"] == 0.25
+    masks = np.stack([centre, corner, corner, corner])
+    blind = heatmap_check._pointing(np.zeros(body.shape), masks, body)
+    assert (blind["heat"], blind["centre"]) == (0, 0.25)
     assert blind["average_lesion"] == 0.75  # the one in the centre is not told by itself
-    assert (blind["no_heat"], blind["heat"]) == (4, 0)
     near = [ndimage.distance_transform_edt(~mask) <= 15 for mask in masks]
     assert blind["chance"] == pytest.approx(np.mean(near))
 
@@ -133,12 +111,11 @@ def test_pixels_of_the_body_are_deleted_in_order():
     image = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
     inside = np.zeros((8, 8), bool)
     inside[:, :4] = True
-    frames = explanation._deleted(image, spot(2, 2, 8), inside)
+    frames = heatmap_check._deleted(image, spot(2, 2, 8), inside)
     assert (frames[0] == image).all()
     assert (frames[:, ~inside] == image[~inside]).all()
-    changed = (frames != image).sum((1, 2))
-    assert (np.diff(changed) >= 0).all()
-    assert 0 < changed[1] <= 4
+    assert (np.diff((frames != image).sum((1, 2))) >= 0).all()
+    assert 0 < (frames[1] != image).sum() <= 4
 
 
 def test_lesions_lie_where_the_truth_says(tmp_path):
@@ -153,10 +130,3 @@ def test_lesions_lie_where_the_truth_says(tmp_path):
         assert np.divide(ndimage.center_of_mass(mask), SIZE) == pytest.approx(
             np.divide(ndimage.center_of_mass(drawn), drawn.shape), abs=0.02
         )
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_too_few_slices_are_refused(n):
-    nothing = np.zeros((n, SIZE, SIZE), np.uint8)
-    with pytest.raises(ValueError, match="at least two slices"):
-        check_explanation(torch.nn.Identity(), nothing, nothing > 0, np.zeros(n, int))

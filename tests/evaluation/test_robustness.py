@@ -5,18 +5,14 @@ from sklearn.metrics import roc_auc_score
 
 from chestct.evaluation.robustness import PERTURBATIONS, changed, robustness
 
-SIDE = 96
 TARGETS = np.arange(12) % 2
 
 
 @pytest.fixture(scope="module")
 def images():
-    """Smooth grey blobs on black, as bodies are."""
-    rng = np.random.default_rng(0)
-    blobs = ndimage.gaussian_filter(rng.random((12, SIDE, SIDE)), (0, 4, 4))
-    blobs = (blobs - blobs.min()) / np.ptp(blobs)
-    blobs[:, :12] = blobs[:, -12:] = blobs[:, :, :12] = blobs[:, :, -12:] = 0
-    return (40 + 170 * blobs).astype(np.uint8)
+    """Smooth grey blobs, as bodies are."""
+    blobs = ndimage.gaussian_filter(np.random.default_rng(0).random((12, 96, 96)), (0, 4, 4))
+    return (40 + 170 * (blobs - blobs.min()) / np.ptp(blobs)).astype(np.uint8)
 
 
 def mean_level(images):
@@ -28,8 +24,7 @@ def test_stronger_changes_change_more_and_levels_saturate_instead_of_wrapping(im
     def distance(strength):
         rng = np.random.default_rng(0)
         after = np.stack([changed(name, image, strength, rng) for image in images])
-        assert after.shape == images.shape
-        assert after.dtype == np.uint8
+        assert (after.shape, after.dtype) == (images.shape, np.uint8)
         return np.abs(after.astype(float) - images).mean()
 
     weak, middle, strong = (distance(strength) for strength in PERTURBATIONS[name][1])
@@ -43,25 +38,10 @@ def test_values_are_those_computed_by_hand(images):
     threshold = plain.mean()
     table = robustness(mean_level, images, TARGETS, threshold)
     assert len(table) == 1 + 3 * len(PERTURBATIONS)
-    first = table.iloc[0]
-    assert (first["perturbation"], first["score_change"], first["flipped"]) == ("none", 0.0, 0.0)
+    assert tuple(table.loc[0, ["perturbation", "score_change", "flipped"]]) == ("none", 0.0, 0.0)
     brighter = mean_level(np.clip(np.rint(images + 255 * 0.2), 0, 255).astype(np.uint8))
-    row = table.set_index(["perturbation", "level"]).loc[("brighter", 3)]
+    row = table.set_index(["perturbation", "strength"]).loc[("brighter", 0.2)]
     assert row["score_change"] == pytest.approx(np.abs(brighter - plain).mean())
     assert row["flipped"] == ((brighter >= threshold) != (plain >= threshold)).mean() > 0
-    assert row["auroc"] == roc_auc_score(TARGETS, brighter)
-    assert row["auroc_change"] == row["auroc"] - roc_auc_score(TARGETS, plain)
-
-
-def test_a_slice_is_changed_alike_whichever_others_stand_behind_it(images):
-    seen = []
-    for some in (images, images[:3]):
-        robustness(lambda x: seen.append(x[0]) or mean_level(x), some, TARGETS[: len(some)])
-    half = len(seen) // 2
-    assert all((one == other).all() for one, other in zip(seen[:half], seen[half:], strict=True))
-
-
-def test_auroc_of_one_class_is_none(images):
-    table = robustness(mean_level, images, np.ones(len(images), int))
-    assert table["auroc"].isna().all()
-    assert table["score_change"].notna().all()
+    assert row["auroc"] == pytest.approx(roc_auc_score(TARGETS, brighter))
+    assert robustness(mean_level, images, np.ones(12, int), threshold)["auroc"].isna().all()

@@ -70,32 +70,23 @@ CONTENT = {
 }
 
 
-def test_a_sealed_checkpoint_is_an_ordinary_one(tmp_path):
-    path = tmp_path / "x.ckpt"
-    path.write_bytes(sealed(saved(CONTENT)))
-    for loaded in (torch.load(path, weights_only=True), read_checkpoint(path)):
-        assert torch.equal(loaded["state_dict"]["w"], CONTENT["state_dict"]["w"])
-        assert loaded["epoch"] == 3
-
-
 def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
     path, whole, rng = tmp_path / "x.ckpt", sealed(saved(CONTENT)), random.Random(0)
+    path.write_bytes(whole)
+    assert torch.load(path, weights_only=True)["epoch"] == read_checkpoint(path)["epoch"] == 3  # an ordinary file
     # everywhere at random, and each byte of the directory and the seal at the end
     for at in [*(rng.randrange(len(whole)) for _ in range(300)), *range(len(whole) - 1000, len(whole))]:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        with pytest.raises(WeightsError, match=r"x\.ckpt is damaged"):
+        with pytest.raises(WeightsError, match=r"x\.ckpt is missing or damaged"):
             read_checkpoint(path)
-
-
-WITH = {"expression": {"a": "${oc.env:HOME}"}, "text": "model: {head: {_target_: os.system}}"}
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "No checkpoint"),
+        (None, "missing"),
         (b"", "damaged"),
         (b"hello", "damaged"),
         (saved(CONTENT), "no checksum"),
@@ -106,16 +97,14 @@ WITH = {"expression": {"a": "${oc.env:HOME}"}, "text": "model: {head: {_target_:
             for value in (
                 ["chestct"],
                 {"state_dict": {}},
-                CONTENT | {"chestct": "x"},
                 CONTENT | {"state_dict": []},
                 CONTENT | {"hyper_parameters": {"data": {}}},
-                CONTENT | {"hyper_parameters": SETTINGS | {"settings": WITH["text"]}},
-                CONTENT | {"hyper_parameters": SETTINGS | {"data": "x"}},
+                CONTENT | {"hyper_parameters": SETTINGS | {"settings": "model: {head: {_target_: os.system}}"}},
             )
         ),
-        (sealed(saved(CONTENT | {"hyper_parameters": SETTINGS | {"settings": WITH["expression"]}})), "sets a="),
+        (sealed(saved(CONTENT | {"hyper_parameters": SETTINGS | {"settings": {"a": "${oc.env:HOME}"}}})), "sets a="),
     ],
-    ids=range(14),
+    ids=range(12),
 )
 def test_what_is_no_checkpoint_is_one_clear_error_and_runs_nothing(tmp_path, content, says):
     path = tmp_path / "x.ckpt"

@@ -49,7 +49,7 @@ def test_only_what_is_new_is_computed_and_copies_once(net, tmp_path):
     assert torch.equal(result[1], result[3])
 
 
-@pytest.mark.parametrize("at", [0, 9, 60, 0.5, -1, "cut", "empty", "other"])
+@pytest.mark.parametrize("at", [9, 0.5, -1, "cut", "empty", "other"])
 def test_a_damaged_shard_is_never_believed_and_computed_again(net, tmp_path, capsys, at):
     first = run(net, Slices(3), list("abc"), tmp_path)
     shard = next((tmp_path / "f").glob("*.safetensors"))
@@ -68,18 +68,6 @@ def test_a_damaged_shard_is_never_believed_and_computed_again(net, tmp_path, cap
     assert len(list((tmp_path / "f").iterdir())) == 1
 
 
-def test_only_shards_that_hold_what_is_asked_for_are_read(net, tmp_path, capsys):
-    first = run(net, Slices(2), list("ab"), tmp_path)
-    (own,) = (tmp_path / "f").iterdir()
-    run(net, Slices(2), list("cd"), tmp_path)
-    (other,) = set((tmp_path / "f").iterdir()) - {own}
-    damaged = bytearray(other.read_bytes())
-    damaged[-1] ^= 1
-    other.write_bytes(damaged)
-    assert torch.equal(run(net, Slices(2), ["b"], tmp_path), first[1:])
-    assert "damaged" not in capsys.readouterr().out
-
-
 def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
     monkeypatch.setattr("chestct.models.features.SHARD", 4)
     with pytest.raises(KeyboardInterrupt):
@@ -90,7 +78,6 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
     assert len(list((tmp_path / "f").iterdir())) == 2  # no half-written one
 
 
-@pytest.mark.slow
 def test_every_setting_that_changes_features_has_its_own_folder(small):
     cfg = small()
     changed = ("model.pool=flatten", "data.fit=body", "data.size=96")

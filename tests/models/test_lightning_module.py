@@ -14,20 +14,16 @@ def make(cfg, counts=None):
     return Classifier(dataclasses.asdict(cfg), names, counts or [1.0] * len(names), {"hash": "h", "leaks": 0})
 
 
-def test_binary_loss_is_weighted_and_smoothed_cross_entropy(small):
-    model = make(small("optim.label_smoothing=0.2"), [1.0, 3.0])
+def test_losses_are_weighted_cross_entropy_and_smoothed(small):
     logits, y = torch.tensor([[0.3], [-1.0], [2.0], [0.0]]), torch.tensor([0, 1, 1, 1])
-    target = torch.tensor([0.1, 0.9, 0.9, 0.9])
-    weight = torch.tensor([2.0, 2 / 3, 2 / 3, 2 / 3])
+    target, weight = torch.tensor([0.1, 0.9, 0.9, 0.9]), torch.tensor([2.0, 2 / 3, 2 / 3, 2 / 3])
     losses = functional.binary_cross_entropy(logits[:, 0].sigmoid(), target, reduction="none")
+    model = make(small("optim.label_smoothing=0.2"), [1.0, 3.0])
     assert model.loss(logits, y).item() == pytest.approx(((losses * weight).sum() / weight.sum()).item(), rel=1e-5)
-
-
-def test_subtype_loss_is_weighted_cross_entropy(small):
     model = make(small("task=subtype"), [1.0, 1.0, 2.0, 4.0])
     logits, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 3])
-    weight = 8 / (4 * torch.tensor([1.0, 1.0, 2.0, 4.0]))
-    assert model.loss(logits, y).item() == pytest.approx(functional.cross_entropy(logits, y, weight).item(), rel=1e-6)
+    expected = functional.cross_entropy(logits, y, 8 / (4 * torch.tensor([1.0, 1.0, 2.0, 4.0])))
+    assert model.loss(logits, y).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_logits_between_0_and_1_are_not_taken_for_scores(small):
@@ -70,12 +66,6 @@ def test_only_convolutions_that_train_are_in_the_checkpoint_and_counted(small, s
     assert any("features" in key for key in model.state_dict()) == bool(trains)
 
 
-def checkpoint_of(model):
-    made = {"hyper_parameters": dict(model.hparams), "state_dict": model.state_dict()}
-    model.on_save_checkpoint(made)
-    return made
-
-
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -87,7 +77,7 @@ def checkpoint_of(model):
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused_with_what_differs(small, overrides, says):
-    saved = checkpoint_of(make(small()))
-    saved["chestct"]["weights"] = "other"
+    model = make(small())
+    saved = {"hyper_parameters": model.hparams, "state_dict": model.state_dict(), "chestct": {"weights": "other"}}
     with pytest.raises(WeightsError, match=says):
         check_fits(saved, make(small(*filter(None, [overrides]))))

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load, save
 
 from chestct.errors import DataError
-from chestct.models.novelty import NoveltyModel, fit_novelty
+from chestct.models.novelty import fit_novelty
 
 
 def population(n, seed, pattern_seed=0, width=512):
@@ -16,12 +15,8 @@ def population(n, seed, pattern_seed=0, width=512):
     return torch.tensor(features * rng.uniform(0.3, 3, (n, 1)), dtype=torch.float32)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return fit_novelty(population(300, 1), population(100, 2))
-
-
-def test_slices_of_another_kind_lie_beyond_the_threshold(model):
+def test_slices_of_another_kind_lie_beyond_the_threshold():
+    model = fit_novelty(population(300, 1), population(100, 2))
     assert (model.distance(population(500, 3)) > 1).float().mean() < 0.04
     assert (model.distance(population(50, 3, pattern_seed=9)) > 1).all()
     assert (model.distance(torch.rand(50, 512)) > 1).all()
@@ -45,26 +40,14 @@ def test_distance_is_mahalanobis_under_the_fitted_gaussian():
     covariance = vectors @ np.diag(values) @ vectors.T
     offset = roots.numpy() - roots.mean(0).numpy()
     expected = np.sqrt(np.einsum("nd,de,ne->n", offset, np.linalg.inv(covariance), offset))
-    found = model.distance(train) * model.threshold
-    assert np.allclose(found.numpy(), expected, rtol=5e-3)
+    assert np.allclose((model.distance(train) * model.threshold).numpy(), expected, rtol=5e-3)
 
 
-@pytest.mark.parametrize(("n", "valid", "named"), [(3, 9, "training"), (9, 1, "validation"), (0, 0, "training")])
-def test_too_few_slices_are_named(n, valid, named):
-    with pytest.raises(DataError, match=f"{named} slices at least; there are"):
-        fit_novelty(population(n, 1), population(valid, 2))
-
-
-def test_slices_that_are_all_alike_give_finite_distances():
+def test_too_few_slices_are_named_and_slices_that_are_all_alike_give_finite_distances():
+    for n, valid, named in ((3, 9, "training"), (9, 1, "validation")):
+        with pytest.raises(DataError, match=f"{named} slices at least; there are"):
+            fit_novelty(population(n, 1), population(valid, 2))
     same = torch.ones(20, 512)
     distances = fit_novelty(same, same).distance(torch.cat([same, torch.rand(1, 512), torch.zeros(1, 512)]))
     assert distances.isfinite().all()
     assert (distances[-2:] > 1).all()
-
-
-def test_the_model_survives_a_bundle_and_fits_in_100_kilobytes(model):
-    data = save(model.to_tensors())
-    assert len(data) <= 100_000
-    again = NoveltyModel.from_tensors(load(data))
-    slices = population(20, 3)
-    assert torch.equal(again.distance(slices), model.distance(slices))

@@ -31,17 +31,12 @@ def test_it_is_small_and_names_no_place_of_one_machine() -> None:
         assert not re.search(rb"/(home|root|tmp|work|Users)/|(?<![\w./])/[A-Za-z]{3,}/", path.read_bytes()), path
 
 
-def test_it_was_trained_on_real_slices_without_leaks_and_from_committed_code(bundle: Bundle) -> None:
+def test_it_was_trained_on_real_slices_without_leaks_and_says_what_its_numbers_are_worth(bundle: Bundle) -> None:
     data = bundle.facts["data"]
-    assert data["synthetic"] is False
-    assert data["leaked"] == 0
-    assert data["split"] == "grouped"
+    assert (data["synthetic"], data["leaked"], data["split"]) == (False, 0, "grouped")
     assert bundle.facts["code"]["git.dirty"] is False
-
-
-def test_its_card_says_what_the_numbers_are_worth(bundle: Bundle) -> None:
-    for said in ("Not for clinical use", "5 groups", "5 folds", "permuted labels", "Few normals", "Shortcut"):
-        assert said in bundle.card
+    for words in ("Not for clinical use", "5 groups", "5 folds", "permuted labels", "Few normals", "Shortcut"):
+        assert words in bundle.card
 
 
 def test_its_scores_are_those_it_was_made_with(bundle: Bundle, tmp_path: Path) -> None:

@@ -15,19 +15,9 @@ from chestct.models.weights import load_weights
 SIZE = 64
 
 
-@pytest.fixture(scope="module")
-def oxford():
-    return load_weights("oxford")
-
-
-@pytest.fixture(scope="module")
-def slices():
-    return torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-
-
-def make(weights, outputs=1, **model):
+def make(outputs=1, **model):
     torch.manual_seed(0)
-    net = VGG16(ModelConfig(**model), outputs, SIZE, weights).eval()
+    net = VGG16(ModelConfig(**model), outputs, SIZE, load_weights("oxford")).eval()
     net.set_frozen(True)
     return net
 
@@ -42,12 +32,12 @@ def make(weights, outputs=1, **model):
         (4, 1, {"pool": "flatten", "hidden": [16, 8]}),
     ],
 )
-def test_maps_are_those_of_the_grad_cam_package_where_gradients_are_off(oxford, slices, outputs, output, model):
+def test_maps_are_those_of_the_grad_cam_package_where_gradients_are_off(outputs, output, model):
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    net = make(oxford, outputs, **model)
+    net, slices = make(outputs, **model), torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     open_copy = copy.deepcopy(net)
     open_copy.set_frozen(False)
 
@@ -71,8 +61,8 @@ def test_maps_are_those_of_the_grad_cam_package_where_gradients_are_off(oxford, 
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_normalised_maps_are_spreads_above_normal_slices_and_each_has_its_own_output(oxford):
-    net = make(oxford, 4)
+def test_normalised_maps_are_spreads_above_normal_slices_and_each_has_its_own_output():
+    net = make(4)
     conv5 = net.conv5(torch.rand(4, 1, SIZE, SIZE)).detach()
     outputs = np.array([0, 1, 1, 3])
     baseline = normal_cam(net, conv5)
@@ -98,23 +88,18 @@ def test_smoothing_is_scipys_gaussian():
 def test_heat_is_the_positive_part_over_its_maximum():
     maps = heat(torch.tensor([[[-2.0, 1.0], [4.0, 0.0]], [[-1.0, -2.0], [0.0, -3.0]]]))
     assert maps.tolist() == [[[0.0, 0.25], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
-    assert heat(torch.full((1, 2, 2), 1e-30)).max() == 1
-
-
-def slice_with_a_spot(shape, place):
-    """A slice whose body is not centred, with a bright square around a place; the spot's mask and centre."""
-    row, column = int(shape[0] * place[0]), int(shape[1] * place[1])
-    gray = np.full(shape, 10, np.uint8)
-    gray[15:-20, 10:-5] = 40
-    gray[row - 12 : row + 13, column - 12 : column + 13] = 255
-    return gray, gray == 255, (row, column)
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
-@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (97, 256), (256, 256)])
-@pytest.mark.parametrize("place", [(0.2, 0.3), (0.7, 0.6)])
+@pytest.mark.parametrize(
+    ("shape", "place"), [((200, 300), (0.2, 0.3)), ((300, 200), (0.7, 0.6)), ((97, 256), (0.2, 0.3))]
+)
 def test_slices_masks_and_heat_land_on_the_same_pixels(fit, shape, place):
-    gray, mask, (row, column) = slice_with_a_spot(shape, place)
+    row, column = int(shape[0] * place[0]), int(shape[1] * place[1])
+    gray = np.full(shape, 10, np.uint8)
+    gray[15:-20, 10:-5] = 40  # a body that is not centred
+    gray[row - 12 : row + 13, column - 12 : column + 13] = 255
+    mask = gray == 255
     preprocess = Preprocess(SIZE, fit)
     where = placement(gray, preprocess)
     square = preprocess(gray)
@@ -143,7 +128,4 @@ def test_what_the_network_never_saw_has_no_heat():
 def test_blending_shows_the_slice_where_there_is_no_heat_and_colour_at_full_heat():
     gray = np.random.default_rng(0).integers(0, 256, (90, 130), dtype=np.uint8)
     assert (blend(gray, np.zeros(gray.shape, np.float32)) == gray[..., None]).all()
-    full = np.ones(gray.shape, np.float32)
-    assert (blend(gray, full, opacity=1.0) == saliency.ANCHORS[-1]).all()
-    half = blend(gray, full, opacity=0.5).astype(int)
-    assert np.abs(half - (saliency.ANCHORS[-1] + gray[..., None].astype(int)) / 2).max() <= 2
+    assert (blend(gray, np.ones(gray.shape, np.float32), opacity=1.0) == saliency.ANCHORS[-1]).all()

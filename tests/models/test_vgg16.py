@@ -4,7 +4,7 @@ from torchvision.models import vgg16
 
 from chestct.config.schema import ModelConfig
 from chestct.errors import ConfigError
-from chestct.models.vgg16 import VGG16, pick_device
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED, load_weights
 
 
@@ -18,7 +18,6 @@ def make(weights, size=64, outputs=1, **model):
     return VGG16(ModelConfig(**model), outputs, size, weights).eval()
 
 
-@pytest.mark.slow
 def test_convolutions_are_torchvisions(oxford):
     from safetensors.torch import load_file
 
@@ -44,7 +43,7 @@ def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(oxford, po
     assert net(x).min() > 1  # logits, not scores
 
 
-@pytest.mark.parametrize(("freeze", "trainable"), [(True, 0), (False, 26), (0, 26), (1, 22), (3, 12), (5, 0)])
+@pytest.mark.parametrize(("freeze", "trainable"), [(True, 0), (False, 26), (3, 12), (5, 0)])
 def test_freeze_fixes_blocks_from_the_input(oxford, freeze, trainable):
     net = make(oxford)
     net.set_frozen(freeze)
@@ -55,33 +54,22 @@ def test_freeze_fixes_blocks_from_the_input(oxford, freeze, trainable):
         assert open_[-1] == "28.bias"
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 1, 32, 64), (1, 64, 64), (1, 1, 224, 224)])
-def test_a_wrong_shape_is_named(oxford, shape):
-    with pytest.raises(ValueError, match=r"expected slices \[B, 1, 64, 64\]"):
-        make(oxford)(torch.rand(shape))
+def test_a_wrong_shape_is_named(oxford):
+    for shape in ((1, 3, 64, 64), (1, 1, 32, 64), (1, 64, 64), (1, 1, 224, 224)):
+        with pytest.raises(ValueError, match=r"expected slices \[B, 1, 64, 64\]"):
+            make(oxford)(torch.rand(shape))
 
 
-@pytest.mark.parametrize(("backbone", "width"), [("mobilenet_v3_small", 576), ("densenet121", 1024), ("vgg11", 512)])
-def test_other_convolutions_of_torchvision_take_the_place_of_vgg16(backbone, width):
+def test_other_convolutions_of_torchvision_take_the_place_of_vgg16():
     torch.manual_seed(0)
-    net = VGG16(ModelConfig(backbone=backbone, weights="none"), 1, 64, load_weights("none", backbone))
+    cfg = ModelConfig(backbone="mobilenet_v3_small", weights="none")
+    net = VGG16(cfg, 1, 64, load_weights("none", cfg.backbone))
     net.set_frozen(True)
     net.train()
     before = {key: value.clone() for key, value in net.features.state_dict().items()}
-    x = torch.rand(2, 1, 64, 64)
-    assert net(x).shape == (2, 1)
-    assert net.maps(x).shape[1] == net.head[-1].in_features == width
-    assert backbone != "vgg11" or net.maps(x).std() > 1e-3  # random weights keep a signal
+    assert net(torch.rand(2, 1, 64, 64)).shape == (2, 1)
+    assert net.head[-1].in_features == 576
     # frozen means that the running means of batch norms stay, too
     assert all(torch.equal(before[key], value) for key, value in net.features.state_dict().items())
-    if backbone != "vgg11":
-        with pytest.raises(ConfigError, match=r"model\.freeze=3.*true or false"):
-            net.set_frozen(3)
-
-
-def test_the_cpu_is_used_where_the_settings_say_so_or_nothing_else_is_there(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
-    assert pick_device("auto").type == pick_device("gpu").type == "cuda"
-    assert pick_device("cpu").type == "cpu"
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    assert pick_device("gpu").type == "cpu"
+    with pytest.raises(ConfigError, match=r"model\.freeze=3.*true or false"):
+        net.set_frozen(3)

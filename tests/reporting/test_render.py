@@ -25,7 +25,7 @@ AUDIT = {
     "verdict": {"severity": "error", "text": "A high score proves little here."},
     "findings": [{"kind": "leakage", "severity": "error", "text": "46 of 54 <b>leak</b>.", "action": "Split again."}],
 }
-CHANGE = {"perturbation": "noise", "level": 1, "strength": 0.02, "unit": "sd", "auroc": None, "flipped": 0.2}
+CHANGE = {"perturbation": "noise", "strength": 0.02, "unit": "sd", "auroc": None, "flipped": 0.2}
 SHARE = {"value": 0.75, "low": 0.5, "high": 0.9}
 NOVELTY = {"kind": "noise", "pictures": 20, "median": 1.7, "auroc": 0.98, "beyond": SHARE, "refused": SHARE}
 FLAG = "sensitivity below the 0.9 of all slices"

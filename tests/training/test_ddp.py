@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import psutil
@@ -17,7 +16,7 @@ from chestct.data.datamodule import Batches
 from chestct.errors import ChestCTError, ConfigError
 from chestct.training import callbacks, train
 from chestct.training.train import environment
-from tests.training.test_train import losses
+from tests.training.test_train import losses, wait_for_an_epoch
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 LONG = ("data.batch_size=8", "optim.lr=0.01", "trainer.max_epochs=4", "trainer.patience=0")
@@ -27,26 +26,18 @@ def positions(*args, **kwargs):
     return [i for _, batch in Batches(*args, **kwargs) for i in batch]
 
 
-def test_an_epoch_holds_every_slice_once_in_an_order_of_its_own():
-    batches = Batches(10, 4, seed=1)
-    first = [i for _, batch in batches for i in batch]
-    batches.set_epoch(1)
-    second = [i for _, batch in batches for i in batch]
-    assert sorted(first) == sorted(second) == list(range(10))
-    assert first != second
-    assert len(batches) == 3
-    assert positions(10, 4) == list(range(10))
-
-
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_processes_share_out_an_epoch_and_nothing_is_measured_twice(processes):
     measured = [positions(10, 8, rank=rank, processes=processes) for rank in range(processes)]
     assert sorted(i for share in measured for i in share) == list(range(10))
-    trained = [list(Batches(10, 8, 1, rank, processes)) for rank in range(processes)]
+    trained = [Batches(10, 8, 1, rank, processes) for rank in range(processes)]
+    first = [[i for _, batch in batches for i in batch] for batches in trained]
     # as many steps in each, of as many slices together as one process takes
     assert len({len(batches) for batches in trained}) == 1
-    assert sum(len(batches[0][1]) for batches in trained) <= 8
-    assert {i for batches in trained for _, batch in batches for i in batch} == set(range(10))
+    assert sum(len(next(iter(batches))[1]) for batches in trained) <= 8
+    assert {i for share in first for i in share} == set(range(10))
+    trained[0].set_epoch(1)
+    assert first[0] != [i for _, batch in trained[0] for i in batch]
 
 
 @pytest.mark.parametrize(
@@ -144,14 +135,11 @@ def test_a_signal_to_the_first_process_ends_all_of_them(phantoms, cache, tmp_pat
         pytest.skip("whoever started the tests has switched Ctrl-C off, which programs inherit")
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 300
-        while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.2)
+        wait_for_an_epoch(process, tmp_path / "runs")
         others = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signum)
-        _, errors = process.communicate(timeout=120)
-        assert not psutil.wait_procs(others, timeout=60)[1]
+        _, errors = process.communicate(timeout=600)
+        assert not psutil.wait_procs(others, timeout=600)[1]
     finally:
         process.kill()
     if signum != signal.SIGKILL:
@@ -164,7 +152,7 @@ def test_a_signal_to_the_first_process_ends_all_of_them(phantoms, cache, tmp_pat
 
 def torchrun(*given, cwd):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    return subprocess.run([*command, *given], cwd=cwd, capture_output=True, text=True, timeout=400)
+    return subprocess.run([*command, *given], cwd=cwd, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -199,7 +187,7 @@ def test_a_mistake_is_told_once_and_ends_all(cache, tmp_path, launch):
         assert done.returncode != 0
     else:
         command = [sys.executable, *given, "trainer.devices=2"]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr

@@ -1,9 +1,7 @@
 import os
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -36,6 +34,10 @@ def test_training_learns_and_leaves_what_it_says(small, tmp_path):
     assert history["train/loss"].iloc[-1] < 0.8 * history["train/loss"].iloc[0]
     assert pd.read_csv(tmp_path / "run" / "history.csv").notna().all(None)  # each epoch has its own training metrics
     assert set(result.predictions["split"]) == {"valid", "test"}
+    for path in (result.best, result.last):  # plain data only
+        assert torch.load(path, weights_only=True)["hyper_parameters"]["settings"]["task"] == "binary"
+    assert result.best.stat().st_size < 100_000  # the frozen convolutions are in the package
+    assert Classifier.load_from_checkpoint(result.best, weights_only=True).class_names == ("normal", "cancer")
 
 
 @pytest.mark.slow
@@ -96,15 +98,6 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
     assert losses(tmp_path / "cut").to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
 
 
-def test_checkpoints_hold_plain_data_only(small, tmp_path):
-    result = train(small(), tmp_path)
-    for path in (result.best, result.last):
-        saved = torch.load(path, weights_only=True)
-        assert saved["hyper_parameters"]["settings"]["task"] == "binary"
-    assert result.best.stat().st_size < 100_000  # the frozen convolutions are in the package
-    assert Classifier.load_from_checkpoint(result.best, weights_only=True).class_names == ("normal", "cancer")
-
-
 @pytest.mark.slow
 def test_two_stage_training_moves_the_last_blocks_and_nothing_else(small, tmp_path):
     result = train(small("trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1", "optim.lr=0.05"), tmp_path)
@@ -119,27 +112,9 @@ def test_two_stage_training_moves_the_last_blocks_and_nothing_else(small, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_every_experiment_runs(small, tmp_path, experiment):
-    short = (
-        ("trainer.max_epochs=2", "trainer.unfreeze_epoch=1") if experiment == "two_stage" else ("trainer.max_epochs=1",)
-    )
-    result = train(small(f"experiment={experiment}", *short, "data.size=32"), tmp_path)
+    short = ["trainer.unfreeze_epoch=1"] if experiment == "two_stage" else []
+    result = train(small(f"experiment={experiment}", "trainer.max_epochs=2", *short, "data.size=32"), tmp_path)
     assert 0 <= result.metrics["test/accuracy"] <= 1
-
-
-@pytest.mark.slow
-def test_resuming_on_changed_data_is_refused(small, tmp_path):
-    result = train(small(), tmp_path / "run")
-    with pytest.raises(DataError, match="data changed"):
-        train(
-            small(f"ckpt={result.last}", "data.root=null", "data.phantom.slices=24", "data.phantom.size=64"),
-            tmp_path / "b",
-        )
-
-
-def test_an_unwritable_run_folder_is_one_clear_error(small, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ChestCTError, match="runs_dir=FOLDER"):
-        train(small(), tmp_path / "file" / "run")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +147,7 @@ def test_spawned_workers_give_the_batches_of_the_main_process(small, phantoms, c
     (tmp_path / "spawn.py").write_text(SPAWN, encoding="utf-8")
     given = (*SMALL, *settings, f"data.root={phantoms}", f"cache_dir={cache}", "data.workers=1")
     command = [sys.executable, str(tmp_path / "spawn.py"), str(tmp_path / "spawned"), *given]
-    subprocess.run(command, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert losses(tmp_path / "spawned").to_numpy() == pytest.approx(losses(alone.folder).to_numpy(), abs=1e-6)
 
 
@@ -180,8 +155,17 @@ def test_spawned_workers_give_the_batches_of_the_main_process(small, phantoms, c
 def test_trainings_that_start_at_once_have_folders_of_their_own(phantoms, cache, tmp_path):
     given = (*SMALL, "trainer.max_epochs=1", "evaluation.report=false", f"data.root={phantoms}", f"cache_dir={cache}")
     started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *given], cwd=tmp_path) for _ in range(3)]
-    assert [process.wait(300) for process in started] == [0, 0, 0]
+    assert [process.wait() for process in started] == [0, 0, 0]
     assert len(list(tmp_path.glob("runs/*/checkpoints/last.ckpt"))) == 3
+
+
+def wait_for_an_epoch(process, folder):
+    """Returns when a run in a folder has its first checkpoint; a training that ended before that fails the test."""
+    deadline = time.monotonic() + 900
+    while not list(folder.glob("**/checkpoints/last.ckpt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "no epoch in 15 minutes"
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
@@ -192,90 +176,73 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cac
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={run}", "evaluation.report=false"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for_an_epoch(process, run)
     process.kill()
-    process.wait(10)
+    process.wait()
     assert len(losses(run)) < 60
-    subprocess.run([*command, f"ckpt={run}"], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, f"ckpt={run}"], cwd=tmp_path, check=True, capture_output=True)
     assert losses(run).to_numpy() == pytest.approx(losses(whole.folder).to_numpy(), abs=1e-6)
     first, second = (torch.load(f / "checkpoints" / "best.ckpt", weights_only=True) for f in (run, whole.folder))
     assert first["epoch"] == second["epoch"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms, tmp_path, signum):
-    settings = [
-        "data.size=64",
-        f"data.root={phantoms}",
-        "trainer.progress=false",
-        "trainer.patience=0",
-        f"runs_dir={tmp_path}/runs",
-    ]
-    settings += [f"cache_dir={tmp_path}/cache", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
+def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = ["data.size=64", "trainer.progress=false", "trainer.patience=0", f"data.root={phantoms}"]
+    settings += [f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", f"tracking.uri={uri}"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.max_epochs=4000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/checkpoints/last.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
+    wait_for_an_epoch(process, tmp_path / "runs")
+    process.terminate()
+    _, errors = process.communicate()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "ckpt=" in errors
     (run,) = (tmp_path / "runs").iterdir()
     done = len(pd.read_csv(run / "history.csv"))
     again = [sys.executable, str(ROOT / "train.py"), "ckpt=last", *settings, f"trainer.max_epochs={done + 2}"]
-    finished = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
     assert len(pd.read_csv(run / "history.csv")) == done + 2
     from mlflow import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient(uri)
     (recorded,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
     assert recorded.info.status == "FINISHED"
-    assert os.environ.get("MLFLOW_RUN_ID") is None
-    assert Path(run / "checkpoints" / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
+    assert (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
 
 
 def epoch_in(path):
     return torch.load(path, weights_only=True)["epoch"]
 
 
-def test_the_last_checkpoint_is_of_the_last_epoch_even_where_the_first_was_best(small, tmp_path):
-    result = train(small("optim.lr=1000", "trainer.max_epochs=4", "trainer.patience=0"), tmp_path)
-    assert losses(tmp_path)["valid/loss"].idxmin() == epoch_in(result.best) < 3
+def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_after_it(small, tmp_path):
+    diverging = ("optim.lr=1000", "trainer.patience=0")  # the first epochs are the best
+    result = train(small(*diverging, "trainer.max_epochs=4"), tmp_path / "run")
+    before = losses(tmp_path / "run")["valid/loss"]
+    assert before.idxmin() == epoch_in(result.best) < 3
     assert epoch_in(result.last) == 3
-    before = losses(tmp_path)["valid/loss"]
-    # a resume goes on after it, whichever is named, and nothing that was trained is trained again
-    longer = train(
-        small("optim.lr=1000", "trainer.max_epochs=6", "trainer.patience=0", f"ckpt={result.last}"), tmp_path
-    )
-    assert losses(tmp_path)["valid/loss"].iloc[:4].equals(before)
-    assert epoch_in(longer.last) == 5
-
-
-def test_a_run_whose_folder_moved_still_knows_its_best(small, tmp_path):
-    result = train(small("optim.lr=1000", "trainer.max_epochs=3", "trainer.patience=0"), tmp_path / "run")
-    best = epoch_in(result.best)
-    assert best < 2
     (tmp_path / "run").rename(tmp_path / "moved")
     last = tmp_path / "moved" / "checkpoints" / "last.ckpt"
-    settings = ("optim.lr=1000", "trainer.max_epochs=4", "trainer.patience=0", f"ckpt={last}")
-    again = train(small(*settings), tmp_path / "moved")
-    assert epoch_in(again.last) == 3
-    assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(again.best)
-    assert again.best.parent == last.parent
+    longer = train(small(*diverging, "trainer.max_epochs=6", f"ckpt={last}"), tmp_path / "moved")
+    assert losses(tmp_path / "moved")["valid/loss"].iloc[:4].equals(before)  # nothing is trained again
+    assert epoch_in(longer.last) == 5
+    assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(longer.best)
+    assert longer.best.parent == last.parent
 
 
-def test_a_damaged_checkpoint_is_never_gone_on_with(small, tmp_path):
+def test_other_data_an_unwritable_folder_and_a_damaged_checkpoint_are_refused(small, tmp_path):
     last = train(small(), tmp_path / "run").last
+    other = ("data.root=null", "data.phantom.slices=24", "data.phantom.size=64")
+    with pytest.raises(DataError, match="data changed"):
+        train(small(f"ckpt={last}", *other), tmp_path / "b")
+    with pytest.raises(ChestCTError, match="runs_dir=FOLDER"):
+        train(small(), last / "run")
     content = bytearray(last.read_bytes())
     moments = torch.load(last, weights_only=True)["optimizer_states"][0]["state"][0]["exp_avg"]
     content[content.index(moments.numpy().tobytes()) + 1] ^= 1
     last.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"last\.ckpt is damaged"):
+    with pytest.raises(WeightsError, match=r"last\.ckpt is missing or damaged"):
         train(small(f"ckpt={last}"), tmp_path / "run")
