@@ -31,7 +31,6 @@ TORCHVISION = (0.485, 0.456, 0.406), (1 / 0.229, 1 / 0.224, 1 / 0.225)
 class Weights:
     """Convolutions and the input they expect: (x - mean) * scale for RGB x in [0, 1]."""
 
-    name: str
     tensors: Mapping[str, torch.Tensor] | None  # `{i}.weight|bias` as in torchvision's vgg16().features; None: random
     mean: tuple[float, float, float]
     scale: tuple[float, float, float]
@@ -65,7 +64,7 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
     """
     mean, scale = TORCHVISION if backbone != "vgg16" or "imagenet1k" in Path(name).name.lower() else OXFORD
     if name == "none":
-        return Weights(name, None, mean, scale, "none", backbone)
+        return Weights(None, mean, scale, "none", backbone)
     if name == "oxford":
         if backbone != "vgg16":
             raise WeightsError(
@@ -81,7 +80,7 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
     else:
         tensors, identity = _file(Path(name))
         identity = digest(f"{identity} {mean} {scale}")  # the file's name decides about them
-    return Weights(name, _checked(tensors, name, backbone), mean, scale, identity, backbone)
+    return Weights(_checked(tensors, name, backbone), mean, scale, identity, backbone)
 
 
 def _torchvision(backbone: str) -> tuple[dict[str, torch.Tensor], str]:

@@ -50,11 +50,9 @@ class Result:
     folder: Path
     best: Path
     last: Path
-    epochs: int
     metrics: dict[str, float]  # valid/... and test/... (without evaluation.report: valid only)
     predictions: pd.DataFrame  # of the same slices, see chestct.models.predictions
     data: SliceModule
-    model: Classifier
 
 
 def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | None = None) -> Result:
@@ -112,7 +110,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     metrics, predictions = _measure(cfg, best, model, data)
     for logger in trainer.loggers:
         logger.log_metrics(metrics, trainer.global_step)
-    return Result(out, best, last, read_checkpoint(last)["epoch"] + 1, metrics, predictions, data, model)
+    return Result(out, best, last, metrics, predictions, data)
 
 
 def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEnvironment) -> L.Trainer:

@@ -118,7 +118,7 @@ def test_every_experiment_runs(small, tmp_path, experiment):
 
 
 @pytest.mark.parametrize(
-    ("setting", "says"), [("trainer=gpu", "ccelerator"), ("trainer.args.gradient_clipp=1", "clipp")]
+    ("setting", "says"), [("trainer=gpu", "gpu backend"), ("trainer.args.gradient_clipp=1", "clipp")]
 )
 def test_what_the_trainer_cannot_do_is_said_before_anything_is_made(small, tmp_path, setting, says):
     if torch.cuda.is_available() and setting == "trainer=gpu":
