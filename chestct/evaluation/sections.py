@@ -51,7 +51,7 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
     write(root, drawn, cfg.trainer.progress)
     images, masks = (part[:number] for part in lesion_slices(root, preprocess_of(cfg.data), cfg.data.window))
     outputs = explained_output(bundle.predict(images).logits)
-    return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, curves=2)
+    return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, redrawn=2)
 
 
 def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:

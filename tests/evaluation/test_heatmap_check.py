@@ -57,13 +57,13 @@ def learned():
 @pytest.mark.slow
 def test_maps_of_a_network_that_learned_the_lesions_find_them(learned):
     net, baseline, images, masks = learned
-    result = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
+    result = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, redrawn=6)
     # Where the lesion is all there is to see, random weights see it, too: that check is for slices with anatomy.
-    assert all(passed for name, passed in result["checks"].items() if name != "randomisation")
+    assert not any("hottest point" in sentence for sentence in result["failures"])
     assert result["randomisation"]["last_block"] < 0.5
     assert result["pointing"]["heat"] > max(0.6, 2 * result["pointing"]["chance"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
-    again = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, curves=6)
+    again = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, redrawn=6)
     assert again == result  # the network is left as it was
 
 
@@ -76,9 +76,9 @@ def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatc
         return net.head(net.pool(maps)), blobs.expand(len(maps), -1, -1)
 
     monkeypatch.setattr(heatmap_check, "normalised_cam", edges)
-    found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, curves=1)
+    found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, redrawn=1)
     assert found["randomisation"] == pytest.approx({"head": 1.0, "last_block": 1.0})
-    assert not found["checks"]["randomisation"]
+    assert not found["passes"]
     assert any("random weights resemble" in sentence for sentence in found["failures"])
 
 
@@ -105,17 +105,6 @@ def test_pointing_allows_fifteen_pixels_of_224_and_what_knows_nothing_hits_where
     assert blind["average_lesion"] == 0.75  # the one in the centre is not told by itself
     near = [ndimage.distance_transform_edt(~mask) <= 15 for mask in masks]
     assert blind["chance"] == pytest.approx(np.mean(near))
-
-
-def test_pixels_of_the_body_are_deleted_in_order():
-    image = np.random.default_rng(0).integers(0, 255, (8, 8), np.uint8)
-    inside = np.zeros((8, 8), bool)
-    inside[:, :4] = True
-    frames = heatmap_check._deleted(image, spot(2, 2, 8), inside)
-    assert (frames[0] == image).all()
-    assert (frames[:, ~inside] == image[~inside]).all()
-    assert (np.diff((frames != image).sum((1, 2))) >= 0).all()
-    assert 0 < (frames[1] != image).sum() <= 4
 
 
 def test_lesions_lie_where_the_truth_says(tmp_path):

@@ -19,7 +19,6 @@ EXPLANATION = {
     "slices": 20,
     "pointing": {"chance": 0.1, "centre": 0.2, "average_lesion": 0.1, "heat": 0.25, "interval": [0.1, 0.5]},
     "randomisation": {"head": 0.1, "last_block": 0.2},
-    "deletion": {"heat": 0.3, "random": 0.6},
 }
 AUDIT = {
     "verdict": {"severity": "error", "text": "A high score proves little here."},
