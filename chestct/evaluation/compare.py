@@ -14,10 +14,10 @@ from chestct.config.schema import Config, classes_of
 from chestct.errors import DataError
 from chestct.files import write_atomic
 from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, fewest_groups
-from chestct.stats.metrics import missing, proportions_of, sample_of, statistics
+from chestct.stats.metrics import missing, sample_of, statistics
 
 KEYS = ["source", "path", "content"]
-POOLED = ("brier", "log_loss", "ece")
+POOLED = ("accuracy", "brier", "log_loss", "ece")
 """Metrics that need no class to occur."""
 
 
@@ -62,25 +62,19 @@ def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000,
     drawn = [(statistics(a, weights), statistics(b, weights)) for weights in draws(a.group, resamples, seed)]
     rows = []
     for name in values[0]:
-        shares = [proportions_of(sample)[name] for sample in (a, b) if name in proportions_of(sample)]
-        base = np.logical_or(shares[0][1], shares[1][1]) if shares else np.ones(n, bool)
-        groups = len(np.unique(a.group[base]))
         row: dict[str, Any] = {"metric": name, "a": values[0][name], "b": values[1][name]}
-        row |= {"difference": row["b"] - row["a"], "low": None, "high": None, "excludes_zero": False}
-        row |= {"slices": int(base.sum()), "groups": groups}
+        row |= {"difference": row["b"] - row["a"], "low": None, "high": None, "excludes_zero": False, "reason": ""}
         if np.isnan(row["difference"]):
-            of = int(not np.isnan(row["a"]))
-            row["reason"] = shares[of][2] if shares else missing((a, b)[of])
+            row["reason"] = missing((a, b)[int(not np.isnan(row["a"]))])
         else:
             differences = np.concatenate([of_b[name] - of_a[name] for of_a, of_b in drawn])
-            fewest = groups if shares or name in POOLED else fewest_groups(a.target, a.group)
+            fewest = groups if name in POOLED else fewest_groups(a.target, a.group)
             low, high, reason = difference_interval(differences, row["difference"], fewest)
             excludes = low is not None and high is not None and (low > 0 or high < 0)
             row |= {"low": low, "high": high, "excludes_zero": excludes, "reason": reason}
-        rows.append(
-            {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in row.items()}
-        )
-    return pd.DataFrame(rows, dtype=object)  # None stays None
+        rows.append(row | {"slices": n, "groups": groups})
+    frame = pd.DataFrame(rows, dtype=object)
+    return frame.where(frame.notna(), None)
 
 
 def _read(name: str) -> pd.DataFrame:

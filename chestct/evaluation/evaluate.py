@@ -62,7 +62,7 @@ class Row:
 
 @dataclass
 class Evaluation:
-    """What was measured. The report, the model card and the bundle are written from this and nothing else."""
+    """What was measured; report, model card and bundle are written from this alone."""
 
     cfg: Config
     table: pd.DataFrame  # one row a valid or test slice; columns: docs/manifest.md

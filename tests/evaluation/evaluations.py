@@ -67,26 +67,11 @@ def made_up(
     table = pd.concat([valid, tested], ignore_index=True)
     table = decided(table, point, np.linspace(0.2, 1.3, len(table)), task)
     metrics = {name: measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
-    about = {
-        "task": task,
-        "data": "made_up",
-        "split": "grouped",
-        "synthetic": False,
-        "leaked": 0,
-        "data_hash": "0" * 64,
-        "checkpoint": "best.ckpt",
-    }
-    counts = tested["label"].value_counts()
-    row = Row(
-        "grouped",
-        metrics["test"],
-        {name: int(counts.get(name, 0)) for name in ("normal", "cancer")},
-        len(tested),
-        0,
-        "Width",
-        0.8,
-        Estimate(0.1, 0.05, 0.15, len(tested), len(tested)),
-    )
+    about = {"task": task, "data": "made_up", "split": "grouped", "synthetic": False, "leaked": 0}
+    about |= {"data_hash": "0" * 64, "checkpoint": "best.ckpt"}
+    slices = {name: int((tested["label"] == name).sum()) for name in ("normal", "cancer")}
+    margin = Estimate(0.1, 0.05, 0.15, len(tested), len(tested))
+    row = Row("grouped", metrics["test"], slices, len(tested), 0, "Width", 0.8, margin)
     return Evaluation(cfg, table, point, None, metrics, [row], about, sections=sections)  # type: ignore[arg-type]
 
 

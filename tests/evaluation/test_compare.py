@@ -87,7 +87,7 @@ def test_a_class_with_few_groups_or_none_gets_no_interval_for_what_rests_on_it()
         assert compared[name]["difference"] is not None
         assert (compared[name]["low"], compared[name]["excludes_zero"]) == (None, False)
         assert "groups of a class, needs 10" in compared[name]["reason"]
-    for name in ("sensitivity", "log_loss", "accuracy"):
+    for name in ("log_loss", "accuracy"):
         assert compared[name]["low"] is not None
     frame = compare(*[a[a["target"] == 1]] * 2, resamples=20)
     assert rows(frame)["auroc"]["difference"] is None

@@ -6,7 +6,7 @@ import pytest
 from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import export
-from chestct.models.bundle import Bundle, load_bundle
+from chestct.models.bundle import load_bundle
 from chestct.reporting.render import model_card
 from chestct.serving.predictor import Predictor
 from chestct.training.train import Result
@@ -19,34 +19,26 @@ def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> 
     return made
 
 
-@pytest.fixture(scope="module")
-def bundle(folder: Path) -> Bundle:
-    return load_bundle(folder)
-
-
-def test_the_bundle_gives_the_numbers_of_the_evaluation(bundle: Bundle, evaluation: Evaluation) -> None:
-    assert evaluation.data is not None
-    assert evaluation.data.store is not None
-    rows = evaluation.data.manifest.set_index("path").loc[evaluation.table["path"], "row"].to_numpy()
-    answers = bundle.predict(evaluation.data.store.images[rows])
-    assert np.abs(answers.score - evaluation.table["probability_cancer"]).max() < 1e-5
-    assert np.abs(answers.novelty - evaluation.table["novelty"]).max() < 1e-3
-    assert list(answers.decision) == list(evaluation.table["decision"])
-
-
-def test_the_predictor_gives_the_same_numbers_for_the_files(
+def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_of_the_files(
     folder: Path, evaluation: Evaluation, run: tuple[Config, Result]
 ) -> None:
+    manifest, table, root = run[1].data.manifest, evaluation.table, Path(run[0].data.root or "")
+    assert evaluation.images is not None
+    answers = load_bundle(folder).predict(evaluation.images[manifest.set_index("path").loc[table["path"], "row"]])
+    assert np.abs(answers.score - table["probability_cancer"]).max() < 1e-5
+    assert np.abs(answers.novelty - table["novelty"]).max() < 1e-3
+    assert list(answers.decision) == list(table["decision"])
     predictor = Predictor(folder)
     for row in evaluation.test.head(4).itertuples():
-        answer = predictor.predict(Path(run[0].data.root or "") / str(row.path))
+        answer = predictor.predict(root / str(row.path))
         assert answer.score == pytest.approx(row.probability_cancer, abs=1e-5)
         assert not answer.known
-    learned = run[1].data.manifest.query("split == 'train'").iloc[0]
-    assert predictor.predict(Path(run[0].data.root or "") / learned["path"]).known
+    learned = manifest.query("split == 'train'").iloc[0]
+    assert predictor.predict(root / learned["path"]).known
 
 
-def test_the_bundle_knows_what_it_was_made_from(bundle: Bundle, evaluation: Evaluation) -> None:
+def test_the_bundle_knows_what_it_was_made_from(folder: Path, evaluation: Evaluation) -> None:
+    bundle = load_bundle(folder)
     facts = bundle.facts
     assert facts["data"]["synthetic"] is True
     assert facts["data"]["data_hash"] == evaluation.about["data_hash"]
@@ -55,7 +47,5 @@ def test_the_bundle_knows_what_it_was_made_from(bundle: Bundle, evaluation: Eval
     for split, rows in evaluation.table.groupby("split"):
         assert sum(row["n"] for row in facts["reliability"][split]) == len(rows)
     for name in ("width", "std", "score", "novelty"):
-        quantiles = facts["statistics"][name]
-        assert len(quantiles) == 101
-        assert quantiles == sorted(quantiles)
+        assert len(facts["statistics"][name]) == 101
     assert "not a medical device" in bundle.card.lower()

@@ -115,16 +115,6 @@ def test_slices_masks_and_heat_land_on_the_same_pixels(fit, shape, place):
     assert abs(columns.mean() - column) < pixel / 2
 
 
-def test_what_the_network_never_saw_has_no_heat():
-    gray = np.zeros((100, 120), np.uint8)
-    gray[30:80, 40:90] = 200
-    where = placement(gray, Preprocess(SIZE, "body"))
-    assert where.source == (40, 30, 90, 80)
-    full = saliency.heat_to_slice(torch.ones(2, 2), gray.shape, where)
-    assert (full > 0).sum() == 50 * 50
-    assert full[30:80, 40:90].min() > 0.999
-
-
 def test_blending_shows_the_slice_where_there_is_no_heat_and_colour_at_full_heat():
     gray = np.random.default_rng(0).integers(0, 256, (90, 130), dtype=np.uint8)
     assert (blend(gray, np.zeros(gray.shape, np.float32)) == gray[..., None]).all()
