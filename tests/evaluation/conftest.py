@@ -8,6 +8,8 @@ import pytest
 from chestct.config.compose import compose
 from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation, evaluate
+from chestct.evaluation.export import export
+from chestct.reporting.render import model_card
 from chestct.training.train import Result, train
 from tests.conftest import SMALL
 
@@ -24,3 +26,11 @@ def run(phantoms: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 def evaluation(run: tuple[Config, Result]) -> Evaluation:
     """That run, evaluated. Read only."""
     return evaluate(run[0])
+
+
+@pytest.fixture(scope="session")
+def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of that run. Read only."""
+    made = tmp_path_factory.mktemp("export") / "bundle"
+    export(evaluation, made, model_card(evaluation))
+    return made

@@ -5,18 +5,9 @@ import pytest
 
 from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.export import export
 from chestct.models.bundle import load_bundle
-from chestct.reporting.render import model_card
 from chestct.serving.predictor import Predictor
 from chestct.training.train import Result
-
-
-@pytest.fixture(scope="module")
-def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("export") / "bundle"
-    export(evaluation, made, model_card(evaluation))
-    return made
 
 
 def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_of_the_files(

@@ -10,19 +10,11 @@ from chestct.config.schema import Config, PhantomConfig
 from chestct.data.splits import load_splits
 from chestct.evaluation import external
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.export import export
 from chestct.evaluation.external import evaluate_bundle
 from chestct.reporting.figures import gallery
 from chestct.training.train import Result
 
 LABELS = {"healthy": "normal", "tumour": "cancer"}
-
-
-@pytest.fixture(scope="module")
-def folder(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("external") / "bundle"
-    export(evaluation, made, "# Card\n")
-    return made
 
 
 @pytest.fixture(scope="module")
