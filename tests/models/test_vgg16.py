@@ -71,5 +71,5 @@ def test_other_convolutions_of_torchvision_take_the_place_of_vgg16():
     assert net.head[-1].in_features == 576
     # frozen means that the running means of batch norms stay, too
     assert all(torch.equal(before[key], value) for key, value in net.features.state_dict().items())
-    with pytest.raises(ConfigError, match=r"model\.freeze=3.*true or false"):
+    with pytest.raises(ConfigError, match="true or false"):
         net.set_frozen(3)
