@@ -5,13 +5,14 @@ answered at once.
 """
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestct.config.compose import PIPELINE, merge_settings
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
-from chestct.errors import ConfigError
+from chestct.errors import ConfigError, WeightsError
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import program, rank
 
@@ -58,6 +59,17 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
 
     if cfg.ckpt:
         cfg = from_checkpoint(cfg, best=False)
+        ckpt = Path(cfg.ckpt or "")
+        in_place = ckpt.resolve().parent == (out / "checkpoints").resolve()
+        if not (rank() or in_place) and (out / "checkpoints").exists():
+            raise ConfigError(
+                f"{out} holds another run than {ckpt}, and would be written over. Give ckpt and runs_dir on the "
+                "command line, or another folder with hydra.run.dir=FOLDER."
+            )
+        if ckpt.name == "best.ckpt" and (rank() or in_place):  # epochs are never thrown away
+            with suppress(WeightsError, ConfigError):  # no last one, or damaged
+                cfg = from_checkpoint(dataclasses.replace(cfg, ckpt=str(ckpt.with_name("last.ckpt"))), best=False)
+                print("Going on with last.ckpt, not with best.ckpt: no epoch is thrown away.")
     if rank():  # takes part, and leaves all else to the first process
         return fit(cfg, out).metrics
     with sole_writer(out), open_run(cfg, out) as run:

@@ -57,6 +57,8 @@ def program(
                 if int(started) > 1 and (config_name != "train" or sweep):
                     raise ConfigError(f"{started} processes were started; only a single training takes several.")
                 given = {key: value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
+                if int(started) > 1 and {"ckpt", "hydra.run.dir"} <= given.keys():
+                    raise ConfigError("Several processes go on in the run's own folder: leave out hydra.run.dir.")
                 overrides = [readable(override, sweep) for override in overrides]
                 if "tracking.uri" in given:
                     from chestct.tracking.stores import refuse_password

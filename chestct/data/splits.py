@@ -63,7 +63,9 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
     classes = targets(manifest, task)
     conflicting = classes.groupby(manifest["content"]).transform("nunique") > 1
     if cfg.split == "grouped":
-        kept = ~manifest["content"].duplicated() & ~conflicting
+        # Of exact copies the first stays, that of a held-out source before others: it is test with all its slices.
+        order = manifest["source"].isin(cfg.holdout).sort_values(ascending=False, kind="stable").index
+        kept = ~manifest["content"].reindex(order).duplicated().reindex(manifest.index) & ~conflicting
         divide = _held_out if cfg.holdout else _grouped
         splits = divide(manifest[kept], classes[kept], cfg).reindex(manifest.index, fill_value=LEFT_OUT)
     else:

@@ -41,6 +41,9 @@ from chestct.tracking import code_version
 
 SPLITS = ("train", "valid", "test")
 
+SPLITTING = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage", "holdout")
+"""Settings of `data` that decide which slices are test."""
+
 NORMALS = 128
 """Normal training slices that heat maps are held against, at most."""
 
@@ -111,6 +114,13 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     data.prepare_data()
     data.setup()
     assert data.store is not None
+    theirs = model.cfg.data
+    changed = [name for name in SPLITTING if getattr(theirs, name) != getattr(cfg.data, name)]
+    if changed and model.hparams["data"]["hash"] == data.store.data_hash:
+        raise ChestCTError(
+            f"The checkpoint was trained with {', '.join(f'data.{name}={getattr(theirs, name)}' for name in changed)}: "
+            "divided otherwise, slices that it was trained on would be test. Leave these settings out."
+        )
     data.features = {}  # what training left there may come from convolutions that have changed since
     if _cached(model, cfg):
         features.attach(data, model.net, cfg, SPLITS, views=1)
@@ -134,7 +144,6 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         "audit": kept_audit(cfg, data.store),
         "made": made(),
     }
-    splitting = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage")
     about = {
         "task": cfg.task,
         "data": cfg.data.name,
@@ -144,7 +153,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         "data_hash": data.store.data_hash,
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
-        "splitting": {name: getattr(cfg.data, name) for name in splitting},
+        "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     }
     rows = [row(cfg, cfg.data.split, test, metrics["test"], data)]
     measures = (table, point, novelty_model, metrics, rows, about)

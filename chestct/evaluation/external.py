@@ -6,6 +6,7 @@ training data are left out, which the bundle knows by their hashes.
 
 import dataclasses
 
+import numpy as np
 import pandas as pd
 
 from chestct.config.schema import Config, classes_of
@@ -72,9 +73,11 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, in
 
 def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:
     """Predictions of every slice; where subtypes are not known, those of a subtype bundle are reduced to cancer."""
-    answers = bundle.predict(store.images[manifest["row"].to_numpy()])
+    rows = manifest["row"].to_numpy()
+    parts = [bundle.predict(store.images[rows[at : at + 256]]) for at in range(0, len(rows), 256)]
+    logits, novelty = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "novelty"))
     names = {name: i for i, name in enumerate(classes_of(cfg.task))}
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
-    table = prediction_table(manifest, "test", answers.logits, bundle.task)
-    table = decided(table, bundle.point, answers.novelty, bundle.task)
+    table = prediction_table(manifest, "test", logits, bundle.task)
+    table = decided(table, bundle.point, novelty, bundle.task)
     return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])

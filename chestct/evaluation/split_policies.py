@@ -80,7 +80,7 @@ def _folds(cfg: Config, folds: int, train: Train) -> Row:
     """
     tests = []
     for fold in range(folds):
-        changed = _anew(cfg, split="grouped", allow_leakage=False, folds=folds, fold=fold)
+        changed = _anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=folds, fold=fold)
         tests.append(_tested(train(f"fold-{fold}", changed, SliceModule(changed)), changed)[0])
     pooled = pd.concat(tests, ignore_index=True)
     estimates = measured(pooled, cfg, 0.5)

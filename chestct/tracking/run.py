@@ -188,11 +188,16 @@ def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
             run = Run(client, find_run(client, run_id).info.run_id, uri)
         except (MlflowException, LookupError) as error:
             print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
-    yield run
-    if run.client:
+    if run.client is None:
+        yield run
+        return
+    try:
+        yield run
         run.register(cfg.tracking.register)
         _share(run, cfg.tracking, cfg.tracking.register)
         print(f"MLflow run {run_id} in {uri} (make ui)")
+    except (MlflowException, ChestCTError, OSError) as error:  # what was computed stands in its files
+        print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
 
 
 def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = None) -> None:

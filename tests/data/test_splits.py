@@ -76,6 +76,7 @@ CLASSES = ["normal", "squamous"] * 7
 def test_a_held_out_source_is_test_alone_and_nothing_of_it_is_trained_on():
     manifest = make_manifest([*range(20), *range(18, 38)], ["normal", "squamous"] * 20)
     manifest["source"] = ["here"] * 20 + ["elsewhere"] * 20  # groups 18 and 19 are in both
+    manifest.loc[21, ["content", "subtype", "label"]] = manifest.loc[19, ["content", "subtype", "label"]]  # a copy
     splits = make_splits(manifest, "binary", DataConfig(holdout=["elsewhere"], valid_fraction=0.2))
     assert (splits[20:] == "test").all()
     assert splits[:18].isin(["train", "valid"]).all()

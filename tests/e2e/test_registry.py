@@ -95,14 +95,18 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint_while_that_is_there
     run_id = (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     client.log_metric(run_id, "test/auroc", 0.0)
-    for setting, added in (("data.split_seed=1", False), ("evaluation.threshold=half", True)):  # the run's own split
-        out = (f"hydra.run.dir={tmp_path}/evaluated", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
-        status, printed, err = call("evaluate.py", f"ckpt={run}", setting, *out, small=False)
-        assert status == 0, err
-        assert (run_id in printed) is added
-        kept = client.get_run(run_id)
-        assert (kept.data.metrics["test/auroc"] > 0) is added
-        assert kept.info.status == "FINISHED"
+    out = (f"hydra.run.dir={tmp_path}/evaluated", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db")
+    # Divided otherwise, slices that it learned from would be test.
+    status, _, err = call("evaluate.py", f"ckpt={run}", "data.split_seed=1", *out, small=False)
+    assert status == 2
+    assert "trained with data.split_seed=0" in err
+    assert client.get_run(run_id).data.metrics["test/auroc"] == 0
+    status, printed, err = call("evaluate.py", f"ckpt={run}", "evaluation.threshold=half", *out, small=False)
+    assert status == 0, err
+    assert run_id in printed
+    kept = client.get_run(run_id)
+    assert kept.data.metrics["test/auroc"] > 0
+    assert kept.info.status == "FINISHED"
     (tmp_path / "mlflow.db").rename(tmp_path / "away.db")
     status, printed, err = call("evaluate.py", f"ckpt={run}", *out, small=False)
     assert status == 0, err

@@ -201,7 +201,9 @@ def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms
     assert "ckpt=" in errors
     (run,) = (tmp_path / "runs").iterdir()
     done = len(pd.read_csv(run / "history.csv"))
-    again = [sys.executable, str(ROOT / "train.py"), "ckpt=last", *settings, f"trainer.max_epochs={done + 2}"]
+    # Whichever of its checkpoints is named, no epoch is thrown away.
+    best = f"ckpt={run}/checkpoints/best.ckpt"
+    again = [sys.executable, str(ROOT / "train.py"), best, *settings, f"trainer.max_epochs={done + 2}"]
     finished = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
