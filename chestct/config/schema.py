@@ -27,6 +27,8 @@ COPIES = ("exact", "near", "across_splits", "label_conflict")
 DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")
 MONITORS = ("valid/loss", "valid/auroc")
 
+FITS, CONTRASTS = ("pad", "stretch", "body", "lungs"), ("keep", "body", "lungs")
+POOLS = ("gap", "flatten", "topk")
 SPLITS = ("grouped", "official", "official_clean")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
@@ -101,16 +103,8 @@ class DataConfig:
     labels_file: str | None = setting(None, "YAML file with more of `labels`: for names that Hydra cannot read")
     store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
     size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
-    fit: str = setting(
-        "pad",
-        "how a slice becomes square; body, lungs: cropped to them, then padded",
-        choices=("pad", "stretch", "body", "lungs"),
-    )
-    contrast: str = setting(
-        "keep",
-        "grey levels; body: percentiles 2 and 98 around it are black and white; lungs: their air and soft tissue fixed",
-        choices=("keep", "body", "lungs"),
-    )
+    fit: str = setting("pad", "how it becomes square; body, lungs: cropped to them, then padded", choices=FITS)
+    contrast: str = setting("keep", "grey levels; body, lungs: theirs become the same everywhere", choices=CONTRASTS)
     window: WindowConfig = field(default_factory=WindowConfig)
     holdout: list[str] = setting([], "sources that are for test alone; the others then give only train and valid")
     split: str = setting("grouped", "no copies across splits; folders as they come; or those, cleaned", choices=SPLITS)
@@ -125,15 +119,8 @@ class DataConfig:
     max_bytes: int = setting(256_000_000, "largest file that is read, in bytes", low=1)
     workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
     batch_size: int = setting(32, "slices a training step, over all processes together", low=1)
-    views: int = setting(
-        2, "augmented variants of a slice that frozen training cycles through, beside the plain", low=0
-    )
-    lesions: float = setting(
-        0.0,
-        "share of normal training slices that a view shows with a lesion drawn in; as many with a control",
-        low=0,
-        high=0.5,
-    )
+    views: int = setting(2, "augmented variants of a slice that frozen training cycles through", low=0)
+    lesions: float = setting(0.0, "share of normal training slices shown with a drawn lesion", low=0, high=0.5)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
@@ -146,11 +133,7 @@ class ModelConfig:
     backbone: str = setting("vgg16", "convolutions: vgg16, or another network of torchvision's that has `features`")
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
-    pool: str = setting(
-        "gap",
-        "gap: mean over places (512 features); flatten: every place; topk: the head judges each place, the best count",
-        choices=("gap", "flatten", "topk"),
-    )
+    pool: str = setting("gap", "mean over places; every place; or each is judged, the best count", choices=POOLS)
     block: int = setting(5, "which of VGG's blocks the head sees; the later ones are left out", low=3, high=5)
     standardise: bool = setting(False, "features less their mean, over their spread, as training shows them")
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
