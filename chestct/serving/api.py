@@ -4,6 +4,7 @@ Host names and CORS are Starlette's middleware; what it has nothing for stands i
 """
 
 import asyncio
+import logging
 import re
 import secrets
 import threading
@@ -31,7 +32,11 @@ from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.limits import SOON, RequestLimits
 from chestct.serving.predictor import BUSY, NOT_MEDICAL, BusyError, OnAnswer, Predictor, data_uri
 
+logger = logging.getLogger("chestct.serving")
+
 FILENAME = re.compile(rb";\s*filename\*?(0\*?)?\s*=", re.IGNORECASE)
+MAX_FIELDS, MAX_HEAD = 8, 8_000
+"""Parts of a form besides its files, and bytes of the head of a part."""
 
 HOSTS = ("localhost", "[::1]", *(f"*.{last}" for last in range(256)))
 """Hosts that are always answered: no DNS name ends in a number, so the patterns are IPv4 addresses, which a page on a
@@ -59,7 +64,9 @@ def make_app(
     @app.post("/predict")
     async def predict(request: Request) -> Response:
         with_overlay = request.query_params.get("overlay", "").lower() in ("1", "true", "yes")
-        data = await run_in_threadpool(_file_in, await request.body(), request.headers.get("content-type", ""))
+        data = await run_in_threadpool(
+            _file_in, await request.body(), request.headers.get("content-type", ""), cfg.max_slices
+        )
         if slots.locked():  # only now: a slow body holds none
             raise BusyError(BUSY)
         async with slots, _cancelled_with(request) as cancelled:
@@ -70,7 +77,7 @@ def make_app(
     async def upload(request: Request) -> Response:
         """What Gradio's page and clients expect of its own route, which this one stands before."""
         body, content_type = await request.body(), request.headers.get("content-type", "")
-        files = await run_in_threadpool(files_in_form, body, content_type)
+        files = await run_in_threadpool(files_in_form, body, content_type, cfg.max_slices)
         names = await run_in_threadpool(keep, files, uploads, 2 * cfg.max_upload_bytes)
         for name in names:  # what nobody reads
             asyncio.get_running_loop().call_later(2 * cfg.request_timeout_s, (uploads / name).unlink, True)
@@ -88,10 +95,6 @@ def make_app(
         if request.url.path == "/predict":
             return JSONResponse({"error": str(error)}, status, headers)
         return PlainTextResponse(str(error), status, headers)  # shown on the page as it is
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, error: Exception) -> Response:  # which is raised again, and logged by uvicorn
-        return JSONResponse({"error": "Something went wrong on our side. It was noted in the log."}, 500)
 
     # The last one added is the first one that a request meets.
     app.add_middleware(CORSMiddleware, allow_origins=())  # Gradio then leaves out its own, which trusts localhost
@@ -117,7 +120,7 @@ async def _cancelled_with(request: Request) -> AsyncIterator[threading.Event]:
         watching.cancel()
 
 
-def files_in_form(body: bytes, content_type: str) -> list[bytes]:
+def files_in_form(body: bytes, content_type: str, max_files: int) -> list[bytes]:
     """The content of each file in a body of multipart/form-data, fields left out. Raises UploadError.
 
     For Starlette, a part named by `filename*=` (RFC 5987, as older clients write names that are not ASCII) is a field.
@@ -125,9 +128,23 @@ def files_in_form(body: bytes, content_type: str) -> list[bytes]:
     parts: list[tuple[bytearray, bytearray]] = []
     ends: list[bool] = []
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+    too_many = UploadError(
+        f"More than {max_files} files at once. Send fewer, or use the command line for whole folders: chestct predict."
+    )
+
+    def begin() -> None:
+        if len(parts) == max_files + MAX_FIELDS:
+            raise too_many
+        parts.append((bytearray(), bytearray()))
+
+    def head(data: bytes, start: int, end: int) -> None:
+        parts[-1][0].extend(data[start:end])
+        if len(parts[-1][0]) > MAX_HEAD:
+            raise UploadError(f"The form cannot be read: a part of it has more than {MAX_HEAD:,} bytes of headers.")
+
     callbacks: Any = {
-        "on_part_begin": lambda: parts.append((bytearray(), bytearray())),
-        "on_header_value": lambda data, start, end: parts[-1][0].extend(data[start:end]),
+        "on_part_begin": begin,
+        "on_header_value": head,
         "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
         "on_end": lambda: ends.append(True),
     }
@@ -137,7 +154,10 @@ def files_in_form(body: bytes, content_type: str) -> list[bytes]:
         raise UploadError(f"The form cannot be read: {error}.") from None
     if not boundary or not ends:
         raise UploadError("The form cannot be read: it is cut off, or its content type names another boundary.")
-    return [bytes(content) for headers, content in parts if FILENAME.search(headers)]
+    files = [bytes(content) for headers, content in parts if FILENAME.search(headers)]
+    if len(files) > max_files:
+        raise too_many
+    return files
 
 
 def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
@@ -149,15 +169,21 @@ def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
     if size > max_bytes:
         raise BusyError("Too many uploads wait to be read. Try again in a minute.")
     names = [secrets.token_hex(16) for _ in files]
-    for name, content in zip(names, files, strict=True):
-        (folder / name).write_bytes(content)
+    try:
+        for name, content in zip(names, files, strict=True):
+            (folder / name).write_bytes(content)
+    except Exception:
+        logger.exception("an upload could not be kept")
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise BusyError("The upload could not be stored on our side. Try again in a minute.") from None
     return names
 
 
-def _file_in(body: bytes, content_type: str) -> bytes:
+def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
     """The file in a request: its body, or the first file of a form. Raises UploadError where there is none."""
     is_form = content_type.startswith("multipart/form-data")
-    data = next(iter(files_in_form(body, content_type)), b"") if is_form else body
+    data = next(iter(files_in_form(body, content_type, max_files)), b"") if is_form else body
     if not data:
         raise UploadError("There is no file in the request. Send it as the body, or as a form with one file.")
     return data
@@ -167,8 +193,8 @@ def answer(
     predictor: Predictor, data: bytes, with_overlay: bool, on_answer: OnAnswer | None, cancelled: threading.Event
 ) -> dict[str, Any]:
     """The answer for one file as plain JSON; with_overlay: with a PNG as data URI. Raises DecodeError and BusyError."""
-    with predictor.room(data, cancelled):
-        prediction = predictor.predict(data, name="file", explain=with_overlay, cancelled=cancelled)
+    with predictor.room(data, cancelled) as ends:
+        prediction = predictor.predict(data, name="file", explain=with_overlay, cancelled=cancelled, ends=ends)
         if on_answer:
             on_answer(prediction)
         fields: dict[str, Any] = {

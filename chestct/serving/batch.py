@@ -24,7 +24,7 @@ from chestct.models.vgg16 import pick_device
 from chestct.serving.predictor import NOT_MEDICAL, Prediction, Predictor
 
 THREADS = 6
-"""Files read, decoded and predicted at once: enough for shared forward passes, few enough to hold in memory."""
+"""Files read, decoded and predicted at once: enough to keep the network busy, few enough to hold in memory."""
 
 PATIENCE = 24 * 3600.0
 """Seconds that a slice may wait for the network: here nobody waits but the program itself."""
@@ -78,7 +78,7 @@ def predict_files(
     table: list[Row] = []
     reused = 0
     try:
-        earlier = {path: rows for file in (out, partial) for path, rows in _read_table(file).items()}
+        earlier = {path: rows for file in (out, partial) for path, rows in _read_table(file, columns).items()}
         earlier = {path: rows for path, rows in earlier.items() if rows[0]["bundle"] == predictor.bundle.id}
         write_atomic(partial, _as_csv(columns, [row for rows in earlier.values() for row in rows]))
         answers = pool.map(lambda path: _answer(predictor, path, earlier.get(cell(str(path)), []), every), paths)
@@ -156,8 +156,11 @@ def _as_csv(columns: list[str], rows: list[Row], header: bool = True) -> str:
     return text.getvalue()
 
 
-def _read_table(path: Path) -> dict[str, list[Row]]:
-    """The rows of a table by file, without those that are torn or were edited; of two of a frame the later counts."""
+def _read_table(path: Path, columns: list[str]) -> dict[str, list[Row]]:
+    """The rows of a table by file, without those that are torn or were edited; of two of a frame the later counts.
+
+    There are none where the columns are others: they went, or are of another bundle.
+    """
     if not path.exists():
         return {}
     lines = path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]  # after the last: a row that was torn
@@ -167,6 +170,8 @@ def _read_table(path: Path) -> dict[str, list[Row]]:
         header, values = [], []
     if header[: len(FIRST)] != FIRST:
         raise ChestCTError(f"{path} is there and is no table of this program. Choose another --out, or remove it.")
+    if header != columns:
+        return {}
     table: dict[str, dict[str, Row]] = {}
     for row in (dict(zip(header, line, strict=True)) for line in values if len(line) == len(header)):
         table.setdefault(row["path"], {})[row["frame"]] = row

@@ -36,6 +36,7 @@ BODY_S, BODY_RATE = 20.0, 50_000.0
 UNCOUNTED = 256_000
 """Bytes of each body that do not count as in flight: a large upload of one client leaves room for slices of others."""
 
+MAX_REQUESTS = 400  # of all clients together: connections are left for health probes
 MAX_JSON = 1_000_000  # bytes of a body that carries no file
 WRONG_PASSWORD_S = 1.0  # before it is answered
 ROUTES = {
@@ -145,6 +146,11 @@ class RequestLimits:
             pass
         except Refused as refusal:
             await refusal.response(scope, receive, answer)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], route)
+            if not status:
+                sorry = Refused(500, "Something went wrong on our side. It was noted in the log.")
+                await sorry.response(scope, receive, answer)
         finally:
             self.requests -= Counter([client])  # which forgets who has none
             seconds = time.perf_counter() - began
@@ -160,6 +166,8 @@ class RequestLimits:
             raise Refused(404, "There is nothing here.")
         if self.requests[client] > most:
             raise Refused(429, f"More than {most} requests at once from your address.", **SOON)
+        if self.requests.total() > MAX_REQUESTS:
+            raise Refused(503, "Too many requests at the moment. Try again.", **SOON)
         given = headers.get(b"authorization", b"")
         if self.login and not hmac.compare_digest(sha256(given).digest(), self.login):
             await asyncio.sleep(WRONG_PASSWORD_S if given else 0)

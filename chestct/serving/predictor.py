@@ -6,7 +6,9 @@ fight for the same cores. Everything else happens in the caller's thread, within
 
 import base64
 import io
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,8 +76,8 @@ OnAnswer = Callable[[Prediction], None]
 class Predictor:
     """Answers for files. Safe to call from any number of threads.
 
-    source: a bundle folder or `packaged`; limits: what a file may cost; seconds: how long a request may wait for room,
-    or the network; pixels: how many may be decoded at once within `room`, each of which takes some 20 bytes.
+    source: a bundle folder or `packaged`; limits: what a file may cost; seconds: how long a request may wait for room
+    and the network together; pixels: how many may be decoded at once within `room`, each of which takes some 20 bytes.
     """
 
     def __init__(
@@ -92,37 +94,45 @@ class Predictor:
         self._network = threading.Lock()
 
     @contextmanager
-    def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[None]:
+    def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[float]:
         """Waits until there is room for a frame of this file, and holds it: predict, draw and drop the arrays within.
 
-        Raises DecodeError where the file's header is wrong or announces more than `limits`, and BusyError.
+        Gives the time (of `time.monotonic`) until which the request may wait for the network. Raises DecodeError where
+        the file's header is wrong or announces more than `limits`, and BusyError.
         """
         size = declared_size(data, self.limits, name="file")
         pixels = min(self.pixels, size.width * size.height)
+        ends = time.monotonic() + self.seconds
         with self._pixels_changed:
-            free = self._pixels_changed.wait_for(
-                lambda: cancelled.is_set() or self._free_pixels >= pixels, timeout=self.seconds
-            )
-            if not free or cancelled.is_set():
-                raise BusyError(BUSY)
+            while self._free_pixels < pixels:
+                if cancelled.is_set() or time.monotonic() > ends:
+                    raise BusyError(BUSY)
+                self._pixels_changed.wait(0.1)  # who hangs up does not notify
             self._free_pixels -= pixels
         try:
-            yield
+            yield ends
         finally:
             with self._pixels_changed:
                 self._free_pixels += pixels
                 self._pixels_changed.notify_all()
 
     def predict(
-        self, source: Path | bytes, *, name: str | None = None, explain: bool = True, cancelled: threading.Event = NEVER
+        self,
+        source: Path | bytes,
+        *,
+        name: str | None = None,
+        explain: bool = True,
+        cancelled: threading.Event = NEVER,
+        ends: float = math.inf,
     ) -> Prediction:
         """The answer for a file; of one with several frames or pages, for the one that `decode` chooses.
 
-        name: of the file in errors; explain: with `heat`; cancelled: once set, no more work is done. DICOM is seen
-        through the bundle's window. Raises DecodeError for whatever is wrong with the file, and BusyError.
+        name: of the file in errors; explain: with `heat`; cancelled: once set, no more work is done; ends: as `room`
+        gives it. DICOM is seen through the bundle's window. Raises DecodeError for whatever is wrong with the file,
+        and BusyError.
         """
         bundle = self.bundle  # `reload` may come in between
-        return self._answer(bundle, decode(source, bundle.window, self.limits, name=name), explain, cancelled)
+        return self._answer(bundle, decode(source, bundle.window, self.limits, name=name), explain, cancelled, ends)
 
     def predict_frames(
         self, source: Path | bytes, *, name: str | None = None, explain: bool = True
@@ -130,17 +140,21 @@ class Predictor:
         """The answer for each frame or page of a file in turn, as `predict` gives it; one frame is held at a time."""
         bundle = self.bundle
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
-            yield self._answer(bundle, decoded, explain, NEVER)
+            yield self._answer(bundle, decoded, explain, NEVER, math.inf)
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
         self.bundle = load_bundle(source)
         return self.bundle.id
 
-    def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, cancelled: threading.Event) -> Prediction:
+    def _answer(
+        self, bundle: Bundle, decoded: Slice, explain: bool, cancelled: threading.Event, ends: float
+    ) -> Prediction:
         square = bundle.preprocess(decoded.gray)
-        if not self._network.acquire(timeout=self.seconds):
-            raise BusyError(BUSY)
+        ends = min(ends, time.monotonic() + self.seconds)
+        while not self._network.acquire(timeout=0.1):
+            if cancelled.is_set() or time.monotonic() > ends:
+                raise BusyError(BUSY)
         try:
             if cancelled.is_set():
                 raise BusyError(BUSY)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from chestct.errors import ConfigError
+from chestct.serving.limits import HEADERS
 from chestct.serving.server import QuietFormatter, bind
 from tests.serving.conftest import Served, serving
 
@@ -124,7 +125,7 @@ def test_metrics_count_requests_and_decisions(served: Served, files: list[bytes]
 
 
 def test_uploads_have_random_names_a_budget_and_an_end(bundle_folder: Path, files: list[bytes]) -> None:
-    with serving(bundle_folder, request_timeout_s=1, max_upload_bytes=1_000_000) as running:
+    with serving(bundle_folder, request_timeout_s=1, max_upload_bytes=1_000_000, max_slices=3) as running:
 
         def upload(content: bytes) -> httpx.Response:
             return httpx.post(f"{running.url}/gradio_api/upload", files={"files": ("Jane Doe.png", content)})
@@ -135,6 +136,8 @@ def test_uploads_have_random_names_a_budget_and_an_end(bundle_folder: Path, file
         answers = [upload(b"x" * 900_000) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 200, 503]
         assert "wait to be read" in answers[-1].text
+        many = httpx.post(f"{running.url}/gradio_api/upload", files=[("files", ("a", b""))] * 4)
+        assert (many.status_code, len(running.left())) == (400, 3)
         deadline = time.monotonic() + 20
         while running.left() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -166,8 +169,11 @@ def test_an_error_of_ours_is_a_sentence_and_a_traceback_in_the_log(
 
     with serving(bundle_folder, on_answer=broken) as running:
         answer = httpx.post(f"{running.url}/predict", content=files[0])
+        counted = httpx.get(f"{running.url}/metrics").text
     assert answer.status_code == 500
     assert "on our side" in answer.json()["error"]
+    assert HEADERS.items() <= dict(answer.headers).items()
+    assert 'chestct_request_seconds_count{route="/predict",status="500"}' in counted
     assert any(record.exc_info for record in caplog.records)
 
 

@@ -125,6 +125,15 @@ def test_another_bundle_answers_everything_anew_and_with_its_own_columns(small_b
     assert {"probability_squamous", "probability_normal"} <= set(rows(out)[0])
 
 
+def test_a_table_without_some_of_its_columns_is_made_anew(small_bundle, scans, tmp_path):
+    paths, out = [scans / "b" / "s1.png"], tmp_path / "s.csv"
+    predict_files(paths, out, small_bundle)
+    whole = out.read_text("utf-8")
+    out.write_text("".join(f"{','.join(line.split(',')[:6])}\n" for line in whole.splitlines()), "utf-8")
+    assert predict_files(paths, out, small_bundle)[1] == 0
+    assert out.read_text("utf-8") == whole
+
+
 def test_every_gives_a_row_a_page_and_knows_when_only_one_was_wanted(small_bundle, tmp_path):
     pages = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (96, 96), np.uint8)) for i in range(3)]
     pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])

@@ -207,14 +207,16 @@ def test_slow_bodies_and_idle_sockets_shut_nobody_out(monkeypatch: pytest.Monkey
         assert b" 200 " in bodies[0].recv(4096).split(b"\r\n")[0]
 
 
-def test_one_address_has_its_share_of_requests_and_health_is_not_counted() -> None:
-    with listening(max_requests_per_address=5) as service:
+@pytest.mark.parametrize(("each", "together", "status"), [(5, 400, 429), (50, 5, 503)])
+def test_requests_at_once_are_bounded_and_health_is_not_counted(monkeypatch, each, together, status) -> None:
+    monkeypatch.setattr(limits, "MAX_REQUESTS", together)
+    with listening(max_requests_per_address=each) as service:
         with contextlib.ExitStack() as stack:
             for _ in range(5):
                 stack.enter_context(service.open(POST)).sendall(b"x")
             time.sleep(0.2)
             refused = service.post(b"abc")
-            assert refused.status_code == 429
+            assert refused.status_code == status
             assert "retry-after" in refused.headers
             assert service.healthy()
         time.sleep(0.2)

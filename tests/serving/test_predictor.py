@@ -2,6 +2,7 @@ import io
 import subprocess
 import sys
 import threading
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_pixels_in_flight_have_a_budget(small_bundle: Path) -> None:
         pass
     with predictor.room(png(0, 200)):  # the others have left; more than the whole budget: let in alone
         pass
+
+
+def test_waiting_ends_with_its_request_or_its_deadline(small_bundle: Path) -> None:
+    predictor, cancelled = Predictor(small_bundle, pixels=96 * 96), threading.Event()
+    begun, gate = gated(predictor)
+    with ThreadPoolExecutor(4) as pool, predictor.room(png(0)) as ends:
+        pool.submit(predictor.predict, png(0))
+        assert begun.wait(10)
+        waiting = [
+            pool.submit(lambda: predictor.room(png(1), cancelled).__enter__()),
+            pool.submit(predictor.predict, png(1), cancelled=cancelled, ends=ends),
+            pool.submit(predictor.predict, png(1), ends=ends - predictor.seconds),
+        ]
+        time.sleep(0.3)
+        cancelled.set()
+        for future in waiting:
+            with pytest.raises(BusyError):
+                future.result(10)
+        gate.set()
 
 
 def test_a_large_image_with_its_overlay_takes_a_few_bytes_a_pixel(predictor: Predictor) -> None:

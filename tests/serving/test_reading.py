@@ -1,15 +1,18 @@
 """Uploads as they come in: forms, archives, and their order."""
 
+import errno
 import io
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from pydicom import dcmread
 
-from chestct.serving.api import UploadError, files_in_form
+from chestct.serving.api import UploadError, files_in_form, keep
+from chestct.serving.predictor import BusyError
 from chestct.serving.reading import expand, unzip
 from tests.serving.conftest import zipped
 
@@ -107,15 +110,36 @@ def part(headers: bytes, content: bytes = b"data") -> bytes:
         (part(NAMED) + b"--b--", "multipart/form-data"),
         (part(NAMED + b"\r\nX: " + b"x" * 8_000_000) + b"--b--", FORM),
         (part(NAMED + b"\r\nX: x" * 10_000) + b"--b--", FORM),
+        (part(NAMED + (b"\r\nX: " + b"x" * 4000) * 3) + b"--b--", FORM),
         (b"--b\r\n" + NAMED + b"\r\n--b--", FORM),
     ],
 )
 def test_a_form_that_cannot_be_read_is_one_sentence(body: bytes, content_type: str) -> None:
     with pytest.raises(UploadError, match="The form cannot be read"):
-        files_in_form(body, content_type)
+        files_in_form(body, content_type, MANY)
 
 
 def test_fields_are_left_out_of_forms_and_contents_come_as_they_are() -> None:
     data = np.random.default_rng(0).bytes(10_000) + b"\r\n--a\r\n\r\n--"
     body = part(b"Content-Disposition: form-data; name=filename") + part(NAMED, data) + part(NAMED, b"") + b"--b--\r\n"
-    assert files_in_form(body, FORM) == [data, b""]
+    assert files_in_form(body, FORM, MANY) == [data, b""]
+
+
+@pytest.mark.parametrize("body", [part(NAMED, b"") * (MANY + 1) + b"--b--", part(b"A: b", b"") * 20])  # not to its end
+def test_a_form_has_no_more_parts_than_slices_may_be_sent(body: bytes) -> None:
+    with pytest.raises(UploadError, match=r"More than 10 files.*chestct predict"):
+        files_in_form(body, FORM, MANY)
+
+
+def test_uploads_that_do_not_fit_on_the_disk_leave_nothing_behind(tmp_path, monkeypatch) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> None:
+        write(path, content[:3])
+        if len(content) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BusyError, match="could not be stored"):
+        keep([b"abc", b"abcd", b"abc"], tmp_path, MUCH)
+    assert not list(tmp_path.iterdir())
