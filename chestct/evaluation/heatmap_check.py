@@ -132,7 +132,7 @@ def _randomisation(net: VGG16, images: np.ndarray, outputs: np.ndarray, body: np
     for draw in range(DRAWS):
         for name, values in likeness.items():
             altered = copy.deepcopy(net)
-            layers = altered.head if name == "head" else altered.features[net.first_trainable(4) :]
+            layers = altered.head if name == "head" else altered.features[net.first_trainable(net.block - 1) :]
             generator = torch.Generator().manual_seed(draw)
             for parameter in layers.parameters():  # as spread as they were
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.std(correction=0).cpu())

@@ -153,7 +153,9 @@ class Classifier(L.LightningModule):
     def _later(self) -> list[nn.Parameter]:
         """Parameters of the convolutions that train at any time in the run."""
         later = self.cfg.trainer
-        first = self.net.first_trainable(5 - later.unfreeze_blocks if later.unfreeze_epoch else self.cfg.model.freeze)
+        first = self.net.first_trainable(
+            max(0, self.net.block - later.unfreeze_blocks) if later.unfreeze_epoch else self.cfg.model.freeze
+        )
         return list(self.net.features[first:].parameters())
 
     def parameter_counts(self) -> dict[str, int]:

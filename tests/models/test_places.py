@@ -10,6 +10,7 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import evaluate, logits_of
 from chestct.evaluation.export import export
+from chestct.evaluation.heatmap_check import check_explanation
 from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
 from chestct.models.lightning_module import places_loss
@@ -49,6 +50,14 @@ def test_the_map_is_what_the_score_is_made_of():
     logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
     torch.testing.assert_close(logits, net(x))
     torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
+
+
+def test_the_check_of_heat_maps_redraws_the_last_block_that_there_is():
+    images = np.random.default_rng(0).integers(0, 255, (3, 64, 64), np.uint8)
+    masks = np.zeros((3, 64, 64), bool)
+    masks[:, 20:30, 20:30] = True
+    checked = check_explanation(network(block=4), images, masks, np.zeros(3, int))
+    assert checked["randomisation"]["last_block"] < 0.9
 
 
 def test_the_loss_at_places_wants_lesions_where_they_are_and_nothing_elsewhere():
