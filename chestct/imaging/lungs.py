@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 SIDE = 256
 """Side at which lungs are looked for, in pixels: finer makes no better box, only a slower one."""
@@ -41,6 +40,8 @@ def find_lungs(gray: np.ndarray) -> Lungs | None:
     A part counts if it is dark, lies inside the body, and covers at least 0.4 % of the picture; parts below a tenth of
     the largest are bowel or trachea. Together they must cover at least 2 % of the body.
     """
+    from scipy import ndimage
+
     height, width = gray.shape
     scale = SIDE / max(gray.shape)
     side = max(1, round(width * scale)), max(1, round(height * scale))
@@ -72,6 +73,8 @@ def find_lungs(gray: np.ndarray) -> Lungs | None:
 
 def _dark_in_body(small: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Masks of the body and of the large dark parts in it; both empty where there are none."""
+    from scipy import ndimage  # here, as slices that are not cropped to the lungs are answered without it
+
     bright = _largest(ndimage.binary_opening(small > threshold), 1.0)
     body = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(bright, 8), iterations=3)[8:-8, 8:-8])
     dark = _largest(ndimage.binary_opening(body & (small <= threshold), iterations=2), 0.1, 0.004 * small.size)
@@ -80,6 +83,8 @@ def _dark_in_body(small: np.ndarray, threshold: float) -> tuple[np.ndarray, np.n
 
 def _largest(mask: np.ndarray, share: float, least: float = 0) -> np.ndarray:
     """The connected parts of a mask with at least `share` of the largest one's pixels, and at least `least`."""
+    from scipy import ndimage
+
     parts, count = ndimage.label(mask)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     sizes[0] = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -148,7 +149,10 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     facts = json.loads(json.dumps(facts, allow_nan=False))
     check_facts(facts)
     text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
-    _replace(folder.absolute(), files | {FACTS: text.encode()})
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # exports to one folder wait for each other
+        _replace(folder, files | {FACTS: text.encode()})
     return load_bundle(folder)
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,13 @@ def test_a_killed_export_leaves_the_old_bundle_and_its_rest_goes_with_the_next(f
     make(folder, classes=4)
     assert load_bundle(folder).id != before
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "thesis.tex"]
+
+
+def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda _: make(tmp_path / "bundle").id, range(6)))
+    assert load_bundle(tmp_path / "bundle").id in ids
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", ".bundle.lock"}
 
 
 @pytest.mark.parametrize("names", [("thesis.tex",), (FACTS, "thesis.tex"), (TENSORS,), (FACTS, "folder/a")])
