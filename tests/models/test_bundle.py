@@ -207,7 +207,8 @@ def test_a_killed_export_leaves_the_old_bundle_and_its_rest_goes_with_the_next(f
     (folder.parent / "thesis.tex").touch()
     make(folder, classes=4)
     assert load_bundle(folder).id != before
-    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "thesis.tex"]
+    assert sorted(path.name for path in folder.parent.glob("[!.]*")) == [folder.name, "thesis.tex"]
+    assert not list(folder.parent.glob(".*bundle-*"))
 
 
 def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
