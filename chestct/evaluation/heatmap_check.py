@@ -93,8 +93,8 @@ def check_explanation(
 def _pointing(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[str, Any]:
     """Pointing game for heat [N, S, S], and for what knows nothing of the slice.
 
-    chance: a random point of the body; centre: its centre of mass; average_lesion: where the other slices' lesions
-    are most often.
+    chance: a random point of the body; centre: its centre of mass; average_lesion: where lesions of
+    the other half of the slices are most often.
     """
     n, side = len(masks), masks.shape[1]
     near = np.stack([ndimage.distance_transform_edt(~mask) for mask in masks]) <= round(TOLERANCE * side)
@@ -108,7 +108,10 @@ def _pointing(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[st
     centres = np.array([ndimage.center_of_mass(one) if one.any() else (side / 2, side / 2) for one in body])
     spots = np.zeros(masks.shape)
     spots[(np.arange(n), *centres.astype(int).T)] = 1
-    usual = ndimage.gaussian_filter(near.sum(0) - near.astype(float), (0, side / 56, side / 56))
+    # Of the other half: all slices but one would point away from that one's lesion wherever two places are as usual.
+    half = np.arange(n) % 2
+    others = np.stack([near[half != k].sum(0) for k in (0, 1)]).astype(float)
+    usual = ndimage.gaussian_filter(others, (0, side / 56, side / 56))[half]
     found = hits(shown)
     return {
         "chance": float(np.mean([(a & b).sum() / max(1, b.sum()) for a, b in zip(near, body, strict=True)])),

@@ -103,6 +103,9 @@ def test_pointing_allows_fifteen_pixels_of_224_and_what_knows_nothing_hits_where
     blind = heatmap_check._pointing(np.zeros(body.shape), masks, body)
     assert (blind["heat"], blind["centre"]) == (0, 0.25)
     assert blind["average_lesion"] == 0.75  # the one in the centre is not told by itself
+    # Two places, as usual: a guess is right half the time, though each slice's own lesion is not looked at.
+    even = heatmap_check._pointing(np.zeros(body.shape), np.stack([corner, corner, centre, centre]), body)
+    assert even["average_lesion"] == 0.5
     near = [ndimage.distance_transform_edt(~mask) <= 15 for mask in masks]
     assert blind["chance"] == pytest.approx(np.mean(near))
 
