@@ -141,7 +141,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     known = experiments(ada)
     assert len(known) == 3
     columns = known["faster"]["metrics"]["artifacts/evaluation/metrics.json"]["data"]
-    assert list(columns) == ["test", "valid"]
+    assert sorted(columns) == ["test", "valid"]
     assert columns == metrics(ada / "artifacts/evaluation") != baseline
     queued = {name: data["params"]["params.yaml"]["data"] for name, data in known.items() if name != "faster"}
     assert {params["optim"]["lr"] for params in queued.values()} == {1e-3, 1e-4}
