@@ -9,7 +9,7 @@ import queue
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class Monitor:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch(0o600)  # SQLite would let everybody read it
             with closing(sqlite3.connect(self.path, timeout=BUSY)) as database, database:
-                database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
+                with suppress(sqlite3.OperationalError):  # it does not wait while another process does the same
+                    database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
                 database.execute(f"CREATE TABLE IF NOT EXISTS answers ({', '.join(COLUMNS)})")
                 database.execute("CREATE INDEX IF NOT EXISTS by_time ON answers (time)")
                 database.executemany(f"INSERT INTO answers VALUES ({', '.join('?' * len(COLUMNS))})", rows)
