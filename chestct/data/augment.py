@@ -34,13 +34,18 @@ def make_views(
     out = images.clone()
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         for i, content in enumerate(contents):
-            torch.manual_seed(int(digest(f"{seed}/{view}/{content}")[:16], 16) >> 1)  # it takes 63 bits
+            torch.manual_seed(number_of(f"{seed}/{view}/{content}") >> 1)  # it takes 63 bits
             image = tv_tensors.Image(images[i])
             if masks is None:
                 out[i] = change(image)
             else:
                 out[i], masks[i] = change(image, tv_tensors.Mask(masks[i]))
     return out
+
+
+def number_of(text: str) -> int:
+    """A number below 2**64 that the text decides."""
+    return int(digest(text)[:16], 16)
 
 
 def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:

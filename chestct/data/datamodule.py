@@ -15,11 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from chestct.config.schema import Config, classes_of
-from chestct.data.augment import make_views
+from chestct.data.augment import make_views, number_of
 from chestct.data.prepare import prepare_store, prepared_folder
 from chestct.data.splits import load_splits
 from chestct.data.store import Store, open_store
-from chestct.files import digest
 from chestct.imaging.lungs import find_lungs
 from chestct.phantom.insertion import Kind, insert
 
@@ -63,17 +62,18 @@ class SliceDataset(Dataset):
         for i, position in enumerate(positions):
             lungs = find_lungs(self.images[self.rows[position]]) if (kind := self._kind(position, view)) else None
             if kind and lungs is not None:
-                rng = np.random.default_rng(_number(f"{self.cfg.seed}/{view}/{contents[i]}/lesion"))
+                rng = np.random.default_rng(number_of(f"{self.cfg.seed}/{view}/{contents[i]}/lesion"))
                 square, mask = insert(plain[i, 0].numpy(), lungs.mask, kind, rng)
                 plain[i, 0], masks[i, 0] = torch.from_numpy(square), torch.from_numpy(mask)
-        return make_views(plain, contents, view, self.cfg.seed, self.cfg.data.augment, masks), masks
+        moved = masks if masks.any() else None  # turning empty ones would cost as much as turning the slices
+        return make_views(plain, contents, view, self.cfg.seed, self.cfg.data.augment, moved), masks
 
     def _kind(self, position: int, view: int) -> Kind | None:
         """What is drawn into a normal slice of train: a lesion, a control or nothing, by its content, view and seed."""
         share = self.cfg.data.lesions if self.train and view else 0
         if not share or self.y[position]:
             return None
-        drawn = _number(f"{self.cfg.seed}/{view}/{self.contents[position]}/kind") / 2**64
+        drawn = number_of(f"{self.cfg.seed}/{view}/{self.contents[position]}/kind") / 2**64
         return "lesion" if drawn < share else "control" if drawn < 2 * share else None
 
     def drawn_contents(self, view: int) -> list[str]:
@@ -95,11 +95,6 @@ class SliceDataset(Dataset):
             batch["places"] = torch.where(y.bool()[:, None, None, None], -1.0, places.float())
             return batch | {"y": torch.where(drawn, 1, y)}
         return batch | {"x": self.features[view][positions] if self.features else self.slices(positions, view)}
-
-
-def _number(text: str) -> int:
-    """A number below 2**64 that the text decides."""
-    return int(digest(text)[:16], 16)
 
 
 def view_of(cfg: Config, epoch: int) -> int:
