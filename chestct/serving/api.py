@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 import chestct
-from chestct.config.schema import ServeConfig
+from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.limits import SOON, RequestLimits
 from chestct.serving.predictor import BUSY, NOT_MEDICAL, BusyError, OnAnswer, Predictor, data_uri

@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chestct.config.schema import ServeConfig
+from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ConfigError
 
 logger = logging.getLogger("chestct.serving")

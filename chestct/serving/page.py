@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from chestct.config.schema import ServeConfig
+from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ChestCTError
 from chestct.serving.examples import Example
 from chestct.serving.predictor import OnAnswer, Predictor, jpeg_uri

@@ -18,7 +18,8 @@ import torch
 import uvicorn
 from sklearn.linear_model import Ridge
 
-from chestct.config.schema import Config, EvaluationConfig, ModelConfig, ServeConfig, WindowConfig
+from chestct.config.schema import Config, EvaluationConfig, ModelConfig, WindowConfig
+from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import Bundle, save_bundle

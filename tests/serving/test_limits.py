@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from chestct.config.schema import ServeConfig
+from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ConfigError
 from chestct.serving import limits, server
 from chestct.serving.limits import HEADERS, RequestLimits, login_from, route_of

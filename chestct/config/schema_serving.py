@@ -1,0 +1,31 @@
+"""The part of the schema that the service reads: the web page, its API, and the record of what they saw."""
+
+from dataclasses import dataclass
+
+from chestct.config.fields import setting
+
+
+@dataclass
+class ServeConfig:
+    """The web page and its API: where they listen, and what one person may ask of them."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
+    port: int = setting(7860, "port to listen on", low=1, high=65535)
+    hosts: list[str] = setting([], "names of the service beside localhost and addresses: [ct.example.org]; ['*']: any")
+    proxies: list[str] = setting([], "addresses or networks of reverse proxies, whose X-Forwarded-For is believed")
+    max_upload_bytes: int = setting(80_000_000, "bytes that one request may send", low=1_000)
+    max_slices: int = setting(128, "slices that one request may hold", low=1, high=2000)
+    max_pixels: int = setting(20_000_000, "largest image that is decoded, in pixels", low=1)
+    max_pixels_in_flight: int = setting(40_000_000, "pixels that are worked on at once; each takes 20 bytes", low=1)
+    max_requests_per_address: int = setting(64, "requests at once from one address, open pages included", low=1)
+    queue_size: int = setting(64, "requests for an answer that may wait or run at once; more are turned away", low=1)
+    request_timeout_s: float = setting(60.0, "longest time that one answer may take, in seconds", low=1, high=3600)
+
+
+@dataclass
+class MonitorConfig:
+    """The record of what the service saw: numbers only, never pixels, names or DICOM tags."""
+
+    enabled: bool = setting(False, "append one record a slice")
+    path: str = setting("monitor.sqlite", "file for the records")
+    keep_days: int = setting(90, "days after which a record is deleted", low=1)
