@@ -83,6 +83,7 @@ class Audit:
     examples: Table
     skipped: Table = field(default_factory=list)
     disbelieved: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
@@ -226,6 +227,8 @@ def _about_files(audit: Audit) -> Iterator[Finding]:
     for text in audit.disbelieved:
         action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
         yield Finding("identifiers", "warning", text, f"{action}pseudonyms for them, when files are anonymised.")
+    for text in audit.notes:
+        yield Finding("identifiers", "info", text, "Read intervals over these groups as rather too narrow.")
 
 
 def _plural(n: int, what: str) -> str:

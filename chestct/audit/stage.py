@@ -64,6 +64,7 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
         examples=examples(manifest, pairs, contradictions, shown),
         skipped=store.skipped,
         disbelieved=store.disbelieved,
+        notes=store.notes,
     )
     return replace(result, findings=findings(result))
 
@@ -100,7 +101,7 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
     splits = make_splits(store.manifest, cfg.task, data).tolist()
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
-    what += [store.skipped, store.disbelieved, cfg.task, data.name, data.split, data.split_seed]
+    what += [store.skipped, store.disbelieved, store.notes, cfg.task, data.name, data.split, data.split_seed]
     what += [data.valid_fraction, data.test_fraction]  # of the policies that are not in force
     return cfg.cache / "audit" / json_digest(what)[:12]
 

@@ -116,6 +116,14 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield f"data.folds works with data.split=grouped, not with {data.split}: folders give one split only."
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
+    for name, source in data.sources.items():
+        try:
+            groups = re.compile(source.patient).groups if source.patient else 1
+        except re.error as error:
+            yield f"data.sources.{name}.patient={source.patient} is no regular expression: {error}."
+        else:
+            if groups != 1:
+                yield f"data.sources.{name}.patient={source.patient}: give one group, as in (LIDC-IDRI-\\d+)."
     if unknown := set(data.holdout) - set(data.sources or [data.name]):
         yield (
             f"data.holdout={data.holdout}: there is no source {', '.join(sorted(unknown))}. The sources are "

@@ -15,11 +15,12 @@ import pandas as pd
 from filelock import FileLock
 from rich.progress import track
 
-from chestct.config.schema import LABEL_NAMES, Config, DataConfig
+from chestct.config.schema import Config, DataConfig
 from chestct.data import store as stores
-from chestct.data.duplicates import find_pairs, group, link
+from chestct.data.duplicates import find_pairs
 from chestct.data.sources import Listing, SliceFile, list_slices
 from chestct.data.store import STORE, Store, open_store, pixel_settings, preprocess_of, store_folder
+from chestct.data.units import IDENTIFIERS, join
 from chestct.errors import DataError, DecodeError
 from chestct.files import digest, json_digest
 from chestct.imaging.decode import decode, read
@@ -27,14 +28,6 @@ from chestct.imaging.preprocess import thumbnail
 from chestct.imaging.slice import Limits, pixel_hash
 from chestct.imaging.slice_files import describe_skipped
 from chestct.imaging.statistics import image_statistics
-
-# Columns of the manifest and the DICOM attributes that they hold
-IDENTIFIERS = {"patient": "PatientID", "study": "StudyInstanceUID", "series": "SeriesInstanceUID"}
-# Identifiers, in lower case and without punctuation, that stand for "not given"
-PLACEHOLDER = (
-    "|id|name|patient|patientid|patientname|subject|case|test|noname|noid|unknown|none|null|na|nan|notavailable"
-    "|removed|hidden|deidentified|anon[a-z]*|x+|" + "|".join(name.replace("_", "") for name in LABEL_NAMES)
-)
 
 
 def prepare_store(cfg: Config, progress: bool = False) -> Store:
@@ -105,6 +98,7 @@ def describe(store: Store) -> str:
         f"{len(manifest)} slices, {len(manifest) - manifest['content'].nunique()} of them copies, "
         f"{manifest['group'].nunique()} groups, {len(store.unreadable)} unreadable: {store.folder}",
         *store.disbelieved,
+        *store.notes,
     ]
     if store.skipped:
         shown = describe_skipped([(row["path"], row["reason"]) for row in store.skipped])
@@ -117,7 +111,9 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
     # Threads, not processes: reading, hashing and Pillow release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         hashes = list(pool.map(lambda file: _hash(file, limits), files))
-        made_of = json_digest([files, hashes, listing.skipped])
+        named = [name for name, source in cfg.sources.items() if source.patient]
+        ordered = [name for name, source in cfg.sources.items() if source.ordered]
+        made_of = json_digest([files, hashes, listing.skipped, ordered])
         if (store := _current(cfg, folder, made_of)) is not None:
             return store
         keys = [key or f"unhashed {i}" for i, key in enumerate(hashes)]
@@ -140,17 +136,18 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 if "reason" in fact:
                     unreadable.append({"source": file.source, "path": file.path, "reason": fact["reason"]})
                 else:
-                    table.append({**file._asdict(), "file_hash": key, **fact, "row": rows[fact["content"]]})
+                    # A pattern that is given says who the patient is; what DICOM says then counts no more.
+                    patient = file.patient if file.source in named else fact["patient"]
+                    fact = fact | {"patient": patient, "row": rows[fact["content"]]}
+                    table.append({**file._asdict(), "file_hash": key, **fact})
             if not table:
                 first = unreadable[0]
                 why = f"the first, {first['path']}: {first['reason']}"
                 raise DataError(f"None of the {len(files)} files can be read; {why}")
             manifest = pd.DataFrame(table)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
-            identifiers, disbelieved = believable(manifest)
             copies = find_pairs(thumbs[manifest["row"]], manifest["content"].tolist())
-            mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
-            pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
+            units = join(manifest, copies, named, ordered)
             # Bytes that lack a decoder are tried again: it may have been installed.
             lacking = any(key in hashes for key, fact in facts.items() if not fact.get("lasting", True))
             about = {
@@ -158,9 +155,10 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "files": "" if lacking else made_of,
                 "unreadable": unreadable,
                 "skipped": listing.skipped,
-                "disbelieved": disbelieved,
+                "disbelieved": units.disbelieved,
+                "notes": listing.notes + units.notes,
             }
-            stores.write_store(folder, slices, manifest.assign(group=group(len(manifest), pairs)), pairs, about)
+            stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)
@@ -204,32 +202,3 @@ def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str
         **{name: getattr(slice_, name) for name in IDENTIFIERS},
     }
     return facts, preprocess_of(cfg)(gray).tobytes() + thumbnail(gray).tobytes()
-
-
-def believable(manifest: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The manifest's DICOM identifiers that tell slices apart, "" elsewhere, and a sentence for each set aside.
-
-    Anonymisers write one PatientID (`id`, `ANONYMOUS`, the name of the class) into every file; believed, it would make
-    one patient of a whole collection. Set aside are placeholders, and an identifier of a source that has one value at
-    most in each class and covers most of the source's slices.
-    """
-    result = manifest[list(IDENTIFIERS)].copy()
-    notes = []
-    for source, rows in manifest.groupby("source", sort=False):
-        contents = rows["content"]
-        for column, attribute in IDENTIFIERS.items():
-            values = rows[column][rows[column] != ""]
-            placeholder = values.str.replace(r"\W|_", "", regex=True).str.lower().str.fullmatch(PLACEHOLDER)
-            given = values[~placeholder]
-            classes = given.groupby(rows["subtype"]).nunique()
-            most = 2 * contents[given.index].nunique() > contents.nunique() > len(classes)
-            constant = given if most and (classes <= 1).all() else given[:0]
-            for what, aside in (("a placeholder", values[placeholder]), ("the same throughout each class", constant)):
-                if len(aside):
-                    shown = ", ".join(map(repr, aside.unique()[:3]))
-                    notes.append(
-                        f"{attribute} is {what} ({shown}) in {len(aside)} slices of {source}: it tells no slices apart "
-                        "and was not used."
-                    )
-                    result.loc[aside.index, column] = ""
-    return result, notes

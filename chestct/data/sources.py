@@ -36,6 +36,7 @@ class SliceFile(NamedTuple):
     folder_split: str  # train, valid, test, or "" where folders do not tell
     subtype: str  # a subtype, or "cancer" where the folder does not tell which
     label: str  # normal or cancer
+    patient: str = ""  # where the source says how names tell it
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Listing:
 
     slices: list[SliceFile] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)  # source, path (of a folder with / at the end), reason
+    notes: list[str] = field(default_factory=list)  # sentences about patients that names do not tell
 
 
 def list_slices(cfg: DataConfig) -> Listing:
@@ -56,7 +58,7 @@ def list_slices(cfg: DataConfig) -> Listing:
     sources = cfg.sources or {cfg.name: SourceConfig(cfg.root or "")}
     try:
         for name, source in sources.items():
-            _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing).read()
+            _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing, source.patient).read()
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
     for file in listing.slices:
@@ -73,6 +75,7 @@ class _Source:
     root: Path
     labels: Mapping[str, str]
     listing: Listing
+    patient: str = ""  # the regular expression whose first group is the patient
 
     def read(self) -> None:
         if not self.root.is_dir():
@@ -98,6 +101,21 @@ class _Source:
                 f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, or train on phantoms with data=phantom."
             )
 
+        if self.patient:
+            self._check_patients(self.listing.slices[before:])
+
+    def _check_patients(self, files: list[SliceFile]) -> None:
+        """Says how many names tell no patient; raises DataError where none does."""
+        without = [file.path for file in files if not file.patient]
+        setting = f"data.sources.{self.name}.patient={self.patient}"
+        if len(without) == len(files):
+            raise DataError(f"{setting} matches none of the {len(files)} files, for example {without[0]}. Change it.")
+        if without:
+            self.listing.notes.append(
+                f"{setting} does not match {len(without)} of {len(files)} files, for example {without[0]}: of their "
+                "patients nothing is known but near-copies."
+            )
+
     def _folders(self, parent: Path) -> list[Path]:
         """The folders in a folder, sorted; whatever else lies there is skipped."""
         reasons = {
@@ -118,7 +136,11 @@ class _Source:
             self._skip(path, reason)
             if not reason:
                 name = path.relative_to(self.root).as_posix()
-                self.listing.slices.append(SliceFile(name, self.name, str(self.root), split, subtype, label))
+                match = re.search(self.patient, name) if self.patient else None
+                patient = (match[1] or "") if match else ""
+                patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
+                row = SliceFile(name, self.name, str(self.root), split, subtype, label, patient)
+                self.listing.slices.append(row)
 
     def _leave_out(self, folders: list[Path]) -> None:
         """Skips folders next to split folders if they are empty or ignored, else raises DataError."""

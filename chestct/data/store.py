@@ -21,7 +21,7 @@ from chestct.files import digest, file_digest, json_digest, write_atomic
 from chestct.imaging.preprocess import THUMBNAIL, Preprocess
 from chestct.imaging.slice_files import why_skipped
 
-FORMAT = 7  # of the files below, and of how groups are made; another version is made anew
+FORMAT = 8  # of the files below, and of how groups are made; another version is made anew
 STORE = "chestct-store.json"  # the file that names the pieces, with what no table holds
 PIECES = {"slices": "u8", "manifest": "parquet", "pairs": "parquet"}
 # Names of pieces, finished and not, earlier versions' too; nothing else is ever removed from a store's folder
@@ -34,13 +34,14 @@ class Store:
 
     folder: Path
     manifest: pd.DataFrame
-    pairs: pd.DataFrame  # a, b: positions in the manifest; similarity; kind: exact, near or series
+    pairs: pd.DataFrame  # a, b: positions in the manifest; similarity; kind: exact, near, series or order
     slices: np.ndarray  # memory-mapped records of `record_type`; manifest["row"] points into it
     settings: dict[str, Any]  # what decides a stored pixel
     files: str  # digest of all names and contents that the store was made of
     unreadable: list[dict[str, str]]  # source, path, reason
     skipped: list[dict[str, str]]  # source, path, reason: what lies in the folders and is not used
     disbelieved: list[str]  # sentences about DICOM identifiers that link nothing
+    notes: list[str]  # sentences about what stands for the patient, where it is not sure
 
     @property
     def images(self) -> np.ndarray:

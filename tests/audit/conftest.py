@@ -43,7 +43,7 @@ def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
     slices = np.zeros(n, record_type(40))
     slices["image"] = rng.integers(0, 256, (n, 40, 40), dtype=np.uint8)
     pairs = pd.DataFrame({"a": [], "b": [], "similarity": [], "kind": []}).astype({"a": int, "b": int, "kind": object})
-    data = Data(Path("nowhere"), manifest, pairs, slices, {}, "", [], [], [])
+    data = Data(Path("nowhere"), manifest, pairs, slices, {}, "", [], [], [], [])
     data.splits = {"grouped": pd.Series(rng.choice(["train", "valid", "test"], n, p=[0.6, 0.15, 0.25]))}
     return data
 

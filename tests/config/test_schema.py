@@ -24,6 +24,8 @@ from chestct.errors import ConfigError
         ("evaluation.threshold=yuden", "sensitivity>=0.95"),
         ("trainer.devices=two", "how many (2)"),
         ("optim.lr", "key=value"),
+        ("data.sources={a: {patient: 'A(1'}}", "data.sources.a.patient=A(1 is no regular expression"),
+        ("data.sources={a: {patient: 'A1'}}", "give one group"),
         ("data.holdout=[elsewhere]", "there is no source elsewhere"),
         ("data.holdout=[phantom]", "leaves no source to train on"),
     ],
