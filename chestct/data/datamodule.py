@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from chestct.config.schema import Config, classes_of
 from chestct.data.augment import make_views, number_of
 from chestct.data.prepare import prepare_store, prepared_folder
-from chestct.data.splits import load_splits
+from chestct.data.splits import balanced_weights, load_splits
 from chestct.data.store import Store, open_store
 from chestct.imaging.lungs import find_lungs
 from chestct.phantom.insertion import Kind, insert
@@ -43,6 +43,7 @@ class SliceDataset(Dataset):
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
         self.y = torch.tensor(y)
+        self.w = torch.from_numpy(balanced_weights(manifest, y)) if cfg.data.balance else None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -85,6 +86,7 @@ class SliceDataset(Dataset):
         view = view_of(self.cfg, epoch) if self.train else 0
         y = self.y[positions]
         batch = {"y": y, "i": torch.tensor(positions, dtype=torch.long)}
+        batch |= {} if self.w is None else {"w": self.w[positions]}
         if self.train and self.cfg.data.lesions and (self.places or not self.features):
             if self.features:
                 batch["x"], places = self.features[view][positions], self.places[view][positions]
@@ -139,6 +141,7 @@ class SliceModule(L.LightningDataModule):
 
     A batch of its loaders is a dict of tensors: `x`, grey slices float32 [B, 1, S, S] in [0, 1] with S = data.size, or
     frozen features float32 [B, D]; `y`, int64 [B], positions in `class_names`; `i`, int64 [B], positions in the split.
+    With data.balance, `w`, float32 [B], is what each counts in the loss (`balanced_weights`), whatever is drawn in it.
     Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are. With
     data.lesions, normal slices of train may show a lesion, are cancer then, and all batches of train have `places`,
     float32 [B, 1, h, w] on the grid of `x`: how much of each place a drawn lesion covers, -1 where it is not known.

@@ -59,22 +59,30 @@ class Classifier(L.LightningModule):
         """x: slices float [B, 1, S, S] in [0, 1], or features [B, D] or [B, C, h, w]. Returns logits [B, outputs]."""
         return self.net(x) if x.ndim == 4 and x.shape[1] == 1 else self.net.head(x)
 
-    def loss(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Class-weighted mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B]."""
+    def loss(self, logits: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B].
+
+        w: float [B], what each slice counts, of mean 1 over its split; None: the class weights.
+        """
         weight = cast(torch.Tensor, self.class_weight)
         smoothing = self.cfg.optim.label_smoothing
-        if logits.shape[1] > 1:
+        if logits.shape[1] > 1 and w is None:
             return functional.cross_entropy(logits, y, weight, label_smoothing=smoothing)
-        target = y * (1 - smoothing) + smoothing / 2
-        losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
-        return (losses * weight[y]).sum() / weight[y].sum()
+        if logits.shape[1] > 1:
+            losses = functional.cross_entropy(logits, y, reduction="none", label_smoothing=smoothing)
+        else:
+            target = y * (1 - smoothing) + smoothing / 2
+            losses = functional.binary_cross_entropy_with_logits(logits[:, 0], target, reduction="none")
+        return (losses * weight[y]).sum() / weight[y].sum() if w is None else (losses * w).mean()
 
-    def measured(self, logits: torch.Tensor, y: torch.Tensor, stage: str) -> dict[str, float]:
-        """Loss and metrics, `stage/NAME`, of a whole split at once: logits float32 [N, K], y int [N]."""
+    def measured(
+        self, logits: torch.Tensor, y: torch.Tensor, stage: str, w: torch.Tensor | None = None
+    ) -> dict[str, float]:
+        """Loss and metrics, `stage/NAME`, of a whole split at once: logits float32 [N, K], y int [N], w float [N]."""
         metrics = metric_collection(logits.shape[1], stage)
         metrics.update(_scores(logits), y)
         weight = cast(torch.Tensor, self.class_weight)
-        loss = self.loss(logits.to(weight.device), y.to(weight.device))
+        loss = self.loss(*(x if x is None else x.to(weight.device) for x in (logits, y, w)))
         return {name: float(value) for name, value in (metrics.compute() | {f"{stage}/loss": loss}).items()}
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
@@ -90,17 +98,18 @@ class Classifier(L.LightningModule):
         self._log_metrics("valid")
 
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
+        w = batch.get("w")
         if "places" in batch and has_places(self.net.head):
             evidence = self.net.head[:-1](batch["x"] if batch["x"].shape[1] > 1 else self.net.maps(batch["x"]))
             logits = self.net.head[-1](evidence)
             known = functional.adaptive_avg_pool2d(batch["places"], evidence.shape[2:])
-            loss = self.loss(logits, batch["y"]) + self.cfg.optim.places * places_loss(evidence, known)
+            loss = self.loss(logits, batch["y"], w) + self.cfg.optim.places * places_loss(evidence, known, w)
         else:
             logits = self(batch["x"])
-            loss = self.loss(logits, batch["y"])
-        # Batches count by their class weights: the mean over an epoch is that over its slices, however they are dealt.
-        weight = cast(torch.Tensor, self.class_weight)[batch["y"]].sum()
-        cast(MeanMetric, self.losses[f"{stage}_"]).update(loss.detach(), weight)
+            loss = self.loss(logits, batch["y"], w)
+        # Batches count by what their loss was divided by: an epoch's mean is that over its slices, however dealt.
+        weight = torch.ones_like(w) if w is not None else cast(torch.Tensor, self.class_weight)[batch["y"]]
+        cast(MeanMetric, self.losses[f"{stage}_"]).update(loss.detach(), weight.sum())
         cast(MetricCollection, self.metrics[f"{stage}_"]).update(_scores(logits.detach().float()), batch["y"])
         return loss
 
@@ -182,18 +191,20 @@ def _scores(logits: torch.Tensor) -> torch.Tensor:
     return logits[:, 0].sigmoid() if logits.shape[1] == 1 else logits.softmax(1)
 
 
-def places_loss(evidence: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-    """How badly evidence tells places with a drawn lesion from those without: cross-entropy, both kinds alike.
+def places_loss(evidence: torch.Tensor, covered: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
+    """How badly evidence tells places with a lesion from those without: cross-entropy, both kinds alike.
 
     evidence: logits [B, 1, h, w]; covered: share of each place that a lesion covers, [B, 1, h, w], below 0 where that
     is not known. A place counts as lesion from a third on, or if no other of its slice is covered more; one that is
-    touched counts as neither.
+    touched counts as neither. w: float [B], what the places of each slice count; None: all alike.
     """
     most = covered.amax((2, 3), keepdim=True).clamp(min=0.02)
     lesion = (covered >= 0.33) | (covered >= 0.9 * most)
     clear = (covered >= 0) & (covered < 0.03)
     each = functional.softplus(torch.where(lesion, -evidence, evidence))
-    return torch.stack([each[part].sum() / part.sum().clamp(min=1) for part in (lesion, clear & ~lesion)]).sum()
+    counts = torch.ones_like(each) if w is None else w[:, None, None, None].expand_as(each)
+    kinds = (lesion, clear & ~lesion)
+    return torch.stack([(each * counts)[kind].sum() / counts[kind].sum().clamp(min=1) for kind in kinds]).sum()
 
 
 def metric_collection(outputs: int, stage: str) -> MetricCollection:

@@ -226,7 +226,7 @@ def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> t
     for split in ("valid", "test") if cfg.evaluation.report else ("valid",):
         dataset = data.dataset(split)
         logits, _ = outputs(model.net, dataset, cfg.data.batch_size)
-        metrics |= model.measured(torch.from_numpy(logits), dataset.y, split)
+        metrics |= model.measured(torch.from_numpy(logits), dataset.y, split, dataset.w)
         tables.append(prediction_table(data.manifest, split, logits, cfg.task))
     return metrics, pd.concat(tables, ignore_index=True)
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chestct.config.schema import SUBTYPES, Config, DataConfig
-from chestct.data.splits import leaked, load_splits, make_splits, stratified_group_split
+from chestct.data.splits import balanced_weights, leaked, load_splits, make_splits, stratified_group_split
 from chestct.errors import DataError
 
 
@@ -162,3 +162,15 @@ def test_another_class_that_is_full_does_not_send_a_large_group_elsewhere():
     counts = pd.DataFrame({"cancer": [70, *[0] * 13], "normal": [0, 9, 6, *[1] * 11]})
     part = stratified_group_split(counts, [0.65, 0.15, 0.2], seed=0)  # 70 are more than all cancers of train
     assert part[1] == part[2] == 0
+
+
+def test_every_source_and_class_counts_alike_and_groups_by_the_square_root_of_their_slices():
+    sizes = {("a", 1): [81, 9], ("a", 0): [10], ("b", 1): [5] + [1] * 5, ("b", 0): [30] * 3}  # slices of each group
+    rows = [(s, y, f"{s}{y}{g}") for (s, y), groups in sizes.items() for g, n in enumerate(groups) for _ in range(n)]
+    table = pd.DataFrame(rows, columns=["source", "target", "group"]).sample(frac=1, random_state=0)
+    table["w"] = balanced_weights(table, table["target"].to_numpy())
+    assert table["w"].mean() == pytest.approx(1)
+    np.testing.assert_allclose(table.groupby(["source", "target"])["w"].sum(), len(table) / 4, rtol=1e-5)
+    share = table.groupby("group")["w"].sum()
+    assert share["a10"] / share["a11"] == pytest.approx(3)  # 81 slices to 9
+    assert share["b00"] == pytest.approx(share["b01"])

@@ -26,6 +26,25 @@ def test_losses_are_weighted_cross_entropy_and_smoothed(small):
     assert model.loss(logits, y).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+def test_weights_of_slices_take_the_place_of_class_weights(small):
+    logits, y, w = (
+        torch.tensor([[0.3], [-1.0], [2.0], [0.0]]),
+        torch.tensor([0, 1, 1, 1]),
+        torch.tensor([3.0, 0, 0.4, 0.6]),
+    )
+    model = make(small(), [1.0, 3.0])
+    losses = functional.binary_cross_entropy_with_logits(logits[:, 0], y.float(), reduction="none")
+    expected = pytest.approx((3 * losses[0] + 0.4 * losses[2] + 0.6 * losses[3]).item() / 4, rel=1e-5)
+    assert model.loss(logits, y, w).item() == expected
+    assert model.measured(logits, y, "valid", w)["valid/loss"] == expected
+    two = torch.cat([torch.zeros(4, 1), logits], 1)  # the same as two classes
+    assert model.loss(two, y, w).item() == expected
+    for step in ([0, 1], [2, 3]):  # batches of an epoch add up to the same
+        model._step({"x": torch.zeros(2, 512), "y": y[step], "w": w[step]}, "valid")
+    zeros = model(torch.zeros(1, 512)).expand(4, 1)
+    assert model.losses["valid_"].compute().item() == pytest.approx(model.loss(zeros, y, w).item(), rel=1e-5)
+
+
 def test_logits_between_0_and_1_are_not_taken_for_scores(small):
     measured = make(small()).measured(torch.full((4, 1), 0.2), torch.tensor([0, 1, 1, 1]), "test")
     assert measured["test/recall"] == 1  # a score of 0.55: cancer

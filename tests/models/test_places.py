@@ -74,13 +74,18 @@ def test_the_loss_at_places_wants_lesions_where_they_are_and_nothing_elsewhere()
         assert places_loss(evidence, covered) > 0.2
     small = covered * 0.1  # the most that any place is covered is what there is
     assert places_loss(right, small) < 0.01
+    loud = torch.cat([right[:1], -right[1:]])  # wrong on the second slice alone
+    assert places_loss(loud, covered, torch.tensor([1.0, 0.0])) < 0.01 < places_loss(loud, covered, torch.ones(2))
+    assert places_loss(loud, covered, torch.ones(2)) == places_loss(loud, covered)
     assert places_loss(-right, torch.full_like(covered, -1.0)) == 0  # nothing is known
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, phantoms, cache):
     """(settings, set up data) with lesions drawn into half of the normal training slices."""
-    cfg = compose(*SMALL, f"data.root={phantoms}", f"cache_dir={cache}", *PLACES, "data.lesions=0.5")
+    cfg = compose(
+        *SMALL, f"data.root={phantoms}", f"cache_dir={cache}", *PLACES, "data.lesions=0.5", "data.balance=true"
+    )
     data = SliceModule(cfg)
     data.prepare_data()
     data.setup()
@@ -93,6 +98,8 @@ def test_lesions_make_normal_slices_cancer_and_are_where_the_places_say(drawn):
     every = list(range(len(dataset)))
     plain, shown = dataset[0, every], dataset[1, every]
     normal = dataset.y == 0
+    assert torch.equal(shown["w"], plain["w"])
+    assert plain["w"][normal].sum().item() == pytest.approx(plain["w"][~normal].sum().item())
     assert torch.equal(plain["y"], dataset.y)
     assert not plain["places"][normal].any()
     lesions = normal & (shown["y"] == 1)
