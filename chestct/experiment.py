@@ -17,6 +17,7 @@ from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import program, rank
 
 if TYPE_CHECKING:
+    from chestct.data.datamodule import SliceModule
     from chestct.evaluation.evaluate import Evaluation
     from chestct.tracking import Run
     from chestct.training import Result
@@ -121,6 +122,7 @@ def evaluate(cfg: Config, out: Path) -> None:
       python evaluate.py ckpt=last                                 the newest run
       python evaluate.py ckpt=runs/RUN                             any run
       python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    with other splits and folds
+      python evaluate.py ckpt=last evaluation.protocol=[loso,matrix,within,probe] seeds=3    across hospitals
       python evaluate.py ckpt=last evaluation.phantoms=100         heat maps held against known lesions
       python evaluate.py bundle=FOLDER data.root=FOLDER            a bundle on slices that it never saw
       python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
@@ -153,12 +155,19 @@ def evaluate(cfg: Config, out: Path) -> None:
 def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
     """The checkpoint's evaluation, with each other split, fold, permutation or check that the settings ask for."""
     from chestct.evaluation.evaluate import evaluate
+    from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections
     from chestct.evaluation.split_policies import refits
     from chestct.training import train as fit
 
     evaluation = evaluate(cfg)
-    evaluation.rows += refits(cfg, lambda name, cfg, data: fit(cfg, out / REFITS / name, data=data).predictions)
+
+    def again(name: str, cfg: Config, data: "SliceModule") -> "Result":
+        return fit(cfg, out / REFITS / name, data=data)
+
+    evaluation.rows += refits(cfg, again)
+    if parts := protocol(evaluation, again):
+        evaluation.sections["protocol"] = parts
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
 

@@ -18,6 +18,7 @@ ENTRIES = {
     "train": ["training/train.py"],
     "evaluate": [
         "evaluation/evaluate.py",
+        "evaluation/protocol.py",
         "evaluation/sections.py",
         "evaluation/split_policies.py",
         "reporting/render.py",

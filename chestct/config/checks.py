@@ -14,7 +14,7 @@ from chestct.config.fields import leaves, type_name
 from chestct.config.schema import Config
 from chestct.errors import ConfigError
 
-REMOVED = ("tracking.required", "tracking.system_metrics", "serve.batch_size")
+REMOVED = ("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources")
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 
 

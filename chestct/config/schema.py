@@ -30,7 +30,7 @@ MONITORS = ("valid/loss", "valid/auroc")
 
 FITS, CONTRASTS = ("pad", "stretch", "body", "lungs"), ("keep", "body", "lungs")
 POOLS = ("gap", "flatten", "topk")
-SPLITS = ("grouped", "official", "official_clean")
+SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
@@ -208,7 +208,7 @@ class EvaluationConfig:
     prevalences: list[float] = setting([0.01, 0.1, 0.5], "shares of cancer for predictive values", low=1e-6, high=0.999)
     policies: bool = setting(False, "train the same head under every split policy too (frozen models only)")
     folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
-    sources: bool = setting(False, "train the same head without each source in turn, and test it there (frozen only)")
+    protocol: list[str] = setting([], "parts of docs/protocol.md to measure, with `seeds` (frozen)", choices=PROTOCOL)
     permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
     phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
     novelty: int = setting(0, "pictures of each kind that is no chest CT on which novelty is measured; 0: none", low=0)

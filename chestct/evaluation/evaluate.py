@@ -131,7 +131,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         logits, pooled = answers[split]
         part = prediction_table(data.manifest, split, logits, cfg.task)
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
-    point = OperatingPoint.fit(answers["valid"][0], parts[0]["target"].to_numpy(), cfg.evaluation)
+    valid = parts[0]
+    point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
     table = pd.concat(parts, ignore_index=True)
     table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
     metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}

@@ -6,6 +6,9 @@ has learned. With frozen convolutions a new head costs seconds, so every row get
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -15,12 +18,36 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
 from chestct.models.operating_point import OperatingPoint
-from chestct.stats.metrics import auroc, measure
+from chestct.stats.calibration import to_scores
+from chestct.stats.metrics import Estimate, auroc, measure
 
 POLICIES = ("official", "official_clean", "grouped")
 
-Train = Callable[[str, Config, SliceModule], pd.DataFrame]
-"""(name, settings, data) -> predictions of the model trained so, on its valid and test slices."""
+
+class Trained(Protocol):
+    """What a training leaves."""
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """Of its valid and test slices."""
+
+    @property
+    def best(self) -> Path:
+        """Its checkpoint."""
+
+
+Train = Callable[[str, Config, SliceModule], Trained]
+"""(name, settings, data) -> the model trained so."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Trainings with several seeds: predictions by their mean logits, with each seed's ranking in a column `seed_N`."""
+
+    predictions: pd.DataFrame
+    best: Path
+    every: list[Path]
+
 
 OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1")
 
@@ -28,67 +55,45 @@ OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
     """The rows that cfg.evaluation asks for. Raises ChestCTError unless the convolutions are frozen throughout."""
     wanted = cfg.evaluation
-    if (wanted.policies or wanted.folds or wanted.permuted or wanted.sources) and not cfg.always_frozen:
-        raise ChestCTError(
-            "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
-            "evaluation.policies, .folds, .permuted and .sources, or train those runs one by one."
-        )
+    if wanted.policies or wanted.folds or wanted.permuted:
+        frozen_only(cfg)
     if wanted.policies:
         for policy in POLICIES:
             if policy != cfg.data.split:
-                yield _policy(cfg, policy, train, split=policy, allow_leakage=policy == "official", holdout=[])
-    if wanted.sources:
-        if len(cfg.data.sources) < 2:
-            raise ChestCTError("evaluation.sources holds out one source after the other: give several, data.sources.")
-        yield from _sources(cfg, train)
+                yield _policy(cfg, policy, train)
     if wanted.folds:
         yield _folds(cfg, wanted.folds, train)
     if wanted.permuted:
         yield _permuted(cfg, train)
 
 
-def _policy(cfg: Config, name: str, train: Train, **changes: object) -> Row:
+def frozen_only(cfg: Config) -> None:
+    """Raises ChestCTError where training the head again would mean training convolutions."""
+    if not cfg.always_frozen:
+        raise ChestCTError(
+            "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
+            "evaluation.policies, .folds, .permuted and .protocol, or train those runs one by one."
+        )
+
+
+def _policy(cfg: Config, policy: str, train: Train) -> Row:
     """The recipe under another policy, with its own operating point; a row with the reason where that cannot be."""
-    cfg = _anew(cfg, folds=0, fold=0, **changes)
+    cfg = anew(cfg, split=policy, allow_leakage=policy == "official", holdout=[], folds=0, fold=0)
     data = SliceModule(cfg)
     try:
-        test, threshold = _tested(train(name, cfg, data), cfg)
+        test, threshold = on_test(train(policy, cfg, data).predictions, cfg)
     except ChestCTError as error:
-        return Row(name, {}, {}, 0, 0, note=f"not available: {error}")
-    return row(cfg, name, test, measured(test, cfg, threshold), data)
-
-
-def _sources(cfg: Config, train: Train) -> Iterator[Row]:
-    """Leave one source out (docs/protocol.md): each is tested by a model, and at a threshold, of the others alone."""
-    scores = []
-    for source in cfg.data.sources:
-        held = {"split": "grouped", "allow_leakage": False, "holdout": [source]}
-        line = _policy(cfg, f"without {source}", train, **held)
-        estimate = line.estimates.get("auroc") or line.estimates.get("cancer/auroc")
-        if estimate and estimate.value is not None:
-            scores.append(estimate.value)
-        yield line
-    if scores:
-        note = f"mean AUROC of {len(scores)} held-out sources {np.mean(scores):.3f}, worst {min(scores):.3f}"
-        yield Row("held-out sources", {}, {}, 0, 0, note=note)
+        return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
+    return row(cfg, policy, test, measured(test, cfg, threshold), data)
 
 
 def _folds(cfg: Config, folds: int, train: Train) -> Row:
-    """Cross-validation: every slice scored by a model that has not seen its group, all folds together.
-
-    Each fold has its own calibration and threshold. The note gives the spread over folds, which one split cannot show.
-    """
-    tests = []
-    for fold in range(folds):
-        changed = _anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=folds, fold=fold)
-        tests.append(_tested(train(f"fold-{fold}", changed, SliceModule(changed)), changed)[0])
+    """Cross-validation, all folds together; the note gives the spread over folds, which one split cannot show."""
+    tests = fold_tests(cfg, folds, train)
     pooled = pd.concat(tests, ignore_index=True)
-    estimates = measured(pooled, cfg, 0.5)
     # Thresholds differ between folds, so what rests on decisions is measured on the decisions themselves.
-    truth, decisions = (pooled["label"] == "cancer").astype(int), pooled[["flagged"]].to_numpy(float)
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    on_decisions = measure(pooled.assign(target=truth), "binary", decisions, 0.5, **settings)
-    prefix = "" if cfg.task == "binary" else "cancer/"
+    estimates = measured(pooled, cfg, 0.5)
+    prefix, on_decisions = "" if cfg.task == "binary" else "cancer/", of_decisions(pooled, cfg)
     estimates |= {prefix + name: on_decisions[name] for name in OF_DECISIONS if prefix + name in estimates}
     single = [
         auroc(1 - test["probability_normal"].to_numpy(), (test["label"] == "cancer").to_numpy()) for test in tests
@@ -97,12 +102,31 @@ def _folds(cfg: Config, folds: int, train: Train) -> Row:
     return dataclasses.replace(row(cfg, f"{folds} folds", pooled, estimates, None), note=spread)
 
 
+def fold_tests(cfg: Config, folds: int, train: Train) -> list[pd.DataFrame]:
+    """The test slices of each fold, as `on_test` gives them: each slice scored by a model that has not seen its group.
+
+    Each fold has its own calibration and threshold.
+    """
+    tests = []
+    for fold in range(folds):
+        changed = anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=folds, fold=fold)
+        tests.append(on_test(train(f"fold-{fold}", changed, SliceModule(changed)).predictions, changed)[0])
+    return tests
+
+
+def of_decisions(table: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
+    """What rests on decisions alone, from the column `flagged`."""
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    binary = table.assign(target=(table["label"] == "cancer").astype(int))
+    return measure(binary, "binary", table[["flagged"]].to_numpy(float), 0.5, **settings)
+
+
 def _permuted(cfg: Config, train: Train) -> Row:
     """The recipe on labels dealt out at random within train and within valid; the labels of test are the true ones.
 
     What it reaches is what chance, or a leak that no label explains, is worth.
     """
-    cfg = _anew(cfg)
+    cfg = anew(cfg)
     data = SliceModule(cfg)
     data.prepare_data()
     data.setup()
@@ -110,12 +134,32 @@ def _permuted(cfg: Config, train: Train) -> Row:
     for split in ("train", "valid"):
         rows = data.manifest.index[data.manifest["split"] == split]
         data.manifest.loc[rows, "target"] = rng.permutation(data.manifest.loc[rows, "target"].to_numpy())
-    test, threshold = _tested(train("permuted", cfg, data), cfg)
+    test, threshold = on_test(train("permuted", cfg, data).predictions, cfg)
     line = row(cfg, "permuted labels", test, measured(test, cfg, threshold), None)
     return dataclasses.replace(line, note="trained on random labels; its AUROC is chance, near 0.5")
 
 
-def _anew(cfg: Config, **data: object) -> Config:
+def averaging(train: Train, seeds: int) -> Callable[[str, Config, SliceModule], Averaged]:
+    """`train` with so many seeds from cfg.seed on, all on one split; `data` keeps the features of the last one."""
+
+    def run(name: str, cfg: Config, data: SliceModule) -> Averaged:
+        tables, best = [], []
+        for seed in range(cfg.seed, cfg.seed + seeds):
+            data.cfg = dataclasses.replace(cfg, seed=seed, seeds=1)
+            trained = train(f"{name}/seed-{seed}", data.cfg, data)
+            tables.append(trained.predictions)
+            best.append(trained.best)
+        every = [logits_of(table) for table in tables]
+        ranking = {f"seed_{i}": x[:, 0] if x.shape[1] == 1 else -to_scores(x)[:, 0] for i, x in enumerate(every)}
+        mean, table = np.mean(every, axis=0), tables[0].assign(**ranking)
+        for kind, values in (("logit_", mean), ("score_", to_scores(mean))):
+            table[[str(column) for column in tables[0] if str(column).startswith(kind)]] = values
+        return Averaged(table, best[0], best)
+
+    return run
+
+
+def anew(cfg: Config, **data: object) -> Config:
     """The settings for another training, with changes to cfg.data."""
     quiet = dataclasses.replace(cfg.trainer, progress=False)
     changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
@@ -124,9 +168,12 @@ def _anew(cfg: Config, **data: object) -> Config:
     return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=evaluation)
 
 
-def _tested(predictions: pd.DataFrame, cfg: Config) -> tuple[pd.DataFrame, float]:
-    """The test slices with decisions by the operating point of these valid slices, and its threshold."""
+def on_test(predictions: pd.DataFrame, cfg: Config, novelty: np.ndarray | float = 0.0) -> tuple[pd.DataFrame, float]:
+    """The test slices with decisions by the operating point of these valid slices, and its threshold.
+
+    novelty: of each slice of the table; without, none is refused or uncertain for it.
+    """
     valid = predictions[predictions["split"] == "valid"]
-    point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation)
-    table = decided(predictions, point, np.zeros(len(predictions)), cfg.task)
+    point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
+    table = decided(predictions, point, np.full(len(predictions), novelty), cfg.task)
     return table[table["split"] == "test"], point.threshold

@@ -4,6 +4,8 @@ They belong together, because a threshold means something only on the scores tha
 them as JSON, and evaluation and serving decide with the same lines.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +33,18 @@ class OperatingPoint:
     validation: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def fit(cls, logits: np.ndarray, targets: np.ndarray, cfg: EvaluationConfig) -> "OperatingPoint":
-        """From validation logits float [N, 1] or [N, K] and targets int [N] (0 is normal in both tasks)."""
+    def fit(
+        cls, logits: np.ndarray, targets: np.ndarray, cfg: EvaluationConfig, sources: Sequence[str] = ()
+    ) -> "OperatingPoint":
+        """From validation logits float [N, 1] or [N, K] and targets int [N] (0 is normal in both tasks).
+
+        sources: of each slice; the threshold then goes by the means over sources of sensitivity and specificity.
+        """
         calibration = fit_calibration(logits, targets)
         probabilities = _by_class(calibration.scores(logits))
         cancer, truth = 1 - probabilities[:, 0], targets > 0
-        threshold = choose_threshold(cancer, truth.astype(int), cfg.threshold, cfg.cost_ratio)
+        weights = source_weights(sources, truth) if len(sources) else None
+        threshold = choose_threshold(cancer, truth.astype(int), cfg.threshold, cfg.cost_ratio, weights)
         flagged = cancer >= threshold
         counts = {"cancers": truth, "found": flagged & truth, "normals": ~truth, "flagged": flagged & ~truth}
         return cls(
@@ -75,6 +83,19 @@ class OperatingPoint:
         """The inverse of dataclasses.asdict."""
         rest = {**values, "calibration": Calibration(**values["calibration"]), "quantiles": tuple(values["quantiles"])}
         return cls(**rest)
+
+
+def source_weights(sources: Sequence[str], truth: np.ndarray) -> np.ndarray:
+    """Weights float [N] under which each source counts alike within cancer and within normal slices.
+
+    sources: [N]; truth: bool [N], cancer. Phantoms count only where the others lack a class: what they say holds for no
+    patient.
+    """
+    real = np.array([source != "phantom" for source in sources])
+    weighed = real if len(np.unique(truth[real])) == 2 else np.ones(len(real), bool)
+    pairs = list(zip(sources, truth.tolist(), strict=True))
+    counts = Counter(pairs)
+    return weighed / np.array([counts[pair] for pair in pairs])
 
 
 def _by_class(scores: np.ndarray) -> np.ndarray:

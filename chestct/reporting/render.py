@@ -22,7 +22,8 @@ COLUMNS = {
 
 def write(evaluation: Evaluation, out: Path) -> None:
     """Writes metrics.json, evaluation.json (all, with reasons), predictions.parquet, the points of `dvc plots`, figures
-    as SVG, MODEL_CARD.md and report.html into `out`, each file whole or not at all.
+    as SVG, MODEL_CARD.md and report.html into `out`, each file whole or not at all; of the protocol's parts, where they
+    were measured, protocol.json and protocol.md.
     """
     values, table, drawn = flat(evaluation), io.BytesIO(), figures(evaluation)
     evaluation.table.to_parquet(table, index=False)
@@ -35,6 +36,8 @@ def write(evaluation: Evaluation, out: Path) -> None:
         "MODEL_CARD.md": model_card(evaluation),
         "report.html": html(evaluation, drawn),
     }
+    if parts := evaluation.sections.get("protocol"):
+        files |= {"protocol.json": _json(parts), "protocol.md": _render("protocol.md.j2", evaluation)}
     for name, content in files.items():
         write_atomic(out / name, content)
 

@@ -126,7 +126,16 @@ def summary(evaluation: Evaluation) -> str:
     lines += [answer(evaluation), headline(evaluation), *(f"- {c.text}" for c in listed if c.severity != "error")]
     for table in (metric_table(evaluation), comparison(evaluation)):
         lines += ["", pd.DataFrame(table).to_string(index=False, justify="left")]
-    return "\n".join([*lines, *(f"{row.policy}: {row.note}" for row in evaluation.rows if row.note)])
+    lines += (f"{row.policy}: {row.note}" for row in evaluation.rows if row.note)
+    for part in evaluation.sections.get("protocol", {}).values():
+        cells = pd.DataFrame(part.rows).map(as_text) if part.rows else None
+        lines += [
+            "",
+            part.title,
+            *([] if cells is None else [cells.to_string(index=False, justify="left")]),
+            *part.notes,
+        ]
+    return "\n".join(lines)
 
 
 def _about_the_data(evaluation: Evaluation) -> Iterator[Caveat]:

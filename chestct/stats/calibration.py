@@ -70,14 +70,21 @@ def fit_calibration(logits: np.ndarray, targets: np.ndarray) -> Calibration:
     return Calibration(float(best[0] / spread), float(best[1] - best[0] * center / spread))
 
 
-def choose_threshold(scores: np.ndarray, targets: np.ndarray, policy: str, cost_ratio: float = 1.0) -> float:
+def choose_threshold(
+    scores: np.ndarray,
+    targets: np.ndarray,
+    policy: str,
+    cost_ratio: float = 1.0,
+    weights: np.ndarray | None = None,
+) -> float:
     """The score from which a slice counts as cancer (score >= threshold), chosen on validation slices.
 
-    scores: float [N] in [0, 1], P(cancer); targets: int [N] in {0, 1}. Candidates lie midway between neighbouring
-    scores, below the lowest and above the highest. policy: youden (most sensitivity + specificity), sensitivity>=X
-    (most specificity at that), specificity>=X (the reverse), cost (least cost_ratio * missed cancers + false alarms, at
-    the shares of classes that validation has) or half (0.5, whatever the scores). Between equals the lower threshold
-    wins; with specificity>=X the higher. Raises DataError if validation lacks a class, except with half.
+    scores: float [N] in [0, 1], P(cancer); targets: int [N] in {0, 1}; weights: float [N] >= 0, how much a slice counts
+    within its class, one if left out. Candidates lie midway between neighbouring scores, below the lowest and above the
+    highest. policy: youden (most sensitivity + specificity), sensitivity>=X (most specificity at that), specificity>=X
+    (the reverse), cost (least cost_ratio * missed cancers + false alarms, at the shares of classes that validation has)
+    or half (0.5, whatever the scores). Between equals the lower threshold wins; with specificity>=X the higher. Raises
+    DataError if validation lacks a class, except with half.
     """
     from sklearn.metrics import roc_curve
 
@@ -91,7 +98,8 @@ def choose_threshold(scores: np.ndarray, targets: np.ndarray, policy: str, cost_
             f"Validation has {cancers} cancer and {normals} normal slices; a threshold by {policy} needs both. Use "
             "another split, or evaluation.threshold=half."
         )
-    false_alarms, sensitivity, levels = (values[::-1] for values in roc_curve(targets, scores, drop_intermediate=False))
+    curve = roc_curve(targets, scores, sample_weight=weights, drop_intermediate=False)
+    false_alarms, sensitivity, levels = (values[::-1] for values in curve)
     specificity = 1 - false_alarms
     worth = {
         "youden": sensitivity + specificity,

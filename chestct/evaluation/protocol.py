@@ -1,0 +1,188 @@
+"""The protocol across hospitals (docs/protocol.md): what a recipe reaches on sources that it has never seen.
+
+Each figure is of heads trained anew on cached features, with `seeds` seeds: the logits of a slice are averaged over
+seeds, and what single seeds reach stands next to it. Phantoms may be trained on; no figure is measured on them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from chestct.config.schema import Config
+from chestct.data.datamodule import SliceModule
+from chestct.errors import ChestCTError
+from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
+from chestct.evaluation.source_probe import pooled_features, source_probe
+from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
+from chestct.evaluation.tables import Part, Spread, Table, filled, mean_and_worst
+from chestct.models.novelty import fit_novelty
+from chestct.models.operating_point import CANCER, NORMAL
+from chestct.models.vgg16 import VGG16
+from chestct.stats.bootstrap import MIN_GROUPS
+from chestct.stats.metrics import Estimate, auroc
+
+FOLDS = 5
+"""Of cross-validation within a source."""
+
+FEWEST_UNITS = 3
+"""Units (groups) of a source without which an interval over them means nothing, and none is given."""
+
+
+def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
+    """The parts that cfg.evaluation.protocol asks for.
+
+    Raises ChestCTError where the convolutions are trained, or where there are fewer than two sources of patients.
+    """
+    cfg, wanted = evaluation.cfg, evaluation.cfg.evaluation.protocol
+    if not wanted:
+        return {}
+    frozen_only(cfg)
+    real = [name for name in cfg.data.sources if name != "phantom"]
+    if len(real) < 2:
+        raise ChestCTError(
+            f"evaluation.protocol measures on one source what was learned from others; of patients there "
+            f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals."
+        )
+    assert evaluation.model is not None
+    assert evaluation.data is not None
+    assert evaluation.data.store is not None
+    net, several = evaluation.model.net, averaging(train, cfg.seeds)
+    parts: dict[str, Part] = {}
+    if "loso" in wanted:
+        parts |= _leave_one_out(cfg, net, several, real)
+    if "matrix" in wanted:
+        parts["matrix"] = _matrix(cfg, several, real)
+    if "within" in wanted:
+        parts["within"] = _within(cfg, evaluation.data.store.manifest, several, real)
+    if "probe" in wanted:
+        parts["probe"] = _probe(cfg, net, real)
+    return parts
+
+
+def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> dict[str, Part]:
+    """Each source tested by a model, and at a threshold, of the others alone."""
+    ranked: Table = []
+    called: Table = []
+    notes = []
+    for source in real:
+        held = anew(cfg, split="grouped", allow_leakage=False, holdout=[source], folds=0, fold=0)
+        data = SliceModule(held)
+        try:
+            table = train(f"without-{source}", held, data).predictions
+            test, threshold = on_test(table, held, _novelty(net, data))
+        except ChestCTError as error:
+            notes.append(f"{source}: not available: {error}")
+            ranked.append({"held out": source, "AUROC": None})
+            called.append({"held out": source, "sensitivity": None, "specificity": None})
+            continue
+        figures = _figures(test, held, threshold)
+        answered = test[test["decision"].isin((CANCER, NORMAL))]
+        sure = {} if answered.empty else _believed(of_decisions(answered, held))
+        slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
+        seen = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
+        ranked.append(seen | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
+        called.append(
+            {"held out": source, "threshold": threshold}
+            | {name: figures[name] for name in ("sensitivity", "specificity")}
+            | {"answered": len(answered) / len(test)}
+            | {f"{name} of these": sure.get(name) for name in ("sensitivity", "specificity")}
+            | {"ECE": figures["ece"]}
+        )
+    rule = f"Threshold by {cfg.evaluation.threshold} on validation slices of the other sources, each counting alike"
+    unsure = "Answered: neither uncertain nor refused; the next two columns are of these slices."
+    return {
+        "loso": Part("Leave one source out", filled([*ranked, *mean_and_worst(ranked)]), notes),
+        "threshold": Part(
+            "At the threshold of the others", filled([*called, *mean_and_worst(called)]), [f"{rule}. {unsure}"]
+        ),
+    }
+
+
+def _matrix(cfg: Config, train: Any, real: Sequence[str]) -> Part:
+    """AUROC on each source of a model that was trained on one other alone."""
+    rows, notes = [], []
+    for source in real:
+        others = [name for name in cfg.data.sources if name != source]
+        alone = anew(cfg, split="grouped", allow_leakage=False, holdout=others, folds=0, fold=0)
+        row: dict[str, Any] = {"trained on": source} | {other: "–" if other == source else None for other in real}
+        spread: dict[str, Any] = {}
+        try:
+            test, threshold = on_test(train(f"only-{source}", alone, SliceModule(alone)).predictions, alone)
+            for other in (other for other in real if other != source):
+                part = test[test["source"] == other]
+                row[other] = _figures(part, alone, threshold)["auroc"]
+                spread[f"single seeds: {other}"] = _by_seed([part])
+        except ChestCTError as error:
+            notes.append(f"{source}: not available: {error}")
+        rows.append(row | (spread if cfg.seeds > 1 else {}))
+    return Part("AUROC by the source trained on, and the source tested on", filled(rows), notes)
+
+
+def _within(cfg: Config, manifest: pd.DataFrame, train: Any, real: Sequence[str]) -> Part:
+    """Cross-validation over the groups of each source that has enough of them."""
+    rows, notes = [], []
+    for source in real:
+        own = manifest[manifest["source"] == source]
+        groups = [own["group"][own["label"] == label].nunique() for label in ("normal", "cancer")]
+        row: dict[str, Any] = {"source": source, "groups": " / ".join(map(str, groups)), "AUROC": None}
+        alone = anew(cfg, sources={source: cfg.data.sources[source]}, store=None)
+        try:
+            if min(groups) < MIN_GROUPS:
+                raise ChestCTError(f"{min(groups)} groups of a class, needs {MIN_GROUPS}.")
+            tests = fold_tests(alone, FOLDS, lambda n, c, d, s=source: train(f"within-{s}/{n}", c, d))  # type: ignore[misc]
+            pooled = pd.concat(tests, ignore_index=True)
+            row["AUROC"] = _figures(pooled, alone, 0.5)["auroc"]
+            row |= {"single seeds": _by_seed(tests)}
+            row |= {name: of_decisions(pooled, alone)[name] for name in ("sensitivity", "specificity")}
+        except ChestCTError as error:
+            notes.append(f"{source}: not available: {error}")
+        rows.append(row)
+    notes.append("Groups: normal / cancer. Single seeds: mean of the folds' AUROCs. Each fold has its own threshold.")
+    return Part(f"{FOLDS} folds within a source", filled(rows), notes)
+
+
+def _probe(cfg: Config, net: VGG16, real: Sequence[str]) -> Part:
+    """How well a linear model tells the source of normal slices from the pooled features."""
+    rows = source_probe(anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=0, fold=0), net, real)
+    title = "Source of normal slices, told from the pooled features"
+    if not rows:
+        return Part(title, [], ["not available: fewer than two sources have normal slices in two groups."])
+    chance = f"Chance: {1 / len(rows):.3f}. Linear model on standardised features, grouped cross-validation."
+    balanced = float(np.mean([row["told right"] for row in rows]))
+    return Part(title, filled([*rows, {"source": "balanced accuracy", "told right": balanced}]), [chance])
+
+
+def _novelty(net: VGG16, data: SliceModule) -> np.ndarray:
+    """Of valid and test slices, how unlike train they are, float [N]."""
+    train, valid, test = (pooled_features(net, data, split) for split in SPLITS)
+    return fit_novelty(train, valid).distance(torch.cat([valid, test])).numpy()
+
+
+def _figures(test: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
+    """Metrics of cancer against normal, under the same names for both tasks."""
+    estimates = measured(test, cfg, threshold)
+    return _believed({name.removeprefix("cancer/"): estimate for name, estimate in estimates.items()})
+
+
+def _believed(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Without intervals that rest on too few units."""
+    return {
+        name: e
+        if e.low is None or e.groups >= FEWEST_UNITS
+        else dataclasses.replace(e, low=None, high=None, reason=f"no interval over {e.groups} groups")
+        for name, e in estimates.items()
+    }
+
+
+def _by_seed(tests: Sequence[pd.DataFrame]) -> Spread | None:
+    """AUROC of each single seed, mean over the tables; None where a table has one class."""
+    columns = [column for column in tests[0] if str(column).startswith("seed_")]
+    cancer = [(test["label"] == "cancer").to_numpy() for test in tests]
+    if any(y.all() or not y.any() for y in cancer):
+        return None
+    pairs = list(zip(tests, cancer, strict=True))
+    return Spread([float(np.mean([auroc(test[seed].to_numpy(), y)[0] for test, y in pairs])) for seed in columns])

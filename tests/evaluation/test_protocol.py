@@ -1,0 +1,213 @@
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from chestct.config.compose import compose
+from chestct.config.schema import Config, PhantomConfig
+from chestct.data.datamodule import SliceModule
+from chestct.errors import ChestCTError
+from chestct.evaluation.evaluate import Evaluation, evaluate
+from chestct.evaluation.protocol import Part, Spread, protocol
+from chestct.models.vgg16 import VGG16
+from chestct.phantom.dataset import write
+from chestct.reporting.render import write as write_report
+from chestct.reporting.text import summary
+from chestct.training.train import Result, train
+from tests.conftest import SMALL
+
+PARTS = ["loso", "matrix", "within", "probe"]
+DRAWN = {"north": (40, 0.0), "south": (41, 0.0), "east": (22, 0.8), "phantom": (23, 0.0)}  # slices, difficulty
+
+
+@dataclass
+class Trainings:
+    """Every head that a protocol trained: its predictions, and the sources that it learned from."""
+
+    out: Path
+    predictions: dict[str, pd.DataFrame] = field(default_factory=dict)
+    learned: dict[str, set[str]] = field(default_factory=dict)
+
+    def __call__(self, name: str, cfg: Config, data: SliceModule) -> Result:
+        result = train(cfg, self.out / name, data=data)
+        self.predictions[name] = result.predictions
+        self.learned[name] = set(data.manifest["source"][data.manifest["split"] != "test"])
+        return result
+
+
+@pytest.fixture(scope="module")
+def evaluation(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
+    """A head trained on four sources of phantoms, three of which pass for hospitals. Read only."""
+    root, sources = tmp_path_factory.mktemp("hospitals"), []
+    for name, (slices, difficulty) in DRAWN.items():
+        write(root / name, PhantomConfig(slices=slices, size=96, difficulty=difficulty, seed=slices))
+        sources.append(f"{name}: {{root: {root / name}}}")
+    settings = ["data.name=all", f"cache_dir={cache}", f"data.sources={{{', '.join(sources)}}}"]
+    cfg = compose(*SMALL, *settings, "evaluation.resamples=200", "evaluation.threshold='sensitivity>=0.9'", "seeds=2")
+    result = train(replace(cfg, seeds=1), root / "run")
+    return evaluate(replace(cfg, ckpt=str(result.best)))
+
+
+def asked(evaluation: Evaluation, *parts: str, **settings: object) -> Evaluation:
+    cfg = replace(evaluation.cfg, evaluation=replace(evaluation.cfg.evaluation, protocol=list(parts)), **settings)
+    return replace(evaluation, cfg=cfg)
+
+
+@pytest.fixture(scope="module")
+def measured(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Part], Trainings]:
+    trainings = Trainings(tmp_path_factory.mktemp("refits"))
+    return protocol(asked(evaluation, *PARTS), trainings), trainings
+
+
+def mean_logits(trainings: Trainings, name: str) -> pd.DataFrame:
+    first, second = (trainings.predictions[f"{name}/seed-{seed}"] for seed in (0, 1))
+    table = first.assign(mean=(first["logit_cancer"] + second["logit_cancer"]) / 2, y=first["label"] == "cancer")
+    return table.assign(first=first["logit_cancer"], second=second["logit_cancer"])
+
+
+@pytest.mark.slow
+def test_each_source_is_measured_by_heads_that_have_never_seen_it(measured: tuple[dict[str, Part], Trainings]) -> None:
+    parts, trainings = measured
+    values = {}
+    for row in parts["loso"].rows[:3]:
+        name = f"without-{row['held out']}"
+        assert (
+            trainings.learned[f"{name}/seed-0"] == trainings.learned[f"{name}/seed-1"] == {*DRAWN} - {row["held out"]}
+        )
+        table = mean_logits(trainings, name)
+        test = table[table["split"] == "test"]
+        assert set(test["source"]) == {row["held out"]}
+        values[row["held out"]] = row["AUROC"].value
+        assert row["AUROC"].value == pytest.approx(roc_auc_score(test["y"], test["mean"]))
+        assert row["AUROC"].low <= row["AUROC"].value <= row["AUROC"].high
+        assert row["single seeds"].values == pytest.approx(
+            [roc_auc_score(test["y"], test["first"]), roc_auc_score(test["y"], test["second"])]
+        )
+    assert list(values) == ["north", "south", "east"]  # no figure is measured on phantoms
+    mean, worst = parts["loso"].rows[3:]
+    assert (mean["held out"], worst["held out"]) == ("mean", "worst")
+    assert mean["AUROC"] == pytest.approx(np.mean(list(values.values())))
+    assert worst["AUROC"] == min(values.values())
+
+
+@pytest.mark.slow
+def test_the_threshold_finds_nine_in_ten_of_the_mean_over_the_other_sources(measured) -> None:
+    parts, trainings = measured
+    for row in parts["threshold"].rows[:3]:
+        table = mean_logits(trainings, f"without-{row['held out']}")
+        test = table[table["split"] == "test"]
+        # On logits, of which the calibrated scores keep the order.
+        valid = table[(table["split"] == "valid") & (table["source"] != "phantom")]
+        rates = {}
+        for threshold in valid["mean"]:
+            called = (valid["mean"] >= threshold).groupby([valid["y"], valid["source"]]).mean()
+            rates[threshold] = called[True].mean(), 1 - called[False].mean()
+        best = max(specificity for sensitivity, specificity in rates.values() if sensitivity >= 0.9 - 1e-12)
+        reached = min(t for t, (found, spared) in rates.items() if found >= 0.9 - 1e-12 and spared >= best - 1e-12)
+        flagged = test["mean"] >= reached
+        # Between this score and the next lower one of validation, the middle decides.
+        assert row["sensitivity"].value == pytest.approx(flagged[test["y"]].mean(), abs=0.1)
+        assert row["specificity"].value == pytest.approx(1 - flagged[~test["y"]].mean(), abs=0.1)
+        assert (row["specificity of these"] is None) == (row["answered"] == 0)
+        assert 0 <= row["ECE"].value <= 1
+    assert parts["threshold"].rows[4]["ECE"] == max(row["ECE"].value for row in parts["threshold"].rows[:3])
+
+
+@pytest.mark.slow
+def test_the_matrix_trains_on_one_source_and_tests_on_each_other(measured) -> None:
+    parts, trainings = measured
+    assert [row["trained on"] for row in parts["matrix"].rows] == ["north", "south", "east"]
+    for row in parts["matrix"].rows:
+        name = row["trained on"]
+        assert trainings.learned[f"only-{name}/seed-0"] == {name}
+        assert row[name] == "–"
+        table = mean_logits(trainings, f"only-{name}")
+        for other in {"north", "south", "east"} - {name}:
+            test = table[(table["split"] == "test") & (table["source"] == other)]
+            assert row[other].value == pytest.approx(roc_auc_score(test["y"], test["mean"]))
+
+
+@pytest.mark.slow
+def test_within_a_source_every_slice_is_scored_once(evaluation: Evaluation, measured) -> None:
+    parts, trainings = measured
+    manifest = evaluation.data.store.manifest
+    assert parts["within"].notes[0] == "east: not available: 9 groups of a class, needs 10."
+    for row in parts["within"].rows[:2]:
+        tests = []
+        for fold in range(5):
+            table = mean_logits(trainings, f"within-{row['source']}/fold-{fold}")
+            tests.append(table[table["split"] == "test"])
+        pooled = pd.concat(tests)
+        assert sorted(pooled["path"]) == sorted(manifest["path"][manifest["source"] == row["source"]])
+        first = np.mean([roc_auc_score(test["y"], test["first"]) for test in tests])
+        assert row["single seeds"].values[0] == pytest.approx(first)
+        assert row["AUROC"].slices == len(pooled)
+
+
+@pytest.mark.slow
+def test_the_source_of_normals_is_told_from_features_that_give_it_away(measured) -> None:
+    rows = measured[0]["probe"].rows
+    assert [row["source"] for row in rows] == ["east", "north", "south", "balanced accuracy"]
+    assert rows[-1]["told right"] == pytest.approx(np.mean([row["told right"] for row in rows[:-1]]))
+    assert 0.1 < rows[-1]["told right"] < 0.75  # all were drawn by one program
+
+
+@pytest.mark.slow
+def test_the_protocol_is_made_again_without_running_a_convolution(
+    evaluation: Evaluation, measured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: VGG16, x: object) -> None:
+        raise AssertionError("a convolution ran")
+
+    monkeypatch.setattr(VGG16, "conv5", run)
+    again = protocol(asked(evaluation, "loso", "matrix"), Trainings(tmp_path))
+    assert again["loso"] == measured[0]["loso"]
+    assert again["matrix"] == measured[0]["matrix"]
+
+
+@pytest.mark.slow
+def test_the_protocol_is_in_the_report_and_in_files_of_its_own(
+    evaluation: Evaluation, measured, tmp_path: Path
+) -> None:
+    told = replace(evaluation, sections=evaluation.sections | {"protocol": measured[0]})
+    write_report(told, tmp_path)
+    parts = json.loads((tmp_path / "protocol.json").read_text(encoding="utf-8"))
+    assert list(parts) == ["loso", "threshold", "matrix", "within", "probe"]
+    assert parts["loso"]["rows"][0]["AUROC"]["value"] == measured[0]["loso"].rows[0]["AUROC"].value
+    for name in ("protocol.md", "MODEL_CARD.md", "report.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert all(part.title in text for part in measured[0].values())
+    markdown = (tmp_path / "protocol.md").read_text(encoding="utf-8")
+    assert "| trained on | north | south | east | single seeds: south |" in markdown
+    assert all(part.title in summary(told) for part in measured[0].values())
+
+
+def test_what_cannot_be_measured_says_why(evaluation: Evaluation) -> None:
+    def impossible(name: str, cfg: Config, data: SliceModule) -> Result:
+        raise ChestCTError("one class is missing")
+
+    parts = protocol(asked(evaluation, "loso", "matrix"), impossible)
+    assert parts["loso"].notes == [
+        f"{name}: not available: one class is missing" for name in ("north", "south", "east")
+    ]
+    assert parts["matrix"].notes == parts["loso"].notes
+    assert all(row["AUROC"] is None for row in parts["loso"].rows[:3])
+
+
+def test_it_takes_two_sources_of_patients_and_frozen_convolutions(evaluation: Evaluation) -> None:
+    cfg = evaluation.cfg
+    for names, told in (({"north", "phantom"}, "is only north"), (set(), "is none")):
+        data = replace(cfg.data, sources={name: s for name, s in cfg.data.sources.items() if name in names})
+        with pytest.raises(ChestCTError, match=rf"{told}.*data\.sources"):
+            protocol(asked(evaluation, "loso", data=data), None)
+    with pytest.raises(ChestCTError, match="frozen"):
+        protocol(asked(evaluation, "loso", model=replace(cfg.model, freeze=False)), None)
+    assert protocol(asked(evaluation), None) == {}
+
+
+def test_single_seeds_are_told_as_mean_and_spread() -> None:
+    assert str(Spread([0.8, 0.9])) == "0.850 ± 0.071"
