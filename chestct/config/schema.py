@@ -32,6 +32,7 @@ FITS, CONTRASTS = ("pad", "stretch", "body", "lungs"), ("keep", "body", "lungs")
 POOLS = ("gap", "flatten", "topk")
 SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
+BLOCKS = r"[345](\+[345])*"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
 
@@ -138,7 +139,7 @@ class ModelConfig:
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting("gap", "mean over places; every place; or each is judged, the best count", choices=POOLS)
-    block: int = setting(5, "which of VGG's blocks the head sees; the later ones are left out", low=3, high=5)
+    block: str = setting("5", "which of VGG's blocks the head sees, one or several, as in 3+4", form=BLOCKS)
     standardise: bool = setting(False, "features less their mean, over their spread, as training shows them")
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")

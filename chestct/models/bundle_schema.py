@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chestct.config.schema import classes_of
+from chestct.config.schema import BLOCKS, classes_of
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -23,7 +23,7 @@ class Part(BaseModel):
 
 class Network(Part):
     pool: Literal["gap", "flatten", "topk"]
-    block: Annotated[int, Field(ge=3, le=5)] = 5
+    block: Annotated[int, Field(ge=3, le=5)] | Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
     standardise: bool = False
     hidden: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(max_length=16)]
     dropout: Annotated[float, Field(ge=0, le=0.95)]

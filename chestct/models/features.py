@@ -54,7 +54,7 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     """The cache folder of a feature space: named by everything, besides a slice's content, that decides features."""
     settings = {"format": FORMAT, "weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
-    settings |= {"block": cfg.model.block} if cfg.model.block < 5 else {}
+    settings |= {"block": cfg.model.block} if cfg.model.block != "5" else {}
     if view:
         settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
         settings |= {"lesions": cfg.data.lesions, "drawing": insertion.VERSION} if cfg.data.lesions else {}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from chestct.config.schema import ModelConfig
 from chestct.config.targets import build
@@ -28,15 +29,16 @@ class VGG16(nn.Module):
         super().__init__()
         self.size = size
         self.digest = weights.digest  # of the convolutions as they were given; training changes the network, not this
-        self.block = cfg.block
+        self.blocks = sorted(int(block) for block in set(str(cfg.block).split("+")))  # a number in older bundles
+        self.block = self.blocks[-1]
         layers = convolutions(weights.backbone).eval()
-        if cfg.block < 5:
-            layers = layers[: self._block_ends(layers)[cfg.block]]
-        self.channels, height, width = layers(torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        if self.blocks != [5]:
+            layers = layers[: self._block_ends(layers)[self.block]]
+        self.channels, height, width = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
         if weights.tensors is None:
             layers = convolutions(weights.backbone, "cpu").eval()[: len(layers)]
         else:
-            left_out = {} if cfg.block == 5 else weights.tensors.keys() - layers.state_dict().keys()
+            left_out = {} if self.block == 5 else weights.tensors.keys() - layers.state_dict().keys()
             tensors = {key: tensor for key, tensor in weights.tensors.items() if key not in left_out}
             layers.load_state_dict(tensors, assign=True)
         # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
@@ -54,6 +56,7 @@ class VGG16(nn.Module):
         """What the head gets: the last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`.
 
         With model.block=4 it is twice as fine, with 3 four times (and has 256 channels). That holds for `conv5` too.
+        Of several blocks, as in model.block=3+4, the maps lie on the grid of the last, one after another.
         """
         return self.pool(self.conv5(x))
 
@@ -69,21 +72,30 @@ class VGG16(nn.Module):
         """What the last max pool gets, [B, 512, S // 16, S // 16], for x as in `forward`.
 
         Heat maps are made from it, as in Selvaraju et al. 2017: lesions are smaller than a place of the pooled maps.
-        Convolutions that do not end with a pool give their last map.
+        Convolutions that do not end with a pool give their last map, and several blocks what the head gets.
         """
         if x.ndim != 4 or x.shape[1] != 1 or x.shape[2:] != (self.size, self.size):
             raise ValueError(f"expected slices [B, 1, {self.size}, {self.size}], got {list(x.shape)}")
-        x = (x - self.mean) * self.scale  # (B, 3, S, S)
-        layers = self.features[:-1] if self._ends_with_a_pool else self.features
-        return layers(x.contiguous(memory_format=torch.channels_last))
+        x = ((x - self.mean) * self.scale).contiguous(memory_format=torch.channels_last)  # (B, 3, S, S)
+        return self.features[:-1](x) if self._pools_last else self._joined(self.features, x)
 
     def pool(self, conv5: torch.Tensor) -> torch.Tensor:
         """From `conv5` to `maps`."""
-        return self.features[-1](conv5) if self._ends_with_a_pool else conv5
+        return self.features[-1](conv5) if self._pools_last else conv5
 
     @property
-    def _ends_with_a_pool(self) -> bool:
-        return isinstance(self.features[-1], nn.MaxPool2d)
+    def _pools_last(self) -> bool:
+        return len(self.blocks) == 1 and isinstance(self.features[-1], nn.MaxPool2d)
+
+    def _joined(self, layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        """The maps of all `blocks` [B, C, h, w] on the grid of the last; finer ones are averaged."""
+        if len(self.blocks) == 1:
+            return layers(x)
+        maps, done = [], 0
+        for end in (self._block_ends(layers)[block] for block in self.blocks):
+            x = layers[done:end](x)
+            maps, done = [*maps, x], end
+        return torch.cat([functional.adaptive_avg_pool2d(one, x.shape[2:]) for one in maps], 1)
 
     def batches(self, images: np.ndarray, size: int = 16) -> Iterator[torch.Tensor]:
         """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device."""

@@ -28,25 +28,35 @@ def network(**model):
     return VGG16(ModelConfig(pool="topk", standardise=True, hidden=[8], **model), 1, 64, load_weights("oxford")).eval()
 
 
-@pytest.mark.parametrize(("block", "shape"), [(5, (512, 2, 2)), (4, (512, 4, 4)), (3, (256, 8, 8))])
+@pytest.mark.parametrize(("block", "shape"), [("5", (512, 2, 2)), ("4", (512, 4, 4)), ("3", (256, 8, 8))])
 def test_an_earlier_block_is_what_the_whole_network_gives_there(block, shape):
     x = torch.rand(2, 1, 64, 64)
     whole, part = network(), network(block=block)
-    ends = {5: 31, 4: 24, 3: 17}[block]
+    ends = {"5": 31, "4": 24, "3": 17}[block]
     with torch.no_grad():
         maps = part.maps(x)
         assert maps.shape[1:] == shape
         torch.testing.assert_close(maps, whole.features[:ends]((x - whole.mean) * whole.scale))
 
 
+@torch.no_grad()
+def test_several_blocks_lie_on_the_grid_of_the_last_one_after_another():
+    x, net = torch.rand(2, 1, 64, 64), network(block="4+3")
+    maps = net.maps(x)
+    assert maps.shape[1:] == (256 + 512, 4, 4) == (net.channels, 4, 4)
+    torch.testing.assert_close(maps[:, 256:], network(block="4").maps(x))
+    torch.testing.assert_close(maps[:, :256], torch.nn.functional.avg_pool2d(network(block="3").maps(x), 2))
+    torch.testing.assert_close(net.head(net.pooled(x)), net(x), atol=0, rtol=1e-3)  # cached in half precision
+
+
 def test_blocks_are_those_of_vgg():
     with pytest.raises(ConfigError, match="five blocks"):
-        VGG16(ModelConfig(block=4), 1, 64, load_weights("none", "alexnet"))
+        VGG16(ModelConfig(block="4"), 1, 64, load_weights("none", "alexnet"))
 
 
 @torch.no_grad()
 def test_the_map_is_what_the_score_is_made_of():
-    net, x = network(block=4), torch.rand(3, 1, 64, 64)
+    net, x = network(block="4"), torch.rand(3, 1, 64, 64)
     logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
     torch.testing.assert_close(logits, net(x))
     torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
@@ -56,7 +66,7 @@ def test_the_check_of_heat_maps_redraws_the_last_block_that_there_is():
     images = np.random.default_rng(0).integers(0, 255, (3, 64, 64), np.uint8)
     masks = np.zeros((3, 64, 64), bool)
     masks[:, 20:30, 20:30] = True
-    checked = check_explanation(network(block=4), images, masks, np.zeros(3, int))
+    checked = check_explanation(network(block="4"), images, masks, np.zeros(3, int))
     assert checked["randomisation"]["last_block"] < 0.9
 
 
@@ -113,7 +123,7 @@ def test_lesions_make_normal_slices_cancer_and_are_where_the_places_say(drawn):
 def test_cached_maps_and_places_are_those_of_the_images(drawn):
     cfg, data = drawn
     dataset = data.dataset("train", train=True)
-    net = network(block=4)
+    net = network(block="4")
     attach(data, net, cfg, ("train",), views=2)
     cached = data.dataset("train", train=True)
     data.features.clear(), data.places.clear()
