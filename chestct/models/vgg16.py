@@ -91,11 +91,12 @@ class VGG16(nn.Module):
         """The maps of all `blocks` [B, C, h, w] on the grid of the last; finer ones are averaged."""
         if len(self.blocks) == 1:
             return layers(x)
-        maps, done = [], 0
+        maps: list[torch.Tensor] = []
+        done = 0
         for end in (self._block_ends(layers)[block] for block in self.blocks):
             x = layers[done:end](x)
             maps, done = [*maps, x], end
-        return torch.cat([functional.adaptive_avg_pool2d(one, x.shape[2:]) for one in maps], 1)
+        return torch.cat([functional.adaptive_avg_pool2d(one, (x.shape[2], x.shape[3])) for one in maps], 1)
 
     def batches(self, images: np.ndarray, size: int = 16) -> Iterator[torch.Tensor]:
         """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device."""
