@@ -81,8 +81,8 @@ class Classifier(L.LightningModule):
         """Loss and metrics, `stage/NAME`, of a whole split at once: logits float32 [N, K], y int [N], w float [N]."""
         metrics = metric_collection(logits.shape[1], stage)
         metrics.update(_scores(logits), y)
-        weight = cast(torch.Tensor, self.class_weight)
-        loss = self.loss(*(x if x is None else x.to(weight.device) for x in (logits, y, w)))
+        device = cast(torch.Tensor, self.class_weight).device
+        loss = self.loss(logits.to(device), y.to(device), w if w is None else w.to(device))
         return {name: float(value) for name, value in (metrics.compute() | {f"{stage}/loss": loss}).items()}
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
