@@ -93,6 +93,7 @@ class SourceConfig:
     root: str = setting("", "folder that holds the class folders, or train/valid/test folders with class folders")
     labels: dict[str, str] = setting({}, "class folder -> label, before those of data.labels", choices=LABEL_NAMES)
     patient: str = setting("", "regular expression on a slice's path below root, whose one group is the patient")
+    boxes: str = setting("", "CSV file below root with tumour boxes: file,left,top,right,bottom in pixels of the slice")
     ordered: bool = setting(False, "file numbers run in patient order: near-copy groups that interleave are one")
 
 

@@ -16,9 +16,11 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from chestct.config.schema import Config, classes_of
 from chestct.data.augment import make_views, number_of
+from chestct.data.lesions import unpack
 from chestct.data.prepare import prepare_store, prepared_folder
 from chestct.data.splits import balanced_weights, load_splits
 from chestct.data.store import Store, open_store
+from chestct.files import digest
 from chestct.imaging.lungs import find_lungs
 from chestct.phantom.insertion import Kind, insert
 
@@ -43,6 +45,10 @@ class SliceDataset(Dataset):
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
         self.y = torch.tensor(y)
+        # Where lesions are known counts for nothing but the places of training slices.
+        known = train and cfg.model.pool == "topk" and cfg.task == "binary"
+        self.lesions: list[bytes] = manifest["lesion"].tolist() if known else [b""] * len(manifest)
+        self.has_places = train and (bool(cfg.data.lesions) or any(self.lesions))
         self.w = torch.from_numpy(balanced_weights(manifest, y)) if cfg.data.balance else None
 
     def __len__(self) -> int:
@@ -53,14 +59,21 @@ class SliceDataset(Dataset):
         return self._views(positions, view)[0]
 
     def masks(self, positions: Sequence[int], view: int) -> torch.Tensor:
-        """Where lesions are drawn into these views, float32 [B, 1, S, S], 0 or 1."""
-        return self._views(positions, view)[1].float()
+        """Where these views show lesions that are known or drawn, float32 [B, 1, S, S], 0 or 1."""
+        masks = torch.zeros(len(positions), 1, *self.images.shape[1:])
+        shown = [i for i, at in enumerate(positions) if self.lesions[at] or self._kind(at, view) == "lesion"]
+        if shown:
+            masks[shown] = self._views([positions[i] for i in shown], view, known=True)[1].float()
+        return masks
 
-    def _views(self, positions: Sequence[int], view: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _views(self, positions: Sequence[int], view: int, known: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slices, and the masks of lesions drawn into them and, if `known`, of those that they had."""
         plain = torch.from_numpy(self.images[self.rows[positions]]).unsqueeze(1).float() / 255
         masks = torch.zeros_like(plain, dtype=torch.bool)
         contents = [self.contents[i] for i in positions]
         for i, position in enumerate(positions):
+            if known and self.lesions[position]:
+                masks[i, 0] = torch.from_numpy(unpack(self.lesions[position], plain.shape[-1]))
             lungs = find_lungs(self.images[self.rows[position]]) if (kind := self._kind(position, view)) else None
             if kind and lungs is not None:
                 rng = np.random.default_rng(number_of(f"{self.cfg.seed}/{view}/{contents[i]}/lesion"))
@@ -81,21 +94,26 @@ class SliceDataset(Dataset):
         """The contents, and what is drawn into each in this view: what decides a slice's features in one space."""
         return [f"{content} {self._kind(i, view) or ''}".strip() for i, content in enumerate(self.contents)]
 
+    def places_contents(self, view: int) -> list[str]:
+        """What decides the places of each slice in one space: what decides its features, and its lesion."""
+        both = zip(self.drawn_contents(view), self.lesions, strict=True)
+        return [f"{shown} {digest(lesion)}" if lesion else shown for shown, lesion in both]
+
     def __getitem__(self, key: BatchKey) -> Batch:
         epoch, positions = key
         view = view_of(self.cfg, epoch) if self.train else 0
         y = self.y[positions]
         batch = {"y": y, "i": torch.tensor(positions, dtype=torch.long)}
         batch |= {} if self.w is None else {"w": self.w[positions]}
-        if self.train and self.cfg.data.lesions and (self.places or not self.features):
+        if self.has_places and (self.places or not self.features):
             if self.features:
                 batch["x"], places = self.features[view][positions], self.places[view][positions]
             else:
-                batch["x"], places = self._views(positions, view)
-            drawn = places.flatten(1).amax(1) > 0
-            # Of slices with cancer it is not known where; of normal ones, all is, and what was drawn makes them cancer.
-            batch["places"] = torch.where(y.bool()[:, None, None, None], -1.0, places.float())
-            return batch | {"y": torch.where(drawn, 1, y)}
+                batch["x"], places = self._views(positions, view, known=True)
+            shown = places.flatten(1).amax(1) > 0
+            # Of other slices with cancer it is not known where; normal ones are clear, and cancer if drawn into.
+            batch["places"] = torch.where((y.bool() & ~shown)[:, None, None, None], -1.0, places.float())
+            return batch | {"y": torch.where(shown, 1, y)}
         return batch | {"x": self.features[view][positions] if self.features else self.slices(positions, view)}
 
 
@@ -143,8 +161,9 @@ class SliceModule(L.LightningDataModule):
     frozen features float32 [B, D]; `y`, int64 [B], positions in `class_names`; `i`, int64 [B], positions in the split.
     With data.balance, `w`, float32 [B], is what each counts in the loss (`balanced_weights`), whatever is drawn in it.
     Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are. With
-    data.lesions, normal slices of train may show a lesion, are cancer then, and all batches of train have `places`,
-    float32 [B, 1, h, w] on the grid of `x`: how much of each place a drawn lesion covers, -1 where it is not known.
+    data.lesions, normal slices of train may show a lesion and are cancer then. With them, or where the head judges
+    places and lesions of train are known, all batches of train have `places`, float32 [B, 1, h, w] on the grid of `x`:
+    how much of each place a lesion covers, -1 where that is not known.
 
     After `setup`: `store`; `manifest`, the slices that take part, one row each, with the columns split, target and
     leaked (docs/manifest.md has the others); `class_names`. `features` may then hold, for each split, one tensor

@@ -16,15 +16,16 @@ from filelock import FileLock
 from rich.progress import track
 
 from chestct.config.schema import Config, DataConfig
+from chestct.data import lesions
 from chestct.data import store as stores
 from chestct.data.duplicates import find_pairs
-from chestct.data.sources import Listing, SliceFile, list_slices
+from chestct.data.sources import Listing, SliceFile, list_slices, sources_of
 from chestct.data.store import STORE, Store, open_store, pixel_settings, preprocess_of, store_folder
 from chestct.data.units import IDENTIFIERS, join
 from chestct.errors import DataError, DecodeError
 from chestct.files import digest, json_digest
 from chestct.imaging.decode import decode, read
-from chestct.imaging.preprocess import thumbnail
+from chestct.imaging.preprocess import as_bytes, thumbnail
 from chestct.imaging.slice import Limits, pixel_hash
 from chestct.imaging.slice_files import describe_skipped
 from chestct.imaging.statistics import image_statistics
@@ -113,12 +114,13 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
         hashes = list(pool.map(lambda file: _hash(file, limits), files))
         named = [name for name, source in cfg.sources.items() if source.patient]
         ordered = [name for name, source in cfg.sources.items() if source.ordered]
-        made_of = json_digest([files, hashes, listing.skipped, ordered])
+        known = _known_lesions(cfg, files, hashes)
+        made_of = json_digest([files, hashes, listing.skipped, ordered, {key: str(of) for key, of in known.items()}])
         if (store := _current(cfg, folder, made_of)) is not None:
             return store
         keys = [key or f"unhashed {i}" for i, key in enumerate(hashes)]
         distinct = dict(zip(keys, files, strict=True))  # equal bytes are decoded once
-        measured = pool.map(lambda file: _measure(file, cfg, limits), distinct.values())
+        measured = pool.map(lambda key: _measure(distinct[key], cfg, limits, known.get(key)), distinct)
         facts: dict[str, dict[str, Any]] = {}
         rows: dict[str, int] = {}  # content -> row of the store
         slices = folder / "slices.partial"
@@ -138,7 +140,8 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 else:
                     # A pattern that is given says who the patient is; what DICOM says then counts no more.
                     patient = file.patient if file.source in named else fact["patient"]
-                    fact = fact | {"patient": patient, "row": rows[fact["content"]]}
+                    lesion = fact["lesion"] if file.label == "cancer" else b""
+                    fact = fact | {"patient": patient, "lesion": lesion, "row": rows[fact["content"]]}
                     table.append({**file._asdict(), "file_hash": key, **fact})
             if not table:
                 first = unreadable[0]
@@ -156,7 +159,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "unreadable": unreadable,
                 "skipped": listing.skipped,
                 "disbelieved": units.disbelieved,
-                "notes": listing.notes + units.notes,
+                "notes": [*listing.notes, *units.notes, *lesions.cropped_away(manifest, known)],
             }
             stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
         finally:
@@ -184,7 +187,19 @@ def _hash(file: SliceFile, limits: Limits) -> str:
         return ""
 
 
-def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str, Any], bytes]:
+def _known_lesions(cfg: DataConfig, files: list[SliceFile], hashes: list[str]) -> dict[str, lesions.Known]:
+    """What is known of lesions, by the hash of the file: copies show what their original shows."""
+    known: dict[str, lesions.Known] = {}
+    for name, source in sources_of(cfg).items():
+        own = {file.path: key for file, key in zip(files, hashes, strict=True) if file.source == name}
+        of_name = lesions.known_lesions(name, source, [file for file in files if file.source == name])
+        known |= {own[path]: where for path, where in of_name.items() if own.get(path)}
+    return known
+
+
+def _measure(
+    file: SliceFile, cfg: DataConfig, limits: Limits, known: lesions.Known | None
+) -> tuple[dict[str, Any], bytes]:
     """What one file is, and its record in the store; or the reason why it cannot be read, and nothing."""
     try:
         data = read(Path(file.root, file.path), limits)
@@ -192,6 +207,7 @@ def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str
     except DecodeError as error:
         return {"reason": error.reason, "lasting": error.lasting}, b""
     # Bytes stay bytes: passes over floats would cost as much again as decoding.
+    square = preprocess_of(cfg)
     gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
     facts = {
         "content": pixel_hash(slice_.levels),
@@ -200,5 +216,6 @@ def _measure(file: SliceFile, cfg: DataConfig, limits: Limits) -> tuple[dict[str
         "bytes": len(data),
         **image_statistics(gray),
         **{name: getattr(slice_, name) for name in IDENTIFIERS},
+        "lesion": lesions.lesion_of(known, as_bytes(gray), square, file.path) if known else b"",
     }
-    return facts, preprocess_of(cfg)(gray).tobytes() + thumbnail(gray).tobytes()
+    return facts, square(gray).tobytes() + thumbnail(gray).tobytes()

@@ -55,16 +55,20 @@ def list_slices(cfg: DataConfig) -> Listing:
     holds no file, for a folder that cannot be listed, and for names that are no text.
     """
     listing = Listing()
-    sources = cfg.sources or {cfg.name: SourceConfig(cfg.root or "")}
     try:
-        for name, source in sources.items():
-            _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing, source.patient).read()
+        for name, source in sources_of(cfg).items():
+            _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing, source).read()
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
     for file in listing.slices:
         if file.path.encode("utf-8", "replace").decode() != file.path:
             raise DataError(f"A name in {file.root} is not UTF-8, which no table can hold: {file.path!a}. Rename it.")
     return listing
+
+
+def sources_of(cfg: DataConfig) -> dict[str, SourceConfig]:
+    """The sources by name, the one of data.root included."""
+    return cfg.sources or {cfg.name: SourceConfig(cfg.root or "")}
 
 
 @dataclass
@@ -75,7 +79,7 @@ class _Source:
     root: Path
     labels: Mapping[str, str]
     listing: Listing
-    patient: str = ""  # the regular expression whose first group is the patient
+    source: SourceConfig
 
     def read(self) -> None:
         if not self.root.is_dir():
@@ -101,13 +105,13 @@ class _Source:
                 f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, or train on phantoms with data=phantom."
             )
 
-        if self.patient:
+        if self.source.patient:
             self._check_patients(self.listing.slices[before:])
 
     def _check_patients(self, files: list[SliceFile]) -> None:
         """Says how many names tell no patient; raises DataError where none does."""
         without = [file.path for file in files if not file.patient]
-        setting = f"data.sources.{self.name}.patient={self.patient}"
+        setting = f"data.sources.{self.name}.patient={self.source.patient}"
         if len(without) == len(files):
             raise DataError(f"{setting} matches none of the {len(files)} files, for example {without[0]}. Change it.")
         if without:
@@ -136,7 +140,7 @@ class _Source:
             self._skip(path, reason)
             if not reason:
                 name = path.relative_to(self.root).as_posix()
-                match = re.search(self.patient, name) if self.patient else None
+                match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
                 patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
                 row = SliceFile(name, self.name, str(self.root), split, subtype, label, patient)
@@ -179,8 +183,8 @@ class _Source:
 
     def _skip(self, path: Path, reason: str) -> None:
         """Lists a file or folder with the reason why it is not used; nothing where there is no reason."""
-        if reason:
-            name = path.relative_to(self.root).as_posix() + "/" * path.is_dir()
+        name = path.relative_to(self.root).as_posix() + "/" * path.is_dir()
+        if reason and name != self.source.boxes:
             self.listing.skipped.append({"source": self.name, "path": name, "reason": reason})
 
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from chestct.config.schema import WindowConfig
 from chestct.imaging.decode import decode
-from chestct.imaging.preprocess import BODY_LEVEL, Preprocess
-from chestct.models.saliency import heat, heat_to_square, mask_to_square, normalised_cam, placement
+from chestct.imaging.preprocess import BODY_LEVEL, Preprocess, mask_to_square, placement
+from chestct.models.saliency import heat, heat_to_square, normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import read_truth
 from chestct.stats.calibration import wilson

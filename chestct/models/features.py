@@ -45,10 +45,11 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
             data.features[split].append(
                 run(net.pooled, partial(dataset.slices, view=view), contents, folder, label=label)
             )
-            if cfg.data.lesions and split == "train":
+            if dataset.has_places:
                 side = data.features[split][-1].shape[-1] if cfg.model.pool == "topk" else 1
                 cover = partial(functional.adaptive_avg_pool2d, output_size=side)
-                data.places[split].append(run(cover, partial(dataset.masks, view=view), contents, folder / "places"))
+                masks, contents = partial(dataset.masks, view=view), dataset.places_contents(view)
+                data.places[split].append(run(cover, masks, contents, folder / "places"))
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:

@@ -6,14 +6,12 @@ the unit of the logit; a normalised CAM says how far it lies above what normal s
 part of that, scaled for the eye, and no longer says how much there was.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional
 
-from chestct.imaging.preprocess import Box, Preprocess
+from chestct.imaging.preprocess import Placement
 from chestct.models.vgg16 import VGG16, has_places
 
 SMOOTHING = 1 / 9
@@ -101,37 +99,6 @@ def heat(cam: torch.Tensor) -> torch.Tensor:
     positive = cam.clamp(min=0)
     peak = positive.amax((1, 2), keepdim=True)
     return positive / torch.where(peak > 0, peak, 1.0)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a slice lies in the network's square: `source` of the slice was scaled to `target` of the square."""
-
-    size: int
-    source: Box
-    target: Box
-
-
-def placement(gray: np.ndarray, preprocess: Preprocess) -> Placement:
-    """Where `preprocess` puts a slice, uint8 [H, W]."""
-    size = preprocess.size
-    source, _ = preprocess.region(gray)
-    if preprocess.fit == "stretch":
-        return Placement(size, source, (0, 0, size, size))
-    sides = source[2] - source[0], source[3] - source[1]
-    wide, high = (max(1, round(side * size / max(sides))) for side in sides)
-    left, top = (size - wide) // 2, (size - high) // 2
-    return Placement(size, source, (left, top, left + wide, top + high))
-
-
-def mask_to_square(mask: np.ndarray, place: Placement) -> np.ndarray:
-    """A mask of the slice, bool [H, W], as it lies in the network's square, bool [size, size]."""
-    left, top, right, bottom = place.target
-    part = Image.fromarray(mask.astype(np.uint8) * 255).crop(place.source)
-    small = np.asarray(part.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
-    square = np.zeros((place.size, place.size), bool)
-    square[top:bottom, left:right] = small >= 128
-    return square
 
 
 def heat_to_square(heat: np.ndarray | torch.Tensor, size: int) -> np.ndarray:

@@ -20,11 +20,12 @@ from PIL import Image
 
 from chestct.errors import ChestCTError
 from chestct.imaging.decode import declared_size, decode, decode_frames
+from chestct.imaging.preprocess import placement
 from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN
-from chestct.models.saliency import blend, heat_to_slice, placement
+from chestct.models.saliency import blend, heat_to_slice
 
 COLOR = 0.05
 """Mean chroma (see chestct.imaging.slice.Slice) above which an image is a colour photograph, not CT."""

@@ -6,9 +6,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from chestct.config.schema import ModelConfig
-from chestct.imaging.preprocess import Preprocess
+from chestct.imaging.preprocess import Preprocess, mask_to_square, placement
 from chestct.models import saliency
-from chestct.models.saliency import blend, class_activation_map, heat, normal_cam, normalised_cam, placement
+from chestct.models.saliency import blend, class_activation_map, heat, normal_cam, normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -107,7 +107,7 @@ def test_slices_masks_and_heat_land_on_the_same_pixels(fit, shape, place):
     outside = square.copy()
     outside[top:bottom, left:right] = 0
     assert not outside.any()
-    assert ((square > 147) == saliency.mask_to_square(mask, where)).mean() > 0.997
+    assert ((square > 147) == mask_to_square(mask, where)).mean() > 0.997
     back = saliency.heat_to_slice((torch.tensor(square) > 147).float(), shape, where)
     rows, columns = np.nonzero(back > 0.5)
     pixel = max(shape) / SIZE

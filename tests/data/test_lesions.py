@@ -1,0 +1,152 @@
+"""Where lesions are known: boxes and masks, through the crop, into the squares and the views."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chestct.config.compose import compose
+from chestct.config.schema import DataConfig, SourceConfig
+from chestct.data.datamodule import SliceModule
+from chestct.data.lesions import unpack
+from chestct.data.prepare import ingest
+from chestct.errors import DataError
+from chestct.models.features import attach
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
+from tests.conftest import SMALL
+from tests.data.test_prepare import LABELS, draw
+
+HEAD = "file,left,top,right,bottom\n"
+MARK = (30, 12, 48, 24)  # white, in every second slice of 90 x 80 pixels
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Six normal and six cancer slices, 90 x 80; a white mark in those of cancer, at MARK, with boxes around it."""
+    rng, boxes = np.random.default_rng(0), HEAD
+    for i in range(12):
+        path = tmp_path / "data" / ("normal" if i % 2 else "cancer") / f"{i}.png"
+        draw(path, rng)
+        image = Image.open(path).point(lambda level: level // 2 + 40)
+        if not i % 2:
+            image.paste(255, MARK)
+            boxes += f"cancer/{i}.png,30,12,40,24\ncancer/{i}.png,38,12,48,24\n" if i else ""  # of 0 nothing is known
+        image.save(path)
+    (tmp_path / "data" / "boxes.csv").write_text(boxes)
+    return tmp_path / "data"
+
+
+def settings(root, **data):
+    source = SourceConfig(str(root), boxes="boxes.csv")
+    return DataConfig(name="several", sources={"s": source}, labels=LABELS, size=64, **data)
+
+
+@pytest.mark.parametrize("fit", ["pad", "stretch", "body"])
+def test_boxes_lie_in_the_square_where_the_lesion_does(root, tmp_path, fit):
+    made = ingest(settings(root, fit=fit), tmp_path / "store")
+    for row in made.manifest.itertuples():
+        known = row.label == "cancer" and row.path != "cancer/0.png"
+        assert bool(row.lesion) == known
+        if known:
+            mask = unpack(row.lesion, 64)
+            marked = made.images[row.row] > 210
+            assert (mask & marked).sum() > 0.85 * (mask | marked).sum() > 0
+    assert not made.skipped  # the file of boxes is no slice that was forgotten
+    assert made.notes == []
+    (root / "boxes.csv").write_text(HEAD + "cancer/2.png,0,0,9,9\n")
+    assert (ingest(settings(root, fit=fit), tmp_path / "store").manifest["lesion"] != b"").sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("boxes", "says"),
+    [
+        (None, "there is no file"),
+        ("file,left,top,right\n", "it has no column bottom"),
+        ("", "cannot be read"),
+        (HEAD + "cancer/2.png,1,x,3,4\n", "cannot be read"),
+        (HEAD + "cancer/2.png,1,,3,4\n", "cannot be read"),
+        (HEAD + "cancer/2.png,1,2,3,4\ncancer/77.png,1,2,3,4\n", "line 3: cancer/77.png is no slice of this source"),
+        (HEAD + "normal/1.png,1,2,3,4\n", "normal/1.png is a normal slice"),
+        (HEAD + "cancer/2.png,5,2,5,4\n", "has an empty box"),
+        (HEAD + "cancer/2.png,80,70,91,80\n", "80,70,91,80 lies outside of cancer/2.png, which has 90 x 80 pixels"),
+        (HEAD + "cancer/2.png,-1,0,5,5\n", "lies outside"),
+    ],
+)
+def test_boxes_that_cannot_be_right_are_one_clear_error(root, tmp_path, boxes, says):
+    (root / "boxes.csv").unlink()
+    if boxes is not None:
+        (root / "boxes.csv").write_text(boxes)
+    with pytest.raises(DataError, match=says):
+        ingest(settings(root), tmp_path / "store")
+
+
+def test_a_box_that_the_crop_leaves_out_is_not_known_and_that_is_said(root, tmp_path):
+    for path in root.glob("*/*.png"):  # a body in the middle of black
+        square = Image.new("L", (300, 300))
+        square.paste(Image.open(path), (100, 100))
+        square.save(path)
+    (root / "boxes.csv").write_text(HEAD + "cancer/2.png,2,2,9,9\ncancer/4.png,130,112,148,124\n")
+    made = ingest(settings(root, fit="body"), tmp_path / "store")
+    assert made.manifest["path"][made.manifest["lesion"] != b""].tolist() == ["cancer/4.png"]
+    (note,) = made.notes
+    assert "In 1 slices of s the lesion lies outside" in note
+
+
+@pytest.fixture(scope="module")
+def known(phantoms, cache):
+    """(settings, data) of phantoms, whose masks are known, for a head that judges places."""
+    settings = ("experiment=places", "data.views=1", "model.hidden=[8]", "data.lesions=0", "data.fit=pad")
+    return opened(compose(*SMALL, *settings, "data.contrast=keep", f"data.root={phantoms}", f"cache_dir={cache}"))
+
+
+def opened(cfg):
+    data = SliceModule(cfg)
+    data.prepare_data()
+    data.setup()
+    return cfg, data
+
+
+def test_places_of_known_lesions_turn_with_their_views(known, small):
+    _, data = known
+    dataset = data.dataset("train", train=True)
+    every = list(range(len(dataset)))
+    for view in (0, 1):
+        batch = dataset[view, every]
+        cancer = batch["y"] == 1
+        assert torch.equal(batch["y"], dataset.y)
+        assert not batch["places"][~cancer].any()
+        assert (batch["places"][cancer] >= 0).all()  # outside of the lesion it is clear
+        inside = batch["places"][cancer] > 0
+        assert inside.flatten(1).any(1).all()
+        assert torch.equal(dataset.masks(every, view)[cancer] > 0, inside)
+    painted = np.zeros((dataset.rows.max() + 1, 64, 64), np.uint8)
+    for row, lesion in zip(dataset.rows, dataset.lesions, strict=True):
+        painted[row] = 255 * unpack(lesion, 64) if lesion else 0
+    dataset.images = painted  # slices that are their lesions: what is bright in a view is where its places are
+    for view in (0, 1):
+        bright, inside = dataset.slices(every, view) > 0.45, dataset.masks(every, view) > 0
+        assert (bright & inside).sum() > 0.8 * (bright | inside).sum() > 0
+    assert (dataset.masks(every, 1) != dataset.masks(every, 0)).any()
+    assert not data.dataset("valid").has_places
+    assert not opened(small())[1].dataset("train", train=True).has_places  # a head on means has no use for them
+
+
+def test_cached_places_are_those_of_the_masks_and_follow_them(known):
+    cfg, data = known
+    net = VGG16(cfg.model, 1, 64, load_weights("oxford")).eval()
+    for shift in (0, 1):  # other lesions, the same pictures
+        data.manifest.loc[data.manifest["lesion"] != b"", "lesion"] = np.roll(
+            data.manifest["lesion"][data.manifest["lesion"] != b""].to_numpy(), shift
+        )
+        data.features.clear(), data.places.clear()
+        attach(data, net, cfg, ("train",), views=2)
+        cached = data.dataset("train", train=True)
+        every = list(range(len(cached)))
+        for view in (0, 1):
+            expected = torch.nn.functional.adaptive_avg_pool2d(cached.masks(every, view), 4)
+            torch.testing.assert_close(data.places["train"][view], expected)
+            shown = cached[view, every]
+            torch.testing.assert_close(shown["places"].clamp(min=0), expected)
+            assert ((shown["places"] < 0).flatten(1).all(1) <= (shown["y"] == 1)).all()
+    data.features.clear(), data.places.clear()
