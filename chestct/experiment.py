@@ -140,6 +140,8 @@ def evaluate(cfg: Config, out: Path) -> None:
         print(compare_runs(cfg, out))
         return
     if cfg.bundle:
+        if cfg.evaluation.protocol:
+            raise ConfigError("evaluation.protocol trains heads anew, which takes a run: give ckpt=, not bundle=.")
         evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
         evaluation.sections |= optional_sections(evaluation)
     else:

@@ -150,6 +150,7 @@ OTHER_NAMES = {
     "trainer.accelerator": ("device", "cuda", "gpu"),
     "model.freeze": ("frozen", "freeze_backbone"),
     "model.weights": ("pretrained",),
+    "evaluation.protocol": ("sources", "loso"),
     "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir"),
     "ckpt": ("checkpoint", "ckpt_path", "resume", "resume_from"),
     "seed": ("random_seed", "random_state"),

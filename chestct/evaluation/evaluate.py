@@ -8,6 +8,7 @@ measured.
 import dataclasses
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -22,7 +23,7 @@ import chestct
 from chestct.audit.shortcuts import shortcut_scores
 from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
-from chestct.data.datamodule import SliceModule
+from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
@@ -168,13 +169,20 @@ def _cached(model: Classifier, cfg: Config) -> bool:
 
 @torch.no_grad()
 def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor:
-    """What NORMALS normal training slices show, which heat maps are held against (chestct.models.saliency).
-
-    Their maps are cached like frozen features: they take as long as all else in a warm run.
-    """
+    """What NORMALS normal training slices show, which heat maps are held against (chestct.models.saliency)."""
     net, dataset = model.net, data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
+    return normal_cam(net, conv5_of(model, dataset, chosen, cfg)).cpu()
+
+
+@torch.no_grad()
+def conv5_of(model: Classifier, dataset: SliceDataset, chosen: Sequence[int], cfg: Config) -> torch.Tensor:
+    """`net.conv5` of the plain slices at these positions, float32 on the network's device; rounded to float16.
+
+    Cached like frozen features: they take as long as all else in a warm run.
+    """
+    net = model.net
     if _cached(model, cfg):
         maps = features.extract(
             lambda x: net.conv5(x).half(),  # half the space
@@ -187,7 +195,7 @@ def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.
     else:
         images = dataset.images[dataset.rows[chosen]]
         maps = torch.cat([net.conv5(x).half().cpu() for x in net.batches(images, cfg.features.batch_size)])
-    return normal_cam(net, maps.to(net.mean.device).float()).cpu()
+    return maps.to(net.mean.device).float()
 
 
 def decided(table: pd.DataFrame, point: OperatingPoint, novelty: np.ndarray, task: str) -> pd.DataFrame:

@@ -99,12 +99,6 @@ def _pointing(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[st
     n, side = len(masks), masks.shape[1]
     near = np.stack([ndimage.distance_transform_edt(~mask) for mask in masks]) <= round(TOLERANCE * side)
 
-    def hits(maps: np.ndarray) -> float:
-        """Share of the maps whose peak is near the lesion; a map without any heat points nowhere."""
-        peaks = [np.unravel_index(one.argmax(), one.shape) for one in maps]
-        hit = [one[peak] > 0 and allowed[peak] for one, peak, allowed in zip(maps, peaks, near, strict=True)]
-        return float(np.mean(hit))
-
     centres = np.array([ndimage.center_of_mass(one) if one.any() else (side / 2, side / 2) for one in body])
     spots = np.zeros(masks.shape)
     spots[(np.arange(n), *centres.astype(int).T)] = 1
@@ -112,14 +106,23 @@ def _pointing(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[st
     half = np.arange(n) % 2
     others = np.stack([near[half != k].sum(0) for k in (0, 1)]).astype(float)
     usual = ndimage.gaussian_filter(others, (0, side / 56, side / 56))[half]
-    found = hits(shown)
+    found = float(hits(shown, near).mean())
     return {
         "chance": float(np.mean([(a & b).sum() / max(1, b.sum()) for a, b in zip(near, body, strict=True)])),
-        "centre": hits(spots),
-        "average_lesion": hits(usual),
+        "centre": float(hits(spots, near).mean()),
+        "average_lesion": float(hits(usual, near).mean()),
         "heat": found,
         "interval": list(wilson(round(found * n), n)),
     }
+
+
+def hits(maps: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Whether each map's peak lies where it may: bool [N] for maps and bool near, [N, S, S].
+
+    A map without any heat points nowhere.
+    """
+    peaks = [np.unravel_index(one.argmax(), one.shape) for one in maps]
+    return np.array([one[peak] > 0 and allowed[peak] for one, peak, allowed in zip(maps, peaks, near, strict=True)])
 
 
 def _randomisation(net: VGG16, images: np.ndarray, outputs: np.ndarray, body: np.ndarray) -> dict[str, float]:

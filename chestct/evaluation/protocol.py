@@ -15,12 +15,14 @@ import torch
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
+from chestct.evaluation.evaluate import SPLITS, Evaluation, logits_of, measured
+from chestct.evaluation.pointing import TOLERANCE, pointing
 from chestct.evaluation.source_probe import pooled_features, source_probe
 from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
 from chestct.evaluation.tables import Part, Spread, Table, filled, mean_and_worst
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
+from chestct.models.saliency import explained_output
 from chestct.models.vgg16 import VGG16
 from chestct.stats.bootstrap import MIN_GROUPS
 from chestct.stats.metrics import Estimate, auroc
@@ -55,7 +57,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     if "loso" in wanted:
         parts |= _leave_one_out(cfg, net, several, real)
     if "matrix" in wanted:
-        parts["matrix"] = _matrix(cfg, several, real)
+        parts |= _matrix(cfg, several, real)
     if "within" in wanted:
         parts["within"] = _within(cfg, evaluation.data.store.manifest, several, real)
     if "probe" in wanted:
@@ -67,13 +69,14 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
     """Each source tested by a model, and at a threshold, of the others alone."""
     ranked: Table = []
     called: Table = []
+    pointed: Table = []
     notes = []
     for source in real:
         held = anew(cfg, split="grouped", allow_leakage=False, holdout=[source], folds=0, fold=0)
         data = SliceModule(held)
         try:
-            table = train(f"without-{source}", held, data).predictions
-            test, threshold = on_test(table, held, _novelty(net, data))
+            trained = train(f"without-{source}", held, data)
+            test, threshold = on_test(trained.predictions, held, _novelty(net, data))
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
             ranked.append({"held out": source, "AUROC": None})
@@ -83,6 +86,8 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
         answered = test[test["decision"].isin((CANCER, NORMAL))]
         sure = {} if answered.empty else _believed(of_decisions(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
+        if hit := pointing(held, data, trained.every, explained_output(logits_of(test))):
+            pointed.append({"held out": source} | hit | _believed({"heat map": hit["heat map"]}))
         seen = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
         ranked.append(seen | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
         called.append(
@@ -92,6 +97,8 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
             | {f"{name} of these": sure.get(name) for name in ("sensitivity", "specificity")}
             | {"ECE": figures["ece"]}
         )
+    near = f"{TOLERANCE} pixels of the original slice are allowed. Usual place: of the lesions that training was shown."
+    nowhere = "not available: no source says where lesions are (data.sources.NAME.boxes)."
     rule = f"Threshold by {cfg.evaluation.threshold} on validation slices of the other sources, each counting alike"
     unsure = "Answered: neither uncertain nor refused; the next two columns are of these slices."
     return {
@@ -99,27 +106,31 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
         "threshold": Part(
             "At the threshold of the others", filled([*called, *mean_and_worst(called)]), [f"{rule}. {unsure}"]
         ),
+        "pointing": Part("Hottest place in a known lesion", pointed, [near if pointed else nowhere]),
     }
 
 
-def _matrix(cfg: Config, train: Any, real: Sequence[str]) -> Part:
+def _matrix(cfg: Config, train: Any, real: Sequence[str]) -> dict[str, Part]:
     """AUROC on each source of a model that was trained on one other alone."""
-    rows, notes = [], []
+    rows, single, notes = [], [], []
     for source in real:
         others = [name for name in cfg.data.sources if name != source]
         alone = anew(cfg, split="grouped", allow_leakage=False, holdout=others, folds=0, fold=0)
         row: dict[str, Any] = {"trained on": source} | {other: "–" if other == source else None for other in real}
-        spread: dict[str, Any] = {}
+        spread = row.copy()
         try:
             test, threshold = on_test(train(f"only-{source}", alone, SliceModule(alone)).predictions, alone)
             for other in (other for other in real if other != source):
                 part = test[test["source"] == other]
                 row[other] = _figures(part, alone, threshold)["auroc"]
-                spread[f"single seeds: {other}"] = _by_seed([part])
+                spread[other] = _by_seed([part])
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
-        rows.append(row | (spread if cfg.seeds > 1 else {}))
-    return Part("AUROC by the source trained on, and the source tested on", filled(rows), notes)
+        rows.append(row)
+        single.append(spread)
+    title = "AUROC by the source trained on, and the source tested on"
+    every = {"seeds": Part(f"{title}, single seeds", single, [])} if cfg.seeds > 1 else {}
+    return {"matrix": Part(title, rows, notes)} | every
 
 
 def _within(cfg: Config, manifest: pd.DataFrame, train: Any, real: Sequence[str]) -> Part:

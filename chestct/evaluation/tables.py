@@ -34,7 +34,8 @@ def mean_and_worst(rows: Table) -> Table:
     """Mean and worst of each column of figures."""
     mean: dict[str, Any] = {"held out": "mean"}
     worst: dict[str, Any] = {"held out": "worst"}
-    for column in (name for name in rows[0] | rows[-1] if name not in ("threshold", "groups")):
+    columns = dict.fromkeys(name for row in rows for name in row if name not in ("threshold", "groups"))
+    for column in columns:
         cells = [row.get(column) for row in rows]
         spreads = np.array([cell.values for cell in cells if isinstance(cell, Spread)])
         values = [cell.value if isinstance(cell, Estimate) else cell for cell in cells]
@@ -44,6 +45,10 @@ def mean_and_worst(rows: Table) -> Table:
         elif figures:
             mean[column] = float(np.mean(figures))
             worst[column] = max(figures) if column == "ECE" else min(figures)
+            if estimates := [cell for cell in cells if isinstance(cell, Estimate)]:
+                rests_on = sum(cell.slices for cell in estimates), sum(cell.groups for cell in estimates)
+                mean[column] = Estimate(mean[column], None, None, *rests_on)
+                worst[column] = Estimate(worst[column], None, None, *rests_on)
     return [mean, worst]
 
 

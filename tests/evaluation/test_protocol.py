@@ -1,17 +1,21 @@
 import json
+import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 from chestct.config.compose import compose
 from chestct.config.schema import Config, PhantomConfig
 from chestct.data.datamodule import SliceModule
+from chestct.data.lesions import unpack
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
+from chestct.evaluation.pointing import pointing
 from chestct.evaluation.protocol import Part, Spread, protocol
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import write
@@ -21,7 +25,11 @@ from chestct.training.train import Result, train
 from tests.conftest import SMALL
 
 PARTS = ["loso", "matrix", "within", "probe"]
-DRAWN = {"north": (40, 0.0), "south": (41, 0.0), "east": (22, 0.8), "phantom": (23, 0.0)}  # slices, difficulty
+DRAWN = {"north": (40, 0.0), "south": (41, 0.0), "east": (22, 0.8), "clinic": (30, 0.0), "phantom": (23, 0.0)}
+"""Slices and difficulty of each source; of `clinic` only the normal slices stay."""
+
+BOTH = ["north", "south", "east"]
+"""Sources of patients with both classes."""
 
 
 @dataclass
@@ -41,10 +49,13 @@ class Trainings:
 
 @pytest.fixture(scope="module")
 def evaluation(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Evaluation:
-    """A head trained on four sources of phantoms, three of which pass for hospitals. Read only."""
+    """A head trained on five sources of phantoms, four of which pass for hospitals. Read only."""
     root, sources = tmp_path_factory.mktemp("hospitals"), []
     for name, (slices, difficulty) in DRAWN.items():
         write(root / name, PhantomConfig(slices=slices, size=96, difficulty=difficulty, seed=slices))
+        for folder in root.glob("clinic/*/*"):
+            if folder.is_dir() and folder.name != "normal":
+                shutil.rmtree(folder)
         sources.append(f"{name}: {{root: {root / name}}}")
     settings = ["data.name=all", f"cache_dir={cache}", f"data.sources={{{', '.join(sources)}}}"]
     cfg = compose(*SMALL, *settings, "evaluation.resamples=200", "evaluation.threshold='sensitivity>=0.9'", "seeds=2")
@@ -87,11 +98,14 @@ def test_each_source_is_measured_by_heads_that_have_never_seen_it(measured: tupl
         assert row["single seeds"].values == pytest.approx(
             [roc_auc_score(test["y"], test["first"]), roc_auc_score(test["y"], test["second"])]
         )
-    assert list(values) == ["north", "south", "east"]  # no figure is measured on phantoms
-    mean, worst = parts["loso"].rows[3:]
+    assert list(values) == BOTH
+    clinic, mean, worst = parts["loso"].rows[3:]  # no figure is measured on phantoms
+    assert clinic["AUROC"].value is clinic["single seeds"] is None
+    assert "no cancer slices" in clinic["AUROC"].reason
+    assert parts["threshold"].rows[3]["specificity"].value is not None
     assert (mean["held out"], worst["held out"]) == ("mean", "worst")
-    assert mean["AUROC"] == pytest.approx(np.mean(list(values.values())))
-    assert worst["AUROC"] == min(values.values())
+    assert mean["AUROC"].value == pytest.approx(np.mean(list(values.values())))
+    assert worst["AUROC"].value == min(values.values())
 
 
 @pytest.mark.slow
@@ -114,21 +128,66 @@ def test_the_threshold_finds_nine_in_ten_of_the_mean_over_the_other_sources(meas
         assert row["specificity"].value == pytest.approx(1 - flagged[~test["y"]].mean(), abs=0.1)
         assert (row["specificity of these"] is None) == (row["answered"] == 0)
         assert 0 <= row["ECE"].value <= 1
-    assert parts["threshold"].rows[4]["ECE"] == max(row["ECE"].value for row in parts["threshold"].rows[:3])
+    assert parts["threshold"].rows[5]["ECE"].value == max(row["ECE"].value for row in parts["threshold"].rows[:4])
 
 
 @pytest.mark.slow
 def test_the_matrix_trains_on_one_source_and_tests_on_each_other(measured) -> None:
     parts, trainings = measured
-    assert [row["trained on"] for row in parts["matrix"].rows] == ["north", "south", "east"]
-    for row in parts["matrix"].rows:
+    assert [row["trained on"] for row in parts["matrix"].rows] == [*BOTH, "clinic"]
+    assert parts["matrix"].notes[0].startswith("clinic: not available: ")
+    assert parts["matrix"].rows[3] == {
+        "trained on": "clinic",
+        "north": None,
+        "south": None,
+        "east": None,
+        "clinic": "–",
+    }
+    for row, seeds in list(zip(parts["matrix"].rows, parts["seeds"].rows, strict=True))[:3]:
         name = row["trained on"]
         assert trainings.learned[f"only-{name}/seed-0"] == {name}
         assert row[name] == "–"
         table = mean_logits(trainings, f"only-{name}")
-        for other in {"north", "south", "east"} - {name}:
+        assert "no cancer slices" in row["clinic"].reason
+        for other in {*BOTH} - {name}:
             test = table[(table["split"] == "test") & (table["source"] == other)]
             assert row[other].value == pytest.approx(roc_auc_score(test["y"], test["mean"]))
+            assert seeds[other].values[1] == pytest.approx(roc_auc_score(test["y"], test["second"]))
+
+
+@pytest.mark.slow
+def test_pointing_is_measured_on_lesions_that_are_known(evaluation: Evaluation, measured) -> None:
+    manifest = evaluation.data.store.manifest
+    for row in measured[0]["pointing"].rows:
+        assert row["slices"] == ((manifest["source"] == row["held out"]) & (manifest["label"] == "cancer")).sum()
+        assert row["heat map"].low <= row["heat map"].value <= row["heat map"].high
+        assert 0 < row["random place in the lungs"] < 0.5
+        assert row["usual place"] is None  # this head judges no places, and learns none
+    assert [row["held out"] for row in measured[0]["pointing"].rows] == BOTH
+
+
+@pytest.mark.slow
+def test_pointing_finds_lesions_where_the_evidence_is(phantoms: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
+    cfg = compose(
+        *SMALL, f"data.sources={{a: {{root: {phantoms}}}}}", f"cache_dir={cache}", "model.pool=topk", "model.block=4"
+    )
+    cfg = replace(cfg, data=replace(cfg.data, lesions=0.3, views=1))
+    result = train(cfg, tmp_path / "run")
+    test = result.data.manifest[result.data.manifest["split"] == "test"]
+    masks = torch.stack([torch.from_numpy(unpack(lesion, 64)) for lesion in test["lesion"] if lesion])
+
+    def pointed(sign: int) -> dict:
+        evidence = sign * (torch.nn.functional.adaptive_avg_pool2d(masks.float(), 16) - 0.01)
+        monkeypatch.setattr("chestct.evaluation.pointing.normalised_cam", lambda *_: (None, evidence))
+        return pointing(cfg, result.data, [result.best, result.best], np.zeros(len(test), int))
+
+    right, wrong = pointed(1), pointed(-1)
+    assert right["slices"] == len(masks)
+    assert right["heat map"].value > 0.9
+    assert wrong["heat map"].value < 0.3
+    assert 0 < right["usual place"] < 1
+    result.data.manifest["lesion"] = b""
+    assert pointing(cfg, result.data, [result.best], np.zeros(len(test), int)) is None
 
 
 @pytest.mark.slow
@@ -136,6 +195,7 @@ def test_within_a_source_every_slice_is_scored_once(evaluation: Evaluation, meas
     parts, trainings = measured
     manifest = evaluation.data.store.manifest
     assert parts["within"].notes[0] == "east: not available: 9 groups of a class, needs 10."
+    assert parts["within"].notes[1] == "clinic: not available: 0 groups of a class, needs 10."
     for row in parts["within"].rows[:2]:
         tests = []
         for fold in range(5):
@@ -151,7 +211,7 @@ def test_within_a_source_every_slice_is_scored_once(evaluation: Evaluation, meas
 @pytest.mark.slow
 def test_the_source_of_normals_is_told_from_features_that_give_it_away(measured) -> None:
     rows = measured[0]["probe"].rows
-    assert [row["source"] for row in rows] == ["east", "north", "south", "balanced accuracy"]
+    assert [row["source"] for row in rows] == ["clinic", "east", "north", "south", "balanced accuracy"]
     assert rows[-1]["told right"] == pytest.approx(np.mean([row["told right"] for row in rows[:-1]]))
     assert 0.1 < rows[-1]["told right"] < 0.75  # all were drawn by one program
 
@@ -176,13 +236,13 @@ def test_the_protocol_is_in_the_report_and_in_files_of_its_own(
     told = replace(evaluation, sections=evaluation.sections | {"protocol": measured[0]})
     write_report(told, tmp_path)
     parts = json.loads((tmp_path / "protocol.json").read_text(encoding="utf-8"))
-    assert list(parts) == ["loso", "threshold", "matrix", "within", "probe"]
+    assert list(parts) == ["loso", "threshold", "pointing", "matrix", "seeds", "within", "probe"]
     assert parts["loso"]["rows"][0]["AUROC"]["value"] == measured[0]["loso"].rows[0]["AUROC"].value
     for name in ("protocol.md", "MODEL_CARD.md", "report.html"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert all(part.title in text for part in measured[0].values())
     markdown = (tmp_path / "protocol.md").read_text(encoding="utf-8")
-    assert "| trained on | north | south | east | single seeds: south |" in markdown
+    assert "| trained on | north | south | east | clinic |" in markdown
     assert all(part.title in summary(told) for part in measured[0].values())
 
 
@@ -191,11 +251,9 @@ def test_what_cannot_be_measured_says_why(evaluation: Evaluation) -> None:
         raise ChestCTError("one class is missing")
 
     parts = protocol(asked(evaluation, "loso", "matrix"), impossible)
-    assert parts["loso"].notes == [
-        f"{name}: not available: one class is missing" for name in ("north", "south", "east")
-    ]
+    assert parts["loso"].notes == [f"{name}: not available: one class is missing" for name in (*BOTH, "clinic")]
     assert parts["matrix"].notes == parts["loso"].notes
-    assert all(row["AUROC"] is None for row in parts["loso"].rows[:3])
+    assert all(row["AUROC"] is None for row in parts["loso"].rows[:4])
 
 
 def test_it_takes_two_sources_of_patients_and_frozen_convolutions(evaluation: Evaluation) -> None:
