@@ -1,6 +1,6 @@
 """The one LightningDataModule: every source, every task, images or frozen features, the same order and views.
 
-What a training step sees depends on the seed, the epoch and the slice alone, so a resumed run, a cached run and a run
+What a training step sees depends on the seeds, the epoch and the slice alone, so a resumed run, a cached run and a run
 with other workers see the same batches. Several processes (DDP) share out the slices of train as torch's
 DistributedSampler does; those of valid and test without its padding, so that none is counted twice.
 """
@@ -76,18 +76,18 @@ class SliceDataset(Dataset):
                 masks[i, 0] = torch.from_numpy(unpack(self.lesions[position], plain.shape[-1]))
             lungs = find_lungs(self.images[self.rows[position]]) if (kind := self._kind(position, view)) else None
             if kind and lungs is not None:
-                rng = np.random.default_rng(number_of(f"{self.cfg.seed}/{view}/{contents[i]}/lesion"))
+                rng = np.random.default_rng(number_of(f"{self.cfg.data.view_seed}/{view}/{contents[i]}/lesion"))
                 square, mask = insert(plain[i, 0].numpy(), lungs.mask, kind, rng)
                 plain[i, 0], masks[i, 0] = torch.from_numpy(square), torch.from_numpy(mask)
         moved = masks if masks.any() else None  # turning empty ones would cost as much as turning the slices
-        return make_views(plain, contents, view, self.cfg.seed, self.cfg.data.augment, moved), masks
+        return make_views(plain, contents, view, self.cfg.data.view_seed, self.cfg.data.augment, moved), masks
 
     def _kind(self, position: int, view: int) -> Kind | None:
         """What is drawn into a normal slice of train: a lesion, a control or nothing, by its content, view and seed."""
         share = self.cfg.data.lesions if self.train and view else 0
         if not share or self.y[position]:
             return None
-        drawn = number_of(f"{self.cfg.seed}/{view}/{self.contents[position]}/kind") / 2**64
+        drawn = number_of(f"{self.cfg.data.view_seed}/{view}/{self.contents[position]}/kind") / 2**64
         return "lesion" if drawn < share else "control" if drawn < 2 * share else None
 
     def drawn_contents(self, view: int) -> list[str]:

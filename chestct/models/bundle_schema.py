@@ -24,6 +24,7 @@ class Part(BaseModel):
 class Network(Part):
     pool: Literal["gap", "flatten", "topk"]
     block: Annotated[int, Field(ge=3, le=5)] | Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
+    context: bool = False
     standardise: bool = False
     hidden: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(max_length=16)]
     dropout: Annotated[float, Field(ge=0, le=0.95)]

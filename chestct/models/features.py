@@ -57,7 +57,7 @@ def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     settings = {"format": FORMAT, "weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
     settings |= {"block": cfg.model.block} if cfg.model.block != "5" else {}
     if view:
-        settings |= {"view": view, "seed": cfg.seed, "augment": asdict(cfg.data.augment)}
+        settings |= {"view": view, "seed": cfg.data.view_seed, "augment": asdict(cfg.data.augment)}
         settings |= {"lesions": cfg.data.lesions, "drawing": insertion.VERSION} if cfg.data.lesions else {}
     return cfg.cache / "features" / json_digest(settings)[:24]
 

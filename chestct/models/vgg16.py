@@ -154,8 +154,10 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
     places = cfg.pool == "topk"
     if cfg.standardise:
         layers.append((nn.BatchNorm2d if places else nn.BatchNorm1d)(width, affine=False))
-    for out in (*cfg.hidden, outputs):
-        layers += [nn.Dropout(cfg.dropout), nn.Conv2d(width, out, 1) if places else nn.Linear(width, out), nn.ReLU()]
+    for i, out in enumerate((*cfg.hidden, outputs)):
+        linear = Place(width, out, context=cfg.context and not i) if places else nn.Linear(width, out)
+        # Of places whole channels are dropped: it costs a hundredth, and neighbours would give away what is missing.
+        layers += [(nn.Dropout2d if places else nn.Dropout)(cfg.dropout), linear, nn.ReLU()]
         width = out
     return nn.Sequential(*layers[:-1], *([BestPlaces()] if places else []))
 
@@ -171,6 +173,21 @@ class Pool(nn.Module):
         if maps.ndim == 2 or self.pool == "topk":
             return maps.float()
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
+
+
+class Place(nn.Conv2d):
+    """A 1 x 1 convolution, [B, C, h, w] -> [B, K, h, w]; with context, each place also sees the mean of its slice.
+
+    How bright, sharp or noisy a place is says little unless it is known what it is to be compared with.
+    """
+
+    def __init__(self, channels: int, out: int, context: bool = False) -> None:
+        super().__init__(channels, out, 1)
+        self.slice = nn.Linear(channels, out, bias=False) if context else None
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        of_place = super().forward(maps)
+        return of_place if self.slice is None else of_place + self.slice(maps.mean((2, 3)))[:, :, None, None]
 
 
 def has_places(head: nn.Sequential) -> bool:

@@ -11,9 +11,11 @@ from typing import Literal
 import numpy as np
 from scipy import ndimage
 
+from chestct.imaging.lungs import TISSUE
+
 Kind = Literal["lesion", "control"]
 
-VERSION = 1
+VERSION = 2
 """Of what `insert` draws for a seed; part of the names of caches that rest on it."""
 
 RADIUS = 0.018, 0.12
@@ -45,7 +47,9 @@ def insert(
         inside = _outline(square.shape[0], y, x, radius, rng) * allowed
         if kind == "lesion":
             changed = _lesion(square, inside, radius, rng)
-        elif rng.random() < 0.4:
+        elif (choice := rng.random()) < 0.35:
+            changed = _dependent(square, lungs, rng)
+        elif choice < 0.6:
             changed = square + (_vessel(square, y, x, radius, rng) - square) * allowed
         else:
             changed = _graft(square, lungs, inside, rng)
@@ -119,6 +123,23 @@ def _graft(square: np.ndarray, lungs: np.ndarray, inside: np.ndarray, rng: np.ra
         grain = _noise(square.shape, 0.7, rng) * rng.uniform(0, 2) * _grain(square)
         return square * (1 - inside) + (smooth + grain) * inside
     return square * (1 - inside * lungs * rng.uniform(0.2, 0.7))
+
+
+def _dependent(square: np.ndarray, lungs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A control: the haze of lung that lies lowest, at the back, denser towards the pleura, in one lung or in both.
+
+    Gravity does that to healthy lungs (Hansell et al. 2008, "dependent opacity"), and a lesion is not far from it.
+    """
+    side = len(square)
+    lowest = np.where(lungs.any(0), side - 1 - lungs[::-1].argmax(0), -side)  # row of each column
+    height = lowest - np.arange(side)[:, None] + _noise(square.shape, 6, rng) * rng.uniform(0, 1.5)
+    reach = rng.uniform(0.015, 0.09) * side
+    share = rng.uniform(0.15, 0.55) * np.exp(-((height.clip(0) / reach) ** rng.uniform(1, 2)))
+    share = share * ndimage.gaussian_filter(lungs.astype(float), 1)
+    if rng.random() < 0.3:
+        share[:, : round(np.flatnonzero(lungs.any(0)).mean())] = 0
+    grain = _noise(square.shape, 0.7, rng) * rng.uniform(0, 1.5) * _grain(square)
+    return square * (1 - share) + (TISSUE + grain) * share
 
 
 def _vessel(square: np.ndarray, y: int, x: int, radius: float, rng: np.random.Generator) -> np.ndarray:
