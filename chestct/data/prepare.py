@@ -37,7 +37,7 @@ def prepare_store(cfg: Config, progress: bool = False) -> Store:
     if draws_phantoms(cfg.data):
         from chestct.phantom.dataset import write
 
-        write(Path(data.root or ""), cfg.data.phantom, progress)
+        write(Path(data.sources["phantom"].root if data.sources else data.root or ""), cfg.data.phantom, progress)
     return ingest(data, store_folder(data, cfg.cache), progress)
 
 
@@ -47,8 +47,10 @@ def prepared_folder(cfg: Config) -> Path:
 
 
 def draws_phantoms(data: DataConfig) -> bool:
-    """Whether the source is phantoms that nobody has placed anywhere yet."""
-    return data.name == "phantom" and not data.root and not data.sources
+    """Whether the source, or one of several, is phantoms that nobody has placed anywhere yet."""
+    if data.sources:
+        return "phantom" in data.sources and not data.sources["phantom"].root
+    return data.name == "phantom" and not data.root
 
 
 def is_synthetic(data: DataConfig) -> bool:
@@ -62,8 +64,11 @@ def located(cfg: Config) -> DataConfig:
         return cfg.data
     from chestct.phantom.dataset import GENERATOR
 
-    drawn = cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12]
-    return dataclasses.replace(cfg.data, root=str(drawn))
+    drawn = str(cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12])
+    if not cfg.data.sources:
+        return dataclasses.replace(cfg.data, root=drawn)
+    phantom = dataclasses.replace(cfg.data.sources["phantom"], root=drawn)
+    return dataclasses.replace(cfg.data, sources=cfg.data.sources | {"phantom": phantom})
 
 
 def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
