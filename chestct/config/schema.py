@@ -125,9 +125,7 @@ class DataConfig:
     workers: int = setting(0, "processes that prepare batches; 0: the main process", low=0)
     batch_size: int = setting(32, "slices a training step, over all processes together", low=1)
     views: int = setting(2, "augmented variants of a slice that frozen training cycles through", low=0)
-    view_seed: int = setting(
-        0, "seed of views and drawn lesions; apart from `seed`: seeds share features", low=0
-    )
+    view_seed: int = setting(0, "seed of views and drawn lesions; apart from `seed`: seeds share features", low=0)
     lesions: float = setting(0.0, "share of normal training slices shown with a drawn lesion", low=0, high=0.5)
     balance: bool = setting(False, "every source x class counts alike in the loss, large groups less than their size")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -144,7 +142,7 @@ class ModelConfig:
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting("gap", "mean over places; every place; or each is judged, the best count", choices=POOLS)
     block: str = setting("5", "which of VGG's blocks the head sees, one or several, as in 3+4", form=BLOCKS)
-    context: bool = setting(False, "with pool=topk: a place is judged next to the mean of its slice")
+    context: bool = setting(False, "with pool=topk: a place is also compared with the mean of its slice")
     standardise: bool = setting(False, "features less their mean, over their spread, as training shows them")
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")

@@ -154,10 +154,13 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
     places = cfg.pool == "topk"
     if cfg.standardise:
         layers.append((nn.BatchNorm2d if places else nn.BatchNorm1d)(width, affine=False))
-    for i, out in enumerate((*cfg.hidden, outputs)):
-        linear = Place(width, out, context=cfg.context and not i) if places else nn.Linear(width, out)
+    if cfg.context and places:
+        layers.append(Context())
+        width *= 2
+    for out in (*cfg.hidden, outputs):
         # Of places whole channels are dropped: it costs a hundredth, and neighbours would give away what is missing.
-        layers += [(nn.Dropout2d if places else nn.Dropout)(cfg.dropout), linear, nn.ReLU()]
+        drop = (nn.Dropout2d if places else nn.Dropout)(cfg.dropout)
+        layers += [drop, nn.Conv2d(width, out, 1) if places else nn.Linear(width, out), nn.ReLU()]
         width = out
     return nn.Sequential(*layers[:-1], *([BestPlaces()] if places else []))
 
@@ -175,19 +178,14 @@ class Pool(nn.Module):
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
 
 
-class Place(nn.Conv2d):
-    """A 1 x 1 convolution, [B, C, h, w] -> [B, K, h, w]; with context, each place also sees the mean of its slice.
+class Context(nn.Module):
+    """[B, C, h, w] -> [B, 2C, h, w]: each place, and how it differs from the mean of its slice.
 
     How bright, sharp or noisy a place is says little unless it is known what it is to be compared with.
     """
 
-    def __init__(self, channels: int, out: int, context: bool = False) -> None:
-        super().__init__(channels, out, 1)
-        self.slice = nn.Linear(channels, out, bias=False) if context else None
-
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        of_place = super().forward(maps)
-        return of_place if self.slice is None else of_place + self.slice(maps.mean((2, 3)))[:, :, None, None]
+        return torch.cat([maps, maps - maps.mean((2, 3), keepdim=True)], 1)
 
 
 def has_places(head: nn.Sequential) -> bool:
