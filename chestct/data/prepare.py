@@ -54,8 +54,8 @@ def draws_phantoms(data: DataConfig) -> bool:
 
 
 def is_synthetic(data: DataConfig) -> bool:
-    """Whether any slice is a phantom: what a model reaches on them says nothing about patients."""
-    return "phantom" in (data.sources or [data.name])
+    """Whether all slices are phantoms: what a model reaches on them says nothing about patients."""
+    return set(data.sources or [data.name]) == {"phantom"}
 
 
 def located(cfg: Config) -> DataConfig:

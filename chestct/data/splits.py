@@ -68,6 +68,9 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
         kept = ~manifest["content"].reindex(order).duplicated().reindex(manifest.index) & ~conflicting
         divide = _held_out if cfg.holdout else _grouped
         splits = divide(manifest[kept], classes[kept], cfg).reindex(manifest.index, fill_value=LEFT_OUT)
+        # Next to patients, phantoms are there to learn from, not to be measured on.
+        if cfg.sources.keys() > {"phantom"} and "phantom" not in cfg.holdout:
+            splits = splits.mask((manifest["source"] == "phantom") & (splits == "test"), "train")
     else:
         splits = _official(manifest, cfg)
         if cfg.split == "official_clean":

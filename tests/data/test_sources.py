@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from chestct.config.compose import compose
-from chestct.config.schema import DataConfig, SourceConfig
+from chestct.config.schema import Config, DataConfig, PhantomConfig, SourceConfig
+from chestct.data.prepare import draws_phantoms, is_synthetic, located
 from chestct.data.sources import label_of, list_slices
 from chestct.errors import ConfigError, DataError
+from chestct.phantom.dataset import write
 
 LABELS = {
     "normal": "normal",
@@ -178,6 +180,19 @@ def test_several_sources_keep_their_own_mapping(tmp_path):
         ("b", "normal/b.png", "normal"),
     ]
     assert listing.skipped == [{"source": "a", "path": "other/", "reason": "data.labels says ignore"}]
+
+
+def test_phantoms_without_a_place_are_drawn_as_one_of_several_sources(tmp_path):
+    labels = {**LABELS, "large_cell": "large_cell", "squamous": "squamous"}
+    fill(tmp_path / "a", "normal/a.png", "cancer/c.png")
+    data = DataConfig(sources={"a": SourceConfig(str(tmp_path / "a")), "phantom": SourceConfig()}, labels=labels)
+    data.phantom = PhantomConfig(slices=12, size=64)
+    cfg = Config(data=data, cache_dir=str(tmp_path / "cache"))
+    write(Path(located(cfg).sources["phantom"].root), data.phantom)
+    listing = list_slices(located(cfg))
+    assert [file.source for file in listing.slices] == 2 * ["a"] + 12 * ["phantom"]
+    assert located(cfg).sources["a"] == data.sources["a"]
+    assert draws_phantoms(data) and not is_synthetic(data)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chestct.config.schema import SUBTYPES, Config, DataConfig
+from chestct.config.schema import SUBTYPES, Config, DataConfig, SourceConfig
 from chestct.data.splits import balanced_weights, leaked, load_splits, make_splits, stratified_group_split
 from chestct.errors import DataError
 
@@ -82,6 +82,18 @@ def test_a_held_out_source_is_test_alone_and_nothing_of_it_is_trained_on():
     assert splits[:18].isin(["train", "valid"]).all()
     assert (splits[18:20] == "").all()
     assert (splits == "valid").sum() == pytest.approx(4, abs=1)
+
+
+def test_next_to_patients_phantoms_are_never_tested():
+    manifest = make_manifest(range(200), ["normal", "squamous"] * 100)
+    manifest["source"] = ["clinic", "clinic", "phantom", "phantom"] * 50
+    both = {"clinic": SourceConfig("x"), "phantom": SourceConfig()}
+    splits = make_splits(manifest, "binary", DataConfig(sources=both))
+    phantom = manifest["source"] == "phantom"
+    assert set(splits[phantom]) == {"train", "valid"}
+    assert set(splits[~phantom]) == {"train", "valid", "test"}
+    held = make_splits(manifest, "binary", DataConfig(sources=both, holdout=["phantom"]))
+    assert (held[phantom] == "test").all()
 
 
 def test_official_clean_drops_what_crosses_and_copies_in_train():
