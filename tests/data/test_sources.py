@@ -192,7 +192,8 @@ def test_phantoms_without_a_place_are_drawn_as_one_of_several_sources(tmp_path):
     listing = list_slices(located(cfg))
     assert [file.source for file in listing.slices] == 2 * ["a"] + 12 * ["phantom"]
     assert located(cfg).sources["a"] == data.sources["a"]
-    assert draws_phantoms(data) and not is_synthetic(data)
+    assert draws_phantoms(data)
+    assert not is_synthetic(data)
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path, monkeypatch):
