@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
@@ -35,6 +36,7 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
             for split, estimates in evaluation.metrics.items()
         },
         "statistics": training["statistics"],
+        "elsewhere": elsewhere(evaluation),
         "code": code_version(),
     }
     return save_bundle(folder, dataclasses.replace(evaluation.bundle, facts=facts, card=card))
@@ -46,3 +48,17 @@ def reliability(evaluation: Evaluation) -> dict[str, list[dict[str, float]]]:
         str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
         for split, rows in evaluation.table.groupby("split")
     }
+
+
+def elsewhere(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """What the same recipe did in each collection that was left out of training, where the protocol was run."""
+    parts = evaluation.sections.get("protocol", {})
+    if "loso" not in parts:
+        return []
+    ranked = {row["held out"]: row["AUROC"] for row in parts["loso"].rows}
+    return [
+        {"source": row["held out"], "auroc": ranked[row["held out"]].value}
+        | {name: row[name].value for name in ("sensitivity", "specificity")}
+        for row in parts["threshold"].rows
+        if row["held out"] not in ("mean", "worst") and row["sensitivity"] and row["specificity"]
+    ]

@@ -82,6 +82,15 @@ class ReliabilityBin(Part):
     high: Share
 
 
+class Elsewhere(Part):
+    """What the same recipe did at its threshold in a collection that was left out of training."""
+
+    source: str
+    auroc: Share
+    sensitivity: Share
+    specificity: Share
+
+
 class Facts(Part, extra="allow"):
     task: Literal["binary", "subtype"]
     classes: list[str]
@@ -95,6 +104,7 @@ class Facts(Part, extra="allow"):
     statistics: dict[str, Annotated[list[float], Field(min_length=2)]] = {}
     metrics: dict[str, dict[str, Metric]] = {}
     reliability: dict[str, list[ReliabilityBin]] = {}
+    elsewhere: list[Elsewhere] = []
 
 
 def check_facts(facts: dict[str, Any]) -> None:

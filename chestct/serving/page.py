@@ -19,7 +19,7 @@ from chestct.errors import ChestCTError
 from chestct.serving.examples import Example
 from chestct.serving.predictor import OnAnswer, Predictor, jpeg_uri
 from chestct.serving.reading import Files, Reading, expand, read, take
-from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, card_body, caveats, plain
+from chestct.serving.sentences import HEAT, NOTICE, card_body, caveats, plain
 
 SESSIONS = 64
 """Visitors whose last answer is kept at once; the one who has been away longest starts anew."""
@@ -63,7 +63,7 @@ GREY = jpeg_uri(Image.new("L", (1, 1), 128))
 
 START = """## Drop a slice, or try an example
 1. **Give it** one or more axial chest CT slices: PNG, JPEG, TIFF or DICOM, or a zip of them.
-2. **Read** the decision, how probable cancer is, and what that number is worth.
+2. **Read** the decision, the score, and what both are worth.
 3. **Look** at where the model looked, and at when not to trust it.
 
 Files are read once and deleted at once. Nothing leaves the machine that this page runs on. Programs send a slice to
@@ -120,14 +120,14 @@ def make_page(
         answered = reading.decision not in ("refused", "unreadable")
         title = "Show the score anyway" if reading.decision == "refused" else "Why this answer"
         tone = f"color-mix(in srgb, {TONES.get(reading.decision, '#64748b')} 18%, transparent)"
-        shares = {"Probability of cancer": reading.score, "Threshold": reading.threshold}
+        shares = {reading.score_name: reading.score, "Threshold": reading.threshold}
         # gr.Label rounds to whole percents: never to 0 or 100
         bars = [{"label": name, "confidence": min(0.99, max(0.01, share))} for name, share in shares.items()]
         return {
             result: gr.update(visible=True),
-            headline: gr.update(value={"label": HEADLINES[reading.decision]}, color=tone),
+            headline: gr.update(value={"label": reading.headline}, color=tone),
             verdict: f"{reading.verdict}\n\nFile: {plain(reading.name)}",
-            score: gr.update(value={"label": "Probability of cancer", "confidences": bars}, visible=answered),
+            score: gr.update(value={"label": reading.score_name, "confidences": bars}, visible=answered),
             picture: gr.update(value={"url": reading.slice}, visible=bool(reading.slice)),
             heat_box: gr.update(visible=bool(reading.heat)),
             heat: {"url": reading.heat},

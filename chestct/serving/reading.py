@@ -20,7 +20,7 @@ from chestct.imaging.slice_files import is_slice_name
 from chestct.models.bundle import Bundle
 from chestct.serving.api import UploadError
 from chestct.serving.predictor import OnAnswer, Prediction, Predictor, jpeg_uri
-from chestct.serving.sentences import explanation, plain, verdict
+from chestct.serving.sentences import UNREADABLE, explanation, headline, plain, score_name, verdict
 
 logger = logging.getLogger("chestct.serving")
 
@@ -115,6 +115,8 @@ class Reading:
     name: str
     decision: str  # as in Prediction, or unreadable
     verdict: str
+    headline: str = UNREADABLE
+    score_name: str = ""
     why: str = ""
     score: float = 0.0
     threshold: float = 0.0
@@ -154,7 +156,9 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
     return Reading(
         name,
         prediction.decision,
-        verdict(prediction, bundle.point),
+        verdict(prediction, bundle),
+        headline(prediction.decision, bundle),
+        score_name(bundle),
         explanation(prediction, bundle),
         prediction.score,
         bundle.point.threshold,

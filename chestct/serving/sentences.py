@@ -7,7 +7,6 @@ which is Markdown itself; Gradio shows it without its HTML.
 import re
 
 from chestct.models.bundle import Bundle
-from chestct.models.operating_point import OperatingPoint
 from chestct.serving.predictor import NOT_MEDICAL, Prediction
 
 NOTICE = "**{}.** {}".format(*NOT_MEDICAL.split(". ", 1))
@@ -17,8 +16,8 @@ HEADLINES = {
     "normal": "The model sees no signs of cancer",
     "uncertain": "The model cannot tell",
     "refused": "No answer for this image",
-    "unreadable": "This file was not read",
 }
+UNREADABLE = "This file was not read"
 
 KNOWN_WARNING = (
     "**This very slice was used to train or tune the model.** The answer is no evidence of how well it does on slices "
@@ -29,6 +28,34 @@ HEAT = (
     "Coloured areas are those whose texture speaks for cancer, from dark violet (little) to yellow (the most in this "
     "slice). The map is coarse and relative: it shows where the network looked, not where a tumour ends."
 )
+
+
+SIGNS = {"cancer": "Possible cancer", "normal": "No sign of cancer"}
+"""What stands in the place of these headlines where the bundle knows that its probabilities do not travel."""
+
+
+def headline(decision: str, bundle: Bundle) -> str:
+    """The decision in a few words."""
+    return (SIGNS if elsewhere(bundle) else {}).get(decision, HEADLINES[decision])
+
+
+def score_name(bundle: Bundle) -> str:
+    """What the score is called: a probability of cancer only where nothing is known against that."""
+    return "Score" if elsewhere(bundle) else "Probability of cancer"
+
+
+def elsewhere(bundle: Bundle) -> str:
+    """How the same recipe did at its threshold in collections that it had not seen; "" where that is not known."""
+    rows = bundle.facts.get("elsewhere", [])
+    if not rows:
+        return ""
+    spans = [sorted(row[name] for row in rows) for name in ("sensitivity", "specificity")]
+    found, flagged = spans[0], sorted(1 - share for share in spans[1])
+    cancers, normals = (f"{100 * span[0]:.0f} to {100 * span[-1]:.0f} %" for span in (found, flagged))
+    return (
+        f"In {len(rows)} collections, each left out of training in turn, a threshold set this way called {cancers} of "
+        f"the slices with cancer possible cancer, and {normals} of the normal ones."
+    )
 
 
 def plain(text: str) -> str:
@@ -43,17 +70,21 @@ def percent(share: float) -> str:
     return "over 99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
-def verdict(prediction: Prediction, point: OperatingPoint) -> str:
+def verdict(prediction: Prediction, bundle: Bundle) -> str:
     """What stands below the headline: the score and its side of the threshold, or the reason for another decision."""
     if prediction.decision == "refused":
         return plain(prediction.reason)
+    point, away = bundle.point, elsewhere(bundle)
     side = "at or above" if prediction.decision == "cancer" else "below"
     lines = [f"The probability of cancer is **{percent(prediction.score)}**, {side} the threshold."]
+    if away:
+        score, threshold = (f"{100 * share:.0f}" for share in (prediction.score, point.threshold))
+        lines = [f"The score is **{score}** of 100, {side} the threshold of {threshold}."]
     if prediction.decision == "uncertain":
         lines = [plain(prediction.reason)]
-    lines += [f"From {percent(point.threshold)} on, the model calls a slice cancer."]
+    lines += [away or f"From {percent(point.threshold)} on, the model calls a slice cancer."]
     counts = point.validation
-    if counts.get("cancers") and counts.get("normals"):
+    if not away and counts.get("cancers") and counts.get("normals"):
         lines[-1] += (
             f" At this threshold {counts['found']:,} of {counts['cancers']:,} cancers in the validation set were "
             f"found, and {counts['flagged']:,} of {counts['normals']:,} normal slices were flagged by mistake."
@@ -69,11 +100,13 @@ def explanation(prediction: Prediction, bundle: Bundle) -> str:
         return (
             "**This score means nothing reliable.** The model gives a number for any picture, a photograph of a cat "
             "included. This image was refused because it is not what the model was made for.\n\n"
-            f"Probability of cancer: {percent(prediction.score)}. Distance to the training slices: {distance}."
+            f"{score_name(bundle)}: {percent(prediction.score)}. Distance to the training slices: {distance}."
         )
     share, coverage = prediction.score, f"{100 * bundle.point.coverage:.0f} %"
     lines = {}
-    if prediction.decision != "uncertain":  # where calibration does not hold
+    if elsewhere(bundle):
+        lines["The score"] = "It ranks slices. How probable cancer is at a given score differs between hospitals."
+    elif prediction.decision != "uncertain":  # where calibration does not hold
         number = "hardly any" if share < 0.01 else "almost all" if share > 0.99 else f"about {100 * share:.0f}"
         lines["The score"] = (
             f"It was calibrated on validation slices, so that of 100 slices with this probability {number} show cancer."
