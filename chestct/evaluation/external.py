@@ -15,6 +15,7 @@ from chestct.data.splits import load_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, decided, made, measured, row
+from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
 from chestct.models.vgg16 import pick_device
@@ -50,7 +51,12 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     }
     evaluation = Evaluation(cfg, table, bundle.point, bundle.novelty_model, metrics, rows, about)
     evaluation.manifest, evaluation.images, evaluation.bundle = manifest, store.images, bundle
-    evaluation.sections = {"shift": drift.differences(bundle.facts, drift.measured(manifest, table)), "made": made()}
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    evaluation.sections = {
+        "subgroups": subgroups(table, bundle.point.threshold, **settings),
+        "shift": drift.differences(bundle.facts, drift.measured(manifest, table)),
+        "made": made(),
+    }
     return evaluation
 
 

@@ -62,15 +62,8 @@ def check_explanation(
     as for `normalised_cam`; redrawn: slices (those of the highest scores) on which maps are compared with those of
     random weights. Returns `passes`, `failures` (a sentence each), `slices`, `pointing` and `randomisation`.
     """
-    starts = range(0, len(images), 16)
-    parts = [
-        normalised_cam(net, net.conv5(x), outputs[at : at + 16], baseline)
-        for at, x in zip(starts, net.batches(images, 16), strict=True)
-    ]
-    logits, cam = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    shown = np.stack([heat_to_square(one, images.shape[1]) for one in heat(cam)])
-    body = np.stack([ndimage.binary_fill_holes(image > BODY_LEVEL * 255) for image in images])
-    few = np.argsort(-logits.numpy()[np.arange(len(outputs)), outputs], kind="stable")[:redrawn]
+    logits, shown, body = _maps(net, images, outputs, baseline)
+    few = np.argsort(-logits[np.arange(len(outputs)), outputs], kind="stable")[:redrawn]
     pointing = _pointing(shown, masks, body)
     weights = _randomisation(net, images[few], outputs[few], body[few])
     failures = []
@@ -88,6 +81,32 @@ def check_explanation(
         )
     figures = {"slices": len(images), "pointing": pointing, "randomisation": weights}
     return {"passes": not failures, "failures": failures, **figures}
+
+
+@torch.no_grad()
+def pointing_game(
+    net: VGG16, images: np.ndarray, masks: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Shares of slices whose lesion is hit, for boxes of patients' slices: heat, chance, centre, average_lesion.
+
+    Arguments as for `check_explanation`.
+    """
+    _, shown, body = _maps(net, images, outputs, baseline)
+    return {name: share for name, share in _pointing(shown, masks, body).items() if name != "interval"}
+
+
+def _maps(
+    net: VGG16, images: np.ndarray, outputs: np.ndarray, baseline: torch.Tensor | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Logits [N, K], heat and body, both [N, S, S]."""
+    starts = range(0, len(images), 16)
+    parts = [
+        normalised_cam(net, net.conv5(x), outputs[at : at + 16], baseline)
+        for at, x in zip(starts, net.batches(images, 16), strict=True)
+    ]
+    logits, cam = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    shown = np.stack([heat_to_square(one, images.shape[1]) for one in heat(cam)])
+    return logits.numpy(), shown, np.stack([ndimage.binary_fill_holes(image > BODY_LEVEL * 255) for image in images])
 
 
 def _pointing(shown: np.ndarray, masks: np.ndarray, body: np.ndarray) -> dict[str, Any]:

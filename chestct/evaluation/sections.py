@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from chestct.data.lesions import unpack
 from chestct.data.prepare import located
 from chestct.data.store import preprocess_of
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
+from chestct.evaluation.heatmap_check import check_explanation, lesion_slices, pointing_game
 from chestct.evaluation.novelty_check import novelty_figures
 from chestct.evaluation.robustness import robustness
 from chestct.models.saliency import explained_output
@@ -22,12 +23,16 @@ OTHER_SEED = 1_000_003
 
 
 def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
-    """The sections `explanation`, `novelty` and `robustness` of an evaluation, as far as its settings ask for them."""
+    """The sections `explanation`, `novelty` and `robustness` of an evaluation, as far as its settings ask for them.
+
+    And `pointing`, where sources of the test slices have boxes.
+    """
     cfg = evaluation.cfg
     sections = {
         "explanation": (cfg.evaluation.phantoms, explanation),
         "novelty": (cfg.evaluation.novelty, novelty),
         "robustness": (cfg.evaluation.robustness, under_changes),
+        "pointing": (len(_boxed(evaluation)), pointing),
     }
     return {name: make(evaluation) for name, (slices, make) in sections.items() if slices}
 
@@ -52,6 +57,29 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
     images, masks = (part[:number] for part in lesion_slices(root, preprocess_of(cfg.data), cfg.data.window))
     outputs = explained_output(bundle.predict(images).logits)
     return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, redrawn=2)
+
+
+def pointing(evaluation: Evaluation) -> dict[str, Any]:
+    """How often heat maps point into the boxes of test slices, and how often who sees nothing does.
+
+    Without an interval: slices of one patient err together, and boxes are of few patients (`groups`).
+    """
+    assert evaluation.images is not None
+    rows, bundle = _boxed(evaluation), evaluation.bundle
+    images = evaluation.images[rows["row"].to_numpy()]
+    masks = np.stack([unpack(lesion, images.shape[1]) for lesion in rows["lesion"]])
+    outputs = explained_output(bundle.predict(images).logits)
+    figures = pointing_game(bundle.net, images, masks, outputs, bundle.baseline)
+    return {"slices": len(rows), "groups": int(rows["group"].nunique()), **figures}
+
+
+def _boxed(evaluation: Evaluation) -> pd.DataFrame:
+    """Rows of the manifest: test slices with boxes."""
+    manifest, sources = evaluation.manifest, evaluation.cfg.data.sources
+    if manifest is None or not any(source.boxes for source in sources.values()):
+        return pd.DataFrame()
+    boxed = manifest["source"].isin([name for name, source in sources.items() if source.boxes])
+    return manifest[boxed & (manifest["split"] == "test") & (manifest["lesion"] != b"")]
 
 
 def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -6,13 +6,16 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from chestct.config.schema import ModelConfig, PhantomConfig, WindowConfig
+from chestct.config.schema import ModelConfig, PhantomConfig, SourceConfig, WindowConfig
 from chestct.evaluation import heatmap_check
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
+from chestct.evaluation.sections import optional_sections
 from chestct.imaging.preprocess import Preprocess
+from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from tests.evaluation.evaluations import made_up, with_images
 
 SIZE = 128
 
@@ -122,3 +125,27 @@ def test_lesions_lie_where_the_truth_says(tmp_path):
         assert np.divide(ndimage.center_of_mass(mask), SIZE) == pytest.approx(
             np.divide(ndimage.center_of_mass(drawn), drawn.shape), abs=0.02
         )
+
+
+def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone():
+    torch.manual_seed(0)
+    net = VGG16(ModelConfig(), 1, 32, load_weights("oxford")).eval()
+    evaluation = made_up()
+    evaluation.novelty_model = fit_novelty(torch.rand(40, 512), torch.rand(40, 512))
+    evaluation = with_images(evaluation, net, 32)
+    whole, corner = np.ones((32, 32), bool), np.zeros((32, 32), bool)
+    corner[:1, :1] = True
+    manifest = evaluation.manifest
+    cancers = manifest.index[(manifest["label"] == "cancer") & (manifest["split"] == "test")]
+    manifest["lesion"] = np.packbits(corner).tobytes()
+    manifest.loc[manifest["split"] == "test", "lesion"] = b""
+    manifest.loc[cancers[:6], "lesion"] = np.packbits(whole).tobytes()
+    assert optional_sections(evaluation) == {}  # masks of phantoms are checked by evaluation.phantoms
+    evaluation.cfg.data.sources = {"made_up": SourceConfig(boxes="boxes.csv")}
+    pointing = optional_sections(evaluation)["pointing"]
+    assert (pointing["slices"], pointing["groups"]) == (6, 6)
+    assert pointing["heat"] == pointing["chance"] == 1
+    manifest.loc[cancers[:6], "lesion"] = np.packbits(corner).tobytes()
+    pointing = optional_sections(evaluation)["pointing"]
+    assert 0 < pointing["chance"] < 0.1
+    assert "interval" not in pointing
