@@ -58,10 +58,13 @@ repro: $(READY) ## run the DVC pipeline as far as something changed
 demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDER serve.port=...")
 	$(BIN)/python serve.py $(ARGS)
 
-bundle: $(READY) ## make the packaged bundle again (DATA=../shared/data/chest-ct)
-	$(BIN)/python train.py data=chest_ct data.root=$(DATA) tracking=off hydra.run.dir=runs/bundle
+bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again (DATA=../shared/data)
+	$(BIN)/python train.py data=hospitals experiment=places 'data.sources.phantom={}' \
+		data.sources.chest_ct.root=$(DATA)/chest-ct data.sources.iq_oth.root=$(DATA)/iq-oth-nccd \
+		data.sources.lidc.root=$(DATA)/lidc data.sources.lung_pet_ct_dx.root=$(DATA)/lung-pet-ct-dx \
+		'evaluation.threshold="sensitivity>=0.9"' tracking=off hydra.run.dir=runs/bundle
 	$(BIN)/python -m chestct export ckpt=runs/bundle/checkpoints/best.ckpt bundle=chestct/models/bundle \
-		hydra.run.dir=runs/bundle/export evaluation.policies=true evaluation.folds=5 evaluation.permuted=true \
+		hydra.run.dir=runs/bundle/export 'evaluation.protocol=[loso,matrix,within,probe]' seeds=3 \
 		evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
 
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000

@@ -7,6 +7,7 @@ most, and several processes can write at once; a damaged shard is never believed
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -82,15 +83,20 @@ def extract(
     first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
     todo = sorted(i for content, i in first.items() if content not in rows)
     shard: dict[str, torch.Tensor] = {}
-    for at in track(range(0, len(todo), batch_size), label, transient=True, disable=not label or not todo):
-        batch = todo[at : at + batch_size]
-        features = layer(slices(batch).to(device)).cpu()
-        shard |= {contents[i]: row.clone() for i, row in zip(batch, features, strict=True)}
-        if len(shard) >= SHARD or batch[-1] == todo[-1]:
-            raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
-            write_atomic(folder / f"{digest(raw)}.safetensors", raw)
-            rows |= shard
-            shard = {}
+    batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
+    with ThreadPoolExecutor(1) as pool:  # the next batch is drawn while this one is computed
+        following = pool.submit(slices, batches[0]) if batches else None
+        for i, batch in enumerate(track(batches, label, transient=True, disable=not label or not todo)):
+            assert following is not None
+            images = following.result()
+            following = pool.submit(slices, batches[i + 1]) if i + 1 < len(batches) else None
+            features = layer(images.to(device)).cpu()
+            shard |= {contents[k]: row.clone() for k, row in zip(batch, features, strict=True)}
+            if len(shard) >= SHARD or following is None:
+                raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
+                write_atomic(folder / f"{digest(raw)}.safetensors", raw)
+                rows |= shard
+                shard = {}
     return torch.stack([rows[content] for content in contents])
 
 
