@@ -49,7 +49,8 @@ class SliceDataset(Dataset):
         known = train and cfg.model.pool == "topk" and cfg.task == "binary"
         self.lesions: list[bytes] = manifest["lesion"].tolist() if known else [b""] * len(manifest)
         self.has_places = train and (bool(cfg.data.lesions) or any(self.lesions))
-        self.w = torch.from_numpy(balanced_weights(manifest, y)) if cfg.data.balance else None
+        drawn = cfg.data.lesions * cfg.data.views / (cfg.data.views + 1) if train and cfg.task == "binary" else 0.0
+        self.w = torch.from_numpy(balanced_weights(manifest, y, drawn)) if cfg.data.balance else None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -101,27 +102,39 @@ class SliceDataset(Dataset):
 
     def __getitem__(self, key: BatchKey) -> Batch:
         epoch, positions = key
-        view = view_of(self.cfg, epoch) if self.train else 0
+        at = np.array(positions)
+        views = views_of(self.cfg, epoch, at) if self.train else np.zeros_like(at)
+        parts = {view: at[views == view].tolist() for view in np.unique(views).tolist()}
+        positions = [i for part in parts.values() for i in part]
+        x, places = map(torch.cat, zip(*(self._seen(part, view) for view, part in parts.items()), strict=True))
         y = self.y[positions]
-        batch = {"y": y, "i": torch.tensor(positions, dtype=torch.long)}
+        batch = {"x": x, "y": y, "i": torch.tensor(positions, dtype=torch.long)}
         batch |= {} if self.w is None else {"w": self.w[positions]}
-        if self.has_places and (self.places or not self.features):
-            if self.features:
-                batch["x"], places = self.features[view][positions], self.places[view][positions]
-            else:
-                batch["x"], places = self._views(positions, view, known=True)
+        if self.has_places and places.ndim == 4:
             shown = places.flatten(1).amax(1) > 0
             # Of other slices with cancer it is not known where; normal ones are clear, and cancer if drawn into.
             batch["places"] = torch.where((y.bool() & ~shown)[:, None, None, None], -1.0, places.float())
-            return batch | {"y": torch.where(shown, 1, y)}
-        return batch | {"x": self.features[view][positions] if self.features else self.slices(positions, view)}
+            batch["y"] = torch.where(shown, 1, y)
+        return batch
+
+    def _seen(self, positions: list[int], view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A view of slices, or its features, and where they show lesions (empty where that is not asked)."""
+        if self.features:
+            known = self.places[view][positions] if self.places else torch.zeros(len(positions), 0)
+            return self.features[view][positions], known
+        images, masks = self._views(positions, view, known=self.has_places)
+        return images, masks
 
 
-def view_of(cfg: Config, epoch: int) -> int:
-    """The view that training sees: frozen training cycles through its views, fine-tuning never sees one twice."""
+def views_of(cfg: Config, epoch: int, positions: np.ndarray) -> np.ndarray:
+    """The view that training sees of each slice, int [B], by its position in the split.
+
+    Frozen training cycles through its views, and every epoch mixes them: views in which lesions are drawn show cancer
+    more often, and a head that saw one view an epoch would swing with them. Fine-tuning never sees a view twice.
+    """
     if cfg.frozen_at(epoch):
-        return epoch % (cfg.data.views + 1)
-    return epoch + 1 if cfg.data.views else 0
+        return (epoch + positions) % (cfg.data.views + 1)
+    return np.full_like(positions, epoch + 1 if cfg.data.views else 0)
 
 
 class Batches(Sampler[BatchKey]):
@@ -160,7 +173,7 @@ class SliceModule(L.LightningDataModule):
     A batch of its loaders is a dict of tensors: `x`, grey slices float32 [B, 1, S, S] in [0, 1] with S = data.size, or
     frozen features float32 [B, D]; `y`, int64 [B], positions in `class_names`; `i`, int64 [B], positions in the split.
     With data.balance, `w`, float32 [B], is what each counts in the loss (`balanced_weights`), whatever is drawn in it.
-    Train is shuffled and shows the view of the epoch (`view_of`), valid and test come in order, as they are. With
+    Train is shuffled and shows its views in turn (`views_of`), valid and test come in order, as they are. With
     data.lesions, normal slices of train may show a lesion and are cancer then. With them, or where the head judges
     places and lesions of train are known, all batches of train have `places`, float32 [B, 1, h, w] on the grid of `x`:
     how much of each place a lesion covers, -1 where that is not known.

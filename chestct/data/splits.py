@@ -80,16 +80,18 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
     return splits
 
 
-def balanced_weights(manifest: pd.DataFrame, target: np.ndarray) -> np.ndarray:
-    """How much each slice counts in the loss with data.balance: float32 [N], mean 1.
+def balanced_weights(manifest: pd.DataFrame, target: np.ndarray, drawn: float = 0.0) -> np.ndarray:
+    """How much each slice counts in the loss with data.balance: float32 [N].
 
     Every source x class has the same sum; within it a group's share grows with the square root of its slices, for they
-    are alike. manifest: of the slices of one split; target: int [N].
+    are alike. manifest: of the slices of one split; target: int [N]; drawn: share of the normal slices, over all views,
+    that show a drawn lesion and are cancer: they take the place of so many others, and classes still count alike.
     """
     cells = manifest[["source", "group"]].assign(target=target)
     weight = cells.groupby(["source", "target", "group"])["target"].transform("size").to_numpy(float) ** -0.5
     total = cells.assign(weight=weight).groupby(["source", "target"])["weight"].transform("sum").to_numpy()
-    return (weight / total * len(cells) / cells[["source", "target"]].drop_duplicates().shape[0]).astype(np.float32)
+    weight *= len(cells) / total / cells[["source", "target"]].drop_duplicates().shape[0]
+    return np.where(target > 0, (1 - 2 * drawn) * weight, weight).astype(np.float32)
 
 
 def leaked(manifest: pd.DataFrame, splits: pd.Series) -> pd.Series:
