@@ -190,4 +190,4 @@ def test_every_source_and_class_counts_alike_and_groups_by_the_square_root_of_th
     cancer, normal = (third[table["target"] == k].groupby(table["source"]).sum() for k in (1, 0))
     np.testing.assert_allclose(
         cancer + normal / 3, normal * 2 / 3, rtol=1e-5
-    )  # a third of the normal ones is drawn into
+    )
