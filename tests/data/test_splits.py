@@ -188,6 +188,4 @@ def test_every_source_and_class_counts_alike_and_groups_by_the_square_root_of_th
     assert share["b00"] == pytest.approx(share["b01"])
     third = table["w"].where(table["target"] == 0, balanced_weights(table, table["target"].to_numpy(), 1 / 3))
     cancer, normal = (third[table["target"] == k].groupby(table["source"]).sum() for k in (1, 0))
-    np.testing.assert_allclose(
-        cancer + normal / 3, normal * 2 / 3, rtol=1e-5
-    )
+    np.testing.assert_allclose(cancer + normal / 3, normal * 2 / 3, rtol=1e-5)

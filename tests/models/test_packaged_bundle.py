@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from chestct.config.schema import PhantomConfig
 from chestct.imaging.decode import decode
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
 from chestct.phantom.dataset import write
+from chestct.phantom.thorax import draw
+from chestct.serving.examples import PHANTOMS, make_examples
+from chestct.serving.predictor import Predictor
 
 GOLDEN = {
     "test/large_cell/phantom_00000.png": (0.5088, 1.3037),
@@ -37,6 +41,19 @@ def test_it_was_trained_on_real_slices_without_leaks_and_says_what_its_numbers_a
     assert bundle.facts["code"]["git.dirty"] is False
     for words in ("Not for clinical use", "5 groups", "5 folds", "permuted labels", "Few normals", "Shortcut"):
         assert words in bundle.card
+
+
+@pytest.mark.parametrize("name", PHANTOMS)
+def test_the_examples_of_the_page_are_answered_rightly_and_the_heat_lies_on_the_lesion(name: str) -> None:
+    _, kind, difficulty, seed = PHANTOMS[name]
+    lesion = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384)).mask
+    data = next(example.data for example in make_examples() if example.name == name)
+    answer = Predictor("packaged").predict(data)
+    assert answer.decision == ("cancer" if lesion.any() else "normal")
+    if lesion.any():
+        assert answer.heat is not None
+        near = ndimage.binary_dilation(lesion, iterations=10)
+        assert near[np.unravel_index(answer.heat.argmax(), lesion.shape)]
 
 
 def test_its_scores_are_those_it_was_made_with(bundle: Bundle, tmp_path: Path) -> None:
