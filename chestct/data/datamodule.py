@@ -7,6 +7,7 @@ DistributedSampler does; those of valid and test without its padding, so that no
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -190,6 +191,7 @@ class SliceModule(L.LightningDataModule):
         self.store: Store | None = None
         self.features: dict[str, list[torch.Tensor]] = {}
         self.places: dict[str, list[torch.Tensor]] = {}
+        self.spaces: dict[str, list[Any]] = {}  # of each split, what decides the features that are there
         self.prepare_data_per_node = False  # machines see one cache_dir
 
     def prepare_data(self) -> None:

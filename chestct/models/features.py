@@ -34,23 +34,30 @@ FORMAT = 3
 
 
 def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], views: int) -> None:
-    """Gives the data module the frozen features of these splits: of train so many views, of others the plain slices."""
+    """Gives the data module the frozen features of these splits: of train so many views, of others the plain slices.
+
+    What it holds already, of another seed on the same slices, stays.
+    """
     for split in splits:
         dataset = data.dataset(split, train=split == "train")
+        spaces = [
+            (space_folder(cfg, net.digest, view), dataset.drawn_contents(view), dataset.places_contents(view))
+            for view in range(views if split == "train" else 1)
+        ]
+        if data.features.get(split) and data.spaces.get(split) == spaces:
+            continue
         dataset.features, data.features[split], data.places[split] = (), [], []
-        for view in range(views if split == "train" else 1):
+        for view, (folder, contents, places) in enumerate(spaces):
             run = partial(extract, device=net.mean.device, batch_size=cfg.features.batch_size)
-            folder = space_folder(cfg, net.digest, view)
             label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
-            contents = dataset.drawn_contents(view)
             data.features[split].append(
                 run(net.pooled, partial(dataset.slices, view=view), contents, folder, label=label)
             )
             if dataset.has_places:
                 side = data.features[split][-1].shape[-1] if cfg.model.pool == "topk" else 1
                 cover = partial(functional.adaptive_avg_pool2d, output_size=side)
-                masks, contents = partial(dataset.masks, view=view), dataset.places_contents(view)
-                data.places[split].append(run(cover, masks, contents, folder / "places"))
+                data.places[split].append(run(cover, partial(dataset.masks, view=view), places, folder / "places"))
+        data.spaces[split] = spaces
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:

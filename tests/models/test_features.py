@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import save
 
 from chestct.config.schema import ModelConfig
-from chestct.models.features import extract, space_folder
+from chestct.data.datamodule import SliceModule
+from chestct.models.features import attach, extract, space_folder
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -81,10 +82,24 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
 def test_every_setting_that_changes_features_has_its_own_folder(small):
     cfg = small()
     changed = ("model.pool=flatten", "data.fit=body", "data.size=96")
-    of_views = ("seed=1", "data.augment.rotate=3")
+    of_views = ("data.view_seed=1", "data.augment.rotate=3")
     folders = {space_folder(cfg, "w", view) for view in range(3)} | {space_folder(cfg, "other weights", 0)}
     folders |= {space_folder(small(words), "w", 0) for words in changed}
     folders |= {space_folder(small(words), "w", 1) for words in of_views}
     assert len(folders) == 9
-    assert space_folder(small("seed=1"), "w", 0) == space_folder(cfg, "w", 0)  # the plain view has no seed
+    assert space_folder(small("data.view_seed=1"), "w", 0) == space_folder(cfg, "w", 0)  # the plain view has no seed
+    assert space_folder(small("seed=1"), "w", 1) == space_folder(cfg, "w", 1)  # seeds of training share views
     assert space_folder(small("optim.lr=1", "model.dropout=0.5"), "w", 1) == space_folder(cfg, "w", 1)
+
+
+def test_features_of_another_seed_are_those_that_are_there(small):
+    data, held = SliceModule(small()), {}
+    data.prepare_data()
+    data.setup()
+    for seed in (0, 1):
+        net = VGG16(ModelConfig(), 1, 64, load_weights("oxford")).eval()
+        attach(data, net, small(f"seed={seed}"), ("train", "valid"), views=1)
+        held[seed] = data.features["train"][0]
+    assert held[0] is held[1]
+    attach(data, net, small("data.fit=stretch"), ("train",), views=1)
+    assert data.features["train"][0] is not held[0]
