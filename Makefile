@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-DATA ?= ../shared/data/chest-ct
+DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
 .PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo ui clean
