@@ -139,7 +139,7 @@ def make_page(
     with gr.Blocks(title="chestct: cancer or normal on chest CT", analytics_enabled=False) as page:
         readings = gr.State([], time_to_live=1800)
         gr.Markdown(NOTICE, elem_id="notice")
-        gr.Markdown("# chestct\nCancer or normal on a chest CT slice, with the odds, the reasons and the doubts.")
+        gr.Markdown("# chestct\nCancer or normal on a chest CT slice, with the reasons and the doubts.")
         with gr.Tabs():
             with gr.Tab("Slices"), gr.Row():
                 with gr.Column(scale=2, min_width=270):
