@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from chestct.config.compose import compose
 from chestct.config.schema import Config, PhantomConfig
+from chestct.data.datamodule import SliceDataset
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -15,6 +17,13 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 
 SMALL = ("data.size=64", "trainer.max_epochs=3", "trainer.progress=false", "tracking=off", "data.batch_size=8")
 """Overrides for quick runs: at 64 pixels VGG16's last map is 2 x 2, and a slice takes a hundredth of the time."""
+
+
+def in_view(dataset: SliceDataset, view: int, positions: list[int]) -> dict[str, torch.Tensor]:
+    """A batch of slices as training sees them in one view; its own batches mix them."""
+    views = dataset.cfg.data.views + 1
+    parts = [dataset[(view - at) % views, [at]] for at in positions]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,14 @@ from PIL import Image
 
 from chestct.config.compose import compose
 from chestct.config.schema import DataConfig, SourceConfig
-from chestct.data.datamodule import SliceModule
+from chestct.data.datamodule import SliceModule, views_of
 from chestct.data.lesions import unpack
 from chestct.data.prepare import ingest
 from chestct.errors import DataError
 from chestct.models.features import attach
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
-from tests.conftest import SMALL
+from tests.conftest import SMALL, in_view
 from tests.data.test_prepare import LABELS, draw
 
 HEAD = "file,left,top,right,bottom\n"
@@ -112,7 +112,7 @@ def test_places_of_known_lesions_turn_with_their_views(known, small):
     dataset = data.dataset("train", train=True)
     every = list(range(len(dataset)))
     for view in (0, 1):
-        batch = dataset[view, every]
+        batch = in_view(dataset, view, every)
         cancer = batch["y"] == 1
         assert torch.equal(batch["y"], dataset.y)
         assert not batch["places"][~cancer].any()
@@ -146,7 +146,16 @@ def test_cached_places_are_those_of_the_masks_and_follow_them(known):
         for view in (0, 1):
             expected = torch.nn.functional.adaptive_avg_pool2d(cached.masks(every, view), 4)
             torch.testing.assert_close(data.places["train"][view], expected)
-            shown = cached[view, every]
+            shown = in_view(cached, view, every)
             torch.testing.assert_close(shown["places"].clamp(min=0), expected)
             assert ((shown["places"] < 0).flatten(1).all(1) <= (shown["y"] == 1)).all()
     data.features.clear(), data.places.clear()
+
+
+def test_an_epoch_mixes_views_and_a_cycle_shows_each_slice_once_in_each(small):
+    positions = np.arange(10)
+    seen = np.stack([views_of(small("data.views=2"), epoch, positions) for epoch in range(3)])
+    assert {*seen[0]} == {0, 1, 2}
+    assert (np.sort(seen, axis=0) == np.arange(3)[:, None]).all()
+    tuned = [views_of(small("model.freeze=false", "data.views=2"), epoch, positions) for epoch in range(3)]
+    assert [{*views} for views in tuned] == [{1}, {2}, {3}]  # never one twice
