@@ -95,7 +95,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         if cfg.features.cache and cfg.starts_frozen:
             model.to(trainer.strategy.root_device)
             splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
-            attach(data, model.net, cfg, splits, views=min(cfg.data.views + 1, cfg.trainer.max_epochs))
+            attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
         _record(cfg, data, model, run)
 
     with _ended_in_order(trainer, out):
