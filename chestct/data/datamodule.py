@@ -123,8 +123,7 @@ class SliceDataset(Dataset):
         if self.features:
             known = self.places[view][positions] if self.places else torch.zeros(len(positions), 0)
             return self.features[view][positions], known
-        images, masks = self._views(positions, view, known=self.has_places)
-        return images, masks
+        return self._views(positions, view, known=self.has_places)
 
 
 def views_of(cfg: Config, epoch: int, positions: np.ndarray) -> np.ndarray:

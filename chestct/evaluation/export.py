@@ -56,9 +56,11 @@ def elsewhere(evaluation: Evaluation) -> list[dict[str, Any]]:
     if "loso" not in parts:
         return []
     ranked = {row["held out"]: row["AUROC"] for row in parts["loso"].rows}
-    return [
-        {"source": row["held out"], "auroc": ranked[row["held out"]].value}
-        | {name: row[name].value for name in ("sensitivity", "specificity")}
-        for row in parts["threshold"].rows
-        if row["held out"] not in ("mean", "worst") and row["sensitivity"] and row["specificity"]
-    ]
+    found = []
+    for row in parts["threshold"].rows:
+        figures = {"auroc": ranked[row["held out"]], **{name: row[name] for name in ("sensitivity", "specificity")}}
+        values = {name: getattr(figure, "value", None) for name, figure in figures.items()}
+        # A source of one class, or one that could not be held out, has no such figures.
+        if row["held out"] not in ("mean", "worst") and None not in values.values():
+            found.append({"source": row["held out"], **values})
+    return found

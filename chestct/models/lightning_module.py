@@ -62,7 +62,7 @@ class Classifier(L.LightningModule):
     def loss(self, logits: torch.Tensor, y: torch.Tensor, w: torch.Tensor | None = None) -> torch.Tensor:
         """Mean of binary or categorical cross-entropy with label smoothing; logits [B, K], y [B].
 
-        w: float [B], what each slice counts, of mean 1 over its split; None: the class weights.
+        w: float [B], what each slice counts (data.balance); None: the class weights.
         """
         weight = cast(torch.Tensor, self.class_weight)
         smoothing = self.cfg.optim.label_smoothing

@@ -76,12 +76,13 @@ def verdict(prediction: Prediction, bundle: Bundle) -> str:
         return plain(prediction.reason)
     point, away = bundle.point, elsewhere(bundle)
     side = "at or above" if prediction.decision == "cancer" else "below"
-    lines = [f"The probability of cancer is **{percent(prediction.score)}**, {side} the threshold."]
-    if away:
-        score, threshold = (f"{100 * share:.0f}" for share in (prediction.score, point.threshold))
-        lines = [f"The score is **{score}** of 100, {side} the threshold of {threshold}."]
     if prediction.decision == "uncertain":
         lines = [plain(prediction.reason)]
+    elif away:
+        score, threshold = (f"{100 * share:.0f}" for share in (prediction.score, point.threshold))
+        lines = [f"The score is **{score}** of 100, {side} the threshold of {threshold}."]
+    else:
+        lines = [f"The probability of cancer is **{percent(prediction.score)}**, {side} the threshold."]
     lines += [away or f"From {percent(point.threshold)} on, the model calls a slice cancer."]
     counts = point.validation
     if not away and counts.get("cancers") and counts.get("normals"):

@@ -1,12 +1,16 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation
+from chestct.evaluation.export import elsewhere
+from chestct.evaluation.tables import Part
 from chestct.models.bundle import load_bundle
 from chestct.serving.predictor import Predictor
+from chestct.stats.metrics import Estimate
 from chestct.training.train import Result
 
 
@@ -40,3 +44,16 @@ def test_the_bundle_knows_what_it_was_made_from(folder: Path, evaluation: Evalua
     for name in ("width", "std", "score", "novelty"):
         assert len(facts["statistics"][name]) == 101
     assert "not a medical device" in bundle.card.lower()
+
+
+def test_a_source_of_one_class_is_nothing_that_the_bundle_says_of_elsewhere() -> None:
+    def figure(value: float | None) -> Estimate:
+        return Estimate(value, None, None, 10, 5)
+
+    ranked = [{"held out": "a", "AUROC": figure(0.8)}, {"held out": "b", "AUROC": figure(None)}]
+    called = [{"held out": name, "sensitivity": figure(0.9), "specificity": figure(0.6)} for name in ("a", "b")]
+    ranked.append({"held out": "mean", "AUROC": figure(0.8)})
+    called.append({"held out": "mean", "sensitivity": figure(0.9), "specificity": figure(0.6)})
+    parts = {"loso": Part("", ranked, []), "threshold": Part("", called, [])}
+    known = elsewhere(SimpleNamespace(sections={"protocol": parts}))
+    assert known == [{"source": "a", "auroc": 0.8, "sensitivity": 0.9, "specificity": 0.6}]
