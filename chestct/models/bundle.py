@@ -153,7 +153,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # exports to one folder wait for each other
         _replace(folder, files | {FACTS: text.encode()})
-    return load_bundle(folder)
+        return load_bundle(folder)
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
