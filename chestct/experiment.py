@@ -15,6 +15,7 @@ from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import program, rank
+from chestct.progress import phase
 
 if TYPE_CHECKING:
     from chestct.data.datamodule import SliceModule
@@ -94,6 +95,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.reporting.render import model_card, write
     from chestct.reporting.text import summary
 
+    phase("Measuring the best checkpoint, writing its report and bundle\n", cfg.trainer.progress)
     own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
     trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
     evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)

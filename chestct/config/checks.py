@@ -138,20 +138,33 @@ def _contradictions(cfg: Config) -> Iterator[str]:
 
 
 OTHER_NAMES = {
-    "optim.lr": ("learning_rate", "base_lr"),
+    "optim.lr": ("learning_rate", "base_lr", "head_lr"),
     "optim.name": ("optimizer", "optimiser"),
     "optim.schedule": ("scheduler", "lr_scheduler"),
+    "optim.weight_decay": ("wd", "l2"),
     "data.root": ("path", "dir", "data_dir", "data_path", "dataset", "folder", "root_dir"),
     "data.size": ("img_size", "image_size", "input_size", "resolution", "resize"),
+    "data.batch_size": ("bs", "batch"),
     "data.workers": ("num_workers",),
+    "data.valid_fraction": ("val_size", "valid_size", "val_split", "val_fraction"),
+    "data.test_fraction": ("test_size", "test_split"),
+    "data.folds": ("k_folds", "kfold", "cv", "n_splits"),
     "trainer.max_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
-    "trainer.patience": ("early_stopping",),
+    "trainer.patience": ("early_stopping", "early_stopping_patience"),
     "trainer.devices": ("gpus", "num_gpus"),
     "trainer.accelerator": ("device", "cuda", "gpu"),
+    "trainer.precision": ("amp", "fp16", "mixed_precision"),
+    "trainer.progress": ("verbose", "progress_bar"),
+    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "max_steps", "fast_dev_run", "profiler"),
     "model.freeze": ("frozen", "freeze_backbone"),
     "model.weights": ("pretrained",),
+    "model.backbone": ("arch", "architecture", "model.name"),
+    "model.dropout": ("dropout_rate",),
+    "task": ("num_classes", "classes"),
     "evaluation.protocol": ("sources", "loso"),
-    "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir"),
+    "tracking.uri": ("tracking_uri", "mlflow_uri"),
+    "tracking.experiment": ("experiment_name",),
+    "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir", "log_dir"),
     "ckpt": ("checkpoint", "ckpt_path", "resume", "resume_from"),
     "seed": ("random_seed", "random_state"),
 }
@@ -187,14 +200,18 @@ def explain(error: Exception) -> str:
 
 def suggest(key: str) -> str:
     """The setting or group that a misspelt key most likely means; empty where none is near."""
+    key = key.lstrip("+~")
     keys = [known for known, _, _ in leaves(Config)]
-    group, _, name = key.lstrip("+~").rpartition(".")
-    same = [known for known in keys if name == known.rpartition(".")[2] or name in OTHER_NAMES.get(known, ())]
+    group, _, name = key.rpartition(".")
+    same = [known for known, others in OTHER_NAMES.items() if key in others] or [
+        known for known in keys if name == known.rpartition(".")[2] or name in OTHER_NAMES.get(known, ())
+    ]
     if same:
-        return min(same, key=lambda known: not known.startswith(f"{group}."))  # of the same group, if there is one
+        meant = min(same, key=lambda known: not known.startswith(f"{group}."))  # of the same group, if there is one
+        return f"{meant}.{name}" if meant == "trainer.args" else meant
     groups = {known.rpartition(".")[0] for known in keys} - {""}
-    near = difflib.get_close_matches(key, [*keys, *groups], n=1)
+    near = difflib.get_close_matches(key, [*keys, *groups], n=1, cutoff=0.8)
     if not near and not group:  # `lrr` for `optim.lr`
         last = {known.rpartition(".")[2]: known for known in reversed(keys)}
-        near = [last[match] for match in difflib.get_close_matches(name, last, n=1)]
+        near = [last[match] for match in difflib.get_close_matches(name, last, n=1, cutoff=0.75)]
     return near[0] if near else ""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from rich.progress import track
 
 from chestct.config.schema import Config, DataConfig
 from chestct.data import lesions
@@ -29,6 +28,7 @@ from chestct.imaging.preprocess import as_bytes, thumbnail
 from chestct.imaging.slice import Limits, pixel_hash
 from chestct.imaging.slice_files import describe_skipped
 from chestct.imaging.statistics import image_statistics
+from chestct.progress import steps
 
 
 def prepare_store(cfg: Config, progress: bool = False) -> Store:
@@ -131,7 +131,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
         slices = folder / "slices.partial"
         try:
             with slices.open("wb") as out:  # no memory map: on a full disk it ends in a signal, not in an error
-                progress_bar = track(measured, "Reading slices", len(distinct), disable=not progress)
+                progress_bar = steps(measured, "Reading slices", len(distinct), progress)
                 for key, (fact, pixels) in zip(distinct, progress_bar, strict=True):
                     facts[key] = fact
                     if pixels and fact["content"] not in rows:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch.nn import functional
@@ -25,6 +24,7 @@ from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
 from chestct.models.vgg16 import VGG16, channel_means
 from chestct.phantom import insertion
+from chestct.progress import steps
 
 SHARD = 256
 """Slices a shard: what a killed run has to compute again."""
@@ -93,7 +93,7 @@ def extract(
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
     with ThreadPoolExecutor(1) as pool:  # the next batch is drawn while this one is computed
         following = pool.submit(slices, batches[0]) if batches else None
-        for i, batch in enumerate(track(batches, label, transient=True, disable=not label or not todo)):
+        for i, batch in enumerate(steps(batches, f"{label}, batches", len(batches), bool(label))):
             assert following is not None
             images = following.result()
             following = pool.submit(slices, batches[i + 1]) if i + 1 < len(batches) else None

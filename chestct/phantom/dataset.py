@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from PIL import Image
-from rich.progress import track
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
 from chestct.errors import DataError
 from chestct.phantom import defects, thorax
 from chestct.phantom.defects import File
+from chestct.progress import steps
 
 GENERATOR = 4
 """Raised whenever the same settings draw other pictures than before, so that older sets are not taken for these."""
@@ -52,7 +52,7 @@ def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             spread = partial(pool.map, chunksize=8) if processes > 1 and len(files) >= 64 else map
             drawn = spread(partial(_write_file, part, cfg), files)
-            entries = list(track(drawn, "Drawing phantoms", len(files), disable=not progress))
+            entries = list(steps(drawn, "Drawing phantoms", len(files), progress))
         truth = settings | {"files": entries}
         (part / TRUTH).write_text(json.dumps(truth, indent=1), encoding="utf-8")
         part.rename(root)

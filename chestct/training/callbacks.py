@@ -4,6 +4,7 @@ import gc
 import io
 import multiprocessing
 import signal
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,12 +36,21 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
         callbacks.append(
             EarlyStopping(cfg.monitor, mode=cfg.mode, patience=cfg.patience, check_on_train_epoch_end=True)
         )
-    if cfg.progress:
-        callbacks.append(RichProgressBar(leave=False))
+    if cfg.progress and sys.stdout.isatty():
+        callbacks.append(Bar(leave=False))
     callbacks += [build(spec, Callback, f"callbacks.{name}") for name, spec in settings.callbacks.items()]
     keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = Keeper(out / "checkpoints", "best", monitor=cfg.monitor, mode=cfg.mode, **keep)
     return [*callbacks, best, Keeper(out / "checkpoints", "last", monitor=None, **keep)]
+
+
+class Bar(RichProgressBar):
+    """Lightning's bar without the run's id, which it calls a version number."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 class History(Callback):

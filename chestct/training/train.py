@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from chestct.models.features import attach, outputs
 from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
 from chestct.models.vgg16 import pick_device
+from chestct.progress import phase
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
 from chestct.training.callbacks import SealedCheckpoints, callbacks_of
@@ -98,6 +100,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
         _record(cfg, data, model, run)
 
+    phase(f"Training ({cfg.trainer.max_epochs} epochs at most)", cfg.trainer.progress and trainer.is_global_zero)
     with _ended_in_order(trainer, out):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices
@@ -145,7 +148,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEn
             callbacks=callbacks,
             default_root_dir=out,
             num_sanity_val_steps=0,
-            enable_progress_bar=cfg.trainer.progress,
+            enable_progress_bar=cfg.trainer.progress and sys.stdout.isatty(),
             enable_model_summary=False,
             use_distributed_sampler=False,  # chestct.data.datamodule.Batches deals the slices
             # The loaders change from features to images when convolutions join in.

@@ -48,18 +48,27 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_trains_evaluates_and_predicts_anywhere(installed, tmp_path, phantoms):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-    def chestct(*arguments: str) -> str:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(installed / "chestct"), *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done
+
+    def chestct(*arguments: str) -> str:
+        return run(*arguments).stdout
 
     where = [str(installed / "python"), "-c", "import chestct; print(chestct.__file__)"]
     assert str(installed.parent) in subprocess.check_output(where, cwd=tmp_path, env=environment, text=True)
     assert "learning rate of the head" in chestct("train", "--help")
-    assert "SYNTHETIC" in chestct(
-        "train", *SMALL, f"data.root={phantoms}", "hydra.run.dir=run", "evaluation.resamples=100"
-    )
+    seen = ("trainer.progress=true", "tracking=mlflow")
+    train = [*SMALL, f"data.root={phantoms}", "hydra.run.dir=run", "evaluation.resamples=100", *seen]
+    done = run("train", *train)
+    lines = [line.split(" (")[0] for line in done.stdout.splitlines()[:7]]
+    assert (lines[0], lines[-2]) == ("Reading slices", "Training")
+    assert all(line.startswith("Features, ") for line in lines[1:-2])
+    assert lines[-1] == "Measuring the best checkpoint, writing its report and bundle"
+    assert "SYNTHETIC" in done.stdout
+    assert "INFO" not in done.stdout + done.stderr  # MLflow's, Alembic's, Lightning's
     assert "AUROC" in chestct("evaluate", "ckpt=run", "hydra.run.dir=again")
     table = chestct("predict", str(phantoms / "test"), "--bundle", "run/bundle", "--out", "scores.csv")
     assert "not a medical device" in table.lower()
