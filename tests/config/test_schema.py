@@ -59,6 +59,10 @@ def test_a_wrong_setting_is_named_with_the_way_out(override, says):
         ("data.valid_fraction=0.5", "data.test_fraction=0.5"),
         ("data.root=/x", "data.sources={a: {root: /y}}"),
         ("data=hospitals", "data.holdout=[lidc]", "data.split=official"),
+        ("trainer.devices=2",),
+        ("trainer.num_nodes=2",),
+        ("trainer.devices=0",),
+        ("trainer=ddp", "trainer.accelerator=mps"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):

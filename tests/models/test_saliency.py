@@ -3,7 +3,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from scipy.ndimage import gaussian_filter
 
 from chestct.config.schema import ModelConfig
 from chestct.imaging.preprocess import Preprocess, mask_to_square, placement
@@ -75,14 +74,6 @@ def test_normalised_maps_are_spreads_above_normal_slices_and_each_has_its_own_ou
         assert own.std(0).max() < 1.5
     plain = normalised_cam(net, conv5, outputs, None)[1]
     assert torch.allclose(plain[3], class_activation_map(net, conv5, 3)[1][3])
-
-
-def test_smoothing_is_scipys_gaussian():
-    cam = torch.rand(2, 14, 14)
-    sigma = 14 * saliency.SMOOTHING
-    smooth = gaussian_filter(cam.numpy(), (0, sigma, sigma), mode="constant", truncate=14)
-    expected = smooth - smooth.mean((1, 2), keepdims=True)
-    assert np.abs(saliency._standing_out(cam).numpy() - expected).max() < 1e-5
 
 
 def test_heat_is_the_positive_part_over_its_maximum():

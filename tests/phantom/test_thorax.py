@@ -14,14 +14,6 @@ def phantom(seed, subtype, **settings):
     return draw(np.random.default_rng([7, seed]), subtype, PhantomConfig(**({"size": 160} | settings)))
 
 
-def test_the_same_seed_draws_the_same_slice():
-    first, again, other = phantom(1, "squamous"), phantom(1, "squamous"), phantom(2, "squamous")
-    assert first.hu.tobytes() == again.hu.tobytes()
-    assert np.array_equal(first.mask, again.mask)
-    assert first.window == again.window
-    assert first.hu.shape != other.hu.shape or not np.array_equal(first.hu, other.hu)
-
-
 @pytest.mark.parametrize("size", [64, 160])
 def test_a_mask_is_there_for_cancer_only_and_lies_in_the_lungs(size):
     for seed in range(4):
