@@ -1,4 +1,4 @@
-"""What is wrong with the data, as data: copies, leakage, label conflicts, shortcuts, shift. Reporting writes it up."""
+"""What is wrong with the data, as data: copies, leakage, label conflicts, shortcuts. Reporting writes it up."""
 
 from chestct.audit.findings import Audit, Finding
 from chestct.audit.stage import audit

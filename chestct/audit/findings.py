@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, product
 from typing import Any, NamedTuple
 
+from chestct.config.schema import FINDINGS
 from chestct.imaging.slice_files import describe_skipped
 
 SEVERITIES = ("error", "warning", "info")
@@ -29,9 +30,7 @@ FAMILIES = {
 }  # fmt: skip
 """Families of shortcuts, worst first: what they are, and what to do about them."""
 
-KINDS = ("leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance", "identifiers", "shift",
-         "duplicates", "baseline", "skipped")  # fmt: skip
-"""Kinds of finding, worst first within a severity."""
+KINDS = (*FINDINGS, "baseline", "skipped")  # worst first within a severity
 
 VERDICTS = {
     "leakage": "Scores on this split cannot be trusted: part of the test was seen in training.",
@@ -46,12 +45,12 @@ Table = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault. kind: one of `KINDS`; severity: one of `SEVERITIES`; text and action: one plain sentence each."""
+    """One fault, or a caveat of a result. severity: one of `SEVERITIES`; text, action: one plain sentence each."""
 
     kind: str
     severity: str
     text: str
-    action: str
+    action: str = ""
 
 
 class Verdict(NamedTuple):
@@ -66,7 +65,7 @@ class Audit:
     """Everything that the audit measured and concluded, in plain Python values that go into JSON as they are.
 
     `leakage` is keyed by split policy, and `split` names the one in force; the other tables are described where they
-    are made (chestct.audit.stage, shortcuts, chestct.stats.drift).
+    are made (chestct.audit.stage, shortcuts).
     """
 
     name: str
@@ -79,7 +78,6 @@ class Audit:
     leakage: dict[str, dict[str, Any]]
     conflicts: Table
     shortcuts: Table
-    shift: Table
     examples: Table
     skipped: Table = field(default_factory=list)
     disbelieved: list[str] = field(default_factory=list)
@@ -158,12 +156,6 @@ def _about_the_split(audit: Audit) -> Iterator[Finding]:
         text += f" ({groups[common]}) as of {rare} ({groups[rare]})."
         action = "Keep optim.class_weights=true, and judge by AUROC and balanced accuracy, not by accuracy."
         yield Finding("imbalance", "warning", text, action)
-    if shifted := [row for row in audit.shift if row["flagged"]]:
-        most = max(shifted, key=lambda row: row["distance"])
-        text = f"Test slices do not look like training slices: {_lower(most['title'])} differs most (KS distance"
-        text += f" {most['distance']:.2f}) of {_plural(len(shifted), 'number')} that differ."
-        action = "Find out whether test comes from elsewhere; if so, write it next to the score, else split by groups."
-        yield Finding("shift", "warning", text, action)
 
 
 def _leaked(name: str, tally: dict[str, Any]) -> str:

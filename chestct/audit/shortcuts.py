@@ -56,11 +56,9 @@ BASELINES = (
     Baseline("border_ring", "Outermost 5 % only (logistic regression)", "border", "logistic"),
     Baseline("thumbnail", "Thumbnail of 10 × 10 pixels (logistic regression)", "picture", "logistic"),
 )
-SIGNIFICANT = 0.05 / len(BASELINES)
-"""Bonferroni: at this level, two-sided, a shortcut's interval must leave out 0.5."""
+SIGNIFICANT = 0.05 / len(BASELINES)  # Bonferroni: at this level, two-sided, a shortcut's interval must leave out 0.5
 STATISTICS = [baseline.name for baseline in BASELINES if not baseline.model and baseline.family != "seen"]
 """Single numbers of a slice that stand in the manifest or follow from it."""
-TITLES = {baseline.name: baseline.title for baseline in BASELINES}
 
 
 def shortcuts(manifest: pd.DataFrame, splits: Mapping[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:
@@ -133,16 +131,11 @@ def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) ->
     return learned
 
 
-def columns(manifest: pd.DataFrame) -> pd.DataFrame:
-    """The single numbers of every slice (`STATISTICS`), float, index as the manifest's."""
-    area, aspect = manifest["width"] * manifest["height"], manifest["width"] / manifest["height"]
-    derived = manifest.assign(area=area, aspect=aspect, bytes_per_pixel=manifest["bytes"] / area)
-    return derived[STATISTICS].astype(float)
-
-
 def _features(manifest: pd.DataFrame, images: np.ndarray) -> dict[str, np.ndarray]:
     """What each baseline sees, [N, k]; slices that share a row of the store share the work."""
-    numbers = columns(manifest)
+    area, aspect = manifest["width"] * manifest["height"], manifest["width"] / manifest["height"]
+    numbers = manifest.assign(area=area, aspect=aspect, bytes_per_pixel=manifest["bytes"] / area)[STATISTICS]
+    numbers = numbers.astype(float)
     rows, which = np.unique(manifest["row"], return_inverse=True)
     small = np.stack([np.asarray(Image.fromarray(images[row]).resize((20, 20), Image.Resampling.BOX)) for row in rows])
     small = small.astype(np.float32) / 255

@@ -15,13 +15,12 @@ import numpy as np
 import pandas as pd
 
 from chestct.audit.findings import Audit, Table, findings
-from chestct.audit.shortcuts import TITLES, columns, shortcuts
+from chestct.audit.shortcuts import shortcuts
 from chestct.config.schema import SUBTYPES, Config
 from chestct.data.splits import LEFT_OUT, SPLITS, make_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import digest, json_digest, write_atomic
-from chestct.stats.drift import split_shift
 
 CLASSES = (*SUBTYPES, "cancer")
 POLICIES = ("official", "official_clean", "grouped")
@@ -29,8 +28,7 @@ POLICIES = ("official", "official_clean", "grouped")
 EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
 
-EXAMPLES = 6
-"""Pairs shown of each kind."""
+EXAMPLES = 6  # pairs shown of each kind
 
 
 def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0) -> Audit:
@@ -48,7 +46,6 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
     leaked = {policy: leaks(manifest, column, pairs) for policy, column in splits.items()}
     contradictions = conflicts(manifest, pairs)
     shown: Table = next((leaked[policy]["list"] for policy in (split, *leaked) if leaked[policy]["list"]), [])
-    shifts = split_shift(columns(manifest), in_force, manifest["group"])
     result = Audit(
         name=name,
         split=split,
@@ -60,7 +57,6 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
         leakage=leaked,
         conflicts=contradictions,
         shortcuts=shortcuts(manifest, splits, store.images, seed=seed),
-        shift=[row | {"title": TITLES[row["name"]]} for row in shifts],
         examples=examples(manifest, pairs, contradictions, shown),
         skipped=store.skipped,
         disbelieved=store.disbelieved,
@@ -159,17 +155,13 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
 def duplicates(manifest: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
     """Counts of exact copies and near-copies, whatever the split; `redundant` files are copies of another one."""
     copies = manifest["content"].value_counts()
-    content = manifest["content"].to_numpy()
-    near = pairs[pairs["kind"] == "near"]
-    distinct = {frozenset(pair) for pair in zip(content[near["a"]], content[near["b"]], strict=True)}
     by_class = manifest.groupby("subtype").agg(files=("path", "size"), contents=("content", "nunique"))
     return {
         "files": len(manifest),
         "contents": len(copies),
         "redundant": len(manifest) - len(copies),
         "exact_groups": int((copies > 1).sum()),
-        "largest": int(copies.max()),
-        "near_pairs": sum(len(pair) == 2 for pair in distinct),
+        "near_pairs": len(_near(manifest, pairs)),
         "by_class": {name: by_class.loc[name].to_dict() for name in CLASSES if name in by_class.index},
     }
 
@@ -181,14 +173,9 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     ("near"), with positions, paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of
     unknown subtype does not contradict a subtype.
     """
-    content = manifest["content"].to_numpy()
     alike = [("copy", part.index.tolist()) for _, part in manifest.groupby("content", sort=False)]
-    near = pairs[pairs["kind"] == "near"]
-    distinct = {
-        frozenset((content[a], content[b])): [int(a), int(b)] for a, b in zip(near["a"], near["b"], strict=True)
-    }
     rows = []
-    for kind, places in alike + [("near", pair) for pair in distinct.values()]:
+    for kind, places in alike + [("near", pair) for pair in _near(manifest, pairs)[["a", "b"]].to_numpy().tolist()]:
         part = manifest.iloc[places]
         labels = part["label"].nunique() > 1
         if labels or part["subtype"][part["subtype"] != "cancer"].nunique() > 1:
@@ -207,14 +194,14 @@ def examples(manifest: pd.DataFrame, pairs: pd.DataFrame, conflicts: Table, leak
         ("conflict", row["slices"][0], row["slices"][1], " and ".join(row["classes"][:2]).replace("_", " "))
         for row in conflicts[:EXAMPLES]
     ]
-    groups, contents = manifest["group"].to_numpy(), manifest["content"].to_numpy()
+    groups = manifest["group"].to_numpy()
     for how, words in (("copy", "identical in every pixel"), ("related", "near-copy or same patient")):
         # One of every group: its other slices would show the same again.
         firsts = {groups[row["slice"]]: row for row in reversed(leaks) if row["kind"] == how}
         for row in list(firsts.values())[: -EXAMPLES - 1 : -1]:
             rows.append(("leak", row["slice"], row["twin"], f"{row['split']} and {row['twin_split']}: {words}"))
-    near = pairs[(pairs["kind"] == "near").to_numpy() & (contents[pairs["a"]] != contents[pairs["b"]])]
     # One pair of every group, the least alike first: they show where the line is drawn.
+    near = _near(manifest, pairs)
     near = near.assign(group=groups[near["a"]]).sort_values("similarity").drop_duplicates("group")
     for a, b, similarity in near[["a", "b", "similarity"]].head(EXAMPLES).itertuples(index=False):
         rows.append(("near", int(a), int(b), f"similarity {similarity:.4f}"))
@@ -223,6 +210,13 @@ def examples(manifest: pd.DataFrame, pairs: pd.DataFrame, conflicts: Table, leak
         {"kind": kind, "a": a, "b": b, "a_path": path.iat[a], "b_path": path.iat[b], "about": about}
         for kind, a, b, about in rows
     ]
+
+
+def _near(manifest: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
+    """The pairs of near-copies, one for each two contents; copies have near-copies in common."""
+    near, content = pairs[pairs["kind"] == "near"], manifest["content"].to_numpy()
+    both = pd.DataFrame(np.sort([content[near["a"]], content[near["b"]]], axis=0).T, near.index)
+    return near[(both[0] != both[1]) & ~both.duplicated()]
 
 
 def _sizes(frame: pd.DataFrame, by: list[str], *, observed: bool = True) -> Table:

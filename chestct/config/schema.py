@@ -20,9 +20,9 @@ SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
 LABEL_NAMES = (*SUBTYPES, "cancer", "ignore")
 """What a class folder may map to: a subtype, cancer of unknown subtype, or nothing (`ignore`)."""
 
-FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "unreadable", "shortcut", "sample_size", "imbalance")
-FINDINGS += ("identifiers", "shift", "duplicates")
-"""Kinds of findings of the audit."""
+FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "shortcut", "unreadable", "sample_size", "imbalance")
+FINDINGS += ("identifiers", "duplicates")
+"""Kinds of findings of the audit, worst first."""
 
 COPIES = ("exact", "near", "across_splits", "label_conflict")
 DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")

@@ -1,4 +1,4 @@
-"""Whether numbers of one set of slices still look like those of another: split against split, new against training.
+"""Whether numbers of new slices still look like those of the training data.
 
 A difference has to be both sure and material, since in large sets everything is significant. Of training data a bundle
 keeps quantiles alone: enough to compare with, of no use for finding out anything about a single patient.
@@ -12,7 +12,6 @@ import numpy as np
 from scipy.stats import ks_2samp
 
 from chestct.imaging.statistics import STATISTICS
-from chestct.stats.bootstrap import MIN_GROUPS
 
 if TYPE_CHECKING:  # the drift report of a service works without pandas
     import pandas as pd
@@ -21,15 +20,9 @@ MEASURED = (*STATISTICS, "score", "novelty")
 """What is compared: image statistics with those of train; score and novelty, to which train has been fitted, with those
 of validation."""
 
-QUANTILES = np.linspace(0, 1, 101)
-"""What is kept of a distribution: enough to draw it, too little to know a slice by."""
-
+QUANTILES = np.linspace(0, 1, 101)  # what is kept of a distribution: enough to draw it, too little to know a slice by
 BINS = 10
-PSI_LARGE = 0.25
-"""Population stability index from which a change is large, by custom (Siddiqi 2006)."""
-
-MATERIAL_DISTANCE = 0.2
-"""KS distance between splits that matters: one fifth of the slices would have to move."""
+PSI_LARGE = 0.25  # population stability index from which a change is large, by custom (Siddiqi 2006)
 
 
 @dataclass(frozen=True)
@@ -95,24 +88,3 @@ def measured(manifest: "pd.DataFrame", predictions: "pd.DataFrame") -> dict[str,
     """Each of MEASURED of the slices in both tables, float [N]."""
     scored = {"score": 1 - predictions["probability_normal"], "novelty": predictions["novelty"]}
     return {name: column.to_numpy(float) for name, column in {**manifest[list(STATISTICS)], **scored}.items()}
-
-
-def split_shift(numbers: "pd.DataFrame", split: "pd.Series", group: "pd.Series") -> list[dict[str, Any]]:
-    """Train against test in every column of `numbers`: two-sample KS tests, with Holm's correction over the columns.
-
-    Groups are compared, not slices: a group counts with its mean. One row a column: `name`, `distance` in [0, 1], `p`,
-    `train` and `test` (means over groups) and `flagged` (significant, and at least MATERIAL_DISTANCE); None with a
-    `reason` where a split has fewer than MIN_GROUPS groups.
-    """
-    train, test = (numbers[split == name].groupby(group[split == name]).mean() for name in ("train", "test"))
-    if min(len(train), len(test)) < MIN_GROUPS:
-        reason = f"too few groups: {len(train)} in train, {len(test)} in test, needs {MIN_GROUPS} in each"
-        undefined = {"distance": None, "p": None, "train": None, "test": None, "flagged": False, "reason": reason}
-        return [{"name": name, **undefined} for name in numbers]
-    compared = [ks_2samp(train[name], test[name]) for name in numbers]
-    rows = []
-    for name, (distance, _), p in zip(numbers, compared, holm(np.array([c.pvalue for c in compared])), strict=True):
-        means = {"train": float(train[name].mean()), "test": float(test[name].mean())}
-        flagged = bool(p < 0.05 and distance >= MATERIAL_DISTANCE)
-        rows.append({"name": name, "distance": float(distance), "p": float(p), **means, "flagged": flagged})
-    return rows

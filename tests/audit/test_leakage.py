@@ -52,8 +52,8 @@ def test_duplicates_count_files_contents_and_near_pairs_of_different_contents_on
     pairs = pairs_of((0, 1, 1.0, "exact"), (0, 3, 0.99, "near"), (1, 3, 0.99, "near"), (3, 4, 0.0, "series"))
     result = duplicates(manifest, pairs)
     by_class = result.pop("by_class")
-    assert list(result) == ["files", "contents", "redundant", "exact_groups", "largest", "near_pairs"]
-    assert list(result.values()) == [5, 3, 2, 1, 3, 1]
+    assert list(result) == ["files", "contents", "redundant", "exact_groups", "near_pairs"]
+    assert list(result.values()) == [5, 3, 2, 1, 1]
     assert by_class["normal"] == {"files": 4, "contents": 2}
 
 

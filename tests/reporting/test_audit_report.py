@@ -15,7 +15,7 @@ def test_the_page_stands_alone_escapes_names_and_shows_what_findings_rest_on(off
     assert not re.search(r"<script|(src|href)=\"(?!data:)|url\(|@import|https?://", page)
     for text in ("&lt;script&gt;alert", "&lt;b&gt;broken", "truncated &amp; short", "prefers-color-scheme: dark",
                  "Does the test set leak?", "Alike, but labelled differently", "same rules on the",
-                 "How much is there really?", "Does test look like train?", "Unreadable files",
+                 "How much is there really?", "Unreadable files",
                  "PatientID is ANONYMOUS in all 60 slices.", "&lt;4&gt;.txt"):  # fmt: skip
         assert text in page
     assert page.count("not an image</td>") == 5
