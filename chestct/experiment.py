@@ -13,6 +13,7 @@ from chestct.config.compose import PIPELINE, merge_settings
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
+from chestct.files import write_atomic
 from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
 from chestct.program import program, rank
 from chestct.progress import phase
@@ -45,13 +46,19 @@ def train(cfg: Config, out: Path) -> float:
     """
     if cfg.seeds == 1:
         return train_and_report(cfg, out)[cfg.trainer.monitor]
-    from chestct.training.seeds import train_seeds
+    import pandas as pd
 
-    table = train_seeds(cfg, out, train_and_report)
+    if cfg.ckpt:
+        raise ConfigError("seeds=N starts N trainings anew; leave out ckpt, or go on with one of them.")
+    rows = {}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):  # they share one split, see data.split_seed
+        rows[seed] = train_and_report(dataclasses.replace(cfg, seed=seed, seeds=1), out / f"seed-{seed}")
+        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("seed")
+        write_atomic(out / "seeds.csv", table.to_csv())
     if not rank():
         print(f"\n{cfg.seeds} seeds, mean and standard deviation (each: {out / 'seeds.csv'})")
-        print(table.map("{:.4f}".format).to_string())
-    return float(table["mean"][cfg.trainer.monitor])
+        print(pd.DataFrame({"mean": table.mean(), "sd": table.std(ddof=1)}).map("{:.4f}".format).to_string())
+    return float(table[cfg.trainer.monitor].mean())
 
 
 def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
@@ -92,7 +99,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
     from chestct.pyfunc import log_bundle
-    from chestct.reporting.render import model_card, write
+    from chestct.reporting.render import flat, model_card, write
     from chestct.reporting.text import summary
 
     phase("Measuring the best checkpoint, writing its report and bundle\n", cfg.trainer.progress)
@@ -106,15 +113,8 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
         bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
         if cfg.tracking.log_model:
             log_bundle(run, out / "bundle")
-    _record(run, evaluation, result.best, out / "evaluation")
+    run.evaluation(flat(evaluation).get("test", {}), out / "evaluation")
     return f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n{bundle}\n"
-
-
-def _record(run: "Run", evaluation: "Evaluation", ckpt: Path, folder: Path) -> None:
-    """The report in `folder` and its numbers into the checkpoint's run."""
-    from chestct.reporting.render import flat
-
-    run.evaluation(flat(evaluation).get("test", {}), folder)
 
 
 @program("evaluate")
@@ -134,7 +134,7 @@ def evaluate(cfg: Config, out: Path) -> None:
     from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.external import evaluate_bundle
     from chestct.evaluation.sections import optional_sections
-    from chestct.reporting.render import write
+    from chestct.reporting.render import flat, write
     from chestct.reporting.text import summary
     from chestct.tracking import fetch_bundle, run_of
 
@@ -151,9 +151,11 @@ def evaluate(cfg: Config, out: Path) -> None:
         evaluation = _evaluate_checkpoint(cfg, out)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
-    if cfg.ckpt and Path(cfg.ckpt).stem == "best" and _as_trained(evaluation):
+    # On its run's own data? `evaluate` divides that in the run's way alone.
+    own = evaluation.model and evaluation.model.hparams["data"]["hash"] == evaluation.about["data_hash"]
+    if own and cfg.ckpt and Path(cfg.ckpt).stem == "best":
         with run_of(cfg, Path(cfg.ckpt)) as run:
-            _record(run, evaluation, Path(cfg.ckpt), out)
+            run.evaluation(flat(evaluation).get("test", {}), out)
 
 
 def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
@@ -174,12 +176,6 @@ def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
         evaluation.sections["protocol"] = parts
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
-
-
-def _as_trained(evaluation: "Evaluation") -> bool:
-    """Whether a checkpoint was measured on its run's own data; `evaluate` divides that in the run's way alone."""
-    assert evaluation.model is not None
-    return bool(evaluation.model.hparams["data"]["hash"] == evaluation.about["data_hash"])
 
 
 @program("evaluate")

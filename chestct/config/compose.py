@@ -20,9 +20,7 @@ CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if
 DEFAULTS = CONF / "defaults.yaml"
 HEAD = "# Every setting, its default and its meaning. Made by `make params` from chestct/config/schema.py.\n"
 
-PIPELINE = "params"
-"""Name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes."""
-
+PIPELINE = "params"  # name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes
 HERE = ["ckpt", "cache_dir", "runs_dir", "bundle", "compare", "callbacks", "loggers", "trust", "seeds", "tracking"]
 HERE += ["serve", "monitor", "data.store", "data.workers", "trainer.strategy", "trainer.accelerator", "trainer.devices"]
 HERE += ["trainer.num_nodes", "trainer.progress", "trainer.args"]

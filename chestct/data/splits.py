@@ -13,8 +13,7 @@ from chestct.errors import DataError
 SPLITS = ("train", "valid", "test")
 LEFT_OUT = ""
 
-LARGE = 1 / 3
-"""Share of a class in validation or test that one group should not exceed."""
+LARGE = 1 / 3  # share of a class in validation or test that one group should not exceed
 
 
 def targets(manifest: pd.DataFrame, task: str) -> pd.Series:

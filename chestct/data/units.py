@@ -22,8 +22,7 @@ PLACEHOLDER = (
     "|id|name|patient|patientid|patientname|subject|case|test|noname|noid|unknown|none|null|na|nan|notavailable"
     "|removed|hidden|deidentified|anon[a-z]*|x+|" + "|".join(name.replace("_", "") for name in LABEL_NAMES)
 )
-GAP = 10
-"""Numbers that may be missing within a run of files: others of the patient may be in another near-copy group."""
+GAP = 10  # numbers that may be missing within a run of files: others of the patient may be in another near-copy group
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-SIDE = 256
-"""Side at which lungs are looked for, in pixels: finer makes no better box, only a slower one."""
+SIDE = 256  # side at which lungs are looked for, in pixels: finer makes no better box, only a slower one
 
 MARGIN = 0.04
 """What the box leaves around the lungs, as a share of its longer side: pleura and ribs belong to the question."""
 
-SOFT = 30
-"""Grey level that parts body from air in a window for soft tissue."""
+SOFT = 30  # grey level that parts body from air in a window for soft tissue
 
 AIR, TISSUE = 0.15, 0.75
 """Where `levels_of` puts the lungs' air and soft tissue, in [0, 1]; fat, contrast and bone keep room on both sides."""

@@ -12,17 +12,13 @@ from PIL import Image
 
 from chestct.imaging.lungs import find_lungs, levels_of
 
-Box = tuple[int, int, int, int]
-"""(left, top, right, bottom) in pixels; right and bottom lie outside."""
-
-THUMBNAIL = 56
-"""Side of the thumbnails by which copies are recognised, in pixels."""
+Box = tuple[int, int, int, int]  # (left, top, right, bottom) in pixels; right and bottom lie outside
+THUMBNAIL = 56  # side of the thumbnails by which copies are recognised, in pixels
 
 BODY_LEVEL = 0.12
 """Grey level above which a pixel may be body: air outside the patient is black in every window in use."""
 
-PERCENTILES = (2.0, 98.0)
-"""Percentiles of the body's box that become black and white with contrast=body."""
+PERCENTILES = (2.0, 98.0)  # percentiles of the body's box that become black and white with contrast=body
 
 
 @dataclass(frozen=True)
@@ -37,12 +33,15 @@ class Preprocess:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
         levels = as_bytes(gray)
         box, table = self.region(levels)
-        image = Image.fromarray(levels).crop(box)
-        if table is not None:
-            image = image.point(table)
-        size = (self.size, self.size) if self.fit == "stretch" else _fitting(image, self.size)
-        # Bilinear in Pillow averages over the whole footprint when it shrinks, so nothing aliases.
-        return _square(image.resize(size, Image.Resampling.BILINEAR), self.size)
+        image = Image.fromarray(levels)
+        return _drawn(image if table is None else image.point(table), self.place(box))
+
+    def place(self, box: Box) -> "Placement":
+        """Where a part of a slice lies in the square."""
+        sides = box[2] - box[0], box[3] - box[1]
+        wide, high = (self.size, self.size) if self.fit == "stretch" else _fitting(sides, self.size)
+        left, top = (self.size - wide) // 2, (self.size - high) // 2
+        return Placement(self.size, box, (left, top, left + wide, top + high))
 
     def region(self, levels: np.ndarray) -> tuple[Box, list[int] | None]:
         """The part of a slice, uint8 [H, W], that is shown, and for each of 256 grey levels the new one (None: as is).
@@ -71,24 +70,12 @@ class Placement:
 
 def placement(gray: np.ndarray, preprocess: Preprocess) -> Placement:
     """Where `preprocess` puts a slice, uint8 [H, W]."""
-    size = preprocess.size
-    source, _ = preprocess.region(gray)
-    if preprocess.fit == "stretch":
-        return Placement(size, source, (0, 0, size, size))
-    sides = source[2] - source[0], source[3] - source[1]
-    wide, high = (max(1, round(side * size / max(sides))) for side in sides)
-    left, top = (size - wide) // 2, (size - high) // 2
-    return Placement(size, source, (left, top, left + wide, top + high))
+    return preprocess.place(preprocess.region(gray)[0])
 
 
 def mask_to_square(mask: np.ndarray, place: Placement) -> np.ndarray:
     """A mask of the slice, bool [H, W], as it lies in the network's square, bool [size, size]."""
-    left, top, right, bottom = place.target
-    part = Image.fromarray(mask.astype(np.uint8) * 255).crop(place.source)
-    small = np.asarray(part.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
-    square = np.zeros((place.size, place.size), bool)
-    square[top:bottom, left:right] = small >= 128
-    return square
+    return _drawn(Image.fromarray(mask.astype(np.uint8) * 255), place) >= 128
 
 
 def thumbnail(gray: np.ndarray) -> np.ndarray:
@@ -98,14 +85,21 @@ def thumbnail(gray: np.ndarray) -> np.ndarray:
     """
     image = Image.fromarray(as_bytes(gray))
     # Whole pixels are averaged first, down to at least twice the size: half the time, and pairs are separated as well.
-    small = image.resize(_fitting(image, THUMBNAIL), Image.Resampling.HAMMING, reducing_gap=2.0)
+    small = image.resize(_fitting(image.size, THUMBNAIL), Image.Resampling.HAMMING, reducing_gap=2.0)
     return _square(small, THUMBNAIL)
 
 
-def _fitting(image: Image.Image, side: int) -> tuple[int, int]:
-    """The size at which the longer side of the image is `side`."""
-    scale = side / max(image.size)
-    return max(1, round(image.width * scale)), max(1, round(image.height * scale))
+def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) at which the longer one is `side`."""
+    scale = side / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _drawn(image: Image.Image, place: Placement) -> np.ndarray:
+    left, top, right, bottom = place.target
+    # Bilinear in Pillow averages over the whole footprint when it shrinks, so nothing aliases.
+    part = image.crop(place.source).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
+    return _square(part, place.size)
 
 
 def _square(image: Image.Image, side: int) -> np.ndarray:

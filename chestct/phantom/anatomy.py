@@ -20,11 +20,8 @@ FAT, MUSCLE, BLOOD, LIVER, AIR, CORTEX, MARROW = -105.0, 50.0, 42.0, 60.0, -1000
 ANGLES = np.linspace(0, 2 * math.pi, 160, endpoint=False)
 """Directions, in radians, at which the cage and the body wall are tabulated: 0 is the patient's left, pi/2 the back."""
 
-LEVELS = (0.2, 0.45, 0.72, 1.0)
-"""Axial levels of the tables: aortic arch, hilum, four chambers, liver dome."""
-
-CAGE_WIDTH, CAGE_DEPTH = (122, 132, 138, 140), (82, 92, 99, 102)
-"""Half axes of the rib cage's inner surface."""
+LEVELS = (0.2, 0.45, 0.72, 1.0)  # axial levels of the tables: aortic arch, hilum, four chambers, liver dome
+CAGE_WIDTH, CAGE_DEPTH = (122, 132, 138, 140), (82, 92, 99, 102)  # half axes of the rib cage's inner surface
 
 BORDER_Y = (-1.08, -0.8, -0.5, -0.2, 0.1, 0.35, 0.6, 0.85, 1.1)
 """Heights of the mediastinal border, as fractions of the cage's depth; negative is anterior."""

@@ -15,8 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 
-FINE = 2
-"""Sub-pixels a side from which a pixel is averaged."""
+FINE = 2  # sub-pixels a side from which a pixel is averaged
 
 
 class Shape(NamedTuple):

@@ -15,8 +15,7 @@ from chestct.phantom import anatomy
 from chestct.phantom.canvas import Canvas, smooth_noise
 from chestct.phantom.lungs import draw_lungs, plant
 
-PADDING = -2000.0
-"""HU that scanners write outside their circular field of view."""
+PADDING = -2000.0  # HU that scanners write outside their circular field of view
 
 WINDOWS = ((0.82, -600, 30, 1500, 80), (0.14, -250, 80, 2000, 150), (0.04, -100, 60, 1000, 100))
 """Lung windows, wide ones and soft ones: how often, centre and its spread, width and its spread, in HU."""

@@ -22,14 +22,12 @@ from chestct.serving.monitor import read_records
 from chestct.serving.predictor import NOT_MEDICAL
 from chestct.stats.drift import MEASURED, PSI_LARGE, differences, holm, reference
 
-FEWEST = 50
-"""Slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2."""
+FEWEST = 50  # slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2
 
 SIGNIFICANT = 0.001
 """Stricter than custom: slices come in series and copies, so there is less in them than their number says."""
 
-SHARE_LARGE = 0.1
-"""Change of the share of refusals that counts as large."""
+SHARE_LARGE = 0.1  # change of the share of refusals that counts as large
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """What an evaluation says in words and tables; report, model card and terminal take them from here, and so agree."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from chestct.audit.findings import FEW_GROUPS
+from chestct.audit.findings import FEW_GROUPS, Finding
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.reporting.environment import as_text, counted, display_name
@@ -16,15 +15,6 @@ from chestct.stats.calibration import wilson
 from chestct.stats.metrics import Estimate
 
 MANY = 0.1  # a larger share of novel slices, foreign pictures answered or decisions that flip is a caveat
-
-
-@dataclass(frozen=True)
-class Caveat:
-    """A reason to believe the headline less; severity: error or warning."""
-
-    severity: str
-    kind: str
-    text: str
 
 
 def cancer(estimates: dict[str, Estimate], metric: str) -> Estimate:
@@ -53,7 +43,7 @@ def headline(evaluation: Evaluation) -> str:
     return f"AUROC {auroc} on {where}; margin over the best rule that sees no lesion: {margin}."
 
 
-def caveats(evaluation: Evaluation) -> list[Caveat]:
+def caveats(evaluation: Evaluation) -> list[Finding]:
     """Everything in this evaluation that limits what its numbers prove, the worst first."""
     listed = [*_about_the_data(evaluation), *_about_the_scores(evaluation), *_about_the_sections(evaluation)]
     return sorted(listed, key=lambda caveat: caveat.severity)
@@ -138,32 +128,32 @@ def summary(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _about_the_data(evaluation: Evaluation) -> Iterator[Caveat]:
+def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     about = evaluation.about
     if about["synthetic"]:
-        yield Caveat("error", "Synthetic", "Trained and tested on phantoms; these numbers say nothing about patients.")
+        yield Finding("Synthetic", "error", "Trained and tested on phantoms; these numbers say nothing about patients.")
     if about["leaked"]:
         text = f"{about['leaked']} validation and test slices of the split {about['split']} have copies in an earlier"
-        yield Caveat("error", "Leaky split", f"{text} one; these numbers are too good.")
+        yield Finding("Leaky split", "error", f"{text} one; these numbers are too good.")
     for name, metric in (("normal", "specificity"), ("cancer", "sensitivity")):
         part = evaluation.test[evaluation.test["label"] == name]
         groups = part["group"].nunique()
         if groups < FEW_GROUPS:
             text = f"Test has only {counted(len(part), f'{name} slice')} in {counted(groups, 'group')}"
             reached = as_text(cancer(evaluation.headline.estimates, metric))
-            yield Caveat("warning" if len(part) else "error", f"Few {name}s", f"{text}: {metric} {reached}.")
+            yield Finding(f"Few {name}s", "warning" if len(part) else "error", f"{text}: {metric} {reached}.")
 
 
-def _about_the_scores(evaluation: Evaluation) -> Iterator[Caveat]:
+def _about_the_scores(evaluation: Evaluation) -> Iterator[Finding]:
     row = evaluation.headline
     if row.margin and row.margin.value is not None and (row.margin.low is None or row.margin.low <= 0):
         text = f"{row.shortcut}, which sees no lesion, alone gives AUROC {as_text(row.shortcut_auroc)}"
-        yield Caveat("error", "Shortcut", f"{text} on the same slices: that the model does better is not shown.")
+        yield Finding("Shortcut", "error", f"{text} on the same slices: that the model does better is not shown.")
     for control in (row for row in evaluation.rows if row.policy == "permuted labels"):
         chance = cancer(control.estimates, "auroc")
         if chance.low is not None and chance.low > 0.5:
             text = f"Trained on permuted labels, the model still has AUROC {as_text(chance)}: something leaks."
-            yield Caveat("error", "Control", text)
+            yield Finding("Control", "error", text)
     for name, part in evaluation.test.groupby("label"):
         truth = zip(part["label" if evaluation.cfg.task == "binary" else "subtype"], part["set"], strict=True)
         # A subtype bundle that is measured on cancer and normal still has sets of subtypes.
@@ -171,27 +161,27 @@ def _about_the_scores(evaluation: Evaluation) -> Iterator[Caveat]:
         size = effective_size(held, part["group"].to_numpy())
         if wilson(held.mean() * size, size)[1] < evaluation.point.coverage:
             text = f"Conformal sets hold the truth in {held.sum()} of {counted(len(part), f'{name} test slice')} where"
-            yield Caveat("warning", "Coverage", f"{text} {evaluation.point.coverage:.0%} was stated.")
+            yield Finding("Coverage", "warning", f"{text} {evaluation.point.coverage:.0%} was stated.")
         novel = int((part["novelty"] > 1).sum())
         if novel > MANY * len(part):
             text = f"{novel} of {counted(len(part), f'{name} test slice')} lie further from training than validation"
-            yield Caveat("warning", "Novelty", f"{text} does, and are called uncertain.")
+            yield Finding("Novelty", "warning", f"{text} does, and are called uncertain.")
 
 
-def _about_the_sections(evaluation: Evaluation) -> Iterator[Caveat]:
+def _about_the_sections(evaluation: Evaluation) -> Iterator[Finding]:
     sections = evaluation.sections
     if flagged := [row for row in sections.get("subgroups", []) if row["flag"]]:
         text = "; ".join(f"{row['by']} {row['name']}: {row['flag']}" for row in flagged)
-        yield Caveat("warning", "Subgroups", f"{text}.")
+        yield Finding("Subgroups", "warning", f"{text}.")
     if "explanation" in sections and not sections["explanation"]["passes"]:
-        yield Caveat("warning", "Heat maps", " ".join(sections["explanation"]["failures"]))
+        yield Finding("Heat maps", "warning", " ".join(sections["explanation"]["failures"]))
     foreign = next(iter(sections.get("novelty", [])), None)
     if foreign and foreign["beyond"]["value"] < 1 - MANY:
         text = f"{1 - foreign['beyond']['value']:.0%} of {counted(foreign['pictures'], 'picture')}"
-        yield Caveat("warning", "Foreign pictures", f"{text} that are no chest CT would be answered.")
+        yield Finding("Foreign pictures", "warning", f"{text} that are no chest CT would be answered.")
     if "robustness" in sections:
         table = sections["robustness"]
         shaky = table[table["flipped"] > MANY].drop_duplicates("perturbation").itertuples()
         if named := [f"{row.perturbation} {row.strength:g} ({row.unit}) {row.flipped:.0%}" for row in shaky]:
             text = f"Decisions flip under changes that a person reads through: {', '.join(named)}."
-            yield Caveat("warning", "Robustness", text)
+            yield Finding("Robustness", "warning", text)

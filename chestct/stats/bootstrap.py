@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-MIN_GROUPS = 10
-"""With fewer groups of a class, resampling alone gives intervals too narrow to be believed."""
+MIN_GROUPS = 10  # with fewer groups of a class, resampling alone gives intervals too narrow to be believed
 
 
 def draws(group: np.ndarray, resamples: int, seed: int, strata: np.ndarray | None = None) -> Iterator[np.ndarray]:

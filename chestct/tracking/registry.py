@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run as MlflowRun
 
-ALIAS = "champion"
-"""The alias that `tracking.register=NAME` moves to the newest version."""
-
+ALIAS = "champion"  # the alias that `tracking.register=NAME` moves to the newest version
 BUNDLE = "bundle"  # artifacts of a run: the bundle as an MLflow model
 
 
