@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import Config
+from chestct.config.schema import Config, OptimConfig
 from chestct.errors import ConfigError
 
 REMOVED = ("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources")
@@ -106,12 +106,21 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
     if data.lesions and cfg.task != "binary":
         yield "data.lesions draws cancer of no subtype: it works with task=binary."
+    if data.lesions and not data.views:
+        yield f"data.lesions={data.lesions} draws into augmented views alone: set data.views=1 or more."
+    if model.context and model.pool != "topk":
+        yield f"model.context compares places, and model.pool={model.pool} leaves none: set model.pool=topk."
+    if cfg.optim.places != OptimConfig.places and (model.pool, cfg.task) != ("topk", "binary"):
+        yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
+    of_head = [name for name in ("context", "standardise", "hidden", "dropout") if model.head and getattr(model, name)]
+    if of_head:
+        yield f"model.head is the whole head: leave out {', '.join(f'model.{name}' for name in of_head)}."
     if 1 in (data.folds, cfg.evaluation.folds):
         yield "data.folds, evaluation.folds: two folds at least, or 0 for none."
     if cfg.compare and len(cfg.compare) != 2:
         yield f"compare={cfg.compare}: give two evaluations, as in compare=[runs/A,runs/B]."
-    if data.folds and data.fold >= data.folds:
-        yield f"data.folds={data.folds} data.fold={data.fold}: fold counts from 0."
+    if data.fold >= max(1, data.folds):
+        yield f"data.folds={data.folds} data.fold={data.fold}: fold counts from 0, up to data.folds - 1."
     if data.folds and data.split != "grouped":
         yield f"data.folds works with data.split=grouped, not with {data.split}: folders give one split only."
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:

@@ -40,6 +40,9 @@ from chestct.errors import ConfigError
         ("data.sources={a: {patient: 'A1'}}", "give one group"),
         ("data.holdout=[elsewhere]", "there is no source elsewhere"),
         ("data.holdout=[phantom]", "leaves no source to train on"),
+        ("model.context=true", "model.pool=gap leaves none: set model.pool=topk"),
+        ("optim.places=10", "works with model.pool=topk and task=binary"),
+        ("data.fold=1", "fold counts from 0"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(override, says):
@@ -63,6 +66,8 @@ def test_a_wrong_setting_is_named_with_the_way_out(override, says):
         ("trainer.num_nodes=2",),
         ("trainer.devices=0",),
         ("trainer=ddp", "trainer.accelerator=mps"),
+        ("experiment=places", "data.views=0"),
+        ("experiment=places", "model.head={_target_: torch.nn.LazyLinear}"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):
