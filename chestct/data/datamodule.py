@@ -49,6 +49,7 @@ class SliceDataset(Dataset):
         # Where lesions are known counts for nothing but the places of training slices.
         known = train and cfg.model.pool == "topk" and cfg.task == "binary"
         self.lesions: list[bytes] = manifest["lesion"].tolist() if known else [b""] * len(manifest)
+        self.lungs: dict[int, bytes] = {}  # row of the store -> mask, packed; b"" where there are none
         self.has_places = train and (bool(cfg.data.lesions) or any(self.lesions))
         drawn = cfg.data.lesions * cfg.data.views / (cfg.data.views + 1) if train and cfg.task == "binary" else 0.0
         self.w = torch.from_numpy(balanced_weights(manifest, y, drawn)) if cfg.data.balance else None
@@ -56,33 +57,31 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.y)
 
-    def slices(self, positions: Sequence[int], view: int) -> torch.Tensor:
-        """The given view of the slices at these positions, float32 [B, 1, S, S] in [0, 1]."""
-        return self._views(positions, view)[0]
+    def shown(self, positions: Sequence[int], view: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A view of the slices at these positions, float32 [B, 1, S, S] in [0, 1], and the lesions in it, bool.
 
-    def masks(self, positions: Sequence[int], view: int) -> torch.Tensor:
-        """Where these views show lesions that are known or drawn, float32 [B, 1, S, S], 0 or 1."""
-        masks = torch.zeros(len(positions), 1, *self.images.shape[1:])
-        shown = [i for i, at in enumerate(positions) if self.lesions[at] or self._kind(at, view) == "lesion"]
-        if shown:
-            masks[shown] = self._views([positions[i] for i in shown], view, known=True)[1].float()
-        return masks
-
-    def _views(self, positions: Sequence[int], view: int, known: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slices, and the masks of lesions drawn into them and, if `known`, of those that they had."""
+        Lesions that are known, where they count, and those that are drawn: each drawing is made here, once for both.
+        """
         plain = torch.from_numpy(self.images[self.rows[positions]]).unsqueeze(1).float() / 255
         masks = torch.zeros_like(plain, dtype=torch.bool)
         contents = [self.contents[i] for i in positions]
         for i, position in enumerate(positions):
-            if known and self.lesions[position]:
+            if self.lesions[position]:
                 masks[i, 0] = torch.from_numpy(unpack(self.lesions[position], plain.shape[-1]))
-            lungs = find_lungs(self.images[self.rows[position]]) if (kind := self._kind(position, view)) else None
-            if kind and lungs is not None:
+            kind = self._kind(position, view)
+            if kind and (lungs := self._lungs(self.rows[position])) is not None:
                 rng = np.random.default_rng(number_of(f"{self.cfg.data.view_seed}/{view}/{contents[i]}/lesion"))
-                square, mask = insert(plain[i, 0].numpy(), lungs.mask, kind, rng)
+                square, mask = insert(plain[i, 0].numpy(), lungs, kind, rng)
                 plain[i, 0], masks[i, 0] = torch.from_numpy(square), torch.from_numpy(mask)
         moved = masks if masks.any() else None  # turning empty ones would cost as much as turning the slices
         return make_views(plain, contents, view, self.cfg.data.view_seed, self.cfg.data.augment, moved), masks
+
+    def _lungs(self, row: int) -> np.ndarray | None:
+        """The lungs of a slice, bool [S, S], found once for all of its views."""
+        if row not in self.lungs:
+            lungs = find_lungs(self.images[row])
+            self.lungs[row] = b"" if lungs is None else np.packbits(lungs.mask).tobytes()
+        return unpack(self.lungs[row], self.images.shape[-1]) if self.lungs[row] else None
 
     def _kind(self, position: int, view: int) -> Kind | None:
         """What is drawn into a normal slice of train: a lesion, a control or nothing, by its content, view and seed."""
@@ -123,7 +122,7 @@ class SliceDataset(Dataset):
         if self.features:
             known = self.places[view][positions] if self.places else torch.zeros(len(positions), 0)
             return self.features[view][positions], known
-        return self._views(positions, view, known=self.has_places)
+        return self.shown(positions, view)
 
 
 def views_of(cfg: Config, epoch: int, positions: np.ndarray) -> np.ndarray:

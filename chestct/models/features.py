@@ -8,7 +8,7 @@ most, and several processes can write at once; a damaged shard is never believed
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -48,16 +48,21 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
             continue
         dataset.features, data.features[split], data.places[split] = (), [], []
         for view, (folder, contents, places) in enumerate(spaces):
-            run = partial(extract, device=net.mean.device, batch_size=cfg.features.batch_size)
-            label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
-            data.features[split].append(
-                run(net.pooled, partial(dataset.slices, view=view), contents, folder, label=label)
-            )
+            kept = [Kept(net.pooled, contents, folder)]
             if dataset.has_places:
-                side = data.features[split][-1].shape[-1] if cfg.model.pool == "topk" else 1
-                cover = partial(functional.adaptive_avg_pool2d, output_size=side)
-                data.places[split].append(run(cover, partial(dataset.masks, view=view), places, folder / "places"))
+                grid = net.grid if cfg.model.pool == "topk" else (1, 1)
+                kept.append(Kept(partial(_covered, grid=grid), places, folder / "places"))
+            label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
+            settings = {"batch_size": cfg.features.batch_size, "label": label}
+            shown, *known = extract(kept, partial(dataset.shown, view=view), net.mean.device, **settings)
+            data.features[split].append(shown)
+            data.places[split] += known
         data.spaces[split] = spaces
+
+
+def _covered(masks: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """How much of each place of a grid bool masks [B, 1, S, S] cover, float32 [B, 1, h, w]."""
+    return functional.adaptive_avg_pool2d(masks.float(), list(grid))
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
@@ -70,41 +75,53 @@ def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
     return cfg.cache / "features" / json_digest(settings)[:24]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of N slices: what `layer` gives for them, in `folder`, by `contents`, the hash of each."""
+
+    layer: Callable[[torch.Tensor], torch.Tensor]
+    contents: Sequence[str]
+    folder: Path
+
+
 @torch.no_grad()
 def extract(
-    layer: Callable[[torch.Tensor], torch.Tensor],
-    slices: Callable[[Sequence[int]], torch.Tensor],
-    contents: Sequence[str],
-    folder: Path,
+    kept: Sequence[Kept],
+    slices: Callable[[Sequence[int]], Sequence[torch.Tensor]],
     device: torch.device,
     *,
     batch_size: int,
     label: str = "",
-) -> torch.Tensor:
-    """What `layer` gives for N slices, [N, ...] on the CPU, from the cache where it is there, else computed and cached.
+) -> list[torch.Tensor]:
+    """What is kept of N slices, [N, ...] each, on the CPU: from the cache where it is there, else computed and cached.
 
-    slices: gives float [B, 1, S, S] for positions; contents: hash of each slice, equal hashes share their features;
-    label: of the progress bar, if there is to be one.
+    slices: gives for positions what each layer takes, as images float [B, 1, S, S] and masks [B, 1, S, S]; equal hashes
+    share what is kept; label: of the progress bar, if there is to be one.
     """
-    rows = _load(folder, set(contents))
-    first = dict(zip(reversed(contents), reversed(range(len(contents))), strict=True))
-    todo = sorted(i for content, i in first.items() if content not in rows)
-    shard: dict[str, torch.Tensor] = {}
+    rows = [_load(one.folder, set(one.contents)) for one in kept]
+    lacking = []
+    for one, held in zip(kept, rows, strict=True):
+        first = {content: i for i, content in reversed([*enumerate(one.contents)])}
+        lacking.append({i for content, i in first.items() if content not in held})
+    todo = sorted(set().union(*lacking))
+    shards: list[dict[str, torch.Tensor]] = [{} for _ in kept]
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
     with ThreadPoolExecutor(1) as pool:  # the next batch is drawn while this one is computed
         following = pool.submit(slices, batches[0]) if batches else None
         for i, batch in enumerate(steps(batches, f"{label}, batches", len(batches), bool(label))):
             assert following is not None
-            images = following.result()
+            tensors = following.result()
             following = pool.submit(slices, batches[i + 1]) if i + 1 < len(batches) else None
-            features = layer(images.to(device)).cpu()
-            shard |= {contents[k]: row.clone() for k, row in zip(batch, features, strict=True)}
-            if len(shard) >= SHARD or following is None:
-                raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
-                write_atomic(folder / f"{digest(raw)}.safetensors", raw)
-                rows |= shard
-                shard = {}
-    return torch.stack([rows[content] for content in contents])
+            for one, shown, wanted, held, shard in zip(kept, tensors, lacking, rows, shards, strict=False):
+                if at := [k for k, position in enumerate(batch) if position in wanted]:
+                    values = one.layer(shown[at].to(device)).cpu()
+                    shard |= {one.contents[batch[k]]: row.clone() for k, row in zip(at, values, strict=True)}
+                if shard and (len(shard) >= SHARD or following is None):
+                    raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
+                    write_atomic(one.folder / f"{digest(raw)}.safetensors", raw)
+                    held |= shard
+                    shard.clear()
+    return [torch.stack([held[content] for content in one.contents]) for one, held in zip(kept, rows, strict=True)]
 
 
 def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ features and class activation maps exact and cheap. `model.backbone` puts other 
 place, `model.head` another head.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,7 +35,7 @@ class VGG16(nn.Module):
         layers = convolutions(weights.backbone).eval()
         if self.blocks != [5]:
             layers = layers[: self._block_ends(layers)[self.block]]
-        self.channels, height, width = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        self.channels, *self.grid = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
         if weights.tensors is None:
             layers = convolutions(weights.backbone, "cpu").eval()[: len(layers)]
         else:
@@ -43,7 +44,7 @@ class VGG16(nn.Module):
             layers.load_state_dict(tensors, assign=True)
         # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
         self.features = layers.to(memory_format=torch.channels_last)
-        self.head = _head(cfg, self.channels * (height * width if cfg.pool == "flatten" else 1), outputs)
+        self.head = _head(cfg, self.channels * (math.prod(self.grid) if cfg.pool == "flatten" else 1), outputs)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
         for name, values in (("mean", weights.mean), ("scale", weights.scale)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)

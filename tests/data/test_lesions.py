@@ -119,15 +119,16 @@ def test_places_of_known_lesions_turn_with_their_views(known, small):
         assert (batch["places"][cancer] >= 0).all()  # outside of the lesion it is clear
         inside = batch["places"][cancer] > 0
         assert inside.flatten(1).any(1).all()
-        assert torch.equal(dataset.masks(every, view)[cancer] > 0, inside)
+        assert torch.equal(dataset.shown(every, view)[1][cancer], inside)
     painted = np.zeros((dataset.rows.max() + 1, 64, 64), np.uint8)
     for row, lesion in zip(dataset.rows, dataset.lesions, strict=True):
         painted[row] = 255 * unpack(lesion, 64) if lesion else 0
     dataset.images = painted  # slices that are their lesions: what is bright in a view is where its places are
     for view in (0, 1):
-        bright, inside = dataset.slices(every, view) > 0.45, dataset.masks(every, view) > 0
+        shown, inside = dataset.shown(every, view)
+        bright = shown > 0.45
         assert (bright & inside).sum() > 0.8 * (bright | inside).sum() > 0
-    assert (dataset.masks(every, 1) != dataset.masks(every, 0)).any()
+    assert (dataset.shown(every, 1)[1] != dataset.shown(every, 0)[1]).any()
     assert not data.dataset("valid").has_places
     assert not opened(small())[1].dataset("train", train=True).has_places  # a head on means has no use for them
 
@@ -144,7 +145,7 @@ def test_cached_places_are_those_of_the_masks_and_follow_them(known):
         cached = data.dataset("train", train=True)
         every = list(range(len(cached)))
         for view in (0, 1):
-            expected = torch.nn.functional.adaptive_avg_pool2d(cached.masks(every, view), 4)
+            expected = torch.nn.functional.adaptive_avg_pool2d(cached.shown(every, view)[1].float(), 4)
             torch.testing.assert_close(data.places["train"][view], expected)
             shown = in_view(cached, view, every)
             torch.testing.assert_close(shown["places"].clamp(min=0), expected)

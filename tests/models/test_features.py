@@ -4,7 +4,7 @@ from safetensors.torch import save
 
 from chestct.config.schema import ModelConfig
 from chestct.data.datamodule import SliceModule
-from chestct.models.features import attach, extract, space_folder
+from chestct.models.features import Kept, attach, extract, space_folder
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
@@ -25,11 +25,11 @@ class Slices:
         if max(positions) >= self.fails_from:
             raise KeyboardInterrupt
         self.computed += list(positions)
-        return self.all[list(positions)]
+        return [self.all[list(positions)]]
 
 
 def run(net, slices, names, folder):
-    return extract(net.pooled, slices, names, folder / "f", torch.device("cpu"), batch_size=4)
+    return extract([Kept(net.pooled, names, folder / "f")], slices, torch.device("cpu"), batch_size=4)[0]
 
 
 def test_features_are_what_the_convolutions_give_and_are_computed_once(net, tmp_path):
