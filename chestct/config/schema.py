@@ -24,6 +24,14 @@ FINDINGS: tuple[str, ...] = ("leakage", "label_conflict", "shortcut", "unreadabl
 FINDINGS += ("identifiers", "duplicates")
 """Kinds of findings of the audit, worst first."""
 
+PHANTOM = "phantom"  # the source that is drawn where no folder is given for it
+
+
+def of_patients(source: str) -> bool:
+    """Whether a source's slices are of patients: next to these, phantoms are learned from and never measured."""
+    return source != PHANTOM
+
+
 COPIES = ("exact", "near", "across_splits", "label_conflict")
 DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")
 MONITORS = ("valid/loss", "valid/auroc")
@@ -101,7 +109,7 @@ class SourceConfig:
 class DataConfig:
     """Where slices come from and how they become pixels, splits and batches."""
 
-    name: str = setting("phantom", "name of the source, shown in tables")
+    name: str = setting(PHANTOM, "name of the source, shown in tables")
     root: str | None = setting(None, "folder with the class folders; empty for phantoms: they are drawn when needed")
     sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
     labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label", choices=LABEL_NAMES)

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock
 
-from chestct.config.schema import Config, DataConfig
+from chestct.config.schema import PHANTOM, Config, DataConfig, of_patients
 from chestct.data import lesions
 from chestct.data import store as stores
 from chestct.data.duplicates import find_pairs
@@ -37,7 +37,7 @@ def prepare_store(cfg: Config, progress: bool = False) -> Store:
     if draws_phantoms(cfg.data):
         from chestct.phantom.dataset import write
 
-        write(Path(data.sources["phantom"].root if data.sources else data.root or ""), cfg.data.phantom, progress)
+        write(Path(data.sources[PHANTOM].root if data.sources else data.root or ""), cfg.data.phantom, progress)
     return ingest(data, store_folder(data, cfg.cache), progress)
 
 
@@ -49,13 +49,13 @@ def prepared_folder(cfg: Config) -> Path:
 def draws_phantoms(data: DataConfig) -> bool:
     """Whether the source, or one of several, is phantoms that nobody has placed anywhere yet."""
     if data.sources:
-        return "phantom" in data.sources and not data.sources["phantom"].root
-    return data.name == "phantom" and not data.root
+        return PHANTOM in data.sources and not data.sources[PHANTOM].root
+    return not of_patients(data.name) and not data.root
 
 
 def is_synthetic(data: DataConfig) -> bool:
     """Whether all slices are phantoms: what a model reaches on them says nothing about patients."""
-    return set(data.sources or [data.name]) == {"phantom"}
+    return not any(map(of_patients, data.sources or [data.name]))
 
 
 def located(cfg: Config) -> DataConfig:
@@ -67,8 +67,8 @@ def located(cfg: Config) -> DataConfig:
     drawn = str(cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12])
     if not cfg.data.sources:
         return dataclasses.replace(cfg.data, root=drawn)
-    phantom = dataclasses.replace(cfg.data.sources["phantom"], root=drawn)
-    return dataclasses.replace(cfg.data, sources=cfg.data.sources | {"phantom": phantom})
+    phantom = dataclasses.replace(cfg.data.sources[PHANTOM], root=drawn)
+    return dataclasses.replace(cfg.data, sources=cfg.data.sources | {PHANTOM: phantom})
 
 
 def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:

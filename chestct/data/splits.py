@@ -7,7 +7,7 @@ data set it does so for 46 of 54 normal test slices. Every split made here is ch
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import SUBTYPES, Config, DataConfig, classes_of
+from chestct.config.schema import PHANTOM, SUBTYPES, Config, DataConfig, classes_of, of_patients
 from chestct.errors import DataError
 
 SPLITS = ("train", "valid", "test")
@@ -68,8 +68,8 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
         divide = _held_out if cfg.holdout else _grouped
         splits = divide(manifest[kept], classes[kept], cfg).reindex(manifest.index, fill_value=LEFT_OUT)
         # Next to patients, phantoms are there to learn from, not to be measured on.
-        if cfg.sources.keys() > {"phantom"} and "phantom" not in cfg.holdout:
-            splits = splits.mask((manifest["source"] == "phantom") & (splits == "test"), "train")
+        if any(map(of_patients, cfg.sources)) and PHANTOM not in cfg.holdout:
+            splits = splits.mask(~manifest["source"].map(of_patients) & (splits == "test"), "train")
     else:
         splits = _official(manifest, cfg)
         if cfg.split == "official_clean":

@@ -23,7 +23,7 @@ import chestct
 from chestct.audit.shortcuts import shortcut_scores
 from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
-from chestct.data.datamodule import SliceDataset, SliceModule
+from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
@@ -170,31 +170,33 @@ def _cached(model: Classifier, cfg: Config) -> bool:
 @torch.no_grad()
 def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor:
     """What NORMALS normal training slices show, which heat maps are held against (chestct.models.saliency)."""
-    net, dataset = model.net, data.dataset("train")
+    dataset = data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
-    return normal_cam(net, conv5_of(model, dataset, chosen, cfg)).cpu()
+    contents = [dataset.contents[i] for i in chosen]
+    return normal_cam(model.net, conv5_of(model, dataset.images[dataset.rows[chosen]], contents, cfg)).cpu()
 
 
 @torch.no_grad()
-def conv5_of(model: Classifier, dataset: SliceDataset, chosen: Sequence[int], cfg: Config) -> torch.Tensor:
-    """`net.conv5` of the plain slices at these positions, float32 on the network's device; rounded to float16.
+def conv5_of(model: Classifier, images: np.ndarray, contents: Sequence[str], cfg: Config) -> torch.Tensor:
+    """`net.conv5` of squares [N, S, S], float32 on the network's device; rounded to float16.
 
-    Cached like frozen features: they take as long as all else in a warm run.
+    Cached like frozen features, by `contents`: they take as long as all else in a warm run.
     """
-    net = model.net
+    net, batch_size = model.net, cfg.features.batch_size
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return net.conv5(x).half()  # half the space
+
     if _cached(model, cfg):
-        maps = features.extract(
-            lambda x: net.conv5(x).half(),  # half the space
-            lambda positions: dataset.slices([chosen[i] for i in positions], view=0),
-            [dataset.contents[i] for i in chosen],
-            features.space_folder(cfg, net.digest, 0) / "conv5",
-            net.mean.device,
-            batch_size=cfg.features.batch_size,
-        )
+        kept = features.Kept(layer, contents, features.space_folder(cfg, net.digest, 0) / "conv5")
+
+        def squares(positions: Sequence[int]) -> list[torch.Tensor]:
+            return list(net.batches(images[positions], len(positions)))
+
+        (maps,) = features.extract([kept], squares, net.mean.device, batch_size=batch_size)
     else:
-        images = dataset.images[dataset.rows[chosen]]
-        maps = torch.cat([net.conv5(x).half().cpu() for x in net.batches(images, cfg.features.batch_size)])
+        maps = torch.cat([layer(x).cpu() for x in net.batches(images, batch_size)])
     return maps.to(net.mean.device).float()
 
 

@@ -1,29 +1,33 @@
-"""Pointing game on real lesions: does the hottest place lie in a tumour's box, on a source that no training has seen?
+"""Pointing game: does the hottest place lie in a lesion whose place is known?
 
-Next to it stands what needs no look at the slice: a random place in the lungs, and the usual place of the lesions that
-training was shown.
+One game for phantoms, for tumour boxes, and for lesions drawn into the normal slices of a source that no training has
+seen. Next to the heat map stands what needs no look at the slice: a random place in the lungs, and the usual place of
+lesions.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from scipy import ndimage
 
 from chestct.config.schema import Config
+from chestct.data.augment import number_of
 from chestct.data.datamodule import SliceModule
 from chestct.data.lesions import unpack
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import conv5_of, normal_baseline
-from chestct.evaluation.heatmap_check import hits
 from chestct.imaging.decode import decode
 from chestct.imaging.lungs import find_lungs
-from chestct.imaging.preprocess import placement
+from chestct.imaging.preprocess import Preprocess, as_bytes, placement
 from chestct.models.lightning_module import load_classifier
-from chestct.models.saliency import heat, heat_to_square, normalised_cam
+from chestct.models.saliency import explained_output, heat, heat_to_square, normalised_cam
 from chestct.models.vgg16 import has_places
+from chestct.phantom import insertion
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson
 from chestct.stats.metrics import Estimate
@@ -31,45 +35,120 @@ from chestct.stats.metrics import Estimate
 TOLERANCE = 12
 """How far from the lesion a peak may lie, in pixels of the original slice (docs/protocol.md)."""
 
+DRAWN = 60
+"""Normal slices of a source that a lesion is drawn into, at most; as many of each unit as can be."""
+
+
+@dataclass(frozen=True)
+class Lesions:
+    """N slices with lesions whose place is known, as the network sees them.
+
+    images: [N, S, S], uint8 or float32 in [0, 1]; masks: bool [N, S, S], none empty; reach: float [N], TOLERANCE in
+    pixels of the square; groups: unit of each; contents: a text for each that decides what is in its image.
+    """
+
+    images: np.ndarray
+    masks: np.ndarray
+    reach: np.ndarray
+    groups: np.ndarray
+    contents: list[str]
+
+
+def reach(gray: np.ndarray, preprocess: Preprocess) -> float:
+    """TOLERANCE in pixels of the square that `preprocess` makes of a slice, uint8 [H, W]."""
+    place = placement(gray, preprocess)
+    return TOLERANCE * (place.target[2] - place.target[0]) / (place.source[2] - place.source[0])
+
+
+def known_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesions | None:
+    """The slices of a manifest whose lesions are known, by boxes or masks; None where there are none.
+
+    images: of the store, uint8 [M, S, S].
+    """
+    rows = rows[rows["lesion"] != b""]
+    masks = [unpack(lesion, images.shape[-1]) for lesion in rows["lesion"]]
+    return _lesions(rows, images[rows["row"].to_numpy()], masks, rows["content"].tolist(), cfg)
+
+
+def drawn_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesions | None:
+    """Normal slices of a manifest with one lesion drawn into each, the same whenever it is asked for.
+
+    At most DRAWN of them, from all units in turn; None where no slice shows lungs.
+    """
+    rows = rows[rows["label"] == "normal"].drop_duplicates("content").sample(frac=1, random_state=0)
+    rows = rows.assign(turn=rows.groupby("group").cumcount()).sort_values("turn", kind="stable").head(DRAWN)
+    squares, masks, kept = [], [], []
+    for row, content in rows[["row", "content"]].itertuples(index=False, name=None):
+        lungs, rng = find_lungs(images[row]), np.random.default_rng(number_of(f"pointing/{content}"))
+        if lungs is not None:
+            square, mask = insertion.insert(images[row] / np.float32(255), lungs.mask, "lesion", rng)
+            if mask.any():
+                squares.append(square), masks.append(mask), kept.append(content)
+    contents = [f"{content} drawn {insertion.VERSION}" for content in kept]
+    return _lesions(rows[rows["content"].isin(kept)], squares, masks, contents, cfg)
+
+
+def _lesions(
+    rows: pd.DataFrame, images: Sequence[np.ndarray], masks: list[np.ndarray], contents: list[str], cfg: Config
+) -> Lesions | None:
+    if rows.empty:
+        return None
+    files = (Path(root, path) for root, path in zip(rows["root"], rows["path"], strict=True))
+    allowed = [reach(as_bytes(decode(file, cfg.data.window).gray), preprocess_of(cfg.data)) for file in files]
+    return Lesions(np.stack(images), np.stack(masks), np.array(allowed), rows["group"].to_numpy(), contents)
+
 
 @torch.no_grad()
-def pointing(cfg: Config, data: SliceModule, models: Sequence[Path], outputs: np.ndarray) -> dict[str, Any] | None:
-    """Shares of the test slices with known lesions in which a place is found; None where no test slice has one.
+def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The game on test slices: `known` lesions, and lesions `drawn` into normal slices, as far as there are any.
 
-    data: set up, with the features and places of train that these checkpoints (one a seed, of the settings `cfg`) were
-    trained on; outputs: int [N], the output explained in each test slice. Maps are averaged over the seeds. The usual
-    place is None where training was shown no lesion whose place is known.
+    data: set up, with the features and places of train that these checkpoints of frozen convolutions (one a seed, of
+    the settings `cfg`) were trained on. Maps are averaged over the seeds. The usual place is that of the lesions that
+    training was shown, None where it was shown none.
     """
     assert data.store is not None
     test = data.manifest[data.manifest["split"] == "test"]
-    chosen = np.flatnonzero((test["lesion"] != b"").to_numpy()).tolist()
-    if not chosen:
-        return None
-    part, side, dataset = test.iloc[chosen], cfg.data.size, data.dataset("test")
-    square, near, lungs = preprocess_of(cfg.data), [], []
-    for root, path, row, lesion in part[["root", "path", "row", "lesion"]].itertuples(index=False, name=None):
-        gray = (decode(Path(root, path), cfg.data.window).gray * 255 + 0.5).astype(np.uint8)
-        place = placement(gray, square)
-        allowed = TOLERANCE * (place.target[2] - place.target[0]) / (place.source[2] - place.source[0])
-        near.append(ndimage.distance_transform_edt(~unpack(lesion, side)) <= allowed)
-        lungs.append(find_lungs(data.store.images[row]))
-    cams = []
-    for path in models:
-        model = load_classifier(path, cfg.trust).eval()
-        conv5 = conv5_of(model, dataset, chosen, cfg)
-        baseline = None if has_places(model.net.head) else normal_baseline(model, data, cfg)
-        cams.append(normalised_cam(model.net, conv5, outputs[chosen], baseline)[1])
-    shown = np.stack([heat_to_square(one, side) for one in heat(torch.stack(cams).mean(0))])
-    found, group = hits(shown, np.stack(near)), part["group"].to_numpy()
-    n, share = effective_size(found, group), float(found.mean())
+    kinds = {"known": known_lesions, "drawn": drawn_lesions}
+    every = {kind: make(test, data.store.images, cfg) for kind, make in kinds.items()}
+    heads = [load_classifier(path, cfg.trust).eval() for path in models]
+    first, shown = heads[0], {}
+    baselines = [None if has_places(head.net.head) else normal_baseline(head, data, cfg) for head in heads]
+    taught = [places.sum((0, 1)) for places in data.places.get("train", []) if places.shape[-1] > 1]
+    usual = torch.stack(taught).sum(0).numpy() if taught else None
+    for kind, lesions in every.items():
+        if lesions is not None:
+            conv5 = conv5_of(first, lesions.images, lesions.contents, cfg)
+            maps = first.net.pool(conv5)
+            outputs = explained_output(torch.stack([head.net.head(maps) for head in heads]).mean(0).numpy())
+            pairs = zip(heads, baselines, strict=True)
+            cams = [normalised_cam(head.net, conv5, outputs, baseline)[1] for head, baseline in pairs]
+            shown[kind] = game(heat(torch.stack(cams).mean(0)).numpy(), lesions, usual)
+    return shown
+
+
+def game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -> dict[str, Any]:
+    """Shares of slices in which a place lies in the lesion or near it; None for what is not known.
+
+    heats: [N, h, w] in [0, 1]; one without any heat points nowhere. usual: where lesions usually are, [h, w] for all or
+    [N, h, w]. The interval is over units (Wilson 1927, on the effective number of slices).
+    """
+    side, count = lesions.masks.shape[-1], len(lesions.masks)
+    pairs = zip(lesions.masks, lesions.reach, strict=True)
+    near = np.stack([ndimage.distance_transform_edt(~mask) <= allowed for mask, allowed in pairs])
+
+    def hits(maps: np.ndarray) -> np.ndarray:
+        whole = [heat_to_square(one / max(one.max(), 1e-12), side) for one in maps]
+        peaks = [np.unravel_index(one.argmax(), one.shape) for one in whole]
+        return np.array([one[at] > 0 and allowed[at] for one, at, allowed in zip(whole, peaks, near, strict=True)])
+
+    found = hits(heats)
+    lungs = [find_lungs(as_bytes(image)) for image in lesions.images]
     by_chance = [near[i][lung.mask].mean() for i, lung in enumerate(lungs) if lung is not None]
-    taught = [places.sum((0, 1)) for places in data.places.get("train", [])]
-    usual = None
-    if taught and taught[0].numel() > 1 and (total := torch.stack(taught).sum(0)).any():
-        usual = float(hits(np.stack([heat_to_square(total / total.max(), side)] * len(near)), np.stack(near)).mean())
+    known = usual is not None and usual.any()
+    n, share = effective_size(found, lesions.groups), float(found.mean())
     return {
-        "slices": len(chosen),
-        "heat map": Estimate(share, *wilson(share * n, n), len(chosen), len(np.unique(group))),
+        "slices": count,
+        "heat map": Estimate(share, *wilson(share * n, n), count, len(np.unique(lesions.groups))),
         "random place in the lungs": float(np.mean(by_chance)) if by_chance else None,
-        "usual place": usual,
+        "usual place": float(hits(np.broadcast_to(usual, (count, *usual.shape[-2:]))).mean()) if known else None,
     }

@@ -4,7 +4,6 @@ Each figure is of heads trained anew on cached features, with `seeds` seeds: the
 seeds, and what single seeds reach stands next to it. Phantoms may be trained on; no figure is measured on them.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,26 +11,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from chestct.config.schema import Config
+from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import SPLITS, Evaluation, logits_of, measured
-from chestct.evaluation.pointing import TOLERANCE, pointing
+from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
+from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
 from chestct.evaluation.source_probe import pooled_features, source_probe
 from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
-from chestct.evaluation.tables import Part, Spread, Table, filled, mean_and_worst
+from chestct.evaluation.tables import Part, Spread, Table, believed, filled, mean_and_worst
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
-from chestct.models.saliency import explained_output
 from chestct.models.vgg16 import VGG16
 from chestct.stats.bootstrap import MIN_GROUPS
 from chestct.stats.metrics import Estimate, auroc
 
 FOLDS = 5
 """Of cross-validation within a source."""
-
-FEWEST_UNITS = 3
-"""Units (groups) of a source without which an interval over them means nothing, and none is given."""
 
 
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
@@ -43,7 +38,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     if not wanted:
         return {}
     frozen_only(cfg)
-    real = [name for name in cfg.data.sources if name != "phantom"]
+    real = [name for name in cfg.data.sources if of_patients(name)]
     if len(real) < 2:
         raise ChestCTError(
             f"evaluation.protocol measures on one source what was learned from others; of patients there "
@@ -61,7 +56,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     if "within" in wanted:
         parts["within"] = _within(cfg, evaluation.data.store.manifest, several, real)
     if "probe" in wanted:
-        parts["probe"] = _probe(cfg, net, real)
+        parts["probe"] = _probe(evaluation.data, net, real)
     return parts
 
 
@@ -84,10 +79,10 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
             continue
         figures = _figures(test, held, threshold)
         answered = test[test["decision"].isin((CANCER, NORMAL))]
-        sure = {} if answered.empty else _believed(of_decisions(answered, held))
+        sure = {} if answered.empty else believed(of_decisions(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
-        if hit := pointing(held, data, trained.every, explained_output(logits_of(test))):
-            pointed.append({"held out": source} | hit | _believed({"heat map": hit["heat map"]}))
+        for kind, row in pointing(held, data, trained.every).items():
+            pointed.append({"held out": source, "lesions": kind} | believed(row))
         seen = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
         ranked.append(seen | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
         called.append(
@@ -97,8 +92,10 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
             | {f"{name} of these": sure.get(name) for name in ("sensitivity", "specificity")}
             | {"ECE": figures["ece"]}
         )
-    near = f"{TOLERANCE} pixels of the original slice are allowed. Usual place: of the lesions that training was shown."
-    nowhere = "not available: no source says where lesions are (data.sources.NAME.boxes)."
+    near = (
+        f"{TOLERANCE} pixels of the original slice are allowed. Known: boxes and masks. Drawn: a lesion in each of up "
+        f"to {DRAWN} normal slices, from all groups in turn. Usual place: of the lesions that training was shown."
+    )
     rule = f"Threshold by {cfg.evaluation.threshold} on validation slices of the other sources, each counting alike"
     unsure = "Answered: neither uncertain nor refused; the next two columns are of these slices."
     return {
@@ -106,7 +103,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
         "threshold": Part(
             "At the threshold of the others", filled([*called, *mean_and_worst(called)]), [f"{rule}. {unsure}"]
         ),
-        "pointing": Part("Hottest place in a known lesion", pointed, [near if pointed else nowhere]),
+        "pointing": Part("Hottest place in a known lesion", pointed, [near]),
     }
 
 
@@ -156,9 +153,9 @@ def _within(cfg: Config, manifest: pd.DataFrame, train: Any, real: Sequence[str]
     return Part(f"{FOLDS} folds within a source", filled(rows), notes)
 
 
-def _probe(cfg: Config, net: VGG16, real: Sequence[str]) -> Part:
+def _probe(data: SliceModule, net: VGG16, real: Sequence[str]) -> Part:
     """How well a linear model tells the source of normal slices from the pooled features."""
-    rows = source_probe(anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=0, fold=0), net, real)
+    rows = source_probe(data, net, real)
     title = "Source of normal slices, told from the pooled features"
     if not rows:
         return Part(title, [], ["not available: fewer than two sources have normal slices in two groups."])
@@ -176,17 +173,7 @@ def _novelty(net: VGG16, data: SliceModule) -> np.ndarray:
 def _figures(test: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
     """Metrics of cancer against normal, under the same names for both tasks."""
     estimates = measured(test, cfg, threshold)
-    return _believed({name.removeprefix("cancer/"): estimate for name, estimate in estimates.items()})
-
-
-def _believed(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
-    """Without intervals that rest on too few units."""
-    return {
-        name: e
-        if e.low is None or e.groups >= FEWEST_UNITS
-        else dataclasses.replace(e, low=None, high=None, reason=f"no interval over {e.groups} groups")
-        for name, e in estimates.items()
-    }
+    return believed({name.removeprefix("cancer/"): estimate for name, estimate in estimates.items()})
 
 
 def _by_seed(tests: Sequence[pd.DataFrame]) -> Spread | None:

@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.data.lesions import unpack
+from chestct.config.schema import PHANTOM
 from chestct.data.prepare import located
 from chestct.data.store import preprocess_of
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.heatmap_check import check_explanation, lesion_slices, pointing_game
+from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.evaluation.novelty_check import novelty_figures
+from chestct.evaluation.pointing import game, known_lesions
 from chestct.evaluation.robustness import robustness
-from chestct.models.saliency import explained_output
+from chestct.evaluation.tables import believed
 from chestct.phantom.dataset import write
 
 OTHER_SEED = 1_000_003
@@ -51,26 +52,21 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
         cancer=0.95,
         defects=[],
     )
-    data = dataclasses.replace(cfg.data, name="phantom", root=None, sources={}, phantom=drawn)
+    data = dataclasses.replace(cfg.data, name=PHANTOM, root=None, sources={}, phantom=drawn)
     root = Path(located(dataclasses.replace(cfg, data=data)).root or "")
     write(root, drawn, cfg.trainer.progress)
-    images, masks = (part[:number] for part in lesion_slices(root, preprocess_of(cfg.data), cfg.data.window))
-    outputs = explained_output(bundle.predict(images).logits)
-    return check_explanation(bundle.net, images, masks, outputs, bundle.baseline, redrawn=2)
+    lesions = lesion_slices(root, preprocess_of(cfg.data), cfg.data.window, number)
+    return check_explanation(bundle, lesions, redrawn=2)
 
 
 def pointing(evaluation: Evaluation) -> dict[str, Any]:
-    """How often heat maps point into the boxes of test slices, and how often who sees nothing does.
-
-    Without an interval: slices of one patient err together, and boxes are of few patients (`groups`).
-    """
+    """How often heat maps point into the boxes of test slices, and how often who sees nothing does."""
     assert evaluation.images is not None
-    rows, bundle = _boxed(evaluation), evaluation.bundle
-    images = evaluation.images[rows["row"].to_numpy()]
-    masks = np.stack([unpack(lesion, images.shape[1]) for lesion in rows["lesion"]])
-    outputs = explained_output(bundle.predict(images).logits)
-    figures = pointing_game(bundle.net, images, masks, outputs, bundle.baseline)
-    return {"slices": len(rows), "groups": int(rows["group"].nunique()), **figures}
+    lesions = known_lesions(_boxed(evaluation), evaluation.images, evaluation.cfg)
+    assert lesions is not None
+    answers = evaluation.bundle.predict(lesions.images, explain=True)
+    assert answers.heat is not None
+    return believed(game(answers.heat, lesions))
 
 
 def _boxed(evaluation: Evaluation) -> pd.DataFrame:

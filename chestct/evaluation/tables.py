@@ -1,5 +1,6 @@
 """Tables of figures that are made for several sources and seeds, as the protocol has them."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 from chestct.stats.metrics import Estimate
 
 Table = list[dict[str, Any]]
+
+FEWEST_UNITS = 3
+"""Units (groups) of a source without which an interval over them means nothing, and none is given."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,16 @@ class Spread:
     def __str__(self) -> str:
         sd = f" ± {np.std(self.values, ddof=1):.3f}" if len(self.values) > 1 else ""
         return f"{np.mean(self.values):.3f}{sd}"
+
+
+def believed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without intervals that rest on too few units."""
+    return {
+        name: dataclasses.replace(cell, low=None, high=None, reason=f"no interval over {cell.groups} groups")
+        if isinstance(cell, Estimate) and cell.low is not None and cell.groups < FEWEST_UNITS
+        else cell
+        for name, cell in row.items()
+    }
 
 
 def mean_and_worst(rows: Table) -> Table:

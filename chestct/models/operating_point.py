@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chestct.config.schema import EvaluationConfig
+from chestct.config.schema import EvaluationConfig, of_patients
 from chestct.models.novelty import FOREIGN
 from chestct.stats.calibration import Calibration, choose_threshold, fit_calibration, fit_conformal, prediction_sets
 
@@ -91,7 +91,7 @@ def source_weights(sources: Sequence[str], truth: np.ndarray) -> np.ndarray:
     sources: [N]; truth: bool [N], cancer. Phantoms count only where the others lack a class: what they say holds for no
     patient.
     """
-    real = np.array([source != "phantom" for source in sources])
+    real = np.array([of_patients(source) for source in sources])
     weighed = real if len(np.unique(truth[real])) == 2 else np.ones(len(real), bool)
     pairs = list(zip(sources, truth.tolist(), strict=True))
     counts = Counter(pairs)

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,10 @@ from scipy import ndimage
 from chestct.config.schema import ModelConfig, PhantomConfig, SourceConfig, WindowConfig
 from chestct.evaluation import heatmap_check
 from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
+from chestct.evaluation.pointing import TOLERANCE, Lesions, game
 from chestct.evaluation.sections import optional_sections
 from chestct.imaging.preprocess import Preprocess
+from chestct.models.bundle import Bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
@@ -57,29 +57,37 @@ def learned():
     return net, normal_cam(net, normal), *draw(12, True, 7)
 
 
+def bundle_of(net, baseline):
+    return Bundle(net, made_up().point, fit_novelty(*torch.rand(2, 40, 512)), baseline, {})
+
+
+def known(images, masks, reach=8.0):
+    count = len(images)
+    return Lesions(images, masks, np.full(count, reach), np.arange(count), [str(i) for i in range(count)])
+
+
 @pytest.mark.slow
 def test_maps_of_a_network_that_learned_the_lesions_find_them(learned):
     net, baseline, images, masks = learned
-    result = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, redrawn=6)
+    result = check_explanation(bundle_of(net, baseline), known(images, masks), redrawn=6)
     # Where the lesion is all there is to see, random weights see it, too: that check is for slices with anatomy.
     assert not any("hottest point" in sentence for sentence in result["failures"])
     assert result["randomisation"]["last_block"] < 0.5
-    assert result["pointing"]["heat"] > max(0.6, 2 * result["pointing"]["chance"])
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
-    again = check_explanation(net, images, masks, np.zeros(len(images), int), baseline, redrawn=6)
+    assert result["pointing"]["heat map"].value > max(0.6, 2 * result["pointing"]["usual place"])
+    again = check_explanation(bundle_of(net, baseline), known(images, masks), redrawn=6)
     assert again == result  # the network is left as it was
 
 
 @pytest.mark.slow
 def test_maps_that_ignore_the_weights_fail_the_randomisation(learned, monkeypatch):
-    net, _, images, masks = learned
+    net, baseline, images, masks = learned
     blobs = torch.rand(SIZE // 16, SIZE // 16, generator=torch.Generator().manual_seed(0))
 
     def edges(net, maps, outputs, baseline):  # the same for every network
         return net.head(net.pool(maps)), blobs.expand(len(maps), -1, -1)
 
     monkeypatch.setattr(heatmap_check, "normalised_cam", edges)
-    found = check_explanation(net, images[:3], masks[:3], np.zeros(3, int), None, redrawn=1)
+    found = check_explanation(bundle_of(net, baseline), known(images[:3], masks[:3]), redrawn=1)
     assert found["randomisation"] == pytest.approx({"head": 1.0, "last_block": 1.0})
     assert not found["passes"]
     assert any("random weights resemble" in sentence for sentence in found["failures"])
@@ -91,61 +99,70 @@ def spot(row, column, side=224):
     return found
 
 
-def test_pointing_allows_fifteen_pixels_of_224_and_what_knows_nothing_hits_where_lesions_lie():
-    body = np.ones((4, 224, 224), bool)
+def test_a_peak_may_lie_as_far_from_the_lesion_as_is_allowed_there():
     mask = np.zeros((224, 224), bool)
     mask[100:110, 100:110] = True
-    shown = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), spot(20, 20)])
-    found = heatmap_check._pointing(shown, np.stack([mask] * 4), body)
-    assert found["heat"] == 0.5
-    assert found["interval"] == pytest.approx([0.1500, 0.8500], abs=1e-3)  # Wilson 1927 for 2 of 4
+    shown = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), np.zeros((224, 224))])
+    lesions = known(np.zeros((4, 224, 224), np.uint8), np.stack([mask] * 4), reach=15)
+    found = game(shown, lesions, usual=mask[::28, ::28].astype(float))
+    assert found["heat map"].value == 0.5
+    assert (found["heat map"].low, found["heat map"].high) == pytest.approx((0.15, 0.85), abs=1e-3)  # Wilson 1927
+    assert found["random place in the lungs"] is None  # there are no lungs in black
+    assert found["usual place"] == 1
+    assert game(shown, lesions)["usual place"] is None
+
+
+def test_the_usual_place_of_a_slice_is_that_of_the_others():
     centre, corner = np.zeros((2, 224, 224), bool)
     centre[105:120, 105:120] = True
     corner[20:35, 20:35] = True
-    masks = np.stack([centre, corner, corner, corner])
-    blind = heatmap_check._pointing(np.zeros(body.shape), masks, body)
-    assert (blind["heat"], blind["centre"]) == (0, 0.25)
-    assert blind["average_lesion"] == 0.75  # the one in the centre is not told by itself
-    # Two places, as usual: a guess is right half the time, though each slice's own lesion is not looked at.
-    even = heatmap_check._pointing(np.zeros(body.shape), np.stack([corner, corner, centre, centre]), body)
-    assert even["average_lesion"] == 0.5
-    near = [ndimage.distance_transform_edt(~mask) <= 15 for mask in masks]
-    assert blind["chance"] == pytest.approx(np.mean(near))
+    for masks, expected in (([centre, corner, corner, corner], 0.75), ([corner, corner, centre, centre], 0.5)):
+        masks = np.stack(masks)
+        usual = heatmap_check._of_other_half(masks)
+        found = game(np.zeros(masks.shape), known(masks.astype(np.uint8), masks), usual)
+        assert (found["heat map"].value, found["usual place"]) == (0, expected)
 
 
 def test_lesions_lie_where_the_truth_says(tmp_path):
     from chestct.phantom.dataset import write
 
     truth = write(tmp_path / "set", PhantomConfig(slices=12, size=96, difficulty=0.0), processes=1)
-    images, masks = lesion_slices(tmp_path / "set", Preprocess(SIZE, "stretch"), WindowConfig())
-    files = [file for file in truth["files"] if file["mask"]]
-    assert images.shape == masks.shape == (len(files), SIZE, SIZE)
-    for file, mask in zip(files, masks, strict=True):
+    lesions = lesion_slices(tmp_path / "set", Preprocess(SIZE, "stretch"), WindowConfig(), 5)
+    files = [file for file in truth["files"] if file["mask"]][:5]
+    assert lesions.images.shape == lesions.masks.shape == (5, SIZE, SIZE)
+    for file, mask, reach in zip(files, lesions.masks, lesions.reach, strict=True):
         drawn = np.asarray(Image.open(tmp_path / "set" / file["mask"]))
+        assert reach == pytest.approx(TOLERANCE * SIZE / drawn.shape[1])
         assert np.divide(ndimage.center_of_mass(mask), SIZE) == pytest.approx(
             np.divide(ndimage.center_of_mass(drawn), drawn.shape), abs=0.02
         )
 
 
-def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone():
+def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone(tmp_path):
     torch.manual_seed(0)
     net = VGG16(ModelConfig(), 1, 32, load_weights("oxford")).eval()
     evaluation = made_up()
+    evaluation.cfg.data.size = 32
     evaluation.novelty_model = fit_novelty(torch.rand(40, 512), torch.rand(40, 512))
     evaluation = with_images(evaluation, net, 32)
     whole, corner = np.ones((32, 32), bool), np.zeros((32, 32), bool)
     corner[:1, :1] = True
     manifest = evaluation.manifest
+    manifest["root"] = str(tmp_path)
     cancers = manifest.index[(manifest["label"] == "cancer") & (manifest["split"] == "test")]
+    for path in manifest.loc[cancers[:6], "path"]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (320, 320), 90).save(tmp_path / path)
     manifest["lesion"] = np.packbits(corner).tobytes()
     manifest.loc[manifest["split"] == "test", "lesion"] = b""
     manifest.loc[cancers[:6], "lesion"] = np.packbits(whole).tobytes()
     assert optional_sections(evaluation) == {}  # masks of phantoms are checked by evaluation.phantoms
     evaluation.cfg.data.sources = {"made_up": SourceConfig(boxes="boxes.csv")}
     pointing = optional_sections(evaluation)["pointing"]
-    assert (pointing["slices"], pointing["groups"]) == (6, 6)
-    assert pointing["heat"] == pointing["chance"] == 1
+    assert (pointing["slices"], pointing["heat map"].groups) == (6, 6)
+    assert pointing["heat map"].value == 1
+    manifest.loc[cancers[:6], "group"] = 0
     manifest.loc[cancers[:6], "lesion"] = np.packbits(corner).tobytes()
     pointing = optional_sections(evaluation)["pointing"]
-    assert 0 < pointing["chance"] < 0.1
-    assert "interval" not in pointing
+    assert pointing["heat map"].value < 1
+    assert pointing["heat map"].low is None  # slices of one patient err together

@@ -12,10 +12,9 @@ from sklearn.metrics import roc_auc_score
 from chestct.config.compose import compose
 from chestct.config.schema import Config, PhantomConfig
 from chestct.data.datamodule import SliceModule
-from chestct.data.lesions import unpack
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
-from chestct.evaluation.pointing import pointing
+from chestct.evaluation.pointing import drawn_lesions, known_lesions, pointing
 from chestct.evaluation.protocol import Part, Spread, protocol
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import write
@@ -157,14 +156,37 @@ def test_the_matrix_trains_on_one_source_and_tests_on_each_other(measured) -> No
 
 
 @pytest.mark.slow
-def test_pointing_is_measured_on_lesions_that_are_known(evaluation: Evaluation, measured) -> None:
-    manifest = evaluation.data.store.manifest
-    for row in measured[0]["pointing"].rows:
-        assert row["slices"] == ((manifest["source"] == row["held out"]) & (manifest["label"] == "cancer")).sum()
+def test_pointing_is_measured_on_known_lesions_and_on_lesions_drawn_into_normal_slices(evaluation, measured) -> None:
+    manifest, rows = evaluation.data.store.manifest, measured[0]["pointing"].rows
+    every = [(source, kind) for source in BOTH for kind in ("known", "drawn")]
+    assert [(row["held out"], row["lesions"]) for row in rows] == [*every, ("clinic", "drawn")]
+    for row in rows:
+        label = "cancer" if row["lesions"] == "known" else "normal"
+        count = ((manifest["source"] == row["held out"]) & (manifest["label"] == label)).sum()
+        assert count * (0.7 if label == "normal" else 1) <= row["slices"] <= count  # not each phantom shows lungs
         assert row["heat map"].low <= row["heat map"].value <= row["heat map"].high
         assert 0 < row["random place in the lungs"] < 0.5
         assert row["usual place"] is None  # this head judges no places, and learns none
-    assert [row["held out"] for row in measured[0]["pointing"].rows] == BOTH
+
+
+def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(evaluation, monkeypatch) -> None:
+    monkeypatch.setattr("chestct.evaluation.pointing.DRAWN", 6)
+    cfg, store = evaluation.cfg, evaluation.data.store
+    rows = store.manifest[store.manifest["source"] == "north"].assign(group=lambda t: np.arange(len(t)) % 20 // 5)
+    lesions = drawn_lesions(rows, store.images, cfg)
+    per_unit = np.unique(lesions.groups, return_counts=True)[1]
+    assert len(per_unit) == rows["group"][rows["label"] == "normal"].nunique()
+    assert per_unit.max() - per_unit.min() <= 1
+    plain = [f"{content} drawn" for content in rows["content"][rows["label"] == "normal"]]
+    assert all(any(content.startswith(start) for start in plain) for content in lesions.contents)
+    originals = store.images[rows.set_index("content").loc[[c.split()[0] for c in lesions.contents], "row"]] / 255
+    changed = np.abs(lesions.images - originals)
+    assert changed[lesions.masks].min() > 0.05
+    assert changed[~lesions.masks].mean() < 0.01
+    again = drawn_lesions(rows, store.images, cfg)
+    assert np.array_equal(again.images, lesions.images)
+    cancers = rows[rows["label"] == "cancer"]
+    assert drawn_lesions(cancers, store.images, cfg) is known_lesions(rows[:0], store.images, cfg) is None
 
 
 @pytest.mark.slow
@@ -175,20 +197,28 @@ def test_pointing_finds_lesions_where_the_evidence_is(phantoms: Path, cache: Pat
     cfg = replace(cfg, data=replace(cfg.data, lesions=0.3, views=1))
     result = train(cfg, tmp_path / "run")
     test = result.data.manifest[result.data.manifest["split"] == "test"]
-    masks = torch.stack([torch.from_numpy(unpack(lesion, 64)) for lesion in test["lesion"] if lesion])
+    images = result.data.store.images
+    made = {"known": known_lesions(test, images, cfg), "drawn": drawn_lesions(test, images, cfg)}
 
-    def pointed(sign: int) -> dict:
-        evidence = sign * (torch.nn.functional.adaptive_avg_pool2d(masks.float(), 16) - 0.01)
-        monkeypatch.setattr("chestct.evaluation.pointing.normalised_cam", lambda *_: (None, evidence))
-        return pointing(cfg, result.data, [result.best, result.best], np.zeros(len(test), int))
+    def pointed(kind: str, sign: int) -> dict:
+        masks = torch.from_numpy(made[kind].masks).float()
+        evidence = sign * (torch.nn.functional.adaptive_avg_pool2d(masks, 16) - 0.01)
+        shown = {len(lesions.masks): None for lesions in made.values()} | {len(masks): evidence}
+        monkeypatch.setattr(
+            "chestct.evaluation.pointing.normalised_cam",
+            lambda net, conv5, *_: (None, torch.zeros(len(conv5), 4, 4) if shown[len(conv5)] is None else evidence),
+        )
+        return pointing(cfg, result.data, [result.best, result.best])[kind]
 
-    right, wrong = pointed(1), pointed(-1)
-    assert right["slices"] == len(masks)
-    assert right["heat map"].value > 0.9
-    assert wrong["heat map"].value < 0.3
-    assert 0 < right["usual place"] < 1
+    assert len(made["known"].masks) != len(made["drawn"].masks)
+    for kind, lesions in made.items():
+        right, wrong = pointed(kind, 1), pointed(kind, -1)
+        assert right["slices"] == len(lesions.masks)
+        assert right["heat map"].value > 0.9
+        assert wrong["heat map"].value < 0.3
+        assert 0 <= right["usual place"] < 1
     result.data.manifest["lesion"] = b""
-    assert pointing(cfg, result.data, [result.best], np.zeros(len(test), int)) is None
+    assert list(pointing(cfg, result.data, [result.best])) == ["drawn"]
 
 
 @pytest.mark.slow

@@ -1,24 +1,32 @@
 """The head that judges places: its map is the explanation, and lesions drawn into normal slices teach it where."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from chestct.config.compose import compose
 from chestct.config.schema import ModelConfig
+from chestct.data import datamodule
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import evaluate, logits_of
 from chestct.evaluation.export import export
 from chestct.evaluation.heatmap_check import check_explanation
-from chestct.models.bundle import load_bundle
+from chestct.evaluation.pointing import Lesions
+from chestct.imaging.lungs import find_lungs
+from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.features import attach
 from chestct.models.lightning_module import places_loss
+from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.phantom.insertion import insert
 from chestct.training.train import train
 from tests.conftest import SMALL, in_view
+from tests.evaluation.evaluations import made_up
 
 PLACES = ("experiment=places", "data.size=64", "data.views=1", "trainer.max_epochs=2", "model.hidden=[8]")
 
@@ -66,7 +74,10 @@ def test_the_check_of_heat_maps_redraws_the_last_block_that_there_is():
     images = np.random.default_rng(0).integers(0, 255, (3, 64, 64), np.uint8)
     masks = np.zeros((3, 64, 64), bool)
     masks[:, 20:30, 20:30] = True
-    checked = check_explanation(network(block="4"), images, masks, np.zeros(3, int))
+    bundle = Bundle(
+        network(block="4"), made_up().point, fit_novelty(*torch.rand(2, 40, 512)), torch.ones(2, 1, 8, 8), {}
+    )
+    checked = check_explanation(bundle, Lesions(images, masks, np.ones(3), np.arange(3), list("abc")))
     assert checked["randomisation"]["last_block"] < 0.9
 
 
@@ -120,14 +131,18 @@ def test_lesions_make_normal_slices_cancer_and_are_where_the_places_say(drawn):
     assert torch.equal(lesions, normal & (shown["places"].flatten(1).amax(1) > 0))
     assert (shown["places"][~normal] == -1).all()
     assert torch.equal(shown["y"][~normal], dataset.y[~normal])
-    assert not data.dataset("valid")._views([0, 1], 1)[1].any()
+    assert not data.dataset("valid").shown([0, 1], 1)[1].any()
 
 
-def test_cached_maps_and_places_are_those_of_the_images(drawn):
+def test_cached_maps_and_places_are_those_of_one_drawing(drawn, tmp_path, monkeypatch):
     cfg, data = drawn
-    dataset = data.dataset("train", train=True)
+    dataset, drawings, searches = data.dataset("train", train=True), [], []
     net = VGG16(cfg.model, 1, 64, load_weights("oxford")).eval()
-    attach(data, net, cfg, ("train",), views=2)
+    monkeypatch.setattr(datamodule, "insert", lambda *args: drawings.append(args) or insert(*args))
+    monkeypatch.setattr(datamodule, "find_lungs", lambda image: searches.append(image) or find_lungs(image))
+    attach(data, net, replace(cfg, cache_dir=str(tmp_path)), ("train",), views=3)
+    normal = (dataset.y == 0).sum().item()
+    assert (len(drawings), len(searches)) == (2 * normal, normal)  # features and places are of one drawing
     cached = data.dataset("train", train=True)
     data.features.clear(), data.places.clear()
     positions = list(range(12))

@@ -17,7 +17,7 @@ EXPLANATION = {
     "passes": False,
     "failures": ["The hottest point is not in the lesion."],
     "slices": 20,
-    "pointing": {"chance": 0.1, "centre": 0.2, "average_lesion": 0.1, "heat": 0.25, "interval": [0.1, 0.5]},
+    "pointing": {"heat map": Estimate(0.25, 0.1, 0.5, 20, 20), "random place in the lungs": 0.1, "usual place": None},
     "randomisation": {"head": 0.1, "last_block": 0.2},
 }
 AUDIT = {
