@@ -29,7 +29,7 @@ from chestct.models.bundle_schema import check_facts
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import explained_output, heat, normalised_cam
-from chestct.models.vgg16 import VGG16, channel_means
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
 
 SCHEMA = 2
@@ -110,7 +110,7 @@ class Bundle:
             conv5 = self.net.conv5(x)
             maps = self.net.pool(conv5)
             of_batch = self.net.head(maps).cpu().numpy()
-            distances = self.novelty_model.distance(channel_means(maps, self.net.channels).cpu()).numpy()
+            distances = self.novelty_model.distance(self.net.channel_means(maps).cpu()).numpy()
             shown = np.empty(0)
             if explain:
                 cam = normalised_cam(self.net, conv5, explained_output(of_batch), self.baseline)[1]

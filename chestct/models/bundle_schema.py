@@ -22,7 +22,7 @@ class Part(BaseModel):
 
 
 class Network(Part):
-    pool: Literal["gap", "flatten", "topk"]
+    pool: Literal["gap", "mean_max_std", "flatten", "topk"]
     block: Annotated[int, Field(ge=3, le=5)] | Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
     context: bool = False
     standardise: bool = False

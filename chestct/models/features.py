@@ -22,7 +22,7 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
-from chestct.models.vgg16 import VGG16, channel_means
+from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
 from chestct.progress import steps
 
@@ -159,5 +159,5 @@ def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndar
     logits, pooled = [], []
     for maps in every:
         logits.append(net.head(maps.to(net.mean.device)).float().cpu())
-        pooled.append(channel_means(maps, net.channels).float().cpu())
+        pooled.append(net.channel_means(maps).float().cpu())
     return torch.cat(logits).numpy(), torch.cat(pooled)

@@ -44,7 +44,8 @@ class VGG16(nn.Module):
             layers.load_state_dict(tensors, assign=True)
         # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
         self.features = layers.to(memory_format=torch.channels_last)
-        self.head = _head(cfg, self.channels * (math.prod(self.grid) if cfg.pool == "flatten" else 1), outputs)
+        places = {"flatten": math.prod(self.grid), "mean_max_std": 3}.get(cfg.pool, 1)
+        self.head = _head(cfg, self.channels * places, outputs)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
         for name, values in (("mean", weights.mean), ("scale", weights.scale)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
@@ -98,6 +99,11 @@ class VGG16(nn.Module):
             x = layers[done:end](x)
             maps, done = [*maps, x], end
         return torch.cat([functional.adaptive_avg_pool2d(one, (x.shape[2], x.shape[3])) for one in maps], 1)
+
+    def channel_means(self, features: torch.Tensor) -> torch.Tensor:
+        """Mean-pooled features [N, C] from what the head gets: maps [N, C, h, w], or as `pooled` gives them."""
+        parts = features.reshape(len(features), self.channels, -1)
+        return parts[..., 0] if features.ndim == 2 and self.head[0].pool == "mean_max_std" else parts.mean(2)
 
     def batches(self, images: np.ndarray, size: int = 16) -> Iterator[torch.Tensor]:
         """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device."""
@@ -167,7 +173,7 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
 
 
 class Pool(nn.Module):
-    """[B, C, h, w] -> [B, C] (gap), [B, C * h * w] (flatten) or as it is (topk); what is pooled passes through."""
+    """[B, C, h, w] -> [B, C] (gap), [B, C * 3], [B, C * h * w] (flatten) or as it is (topk); what is pooled passes."""
 
     def __init__(self, pool: str) -> None:
         super().__init__()
@@ -176,6 +182,9 @@ class Pool(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         if maps.ndim == 2 or self.pool == "topk":
             return maps.float()
+        if self.pool == "mean_max_std":
+            spread = (maps.var((2, 3), correction=0) + 1e-6).sqrt()  # with a gradient where nothing varies
+            return torch.stack([maps.mean((2, 3)), maps.amax((2, 3)), spread], 2).flatten(1)
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
 
 
@@ -215,11 +224,6 @@ class BestPlaces(nn.Module):
 
     def forward(self, evidence: torch.Tensor) -> torch.Tensor:
         return evidence.flatten(2).topk(self.BEST, 2).values.mean(2)
-
-
-def channel_means(features: torch.Tensor, channels: int) -> torch.Tensor:
-    """Pooled features [N, C] from what the head gets: maps [N, C, h, w], flattened or not; pooled ones as they are."""
-    return features.reshape(len(features), channels, -1).mean(2)
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:

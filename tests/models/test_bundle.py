@@ -25,7 +25,7 @@ from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores
 from chestct.models.saliency import normal_cam
-from chestct.models.vgg16 import VGG16, channel_means
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "
         maps = net.pool(conv5)
         logits, baseline = net.head(maps).numpy(), normal_cam(net, conv5[:4])
     point = OperatingPoint.fit(logits, np.arange(24) % classes, EvaluationConfig(threshold="youden"))
-    pooled = channel_means(maps, 512)
+    pooled = net.channel_means(maps)
     facts = {
         "task": "binary" if classes == 2 else "subtype",
         "classes": ["normal", "cancer"] if classes == 2 else ["normal", "adenocarcinoma", "large_cell", "squamous"],

@@ -30,7 +30,7 @@ def test_convolutions_are_torchvisions(oxford):
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize(("pool", "width"), [("gap", 512), ("flatten", 512 * 4)])
+@pytest.mark.parametrize(("pool", "width"), [("gap", 512), ("flatten", 512 * 4), ("mean_max_std", 512 * 3)])
 @pytest.mark.parametrize("hidden", [[], [16, 8]])
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(oxford, pool, width, hidden, outputs):
@@ -39,8 +39,19 @@ def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(oxford, po
     assert net.pooled(x).shape == (3, width)
     assert net(x).shape == (3, outputs)
     assert torch.allclose(net.head(net.pooled(x)), net(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.channel_means(net.pooled(x)), net.channel_means(net.maps(x)))
     torch.nn.init.constant_(net.head[-1].bias, 900.0)
     assert net(x).min() > 1  # logits, not scores
+
+
+@torch.no_grad()
+def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean(oxford):
+    net = make(oxford, pool="mean_max_std", block="3+4")
+    maps = net.maps(torch.rand(2, 1, 64, 64))
+    parts = net.head[0](maps).reshape(2, 256 + 512, 3)
+    torch.testing.assert_close(parts[..., 0], maps.mean((2, 3)))
+    torch.testing.assert_close(parts[..., 1], maps.amax((2, 3)))
+    torch.testing.assert_close(parts[..., 2], maps.std((2, 3), correction=0), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("freeze", "trainable"), [(True, 0), (False, 26), (3, 12), (5, 0)])
