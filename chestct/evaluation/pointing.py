@@ -83,7 +83,9 @@ def drawn_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesion
         if lungs is not None:
             square, mask = insertion.insert(images[row] / np.float32(255), lungs.mask, "lesion", rng)
             if mask.any():
-                squares.append(square), masks.append(mask), kept.append(content)
+                squares.append(square)
+                masks.append(mask)
+                kept.append(content)
     contents = [f"{content} drawn {insertion.VERSION}" for content in kept]
     return _lesions(rows[rows["content"].isin(kept)], squares, masks, contents, cfg)
 
@@ -144,11 +146,11 @@ def game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -
     found = hits(heats)
     lungs = [find_lungs(as_bytes(image)) for image in lesions.images]
     by_chance = [near[i][lung.mask].mean() for i, lung in enumerate(lungs) if lung is not None]
-    known = usual is not None and usual.any()
+    taught = None if usual is None or not usual.any() else np.broadcast_to(usual, (count, *usual.shape[-2:]))
     n, share = effective_size(found, lesions.groups), float(found.mean())
     return {
         "slices": count,
         "heat map": Estimate(share, *wilson(share * n, n), count, len(np.unique(lesions.groups))),
         "random place in the lungs": float(np.mean(by_chance)) if by_chance else None,
-        "usual place": float(hits(np.broadcast_to(usual, (count, *usual.shape[-2:]))).mean()) if known else None,
+        "usual place": None if taught is None else float(hits(taught).mean()),
     }

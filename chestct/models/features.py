@@ -53,16 +53,16 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
                 grid = net.grid if cfg.model.pool == "topk" else (1, 1)
                 kept.append(Kept(partial(_covered, grid=grid), places, folder / "places"))
             label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
-            settings = {"batch_size": cfg.features.batch_size, "label": label}
-            shown, *known = extract(kept, partial(dataset.shown, view=view), net.mean.device, **settings)
+            run = partial(extract, batch_size=cfg.features.batch_size, label=label)
+            shown, *known = run(kept, partial(dataset.shown, view=view), net.mean.device)
             data.features[split].append(shown)
             data.places[split] += known
         data.spaces[split] = spaces
 
 
-def _covered(masks: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """How much of each place of a grid bool masks [B, 1, S, S] cover, float32 [B, 1, h, w]."""
-    return functional.adaptive_avg_pool2d(masks.float(), list(grid))
+    return functional.adaptive_avg_pool2d(masks.float(), grid)
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:

@@ -35,7 +35,8 @@ class VGG16(nn.Module):
         layers = convolutions(weights.backbone).eval()
         if self.blocks != [5]:
             layers = layers[: self._block_ends(layers)[self.block]]
-        self.channels, *self.grid = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        self.channels, *grid = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        self.grid: tuple[int, int] = (grid[0], grid[1])  # of the maps that the head gets
         if weights.tensors is None:
             layers = convolutions(weights.backbone, "cpu").eval()[: len(layers)]
         else:

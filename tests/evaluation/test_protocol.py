@@ -183,8 +183,7 @@ def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(evaluati
     changed = np.abs(lesions.images - originals)
     assert changed[lesions.masks].min() > 0.05
     assert changed[~lesions.masks].mean() < 0.01
-    again = drawn_lesions(rows, store.images, cfg)
-    assert np.array_equal(again.images, lesions.images)
+    assert np.array_equal(drawn_lesions(rows, store.images, cfg).images, lesions.images)
     cancers = rows[rows["label"] == "cancer"]
     assert drawn_lesions(cancers, store.images, cfg) is known_lesions(rows[:0], store.images, cfg) is None
 
@@ -199,24 +198,23 @@ def test_pointing_finds_lesions_where_the_evidence_is(phantoms: Path, cache: Pat
     test = result.data.manifest[result.data.manifest["split"] == "test"]
     images = result.data.store.images
     made = {"known": known_lesions(test, images, cfg), "drawn": drawn_lesions(test, images, cfg)}
+    cover = torch.nn.functional.adaptive_avg_pool2d
+    where = {len(lesions.masks): cover(torch.tensor(lesions.masks).float(), 16) for lesions in made.values()}
+    assert len(where) == 2  # their number tells which slices are asked for
 
-    def pointed(kind: str, sign: int) -> dict:
-        masks = torch.from_numpy(made[kind].masks).float()
-        evidence = sign * (torch.nn.functional.adaptive_avg_pool2d(masks, 16) - 0.01)
-        shown = {len(lesions.masks): None for lesions in made.values()} | {len(masks): evidence}
-        monkeypatch.setattr(
-            "chestct.evaluation.pointing.normalised_cam",
-            lambda net, conv5, *_: (None, torch.zeros(len(conv5), 4, 4) if shown[len(conv5)] is None else evidence),
-        )
-        return pointing(cfg, result.data, [result.best, result.best])[kind]
+    def pointed(sign: int) -> dict:
+        def evidence(net: VGG16, conv5: torch.Tensor, *_: object) -> tuple[None, torch.Tensor]:
+            return None, sign * (where[len(conv5)] - 0.01)
 
-    assert len(made["known"].masks) != len(made["drawn"].masks)
+        monkeypatch.setattr("chestct.evaluation.pointing.normalised_cam", evidence)
+        return pointing(cfg, result.data, [result.best, result.best])
+
+    right, wrong = pointed(1), pointed(-1)
     for kind, lesions in made.items():
-        right, wrong = pointed(kind, 1), pointed(kind, -1)
-        assert right["slices"] == len(lesions.masks)
-        assert right["heat map"].value > 0.9
-        assert wrong["heat map"].value < 0.3
-        assert 0 <= right["usual place"] < 1
+        assert right[kind]["slices"] == len(lesions.masks)
+        assert right[kind]["heat map"].value > 0.9
+        assert wrong[kind]["heat map"].value < 0.3
+        assert 0 <= right[kind]["usual place"] < 1
     result.data.manifest["lesion"] = b""
     assert list(pointing(cfg, result.data, [result.best])) == ["drawn"]
 
