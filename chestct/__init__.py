@@ -1,3 +1,28 @@
-"""chestct tells cancer from normal on chest CT slices, and tells how far that answer can be trusted."""
+"""chestct tells cancer from normal on chest CT slices, and tells how far that answer can be trusted.
 
-__version__ = "0.1.0"
+import chestct
+
+model = chestct.load()
+print(model.predict("slice.dcm"))
+"""
+
+from typing import TYPE_CHECKING
+
+from chestct.version import __version__
+
+if TYPE_CHECKING:
+    from chestct.serving.model import Model
+
+__all__ = ["__version__", "load"]
+
+
+def load(source: str = "packaged", *, tracking_uri: str = "") -> "Model":
+    """The model in the package, in a bundle's folder, or behind a name, ready to answer; see `Model.predict`.
+
+    source: `packaged`, a folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`; tracking_uri: the
+    MLflow store or server that knows such a name. torch is imported here and not with `chestct`, which stays cheap.
+    Raises BundleError for what is no sound bundle, and ConfigError where a name leads to none.
+    """
+    from chestct.serving.model import Model
+
+    return Model(source, tracking_uri=tracking_uri)

@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from chestct.config.compose import compose
 from chestct.config.schema import Config
-from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.errors import ChestCTError, Interrupted
 from chestct.experiment import evaluate, export, train
 from chestct.program import errors_for_people, program
 
@@ -28,27 +27,16 @@ def serve(cfg: Config, out: Path) -> None:
     CHESTCT_USERNAME and CHESTCT_PASSWORD in the environment ask visitors for them. SIGHUP loads the bundle again, and
     asks MLflow where its name points by now; SIGTERM ends the service when requests under way are answered.
     """
+    from chestct.serving.model import bundle_folder
     from chestct.serving.monitor import Monitor
     from chestct.serving.server import serve
 
     monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
     try:
-        serve(cfg, lambda: _bundle(cfg.bundle or "packaged", cfg), monitor.record if monitor else None)
+        serve(cfg, lambda: bundle_folder(cfg.bundle or "packaged", cfg), monitor.record if monitor else None)
     finally:
         if monitor:
             monitor.close()
-
-
-def _bundle(source: str, cfg: Config | None = None, *overrides: str) -> str:
-    """The bundle's folder; MLflow, which takes seconds to import, only for a name in it."""
-    if not source.startswith(("models:/", "runs:/")):
-        return source
-    try:
-        from chestct.tracking.registry import fetch_bundle
-
-        return fetch_bundle(source, cfg or compose(*overrides))
-    except ModuleNotFoundError as error:  # as in the image
-        raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None
 
 
 @program("stage")
@@ -105,10 +93,12 @@ def predict() -> None:
     parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")
     given = parser.parse_args()
     from chestct.serving.batch import describe, find_files, predict_files
+    from chestct.serving.model import bundle_folder
 
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
-    bundle = _bundle(given.bundle, None, *([f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []))
+    overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
+    bundle = bundle_folder(given.bundle, None, *overrides)
     try:
         rows, reused = predict_files(paths, given.out, bundle, every=given.every, progress=sys.stderr.isatty())
     except (KeyboardInterrupt, Interrupted):

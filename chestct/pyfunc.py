@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-import chestct
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.tracking.registry import BUNDLE
+from chestct.version import __version__
 
 if TYPE_CHECKING:
     from chestct.tracking import Run
@@ -59,7 +59,7 @@ def save_model(bundle: Path, folder: Path) -> None:
         data_path=str(bundle),
         signature=ModelSignature(images, infer_signature(answer).inputs),
         input_example=example,
-        pip_requirements=[f"chestct=={chestct.__version__}"],  # MLflow would look for them in a process of its own
+        pip_requirements=[f"chestct=={__version__}"],  # MLflow would look for them in a process of its own
     )
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-import chestct
 from chestct.audit.shortcuts import shortcut_scores
 from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
@@ -39,6 +38,7 @@ from chestct.stats import drift
 from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
 from chestct.stats.metrics import Estimate, auroc, measure
 from chestct.tracking import code_version
+from chestct.version import __version__
 
 SPLITS = ("train", "valid", "test")
 
@@ -262,7 +262,7 @@ def made() -> dict[str, Any]:
     return {
         "command": " ".join(["python" if program.endswith(".py") else "", program, *sys.argv[1:]]).strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "chestct": chestct.__version__,
+        "chestct": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         **code_version(),

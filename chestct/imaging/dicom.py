@@ -38,6 +38,10 @@ MAX_RLE_BYTES = 1 << 24  # of one frame: every two can stand for 128, expanded b
 MAX_TILES = 4096  # of a JPEG 2000 frame: the decoder keeps several kB for each before it reads any
 MAX_SCANS = 100  # of a JPEG frame: each costs a pass over the whole of it
 
+AXIAL = (
+    0.8  # cosine of the angle to the patient's axis beyond which a slice is not axial; gantries tilt up to 30 degrees
+)
+
 SCAN, CODESTREAM = b"\xff\xda", b"\xff\x4f\xff\x51"
 FRAME_HEADER = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7](.{8})", re.DOTALL)
 
@@ -64,9 +68,7 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
     for frame in range(count) if every else (count // 2,):
         stored = _frame(dataset.PixelData, frame, layout, syntax)
         # Enhanced multi-frame CT keeps rescale and window in functional groups, for all frames or for each.
-        groups, macros = [*per_frame[frame : frame + 1], *shared], [dataset]
-        for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            macros += [item for group in groups for item in _items(group, macro)[:1]]
+        macros = _macros(dataset, [*per_frame[frame : frame + 1], *shared])
         color = 0.0
         if stored.ndim == 3:
             rgb = (stored / np.float32(2 ** layout["bits_stored"] - 1)).astype(np.float32).clip(0, 1)
@@ -75,26 +77,61 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
             gray = _windowed(stored, macros, layout, window)
         keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
         patient, study, series, modality = (_text(dataset, keyword) for keyword in keywords)
-        yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, modality)
+        spacing = _numbers(macros, "PixelSpacing", 2)
+        known = {"spacing": tuple(spacing) if spacing else None, "position": _position(macros)}
+        yield Slice(
+            gray, "DICOM", "DICOM", color, patient, study, series, frame, modality, **known, unfit=_unfit(macros)
+        )
 
 
 def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int, Position | None]:
     """(width, height, frames, position in the scan) that the header of the DICOM file `data` announces."""
     dataset, _, size = _read(data, limits)
-    return *size, _position(dataset)
+    return *size, _position([dataset])
 
 
-def _position(dataset: Dataset) -> Position | None:
+def _macros(dataset: Dataset, groups: list[Dataset]) -> list[Dataset]:
+    """Where elements of a frame stand: the dataset, and the items of its functional groups."""
+    names = ("PixelValueTransformation", "FrameVOILUT", "PixelMeasures", "PlanePosition", "PlaneOrientation")
+    return [dataset, *(item for name in names for group in groups for item in _items(group, f"{name}Sequence")[:1])]
+
+
+def _position(macros: list[Dataset]) -> Position | None:
     """Position in mm along the normal of the slice (PS3.3 C.7.6.2.1.1), else InstanceNumber; None without either."""
-    series = _text(dataset, "SeriesInstanceUID")
-    try:
-        corner, axes = dataset.get("ImagePositionPatient"), dataset.get("ImageOrientationPatient")
-        if corner and axes:
-            rows, columns = np.reshape(np.asarray(axes, float), (2, 3))
-            return series, "mm", float(np.cross(rows, columns) @ np.asarray(corner, float))
-        return series, "number", float(dataset["InstanceNumber"].value)
-    except (KeyError, TypeError, ValueError):  # missing, or no numbers: the pixels may be good all the same
-        return None
+    series = _text(macros[0], "SeriesInstanceUID")
+    corner, normal = _numbers(macros, "ImagePositionPatient", 3), _normal(macros)
+    if corner and normal is not None:
+        return series, "mm", float(normal @ np.asarray(corner))
+    number = _numbers(macros, "InstanceNumber", 1)
+    return (series, "number", number[0]) if number else None
+
+
+def _normal(macros: list[Dataset]) -> np.ndarray | None:
+    """The normal of the slice in the patient's coordinates, [3]."""
+    axes = _numbers(macros, "ImageOrientationPatient", 6)
+    return np.cross(axes[:3], axes[3:]) if axes else None
+
+
+def _unfit(macros: list[Dataset]) -> str:
+    """Why a DICOM image is no axial slice, in a sentence; "" where it may be one."""
+    if "LOCALIZER" in str(macros[0].get("ImageType") or "").upper():
+        return "This is a scout (localizer), not an axial slice."
+    normal = _normal(macros)
+    if normal is not None and abs(normal[2]) < AXIAL:
+        return "This slice is not axial: its plane is that of a coronal, sagittal or oblique image."
+    return ""
+
+
+def _numbers(datasets: list[Dataset], keyword: str, count: int) -> list[float] | None:
+    """So many numbers from the first dataset that has them; None where they are missing or no numbers."""
+    for dataset in datasets:
+        try:
+            numbers = np.asarray(dataset.get(keyword), float).reshape(-1)
+        except (TypeError, ValueError):  # the pixels may be good all the same
+            continue
+        if len(numbers) == count and np.isfinite(numbers).all():
+            return numbers.tolist()
+    return None
 
 
 def _read(data: bytes, limits: Limits) -> tuple[Dataset, uid.UID, tuple[int, int, int]]:

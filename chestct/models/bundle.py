@@ -19,7 +19,6 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-import chestct
 from chestct.config.schema import ModelConfig, WindowConfig
 from chestct.config.targets import check_trusted
 from chestct.errors import BundleError, WeightsError
@@ -31,6 +30,7 @@ from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import explained_output, heat, normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
+from chestct.version import __version__
 
 SCHEMA = 2
 """Version of bundle.json; any other is refused. 2: the baseline of heat maps has a mean and a spread."""
@@ -97,6 +97,20 @@ class Bundle:
         """The window for DICOM files, unless another is given."""
         return WindowConfig(**self.facts["window"])
 
+    @property
+    def elsewhere(self) -> str:
+        """How the same recipe did at its threshold in collections that it had not seen; "" where that is not known."""
+        rows = self.facts.get("elsewhere", [])
+        if not rows:
+            return ""
+        spans = [sorted(row[name] for row in rows) for name in ("sensitivity", "specificity")]
+        found, flagged = spans[0], sorted(1 - share for share in spans[1])
+        cancers, normals = (f"{100 * span[0]:.0f} to {100 * span[-1]:.0f} %" for span in (found, flagged))
+        return (
+            f"In {len(rows)} collections, each left out of training in turn, a threshold set this way called {cancers} "
+            f"of the slices with cancer possible cancer, and {normals} of the normal ones."
+        )
+
     @cached_property
     def seen(self) -> frozenset[str]:
         """The first 16 digits of the content hash of every slice in train or valid."""
@@ -140,7 +154,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     mean, scale = net.mean.flatten().tolist(), net.scale.flatten().tolist()
     facts = {
         "schema": SCHEMA,
-        "chestct": chestct.__version__,
+        "chestct": __version__,
         **{key: value for key, value in bundle.facts.items() if key != "digest"},
         "weights": {"packaged": not own, "mean": mean, "scale": scale, "digest": net.digest},
         "operating_point": asdict(bundle.point),

@@ -19,7 +19,7 @@ from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED
 from chestct.reporting.environment import render
 from chestct.serving.monitor import read_records
-from chestct.serving.predictor import NOT_MEDICAL
+from chestct.serving.prediction import NOT_MEDICAL
 from chestct.stats.drift import MEASURED, PSI_LARGE, differences, holm, reference
 
 FEWEST = 50  # slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2

@@ -26,11 +26,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-import chestct
 from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ChestCTError, DecodeError
 from chestct.serving.limits import SOON, RequestLimits
-from chestct.serving.predictor import BUSY, NOT_MEDICAL, BusyError, OnAnswer, Predictor, data_uri
+from chestct.serving.prediction import data_uri
+from chestct.serving.predictor import BUSY, BusyError, OnAnswer, Predictor
+from chestct.version import __version__
 
 logger = logging.getLogger("chestct.serving")
 
@@ -55,7 +56,7 @@ def make_app(
     slots = asyncio.Semaphore(cfg.queue_size)
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "bundle": predictor.bundle.id, "version": chestct.__version__})
+        return JSONResponse({"status": "ok", "bundle": predictor.bundle.id, "version": __version__})
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -197,17 +198,7 @@ def answer(
         prediction = predictor.predict(data, name="file", explain=with_overlay, cancelled=cancelled, ends=ends)
         if on_answer:
             on_answer(prediction)
-        fields: dict[str, Any] = {
-            "score": round(prediction.score, 6),
-            "decision": prediction.decision,
-            "reason": prediction.reason,
-            "probabilities": {name: round(share, 6) for name, share in prediction.probabilities.items()},
-            "possible": list(prediction.possible),
-            "novelty": round(prediction.novelty, 4),
-            "known": prediction.known,
-            "bundle": prediction.bundle,
-            "notice": NOT_MEDICAL,
-        }
+        fields = prediction.as_dict()
         if with_overlay:
             image = prediction.overlay() or Image.fromarray(prediction.gray)
             fields["overlay"] = data_uri(image, "PNG", compress_level=1)

@@ -21,7 +21,8 @@ from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read
 from chestct.imaging.slice_files import describe_skipped, walk
 from chestct.models.vgg16 import pick_device
-from chestct.serving.predictor import NOT_MEDICAL, Prediction, Predictor
+from chestct.serving.prediction import NOT_MEDICAL, Prediction
+from chestct.serving.predictor import Predictor
 
 THREADS = 6
 """Files read, decoded and predicted at once: enough to keep the network busy, few enough to hold in memory."""

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 from chestct.config.schema import PhantomConfig
 from chestct.phantom.defects import dicom
 from chestct.phantom.thorax import display, draw
-from chestct.serving.predictor import jpeg_uri
+from chestct.serving.prediction import jpeg_uri
 
 PHANTOMS = {
     "large-lesion.dcm": ("Large lesion", "large_cell", 0.0, 10),

@@ -17,7 +17,7 @@ import numpy as np
 
 from chestct.errors import ChestCTError
 from chestct.imaging.statistics import STATISTICS, image_statistics
-from chestct.serving.predictor import Prediction
+from chestct.serving.prediction import Prediction
 
 logger = logging.getLogger("chestct.serving")
 

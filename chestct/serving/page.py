@@ -17,7 +17,8 @@ from PIL import Image
 from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ChestCTError
 from chestct.serving.examples import Example
-from chestct.serving.predictor import OnAnswer, Predictor, jpeg_uri
+from chestct.serving.prediction import jpeg_uri
+from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.reading import Files, Reading, expand, read, take
 from chestct.serving.sentences import HEAT, NOTICE, card_body, caveats, plain
 

@@ -4,36 +4,32 @@ The network takes one slice at a time: on a processor a shared pass is no faster
 fight for the same cores. Everything else happens in the caller's thread, within a budget of pixels.
 """
 
-import base64
-import io
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 from chestct.errors import ChestCTError
 from chestct.imaging.decode import declared_size, decode, decode_frames
-from chestct.imaging.preprocess import placement
 from chestct.imaging.slice import Limits, Slice, pixel_hash
-from chestct.models.bundle import Bundle, load_bundle
+from chestct.models.bundle import Bundle, Outputs, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN
-from chestct.models.saliency import blend, heat_to_slice
+from chestct.serving.prediction import Prediction
+
+BATCH = 16
+"""Slices in one pass of `predict_slices`: enough for an accelerator, few enough to hold."""
 
 COLOR = 0.05
 """Mean chroma (see chestct.imaging.slice.Slice) above which an image is a colour photograph, not CT."""
 
 SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""
-
-NOT_MEDICAL = "Research use only. Not a medical device: do not use it for diagnosis or treatment."
 
 NEVER = threading.Event()
 """A request that nobody cancels."""
@@ -43,32 +39,6 @@ BUSY = "The service is busy. Try again in a few seconds."
 
 class BusyError(ChestCTError):
     """More is asked than can be answered in time, or whoever asked has gone."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prediction:
-    """The answer for one slice."""
-
-    score: float  # calibrated P(cancer), in [0, 1]; given for refused slices too, where it means little
-    decision: str  # cancer, normal, uncertain or refused
-    reason: str  # of a refusal or an uncertainty, else ""
-    probabilities: dict[str, float]  # calibrated P(class)
-    possible: tuple[str, ...]  # conformal set: classes that cannot be excluded at the bundle's coverage
-    novelty: float  # distance to the training data; uncertain above 1, refused above FOREIGN
-    known: bool  # whether this very slice was in train or valid
-    gray: np.ndarray  # uint8 [H, W], as decoded
-    heat: np.ndarray | None  # float32 [H, W] in [0, 1], evidence for cancer; all zero where there is none
-    slice: Slice
-    bundle: str  # id of the bundle that answered
-
-    def overlay(self) -> Image.Image | None:
-        """The slice at full resolution with its heat over it; None where there is none to show.
-
-        Heat is relative to its own slice: on one called normal the brightest spot is no sign of anything.
-        """
-        if self.decision not in ("cancer", UNCERTAIN) or self.heat is None or not self.heat.any():
-            return None
-        return Image.fromarray(blend(self.gray, self.heat, 0.6))
 
 
 OnAnswer = Callable[[Prediction], None]
@@ -143,6 +113,15 @@ class Predictor:
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
             yield self._answer(bundle, decoded, explain, NEVER, math.inf)
 
+    def predict_slices(self, slices: Iterable[Slice]) -> Iterator[Prediction]:
+        """The answers for decoded slices with their heat, BATCH at a time, in the same order."""
+        bundle, rest = self.bundle, iter(slices)
+        while batch := list(islice(rest, BATCH)):
+            squares = np.stack([bundle.preprocess(decoded.gray) for decoded in batch])
+            with self._network:
+                answer = bundle.predict(squares, explain=True)
+            yield from (_prediction(bundle, decoded, answer, i) for i, decoded in enumerate(batch))
+
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
         self.bundle = load_bundle(source)
@@ -162,34 +141,39 @@ class Predictor:
             answer = bundle.predict(square[None], explain)
         finally:
             self._network.release()
-        gray = (decoded.gray * 255 + 0.5).astype(np.uint8)
-        heat = None
-        if answer.heat is not None:
-            heat = heat_to_slice(torch.from_numpy(answer.heat[0]), gray.shape, placement(gray, bundle.preprocess))
-        novelty = float(answer.novelty[0])
-        sets = bundle.point.sets(answer.probabilities)[0]
-        possible = tuple(name for name, held in zip(bundle.classes, sets, strict=True) if held)
-        refusal = why_refused(decoded, novelty)
-        decision = REFUSED if refusal else str(answer.decision[0])
-        return Prediction(
-            score=float(answer.score[0]),
-            decision=decision,
-            reason=refusal or (_why_uncertain(bundle, possible, novelty) if decision == UNCERTAIN else ""),
-            probabilities=dict(zip(bundle.classes, answer.probabilities[0].tolist(), strict=True)),
-            possible=possible,
-            novelty=novelty,
-            known=pixel_hash(decoded.levels)[:16] in bundle.seen,
-            gray=gray,
-            heat=heat,
-            slice=decoded,
-            bundle=bundle.id,
-        )
+        return _prediction(bundle, decoded, answer)
+
+
+def _prediction(bundle: Bundle, decoded: Slice, answer: Outputs, i: int = 0) -> Prediction:
+    """The i-th of a bundle's answers as that for a slice."""
+    novelty = float(answer.novelty[i])
+    sets = bundle.point.sets(answer.probabilities[i : i + 1])[0]
+    possible = tuple(name for name, held in zip(bundle.classes, sets, strict=True) if held)
+    refusal = why_refused(decoded, novelty)
+    decision = REFUSED if refusal else str(answer.decision[i])
+    return Prediction(
+        score=float(answer.score[i]),
+        decision=decision,
+        reason=refusal or (_why_uncertain(bundle, possible, novelty) if decision == UNCERTAIN else ""),
+        probabilities=dict(zip(bundle.classes, answer.probabilities[i].tolist(), strict=True)),
+        possible=possible,
+        novelty=novelty,
+        known=pixel_hash(decoded.levels)[:16] in bundle.seen,
+        gray=(decoded.gray * 255 + 0.5).astype(np.uint8),
+        heat_grid=None if answer.heat is None else answer.heat[i],
+        slice=decoded,
+        bundle=bundle.id,
+        caveat=bundle.elsewhere,
+        preprocess=bundle.preprocess,
+    )
 
 
 def why_refused(decoded: Slice, novelty: float) -> str:
     """Why no answer is given for a slice, in a sentence; "" where one is."""
     if decoded.modality not in ("", "CT"):
         return f"This DICOM file is not CT: its modality is {decoded.modality}."
+    if decoded.unfit:
+        return decoded.unfit
     if decoded.color > COLOR:
         return "This is a colour image, and CT slices are grey."
     if min(decoded.gray.shape) < SMALLEST:
@@ -213,19 +197,3 @@ def _why_uncertain(bundle: Bundle, possible: tuple[str, ...], novelty: float) ->
     if not possible:
         return f"At {share} coverage the score fits no class: it is unlike the validation slices of each."
     return f"At {share} coverage the score fits more than one answer: {' or '.join(possible)}."
-
-
-def data_uri(image: Image.Image, format: str, side: int | None = None, **options: int) -> str:
-    """A picture for a page or an answer, at most `side` pixels a side, which never lies on the server's disk.
-
-    format and options: Pillow's.
-    """
-    if side:
-        image.thumbnail((side, side), Image.Resampling.BILINEAR)
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return f"data:image/{format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def jpeg_uri(image: Image.Image) -> str:
-    return data_uri(image, "JPEG", 512, quality=90)

@@ -19,7 +19,8 @@ from chestct.imaging.decode import Size, declared_size
 from chestct.imaging.slice_files import is_slice_name
 from chestct.models.bundle import Bundle
 from chestct.serving.api import UploadError
-from chestct.serving.predictor import OnAnswer, Prediction, Predictor, jpeg_uri
+from chestct.serving.prediction import Prediction, jpeg_uri
+from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.sentences import UNREADABLE, explanation, headline, plain, score_name, verdict
 
 logger = logging.getLogger("chestct.serving")

@@ -7,7 +7,7 @@ which is Markdown itself; Gradio shows it without its HTML.
 import re
 
 from chestct.models.bundle import Bundle
-from chestct.serving.predictor import NOT_MEDICAL, Prediction
+from chestct.serving.prediction import NOT_MEDICAL, Prediction
 
 NOTICE = "**{}.** {}".format(*NOT_MEDICAL.split(". ", 1))
 
@@ -36,26 +36,12 @@ SIGNS = {"cancer": "Possible cancer", "normal": "No sign of cancer"}
 
 def headline(decision: str, bundle: Bundle) -> str:
     """The decision in a few words."""
-    return (SIGNS if elsewhere(bundle) else {}).get(decision, HEADLINES[decision])
+    return (SIGNS if bundle.elsewhere else {}).get(decision, HEADLINES[decision])
 
 
 def score_name(bundle: Bundle) -> str:
     """What the score is called: a probability of cancer only where nothing is known against that."""
-    return "Score" if elsewhere(bundle) else "Probability of cancer"
-
-
-def elsewhere(bundle: Bundle) -> str:
-    """How the same recipe did at its threshold in collections that it had not seen; "" where that is not known."""
-    rows = bundle.facts.get("elsewhere", [])
-    if not rows:
-        return ""
-    spans = [sorted(row[name] for row in rows) for name in ("sensitivity", "specificity")]
-    found, flagged = spans[0], sorted(1 - share for share in spans[1])
-    cancers, normals = (f"{100 * span[0]:.0f} to {100 * span[-1]:.0f} %" for span in (found, flagged))
-    return (
-        f"In {len(rows)} collections, each left out of training in turn, a threshold set this way called {cancers} of "
-        f"the slices with cancer possible cancer, and {normals} of the normal ones."
-    )
+    return "Score" if bundle.elsewhere else "Probability of cancer"
 
 
 def plain(text: str) -> str:
@@ -74,7 +60,7 @@ def verdict(prediction: Prediction, bundle: Bundle) -> str:
     """What stands below the headline: the score and its side of the threshold, or the reason for another decision."""
     if prediction.decision == "refused":
         return plain(prediction.reason)
-    point, away = bundle.point, elsewhere(bundle)
+    point, away = bundle.point, bundle.elsewhere
     side = "at or above" if prediction.decision == "cancer" else "below"
     if prediction.decision == "uncertain":
         lines = [plain(prediction.reason)]
@@ -105,7 +91,7 @@ def explanation(prediction: Prediction, bundle: Bundle) -> str:
         )
     share, coverage = prediction.score, f"{100 * bundle.point.coverage:.0f} %"
     lines = {}
-    if elsewhere(bundle):
+    if bundle.elsewhere:
         lines["The score"] = "It ranks slices. How probable cancer is at a given score differs between hospitals."
     elif prediction.decision != "uncertain":  # where calibration does not hold
         number = "hardly any" if share < 0.01 else "almost all" if share > 0.99 else f"about {100 * share:.0f}"

@@ -30,7 +30,8 @@ from chestct.errors import ChestCTError, ConfigError
 from chestct.imaging.slice import Limits
 from chestct.serving.api import make_app
 from chestct.serving.limits import login_from
-from chestct.serving.predictor import OnAnswer, Prediction, Predictor
+from chestct.serving.prediction import Prediction
+from chestct.serving.predictor import OnAnswer, Predictor
 
 logger = logging.getLogger("chestct.serving")
 

@@ -11,7 +11,8 @@ from chestct.errors import ChestCTError
 from chestct.imaging.slice import Slice
 from chestct.serving import monitor
 from chestct.serving.monitor import COLUMNS, Monitor, read_records
-from chestct.serving.predictor import Prediction, Predictor
+from chestct.serving.prediction import Prediction
+from chestct.serving.predictor import Predictor
 from tests.serving.test_predictor import png
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from chestct.serving.page import SESSIONS
-from chestct.serving.predictor import NOT_MEDICAL
+from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.sentences import headline, score_name
 from tests.serving.conftest import Served, make_bundle, serving, zipped
 from tests.serving.visitor import Visitor

@@ -10,7 +10,7 @@ from chestct.imaging.slice import Slice
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
 from chestct.models.operating_point import OperatingPoint
 from chestct.serving import sentences
-from chestct.serving.predictor import NOT_MEDICAL, Prediction
+from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.stats.calibration import Calibration
 
 

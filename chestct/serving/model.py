@@ -1,0 +1,102 @@
+"""The Python API: `chestct.load()` gives a `Model`, which answers for files, bytes and arrays.
+
+Errors are those of the commands (chestct.errors): a sentence that says what is wrong with which file.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from chestct.config.schema import Config, WindowConfig
+from chestct.errors import ConfigError, DataError
+from chestct.imaging.decode import decode
+from chestct.imaging.slice import Slice
+from chestct.models.bundle import Bundle
+from chestct.models.vgg16 import pick_device
+from chestct.serving.prediction import NOT_MEDICAL, Prediction
+from chestct.serving.predictor import BATCH, Predictor
+
+Source = str | Path | bytes | np.ndarray
+"""A slice: a file's path, a file's bytes, or an array, see `Model.predict`."""
+
+
+class Model:
+    """A bundle that is ready to answer, on this machine's accelerator where there is one; any thread may ask it."""
+
+    def __init__(self, source: str | Path = "packaged", *, tracking_uri: str = "") -> None:
+        overrides = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
+        self.bundle_folder = bundle_folder(str(source), None, *overrides)
+        self.predictor = Predictor(self.bundle_folder)
+        self.predictor.bundle.net.to(pick_device())
+
+    @property
+    def bundle(self) -> Bundle:
+        """Its parts, and in `card` when not to trust it."""
+        return self.predictor.bundle
+
+    @overload
+    def predict(self, source: Source, *, spacing: tuple[float, float] | None = None) -> Prediction: ...
+
+    @overload
+    def predict(self, source: Sequence[Source], *, spacing: tuple[float, float] | None = None) -> list[Prediction]: ...
+
+    def predict(
+        self, source: Source | Sequence[Source], *, spacing: tuple[float, float] | None = None
+    ) -> Prediction | list[Prediction]:
+        """The answer for a slice; for a list of slices a list of answers, computed in batches.
+
+        source: a path, the bytes of a file (PNG, JPEG, TIFF, BMP, WebP or DICOM, known by their content), or an array
+        [H, W]: Hounsfield units as signed integers, which the bundle's window makes grey, or grey levels as uint8 or as
+        floats in [0, 1]. spacing: millimetres between an array's rows and between its columns, for the size of regions.
+
+        An answer holds its slice, some megabytes: give thousands in parts. Raises DecodeError, which names the file,
+        for one that cannot be read, and DataError for an array that is no slice.
+        """
+        read = partial(_slice, window=self.bundle.window, spacing=spacing)
+        if isinstance(source, str | Path | bytes | np.ndarray):
+            return next(self.predictor.predict_slices([read(source)]))
+        answers: list[Prediction] = []
+        with ThreadPoolExecutor(4) as pool:  # decoders let go of the interpreter
+            for at in range(0, len(source), BATCH):
+                answers += self.predictor.predict_slices(list(pool.map(read, source[at : at + BATCH])))
+        return answers
+
+    def __repr__(self) -> str:
+        return f"<chestct model {self.bundle.id}: {' or '.join(self.bundle.classes)}. {NOT_MEDICAL}>"
+
+
+def _slice(source: Source, window: WindowConfig, spacing: tuple[float, float] | None) -> Slice:
+    if not isinstance(source, np.ndarray):
+        if spacing:
+            raise DataError("spacing belongs to arrays; of a file, the file says it. Leave it out.")
+        return decode(Path(source) if isinstance(source, str) else source, window)
+    if source.ndim != 2 or not source.size:
+        raise DataError(f"An array of shape {list(source.shape)} is no slice: give [H, W], or list(volume) for many.")
+    if source.dtype.kind == "i":
+        low = window.center - 0.5 - (window.width - 1) / 2  # the function of chestct.imaging.dicom
+        source = ((source - low) / max(window.width - 1, 1e-6)).clip(0, 1).astype(np.float32)
+    if source.dtype.kind == "f" and source.min() >= 0 and source.max() <= 1:  # NaN is neither
+        source = source.astype(np.float32)
+    elif source.dtype != np.uint8:
+        raise DataError(
+            f"An array of {source.dtype} is neither uint8 nor floats in [0, 1]. Hounsfield units are given as signed "
+            "integers: array.astype('int16')."
+        )
+    return Slice(source, "array", str(source.dtype), spacing=spacing)
+
+
+def bundle_folder(source: str, cfg: Config | None = None, *overrides: str) -> str:
+    """The bundle's folder; MLflow, which takes seconds to import, only for a name in it. Raises ConfigError."""
+    if not source.startswith(("models:/", "runs:/")):
+        return source
+    try:
+        from chestct.config.compose import compose
+        from chestct.tracking.registry import fetch_bundle
+
+        return fetch_bundle(source, cfg or compose(*overrides))
+    except ModuleNotFoundError as error:  # as in the image
+        raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None

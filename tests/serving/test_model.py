@@ -1,0 +1,87 @@
+"""The Python API: what `chestct.load()` gives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import chestct
+from chestct.errors import BundleError, ConfigError, DataError, DecodeError
+from chestct.imaging.decode import decode
+from chestct.serving.model import Model
+from chestct.serving.prediction import NOT_MEDICAL
+from chestct.serving.predictor import Predictor
+
+
+@pytest.fixture(scope="module")
+def model(bundle_folder: Path) -> Model:
+    return chestct.load(str(bundle_folder))
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, chestct; chestct.load; assert not {'torch', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_path_bytes_and_a_list_get_the_answers_of_the_service(model: Model, phantoms: Path) -> None:
+    paths = sorted(phantoms.glob("test/*/*.png"))
+    service = Predictor(model.bundle_folder)
+    expected = [service.predict(path).score for path in paths]
+    assert [answer.score for answer in model.predict(paths)] == pytest.approx(expected, abs=1e-5)
+    assert model.predict(str(paths[0])).score == pytest.approx(expected[0], abs=1e-6)
+    assert model.predict(paths[0].read_bytes()).as_dict() == model.predict(paths[0]).as_dict()
+
+
+def test_arrays_are_hounsfield_units_as_integers_or_grey_levels(model: Model, examples: dict[str, bytes]) -> None:
+    data = examples["large-lesion.dcm"]
+    gray = decode(data, model.bundle.window).gray
+    window = model.bundle.window
+    hu = np.rint(window.center - 0.5 + (gray - 0.5) * (window.width - 1)).astype(np.int16)
+    expected = model.predict(data).score
+    assert model.predict(gray).score == pytest.approx(expected, abs=1e-6)
+    assert model.predict(hu).score == pytest.approx(expected, abs=0.02)
+    for wrong in (hu.astype(float), gray[None], gray[:0], np.full((90, 90), np.nan)):
+        with pytest.raises(DataError, match="array of"):
+            model.predict(wrong)
+
+
+def test_regions_enclose_the_hottest_places_and_know_their_size(model: Model, examples: dict[str, bytes]) -> None:
+    answer = model.predict(examples["large-lesion.dcm"])
+    assert answer.decision == "cancer"
+    assert answer.heat is not None
+    first = answer.regions[0]
+    row, column = np.unravel_index(answer.heat.argmax(), answer.heat.shape)
+    left, top, right, bottom = first.box
+    assert left <= column < right
+    assert top <= row < bottom
+    assert answer.slice.spacing is not None
+    assert first.size_mm == pytest.approx(
+        ((right - left) * answer.slice.spacing[1], (bottom - top) * answer.slice.spacing[0])
+    )
+    assert model.predict(answer.gray).regions[0].size_mm is None
+    assert model.predict(answer.gray, spacing=(0.5, 0.5)).regions[0].size_mm == (
+        pytest.approx((0.5 * (right - left), 0.5 * (bottom - top)))
+    )
+    assert not model.predict(examples["no-lesion.dcm"]).regions
+
+
+def test_whatever_is_printed_says_that_it_is_no_medical_device(model: Model, examples: dict[str, bytes]) -> None:
+    answer = model.predict(examples["hills.jpg"])
+    assert answer.decision == "refused"
+    assert NOT_MEDICAL in repr(answer)
+    assert answer.reason in repr(answer)
+    assert NOT_MEDICAL in repr(model)
+    assert answer.as_dict()["notice"] == NOT_MEDICAL
+
+
+def test_mistakes_are_answered_in_a_sentence(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="No bundle in"):
+        chestct.load(str(tmp_path))
+    with pytest.raises(ConfigError, match="models:/nobody@champion"):
+        chestct.load("models:/nobody@champion", tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
+    with pytest.raises(DecodeError, match=r"missing\.png"):
+        model.predict([str(tmp_path / "missing.png")])
+    with pytest.raises(DataError, match="spacing belongs to arrays"):
+        model.predict(b"", spacing=(1, 1))
