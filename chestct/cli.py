@@ -4,6 +4,7 @@ Whatever a command needs is imported when its settings are known to be right, so
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, Interrupted
 from chestct.experiment import evaluate, export, train
+from chestct.files import write_atomic
 from chestct.program import errors_for_people, program
 
 
@@ -76,12 +78,16 @@ def sync(cfg: Config, out: Path) -> None:
 
 
 def predict() -> None:
-    """Scores chest CT slices (PNG, JPEG, TIFF, BMP, WebP, DICOM) into a table. Research use only.
+    """Scores chest CT slices and scans into a table. Research use only.
+
+    Files (PNG, JPEG, TIFF, BMP, WebP, DICOM), NIfTI volumes, and folders and zip archives of them. DICOM slices of one
+    series, and those of a volume, make a scan: they stand in the table in the order of their positions, and the scores
+    of scans are printed and written next to it, as JSON.
 
     One row a slice: path, frame, score (calibrated P(cancer)), decision (cancer, normal, uncertain, refused, or
     unreadable for a file), reason, possible (classes that cannot be excluded), a probability for each class, novelty
     (distance to the training data; beyond 1 unfamiliar), known (the slice was in the training data), bundle, file_hash,
-    frames. The same command again goes on where the last one ended, and reads only what changed.
+    frames, series, position. The same command again goes on where the last one ended, and reads only what changed.
 
     Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
     """
@@ -94,6 +100,7 @@ def predict() -> None:
     given = parser.parse_args()
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
+    from chestct.serving.scan import describe_scans, scans_in
 
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
@@ -104,6 +111,10 @@ def predict() -> None:
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
+    scans = scans_in(rows)
+    if summary := describe_scans(scans):
+        write_atomic(given.out.with_suffix(".json"), json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n")
+        print(f"{summary}\nScores of all slices of each scan: {given.out.with_suffix('.json')}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))

@@ -1,4 +1,4 @@
-"""Bytes to pixels: the only door through which files become `Slice`s; PNG, JPEG, TIFF, BMP, WebP and DICOM.
+"""Bytes to pixels: the only door through which files become `Slice`s; PNG, JPEG, TIFF, BMP, WebP, DICOM and NIfTI.
 
 Files come from strangers, so the content decides what a file is, and everything that can be wrong with one ends as
 DecodeError. `dicom` is imported when the first such file is met: that takes longer than a PNG to decode.
@@ -6,8 +6,9 @@ DecodeError. `dicom` is imported when the first such file is met: that takes lon
 
 import errno
 import warnings
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,9 @@ from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, R
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
 
 SIGNATURES = (
-    (128, b"DICM", "DICOM"),  # first: the preamble before it may hold a TIFF header
+    (344, b"n+1\0", "NIFTI"),
+    (4, b"n+2\0", "NIFTI"),
+    (128, b"DICM", "DICOM"),  # before TIFF: the preamble before it may hold a TIFF header
     (0, b"\x89PNG\r\n\x1a\n", "PNG"),
     (0, b"\xff\xd8\xff", "JPEG"),
     (0, b"II*\0", "TIFF"),
@@ -47,9 +50,10 @@ def decode(
 ) -> Slice:
     """The slice in a file, or in a file's bytes, called `name` in errors.
 
-    Of a multi-frame DICOM it is the middle frame (the ends of a scan show neck or abdomen), of a TIFF with several
-    pages or an animation the first (later TIFF pages are often thumbnails). Unsigned samples are divided by the largest
-    value that their type can hold (1, 255, 65535), float samples have to lie in [0, 1], DICOM goes through `window`.
+    Of a multi-frame DICOM or a NIfTI volume it is the middle frame (the ends of a scan show neck or abdomen), of a TIFF
+    with several pages or an animation the first (later TIFF pages are often thumbnails). Unsigned samples are divided
+    by the largest value that their type can hold (1, 255, 65535), float samples have to lie in [0, 1], DICOM and NIfTI
+    go through `window`.
     Colour becomes luma (ITU-R BT.601), transparent pixels are put on black, orientation is applied.
 
     Raises DecodeError for whatever is wrong with the file. Other threads may decode at the same time.
@@ -77,6 +81,10 @@ def declared_size(data: bytes, limits: Limits = DEFAULT_LIMITS, *, name: str | N
             from chestct.imaging import dicom
 
             return Size(*dicom.declared_size(data, limits))
+        if format == "NIFTI":
+            from chestct.imaging import nifti
+
+            return Size(*nifti.declared_size(data, limits))
         return Size(*raster.declared_size(data, format, limits))
 
 
@@ -92,7 +100,10 @@ def read(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 
 def sniff(data: bytes) -> str:
-    """Name of the format of `data` ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "DICOM") by its content, or ""."""
+    """Name of the format of `data` ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "DICOM", "NIFTI") by its content, or ""."""
+    if data.startswith(b"\x1f\x8b"):  # gzip: so are most NIfTI files
+        with suppress(zlib.error):
+            data = zlib.decompressobj(31).decompress(data[:4096], 352)
     return next((format for at, sign, format in SIGNATURES if data.startswith(sign, at)), "")
 
 
@@ -105,6 +116,10 @@ def _slices(
             from chestct.imaging import dicom
 
             yield from dicom.slices(data, window, limits, every)
+        elif format == "NIFTI":
+            from chestct.imaging import nifti
+
+            yield from nifti.slices(data, window, limits, every)
         else:
             yield from raster.slices(data, format, limits, every)
 
@@ -114,7 +129,7 @@ def _explained(data: bytes, limits: Limits, label: str) -> Iterator[str]:
     """The format of data; turns whatever decoders raise for wrong bytes, which has no common type, into DecodeError."""
     if not (format := sniff(data)):
         start = f"it starts with {data[:24]!r}" if data else "it is empty"
-        raise DecodeError(label, f"neither PNG, JPEG, TIFF, BMP, WebP nor DICOM: {start}")
+        raise DecodeError(label, f"neither PNG, JPEG, TIFF, BMP, WebP, DICOM nor NIfTI: {start}")
     try:
         if len(data) > limits.max_bytes:
             raise RefusedError(f"{len(data):,} bytes; data.max_bytes allows {limits.max_bytes:,}")

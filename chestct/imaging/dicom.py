@@ -27,7 +27,7 @@ from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options
 
 from chestct.config.schema import WindowConfig
-from chestct.imaging.slice import BudgetedFile, Limits, MissingDecoderError, RefusedError, Slice
+from chestct.imaging.slice import BudgetedFile, Limits, MissingDecoderError, Position, RefusedError, Slice
 
 # It logs each odd value and a traceback of what it then raises; `decode` says what matters.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -44,9 +44,6 @@ AXIAL = (
 
 SCAN, CODESTREAM = b"\xff\xda", b"\xff\x4f\xff\x51"
 FRAME_HEADER = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7](.{8})", re.DOTALL)
-
-Position = tuple[str, str, float]
-"""Where a slice lies: SeriesInstanceUID, `mm` or `number`, and the value; sorts within one series."""
 
 
 def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> Iterator[Slice]:
@@ -78,10 +75,9 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
         keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
         patient, study, series, modality = (_text(dataset, keyword) for keyword in keywords)
         spacing = _numbers(macros, "PixelSpacing", 2)
-        known = {"spacing": tuple(spacing) if spacing else None, "position": _position(macros)}
-        yield Slice(
-            gray, "DICOM", "DICOM", color, patient, study, series, frame, modality, **known, unfit=_unfit(macros)
-        )
+        rows_columns = (spacing[0], spacing[1]) if spacing else None
+        place, unfit = _position(macros), _unfit(macros)
+        yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, modality, rows_columns, place, unfit)
 
 
 def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int, Position | None]:

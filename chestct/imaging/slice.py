@@ -11,6 +11,11 @@ from functools import cached_property
 
 import numpy as np
 
+from chestct.config.schema import WindowConfig
+
+Position = tuple[str, str, float]
+"""Where a slice lies: SeriesInstanceUID, `mm` or `number`, and the value; sorts within one series."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -44,7 +49,7 @@ class Slice:
     [0, 1]; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or "DICOM"; color: mean chroma, (max - min of
     R, G, B) / 255: below 0.02 for CT with coloured marks or JPEG noise, above 0.05 for most photographs; patient,
     study, series, modality: DICOM's, or ""; frame: index in a file of several. Where the file says: spacing, in mm
-    between rows and between columns; position, of chestct.imaging.dicom; unfit, why it is no axial slice.
+    between rows and between columns; position; unfit, why it is no axial slice.
     """
 
     levels: np.ndarray
@@ -57,7 +62,7 @@ class Slice:
     frame: int = 0
     modality: str = ""
     spacing: tuple[float, float] | None = None
-    position: tuple[str, str, float] | None = None
+    position: Position | None = None
     unfit: str = ""
 
     @cached_property
@@ -92,6 +97,11 @@ class BudgetedFile(io.BytesIO):
 def as_gray(levels: np.ndarray) -> np.ndarray:
     """Grey levels of any kind (see Slice) as float32 in [0, 1]."""
     return levels if levels.dtype.kind == "f" else levels / np.float32(np.iinfo(levels.dtype).max)
+
+
+def windowed(hu: np.ndarray, window: WindowConfig) -> np.ndarray:
+    """Hounsfield units as grey levels, float32 in [0, 1] (PS3.3 C.11.2.1.2.1, see chestct.imaging.dicom)."""
+    return ((hu - (window.center - 0.5)) / max(window.width - 1, 1e-6) + 0.5).clip(0, 1).astype(np.float32)
 
 
 def pixel_hash(levels: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Scores folders of slices into a table: `chestct predict`.
+"""Scores files, folders, zip archives and volumes into a table of slices, and of scans: `chestct predict`.
 
 Rows are appended to OUT.partial as answers come, and become OUT, in order, when all are there. A row that this bundle
 made of the same bytes, in either of the two, is kept: a killed run loses seconds. Names and reasons come from
@@ -10,19 +10,24 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile, ZipInfo
 
 from rich.console import Console
 from rich.progress import track
 
 from chestct.errors import ChestCTError, DataError, DecodeError
 from chestct.files import digest, write_atomic
-from chestct.imaging.decode import read
-from chestct.imaging.slice_files import describe_skipped, walk
+from chestct.imaging.decode import read, sniff
+from chestct.imaging.slice import Limits
+from chestct.imaging.slice_files import describe_skipped, is_slice_name, walk
 from chestct.models.vgg16 import pick_device
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
+from chestct.serving.scan import Row, in_order
 
 THREADS = 6
 """Files read, decoded and predicted at once: enough to keep the network busy, few enough to hold in memory."""
@@ -32,19 +37,43 @@ PATIENCE = 24 * 3600.0
 
 FIRST, LAST = (
     ["path", "frame", "score", "decision", "reason", "possible"],
-    ["novelty", "known", "bundle", "file_hash", "frames"],
+    ["novelty", "known", "bundle", "file_hash", "frames", "series", "position"],
 )
 
-Row = dict[str, str]
-"""A row as the CSV holds it, by column."""
+MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
+"""Files in a zip archive, and the bytes that all of them together announce, beyond which it is not opened."""
 
 
-def find_files(sources: list[Path], out: Path) -> tuple[list[Path], list[tuple[str, str]]]:
-    """The files given and those in the folders given, none twice; and (name, reason) of each that was skipped.
+@dataclass(frozen=True)
+class Entry:
+    """A file in a zip archive. It is read in memory, where a name can lead nowhere."""
+
+    archive: ZipFile
+    info: ZipInfo
+
+    def __str__(self) -> str:
+        return f"{self.archive.filename}/{self.info.filename}"
+
+    def read(self, limits: Limits) -> bytes:
+        """Raises DecodeError. zipfile gives no more bytes than an entry announces."""
+        if self.info.file_size > limits.max_bytes:
+            raise DecodeError(str(self), f"{self.info.file_size:,} bytes; data.max_bytes allows {limits.max_bytes:,}")
+        try:
+            return self.archive.read(self.info)
+        except Exception as error:  # whatever wrong bytes lead zipfile and zlib to
+            raise DecodeError(str(self), f"cannot be taken from the zip archive ({error})") from None
+
+
+File = Path | Entry
+
+
+def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
+    """The files given and those in folders and zip archives, none twice; and (name, reason) of each that was skipped.
 
     out: the table, which is no slice. Raises DataError where something given is not there, or where there is no file.
     """
-    own = {os.path.abspath(out), os.path.abspath(f"{out}.partial")}  # noqa: PTH100  Path.resolve would follow links
+    names = (out, f"{out}.partial", out.with_suffix(".json"))
+    own = {os.path.abspath(name) for name in names}  # noqa: PTH100  Path.resolve would follow links
     paths: dict[Path, None] = {}
     skipped: list[tuple[str, str]] = []
     for source in sources:
@@ -60,11 +89,27 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[Path], list[tuple[s
     if not paths:
         names = f" {describe_skipped(skipped)}." if skipped else ""
         raise DataError(f"No files in {', '.join(map(str, sources))}.{names} Give slices, or folders that hold some.")
-    return list(paths), skipped
+    return [file for path in paths for file in (entries(path) if path.suffix.lower() == ".zip" else [path])], skipped
+
+
+def entries(path: Path) -> list[File]:
+    """The files of a zip archive that may be slices, by their names alone. Raises DataError."""
+    try:
+        archive = ZipFile(path)
+        found: list[File] = [Entry(archive, info) for info in archive.infolist() if is_slice_name(info.filename)]
+    except Exception as error:  # as above
+        raise DataError(f"{path} cannot be opened as a zip archive: {error}. Make it again, or unpack it.") from None
+    size = sum(info.file_size for info in archive.infolist())
+    if not found or len(found) > MAX_ENTRIES or size > MAX_INFLATED:
+        raise DataError(
+            f"{path} holds {len(found):,} files that may be slices, {size:,} bytes in all; it takes at least one, at "
+            f"most {MAX_ENTRIES:,} files and {MAX_INFLATED:,} bytes. Unpack what is wanted of it, and give the folder."
+        )
+    return found
 
 
 def predict_files(
-    paths: list[Path], out: Path, bundle: str | Path = "packaged", *, every: bool = False, progress: bool = False
+    paths: Sequence[File], out: Path, bundle: str | Path = "packaged", *, every: bool = False, progress: bool = False
 ) -> tuple[list[Row], int]:
     """Writes the answers for `paths` to the CSV `out`, one row a slice and one for each unreadable file.
 
@@ -82,7 +127,7 @@ def predict_files(
         earlier = {path: rows for file in (out, partial) for path, rows in _read_table(file, columns).items()}
         earlier = {path: rows for path, rows in earlier.items() if rows[0]["bundle"] == predictor.bundle.id}
         write_atomic(partial, _as_csv(columns, [row for rows in earlier.values() for row in rows]))
-        answers = pool.map(lambda path: _answer(predictor, path, earlier.get(cell(str(path)), []), every), paths)
+        answers = pool.map(lambda path: answer_file(predictor, path, earlier.get(cell(str(path)), []), every), paths)
         shown = track(answers, "files", len(paths), console=Console(stderr=True), disable=not progress)
         with partial.open("a", encoding="utf-8", newline="") as file:
             for rows, are_old in shown:
@@ -91,6 +136,7 @@ def predict_files(
                 if not are_old:
                     file.write(_as_csv(columns, rows, header=False))
                     file.flush()
+        table = in_order(table)
         write_atomic(out, _as_csv(columns, table))
         partial.unlink(missing_ok=True)
     except OSError as error:
@@ -102,18 +148,24 @@ def predict_files(
     return table, reused
 
 
-def _answer(predictor: Predictor, path: Path, old: list[Row], every: bool) -> tuple[list[Row], bool]:
-    """The rows of a file, and whether they are the old ones: of the same bytes, and all that is wanted now."""
+def answer_file(
+    predictor: Predictor, path: File, old: Sequence[Row] = (), every: bool = False
+) -> tuple[list[Row], bool]:
+    """The rows of a file, and whether they are the old ones: of the same bytes, and all that is wanted now.
+
+    A volume has a row for each of its slices, whatever `every` says.
+    """
     file_hash = ""
     try:
-        data = read(path, predictor.limits)
+        data = read(path, predictor.limits) if isinstance(path, Path) else path.read(predictor.limits)
+        every = every or sniff(data) == "NIFTI"
         file_hash = digest(data)
         if (
             old
             and all(row["file_hash"] == file_hash and row["decision"] != "unreadable" for row in old)
             and old[0]["frames"] == (str(len(old)) if every else "")
         ):
-            return old, True
+            return list(old), True
         with predictor.room(data):
             if every:
                 rows = [_row(path, one) for one in predictor.predict_frames(data, name=str(path), explain=False)]
@@ -126,7 +178,8 @@ def _answer(predictor: Predictor, path: Path, old: list[Row], every: bool) -> tu
         return [row | {"bundle": predictor.bundle.id, "file_hash": file_hash}], False
 
 
-def _row(path: Path, prediction: Prediction) -> Row:
+def _row(path: File, prediction: Prediction) -> Row:
+    place = prediction.slice.position
     return {
         "path": cell(str(path)),
         "frame": str(prediction.slice.frame),
@@ -138,6 +191,8 @@ def _row(path: Path, prediction: Prediction) -> Row:
         "novelty": f"{prediction.novelty:.6g}",
         "known": str(prediction.known),
         "bundle": prediction.bundle,
+        "series": cell(prediction.slice.series),
+        "position": "" if place is None else f"{place[2]:g} mm" if place[1] == "mm" else f"no. {place[2]:g}",
     }
 
 

@@ -14,11 +14,13 @@ import numpy as np
 from chestct.config.schema import Config, WindowConfig
 from chestct.errors import ConfigError, DataError
 from chestct.imaging.decode import decode
-from chestct.imaging.slice import Slice
+from chestct.imaging.slice import Slice, windowed
 from chestct.models.bundle import Bundle
 from chestct.models.vgg16 import pick_device
+from chestct.serving.batch import THREADS, answer_file, find_files
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import BATCH, Predictor
+from chestct.serving.scan import Scan, scans_in
 
 Source = str | Path | bytes | np.ndarray
 """A slice: a file's path, a file's bytes, or an array, see `Model.predict`."""
@@ -39,7 +41,9 @@ class Model:
         return self.predictor.bundle
 
     @overload
-    def predict(self, source: Source, *, spacing: tuple[float, float] | None = None) -> Prediction: ...
+    def predict(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
+        self, source: Source, *, spacing: tuple[float, float] | None = None
+    ) -> Prediction: ...
 
     @overload
     def predict(self, source: Sequence[Source], *, spacing: tuple[float, float] | None = None) -> list[Prediction]: ...
@@ -65,6 +69,18 @@ class Model:
                 answers += self.predictor.predict_slices(list(pool.map(read, source[at : at + BATCH])))
         return answers
 
+    def predict_scan(self, *sources: str | Path) -> list[Scan]:
+        """The scans in files, folders, zip archives of DICOM and NIfTI volumes: slices in order, and one score each.
+
+        Series that are no scan, such as scouts, are there as well and say why in `left_out`. No picture is kept: give
+        the path of a slice to `predict`. Raises DataError where there is no file; a file that cannot be read is left
+        out of its scan.
+        """
+        files, _ = find_files([Path(source) for source in sources], Path("scores.csv"))
+        with ThreadPoolExecutor(THREADS) as pool:
+            answers = list(pool.map(partial(answer_file, self.predictor, every=True), files))
+        return scans_in(row for rows, _ in answers for row in rows)
+
     def __repr__(self) -> str:
         return f"<chestct model {self.bundle.id}: {' or '.join(self.bundle.classes)}. {NOT_MEDICAL}>"
 
@@ -77,8 +93,7 @@ def _slice(source: Source, window: WindowConfig, spacing: tuple[float, float] | 
     if source.ndim != 2 or not source.size:
         raise DataError(f"An array of shape {list(source.shape)} is no slice: give [H, W], or list(volume) for many.")
     if source.dtype.kind == "i":
-        low = window.center - 0.5 - (window.width - 1) / 2  # the function of chestct.imaging.dicom
-        source = ((source - low) / max(window.width - 1, 1e-6)).clip(0, 1).astype(np.float32)
+        source = windowed(source, window)
     if source.dtype.kind == "f" and source.min() >= 0 and source.max() <= 1:  # NaN is neither
         source = source.astype(np.float32)
     elif source.dtype != np.uint8:

@@ -49,7 +49,7 @@ def take(files: list[dict[str, Any]], folder: Path) -> Files:
 def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
     """The files, archives opened, in the order of the scan. Raises UploadError.
 
-    That is by position (see `Size`) where every file has one, and by name, with numbers in their order.
+    That is by position (see `Size`); files that have none, whatever they are, come last, by name with numbers in order.
     max_slices: frames and pages counted by their headers; max_bytes: all together, inflated.
     """
     slices: Files = []
@@ -62,8 +62,10 @@ def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
         raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
     headers = [_header(data) for _, data in slices]
     _check_count(sum(header.frames for header in headers), max_slices)
-    placed = all(header.position for header in headers)
-    order = sorted(range(len(slices)), key=lambda i: (placed and headers[i].position, natural(slices[i][0])))
+    order = sorted(
+        range(len(slices)),
+        key=lambda i: (not headers[i].position, headers[i].position or (), natural(slices[i][0])),
+    )
     return [slices[i] for i in order]
 
 

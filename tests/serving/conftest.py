@@ -1,9 +1,11 @@
 """A bundle made from the small phantoms, with everything that the page shows, and a service that runs on it."""
 
 import contextlib
+import csv
 import io
 import os
 import socket
+import sys
 import threading
 import time
 import zipfile
@@ -18,6 +20,7 @@ import torch
 import uvicorn
 from sklearn.linear_model import Ridge
 
+from chestct.cli import main
 from chestct.config.schema import Config, EvaluationConfig, ModelConfig, WindowConfig
 from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
@@ -152,3 +155,23 @@ def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> 
         for name, data in files.items():
             made.writestr(name, data)
     return archive.getvalue()
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def call(monkeypatch, small_bundle):
+    """call(*arguments): the exit status of `chestct predict`, with a small bundle unless one is given."""
+
+    def run(*arguments: object) -> int:
+        given = [str(argument) for argument in arguments]
+        bundle = [] if "--bundle" in given else ["--bundle", str(small_bundle)]
+        monkeypatch.setattr(sys, "argv", ["chestct", "predict", *given, *bundle])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0)
+
+    return run

@@ -1,6 +1,5 @@
 """The batch command: what lands in the table, what a killed run leaves, and what strangers' files can do to it."""
 
-import csv
 import os
 import signal
 import subprocess
@@ -11,12 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.cli import main
 from chestct.models.vgg16 import VGG16
 from chestct.serving import batch
 from chestct.serving.batch import find_files, predict_files
 from chestct.serving.predictor import Predictor
 from tests.models.test_bundle import make
+from tests.serving.conftest import rows
 from tests.serving.test_predictor import png
 
 ROOT = Path(__file__).parents[2]
@@ -32,26 +31,6 @@ def scans(tmp_path: Path) -> Path:
         path.write_bytes(png(i))
     (folder / "a" / "notes.txt").write_text("no image")
     return folder
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-@pytest.fixture
-def call(monkeypatch, small_bundle):
-    """call(*arguments): the exit status of `chestct predict`, with a small bundle unless one is given."""
-
-    def run(*arguments: object) -> int:
-        given = [str(argument) for argument in arguments]
-        bundle = [] if "--bundle" in given else ["--bundle", str(small_bundle)]
-        monkeypatch.setattr(sys, "argv", ["chestct", "predict", *given, *bundle])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0)
-
-    return run
 
 
 def test_every_file_gets_a_row_in_order_with_the_predictors_numbers(call, small_bundle, scans, tmp_path, capsys):

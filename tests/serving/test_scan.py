@@ -1,0 +1,186 @@
+"""Scans: whatever the files are called and whatever lies between them, slices are in the order of the body."""
+
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from pydicom.uid import generate_uid
+
+import chestct
+from chestct.config.schema import WindowConfig
+from chestct.errors import DataError, DecodeError
+from chestct.imaging.decode import decode, decode_frames
+from chestct.imaging.slice import Limits
+from chestct.serving.batch import entries
+from chestct.serving.examples import PHANTOMS
+from chestct.serving.scan import BEST, VALIDATION, describe_scans, scans_in
+from tests.serving.conftest import rows, zipped
+
+Slices = Callable[..., dict[str, bytes]]
+
+
+@pytest.fixture
+def scan(examples: dict[str, bytes]) -> Slices:
+    """scan(n, uid, **elements): n slices as DICOM; names run against the positions, and numbers mislead."""
+
+    def make(count: int = 8, uid: str = "1.2.3", **elements: object) -> dict[str, bytes]:
+        files = {}
+        for i in range(count):
+            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)]]))
+            dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid, generate_uid(entropy_srcs=[uid, str(i)])
+            dataset.ImagePositionPatient, dataset.InstanceNumber = [0, 0, 5.0 * i - 20], (7 * i) % count + 1
+            for name, value in elements.items():
+                setattr(dataset, name, value)
+            file = io.BytesIO()
+            dataset.save_as(file)
+            files[f"{uid}/IM{count - i:03}"] = file.getvalue()
+        return files
+
+    return make
+
+
+def positions(table: list[dict[str, str]]) -> list[float]:
+    return [float(row["position"].removesuffix(" mm")) for row in table if row["position"]]
+
+
+def test_a_zip_is_read_by_position_whatever_else_is_in_it(call, scan: Slices, tmp_path, capsys) -> None:
+    files = scan(8) | scan(2, "1.2.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    odd = {"DICOMDIR": b"x", "__MACOSX/._IM001": b"x", "1.2.3/readme.txt": b"no slice", "folder/": b""}
+    mixed = dict(sorted((files | odd).items()))
+    plain = zipped({name.replace("/", "\\"): data for name, data in mixed.items()})
+    (tmp_path / "scan.zip").write_bytes(plain)
+    assert call(tmp_path / "scan.zip", "--out", tmp_path / "s.csv") == 1  # the text file is told of
+    table = rows(tmp_path / "s.csv")
+    own = [row for row in table if row["series"] == "1.2.3"]
+    assert positions(own) == [5.0 * i - 20 for i in range(8)]
+    assert [row["decision"] for row in table if not row["series"]] == ["unreadable"]
+    first, other = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    highest = sorted((float(row["score"]) for row in own if row["decision"] != "refused"), reverse=True)[:BEST]
+    assert first["score"] == pytest.approx(sum(highest) / BEST, abs=1e-5)
+    assert first["slices"][first["most_suspicious"][0]]["score"] == highest[0]
+    assert "scout" in other["left_out"]
+    assert other["score"] is None
+    printed = capsys.readouterr().out
+    assert "Scan 1.2.3: score" in printed
+    assert "Left out: series 1.2.4, 2 images" in printed
+    assert VALIDATION in printed
+
+
+def test_the_order_is_the_same_from_a_folder_and_in_python(scan: Slices, bundle_folder: Path, tmp_path: Path) -> None:
+    model = chestct.load(str(bundle_folder))
+    for name, data in scan(6).items():
+        path = tmp_path / "folder" / "deep" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        (tmp_path / "folder" / f"copy-{path.name}").write_bytes(data)
+    (found,) = model.predict_scan(tmp_path / "folder")
+    assert len(found.rows) == 6  # a copy counts once
+    assert positions(list(found.rows)) == [5.0 * i - 20 for i in range(6)]
+    each = np.sort([model.predict(data).score for data in scan(6).values()])
+    assert found.score == pytest.approx(each[-BEST:].mean(), abs=1e-5)
+    assert "Not a medical device" in repr(found)
+    with pytest.raises(DataError, match="No such file"):
+        model.predict_scan(tmp_path / "nowhere")
+
+
+def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(
+    scan: Slices, bundle_folder: Path, tmp_path: Path
+) -> None:
+    kinds = {
+        "1.1": (scan(6, "1.1", ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial"),
+        "1.2": (scan(6, "1.2", Modality="PT"), "not CT"),
+        "1.3": (scan(2, "1.3"), "2 slices"),
+        "1.4": (scan(6, "1.4"), ""),
+    }
+    for files, _ in kinds.values():
+        for name, data in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+    found = chestct.load(str(bundle_folder)).predict_scan(tmp_path)
+    assert len(found) == len(kinds)
+    for one in found:
+        reason = kinds[one.series][1]
+        assert reason in one.left_out
+        assert bool(reason) == bool(one.left_out)
+    assert describe_scans(found).count("Left out: ") == 3
+    assert not describe_scans([one for one in found if one.left_out])
+
+
+def test_slices_without_a_position_are_ordered_by_their_numbers(call, scan: Slices, tmp_path) -> None:
+    (tmp_path / "s.zip").write_bytes(zipped(scan(6, ImagePositionPatient=None)))
+    assert call(tmp_path / "s.zip", "--out", tmp_path / "s.csv") == 0
+    assert [row["position"] for row in rows(tmp_path / "s.csv")] == [f"no. {i}" for i in range(1, 7)]
+
+
+def test_bad_archives_end_in_a_sentence(call, scan: Slices, tmp_path, capsys) -> None:
+    out = ("--out", tmp_path / "s.csv")
+    (tmp_path / "rubbish.zip").write_bytes(b"rubbish")
+    (tmp_path / "empty.zip").write_bytes(zipped({"DICOMDIR": b""}))
+    for name in ("rubbish.zip", "empty.zip"):
+        assert call(tmp_path / name, *out) == 2
+        assert name in capsys.readouterr().err
+    (tmp_path / "bomb.zip").write_bytes(zipped({"big": b"\0" * 3_000_000, "small": b"\0" * 100}))
+    big, small = entries(tmp_path / "bomb.zip")
+    with pytest.raises(DecodeError, match=r"data\.max_bytes allows 1,000"):
+        big.read(Limits(max_bytes=1000))
+    assert small.read(Limits(max_bytes=1000)) == b"\0" * 100
+    damaged = bytearray(zipped(scan(5), zipfile.ZIP_STORED))
+    damaged[len(damaged) // 2] ^= 255
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    assert call(tmp_path / "damaged.zip", *out) == 1  # the others are scored
+    assert "zip archive" in next(row["reason"] for row in rows(tmp_path / "s.csv") if row["decision"] == "unreadable")
+
+
+def volume(affine: np.ndarray, kind: type = nibabel.Nifti1Image) -> tuple[bytes, np.ndarray]:
+    """A NIfTI file whose voxels, put on the patient's axes (right, front, head), are the array that comes with it."""
+    hu = np.full((40, 30, 6), -800, np.int16)
+    hu[30:, :, :] = 100  # a bright side on the patient's left: x runs to the right below
+    hu[:, 20:, :] += 40
+    hu += 10 * np.arange(6, dtype=np.int16)
+    ras = nibabel.Nifti1Image(hu, np.diag([0.5, 0.75, 2.0, 1.0]))
+    start = nibabel.io_orientation(ras.affine)
+    turned = ras.as_reoriented(nibabel.orientations.ornt_transform(start, nibabel.io_orientation(affine)))
+    return kind(np.asarray(turned.dataobj), turned.affine).to_bytes(), hu
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "ILA"])
+def test_a_volume_lies_as_on_a_viewer_however_it_is_stored(axes: str) -> None:
+    affine = nibabel.orientations.inv_ornt_aff(nibabel.orientations.axcodes2ornt(axes), (40, 30, 6))
+    data, hu = volume(affine)
+    window = WindowConfig(center=-400.0, width=1601.0)
+    slices = list(decode_frames(gzip.compress(data), window))
+    assert len(slices) == 6
+    for k, one in enumerate(slices):
+        expected = (hu[::-1, ::-1, k].T + 400.5) / 1600 + 0.5  # right on the left side, front above
+        np.testing.assert_allclose(one.gray, expected, atol=1e-5)
+        assert one.spacing == pytest.approx((0.75, 0.5))
+    heights = [one.position[2] for one in slices if one.position]
+    assert np.diff(heights) == pytest.approx([2.0] * 5)
+    np.testing.assert_array_equal(decode(data, window).gray, slices[3].gray)
+
+
+def test_a_volume_is_one_scan_and_no_ct_is_refused(call, tmp_path, capsys) -> None:
+    data, _ = volume(np.eye(4))
+    (tmp_path / "ct.nii.gz").write_bytes(gzip.compress(data))
+    assert call(tmp_path / "ct.nii.gz", "--out", tmp_path / "s.csv") == 0
+    table = rows(tmp_path / "s.csv")
+    assert [row["frame"] for row in table] == [str(i) for i in range(6)]
+    assert len({row["series"] for row in table}) == 1
+    assert len(scans_in(table)) == 1
+    labels = nibabel.Nifti1Image(np.ones((9, 9, 9), np.uint8), np.eye(4)).to_bytes()
+    movie = nibabel.Nifti2Image(np.zeros((9, 9, 9, 2), np.int16), np.eye(4)).to_bytes()
+    for name, bad, reason in (
+        ("labels.nii", labels, "Hounsfield"),
+        ("movie.nii", movie, "three axes"),
+        ("cut.nii.gz", gzip.compress(data)[:-900], "damaged NIFTI"),
+    ):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(DecodeError, match=reason):
+            list(decode_frames(tmp_path / name, WindowConfig()))
