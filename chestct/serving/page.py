@@ -19,7 +19,7 @@ from chestct.errors import ChestCTError
 from chestct.serving.examples import Example
 from chestct.serving.prediction import jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
-from chestct.serving.reading import Files, Reading, expand, read, take
+from chestct.serving.reading import Files, Reading, expand, read, scan_of, take
 from chestct.serving.sentences import HEAT, NOTICE, card_body, caveats, plain
 
 SESSIONS = 64
@@ -27,6 +27,15 @@ SESSIONS = 64
 
 TONES = {"cancer": "#dc2626", "normal": "#059669", "uncertain": "#d97706"}
 """Behind the headline, thinned so that its text stays readable on light and on dark ground."""
+
+PICTURES = 24
+"""Slices of a scan that are shown, the most suspicious first; the strip has the scores of all."""
+
+STRIP: dict[str, Any] = {
+    "columns": ["slice", "score", "decision"],
+    "datatypes": {"slice": "quantitative", "score": "quantitative", "decision": "nominal"},
+    "mark": "point",
+}
 
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 
@@ -96,17 +105,24 @@ def make_page(
             bar = f'<progress max="{len(slices)}" value="{i}" aria-label="Progress"></progress>'
             yield {status: gr.update(value=f'<p role="status">{text}</p>{bar}', visible=True)}
             shown += read(predictor, name, data, record)
+        scan, about = scan_of(shown)
+        place = {id(reading): i for i, reading in enumerate(shown, 1)}
+        points = [[place[id(one)], one.score, one.decision] for one in scan]
+        if scan:
+            shown = sorted(shown, key=lambda one: one.suspicion, reverse=True)[:PICTURES]
         first = max(range(len(shown)), key=lambda i: (shown[i].suspicion, -i))
         counts = Counter(reading.decision for reading in shown).most_common()
         choice = "The most suspicious one is shown first; choose another to look at it."
         height = 170 if len(shown) < 7 else 320
         tally = ", ".join(f"{count} {decision}" for decision, count in counts)
         thumbs = [
-            {"image": {"url": one.slice or GREY}, "caption": f"{i}: {one.decision}"} for i, one in enumerate(shown, 1)
+            {"image": {"url": one.slice or GREY}, "caption": f"{place[id(one)]}: {one.decision}"} for one in shown
         ]
+        said = about or f"{tally}. {choice}"
         yield {
             **show(shown[first]),
-            status: gr.update(value=f"<b>{len(shown)} slices</b>: {tally}. {choice}", visible=len(shown) > 1),
+            status: gr.update(value=f"<b>{len(place)} slices</b>: {said}", visible=len(shown) > 1),
+            strip: gr.update(value=STRIP | {"data": points}, visible=bool(scan)),
             start: gr.update(visible=False),
             box: None,
             readings: shown,
@@ -157,6 +173,15 @@ def make_page(
                 with gr.Column(scale=7, min_width=320):
                     status = gr.HTML(visible=False, elem_id="status")
                     start = gr.Markdown(START.replace("ADDRESS", address), container=True)
+                    strip = gr.ScatterPlot(
+                        **dict(zip(("x", "y", "color"), STRIP["columns"], strict=True)),
+                        color_map=TONES,
+                        y_lim=[0, 1],
+                        height=150,
+                        label="Scores in the order of the scan",
+                        visible=False,
+                        elem_id="strip",
+                    )
                     still: dict[str, Any] = {"allow_preview": False, "interactive": False, "buttons": []}
                     gallery = gr.Gallery(show_label=False, visible=False, columns=6, elem_id="slices", **still)
                     with gr.Column(visible=False) as result:
@@ -179,10 +204,11 @@ def make_page(
             with gr.Tab("Model"):
                 card = gr.Markdown(container=True, elem_id="card")
         shown = [result, headline, verdict, score, picture, heat_box, heat, why_box, why]
+        answered = [status, start, box, readings, strip, gallery, *shown]
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         raw = quiet | {"preprocess": False, "postprocess": False, "concurrency_limit": 4}
-        box.upload(look, [box], [status, start, box, readings, gallery, *shown], **raw)
-        samples.click(look_at_example, [samples], [status, start, box, readings, gallery, *shown], **raw)
+        box.upload(look, [box], answered, **raw)
+        samples.click(look_at_example, [samples], answered, **raw)
         gallery.select(choose, [readings], shown, postprocess=False, **quiet)
         page.load(
             lambda: (card_body(predictor.bundle.card), caveats(predictor.bundle.card)), None, [card, doubts], **quiet

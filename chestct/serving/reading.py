@@ -21,6 +21,7 @@ from chestct.models.bundle import Bundle
 from chestct.serving.api import UploadError
 from chestct.serving.prediction import Prediction, jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
+from chestct.serving.scan import BEST, FEWEST, VALIDATION, scan_score
 from chestct.serving.sentences import UNREADABLE, explanation, headline, plain, score_name, verdict
 
 logger = logging.getLogger("chestct.serving")
@@ -125,6 +126,7 @@ class Reading:
     threshold: float = 0.0
     slice: str = ""
     heat: str = ""
+    series: str = ""  # as in Slice
 
     @property
     def suspicion(self) -> tuple[int, float]:
@@ -167,4 +169,20 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
         bundle.point.threshold,
         jpeg_uri(Image.fromarray(prediction.gray)),
         jpeg_uri(heat) if heat else "",
+        prediction.slice.series,
     )
+
+
+def scan_of(readings: list[Reading]) -> tuple[list[Reading], str]:
+    """The answered slices of the series with most of them, and what is said of it; none and "" where it is no scan."""
+    series: dict[str, list[Reading]] = {}
+    for reading in readings:
+        if reading.series and reading.suspicion[0] == 2:
+            series.setdefault(reading.series, []).append(reading)
+    scan = max(series.values(), key=len, default=[])
+    if len(scan) < FEWEST:
+        return [], ""
+    score = scan_score([reading.score for reading in scan])
+    others = len(readings) - len(scan)
+    rest = f" {others} other images are left out of it." if others else ""
+    return scan, f"Scan of {len(scan)} slices, score {score:.2f}: the mean of its {BEST} highest.{rest} {VALIDATION}"

@@ -56,7 +56,7 @@ class Scan:
     def score(self) -> float | None:
         """Mean of the BEST highest scores, in [0, 1]; None for what is left out. It ranks scans and is calibrated for
         none: the slices' calibration does not hold for the highest of many."""
-        return None if self.left_out else sum(float(row["score"]) for row in self.answered[:BEST]) / BEST
+        return None if self.left_out else scan_score([float(row["score"]) for row in self.answered])
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON, with the score of each slice in the order of the scan."""
@@ -86,6 +86,11 @@ class Scan:
             f"<scan of {len(self.rows)} slices, score {self.score:.3f}, most suspicious: {first}. {VALIDATION} "
             f"{NOT_MEDICAL}>"
         )
+
+
+def scan_score(scores: list[float]) -> float:
+    """Mean of the BEST highest scores of a scan's slices."""
+    return sum(sorted(scores)[-BEST:]) / BEST
 
 
 def in_order(rows: Iterable[Row]) -> list[Row]:

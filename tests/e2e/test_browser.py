@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.conftest import Served, bundle_folder, examples, files, served
+from tests.serving.conftest import Served, bundle_folder, examples, files, scan, served, zipped
 
-__all__ = ["bundle_folder", "examples", "files", "served"]  # fixtures
+__all__ = ["bundle_folder", "examples", "files", "scan", "served"]  # fixtures
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'chestct[dev]'")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")
@@ -142,3 +142,13 @@ def test_axe_finds_no_serious_barrier(visit, examples, scheme: str, viewport: di
     page.set_input_files("#upload input[type=file]", {"name": "a.zip", "mimeType": "", "buffer": b"PK\x03\x04rubbish"})
     page.wait_for_selector("#status [role=alert] >> text=That did not work.")  # announced to screen readers
     assert serious() == []
+
+
+def test_a_scan_is_shown_as_a_strip_of_scores(visit, scan) -> None:
+    page = visit()
+    give(page, ("scan.zip", zipped(scan(8))))
+    strip = page.locator("#strip")
+    strip.locator("canvas, svg").first.wait_for()
+    assert strip.bounding_box()["height"] > 100
+    assert "Not validated for patients" in page.inner_text("#status")
+    assert page.locator("#slices button.thumbnail-item, #slices .grid-container button").count() == 8

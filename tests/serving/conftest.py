@@ -9,15 +9,17 @@ import sys
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 import uvicorn
+from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
 from chestct.cli import main
@@ -31,7 +33,7 @@ from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
-from chestct.serving.examples import make_examples
+from chestct.serving.examples import PHANTOMS, make_examples
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import PatientServer, bind, make_server, predictor_for, upload_folder
 
@@ -175,3 +177,26 @@ def call(monkeypatch, small_bundle):
         return int(stop.value.code or 0)
 
     return run
+
+
+Slices = Callable[..., dict[str, bytes]]
+
+
+@pytest.fixture
+def scan(examples: dict[str, bytes]) -> Slices:
+    """scan(n, uid, **elements): n slices as DICOM; names run against the positions, and numbers mislead."""
+
+    def make(count: int = 8, uid: str = "1.2.3", **elements: object) -> dict[str, bytes]:
+        files = {}
+        for i in range(count):
+            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)]]))
+            dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid, generate_uid(entropy_srcs=[uid, str(i)])
+            dataset.ImagePositionPatient, dataset.InstanceNumber = [0, 0, 5.0 * i - 20], (7 * i) % count + 1
+            for name, value in elements.items():
+                setattr(dataset, name, value)
+            file = io.BytesIO()
+            dataset.save_as(file)
+            files[f"{uid}/IM{count - i:03}"] = file.getvalue()
+        return files
+
+    return make

@@ -124,3 +124,20 @@ def test_many_visitors_get_what_is_theirs_and_a_bounded_number_is_kept(bundle_fo
             Visitor(running.url).choose(0)
         gradio_app = running.server.config.app.routes[-1].app
         assert 0 < len(gradio_app.state_holder.session_data) <= SESSIONS
+
+
+def test_a_scan_is_a_strip_of_scores_with_the_most_suspicious_slices_first(visitor, served, scan) -> None:
+    files = scan(8)
+    visitor.look([("scan.zip", zipped(files | {"1.2.3/readme.txt": b"no slice"}))])
+    in_order = [served.predictor.predict(data) for _, data in sorted(files.items(), reverse=True)]
+    assert visitor.visible["strip"]
+    points = visitor.values["strip"]["data"]
+    assert [point[0] for point in points] == list(range(1, 9))
+    assert [point[1] for point in points] == pytest.approx([one.score for one in in_order], abs=1e-5)
+    shown = [int(item["caption"].split(":")[0]) for item in visitor.values["slices"]]
+    scores = [in_order[place - 1].score for place in shown[:8]]
+    assert scores == sorted(scores, reverse=True)
+    assert shown[8:] == [9]  # the text file
+    assert "Not validated for patients" in visitor.values["status"]
+    visitor.look(list(files.items())[:2])
+    assert not visitor.visible["strip"]

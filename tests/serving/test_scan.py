@@ -1,17 +1,13 @@
 """Scans: whatever the files are called and whatever lies between them, slices are in the order of the body."""
 
 import gzip
-import io
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
-from pydicom.uid import generate_uid
 
 import chestct
 from chestct.config.schema import WindowConfig
@@ -19,31 +15,8 @@ from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import decode, decode_frames
 from chestct.imaging.slice import Limits
 from chestct.serving.batch import entries
-from chestct.serving.examples import PHANTOMS
 from chestct.serving.scan import BEST, VALIDATION, describe_scans, scans_in
-from tests.serving.conftest import rows, zipped
-
-Slices = Callable[..., dict[str, bytes]]
-
-
-@pytest.fixture
-def scan(examples: dict[str, bytes]) -> Slices:
-    """scan(n, uid, **elements): n slices as DICOM; names run against the positions, and numbers mislead."""
-
-    def make(count: int = 8, uid: str = "1.2.3", **elements: object) -> dict[str, bytes]:
-        files = {}
-        for i in range(count):
-            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)]]))
-            dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid, generate_uid(entropy_srcs=[uid, str(i)])
-            dataset.ImagePositionPatient, dataset.InstanceNumber = [0, 0, 5.0 * i - 20], (7 * i) % count + 1
-            for name, value in elements.items():
-                setattr(dataset, name, value)
-            file = io.BytesIO()
-            dataset.save_as(file)
-            files[f"{uid}/IM{count - i:03}"] = file.getvalue()
-        return files
-
-    return make
+from tests.serving.conftest import Slices, rows, zipped
 
 
 def positions(table: list[dict[str, str]]) -> list[float]:
