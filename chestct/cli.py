@@ -5,13 +5,14 @@ Whatever a command needs is imported when its settings are known to be right, so
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from chestct.config.schema import Config
-from chestct.errors import ChestCTError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.experiment import evaluate, export, train
 from chestct.files import write_atomic
 from chestct.program import errors_for_people, program
@@ -120,6 +121,35 @@ def predict() -> None:
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))
 
 
+def embed() -> None:
+    """Writes the features of slices, one row a file, to a Parquet file: path, file_hash, content, features.
+
+    Exit status: 0 every file embedded, 1 some files unreadable, 2 nothing written.
+    """
+    parser = _parser("embed", embed.__doc__)
+    parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, folders and zip archives")
+    parser.add_argument("--bundle", default="packaged", help="whose preprocessing and convolutions are used (packaged)")
+    parser.add_argument("--block", default="", help="of VGG16: 3, 4, 5, or several joined as in 3+4 (the bundle's own)")
+    parser.add_argument("--pool", default="mean", choices=["mean", "max", "mean+max"], help="over the map (mean)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("features.parquet"), metavar="PARQUET", help="(features.parquet)"
+    )
+    given = parser.parse_args()
+    from chestct.config.schema import BLOCKS
+
+    if given.block and not re.fullmatch(BLOCKS, given.block):
+        raise ConfigError(f"--block {given.block}: give 3, 4 or 5, or several joined as in 3+4.")
+    from chestct.serving.batch import find_files
+    from chestct.serving.embed import embed as write
+    from chestct.serving.model import bundle_folder
+
+    files, _ = find_files(given.sources, given.out)
+    unread = write(files, given.out, bundle_folder(given.bundle), given.block, given.pool)
+    print(f"Features of {len(files) - len(unread):,} of {len(files):,} files: {given.out}")
+    print("\n".join(f"Not read: {reason}" for reason in unread[:10]), file=sys.stderr, end="\n" if unread else "")
+    sys.exit(2 if len(unread) == len(files) else min(len(unread), 1))
+
+
 def drift() -> None:
     """Compares what the service saw with what the model was trained on.
 
@@ -148,6 +178,7 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "train": (train, "train a model and test it"),
     "evaluate": (evaluate, "measure a checkpoint or a bundle, or compare two"),
     "predict": (predict, "score files and folders into a table"),
+    "embed": (embed, "write the features of files and folders"),
     "serve": (serve, "open the web page"),
     "audit": (audit, "find out what is wrong with the data"),
     "export": (export, "write the bundle of a checkpoint"),
