@@ -98,6 +98,7 @@ def predict() -> None:
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store or server that knows such a name")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
     parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")
+    parser.add_argument("--viewer", type=Path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
     given = parser.parse_args()
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
@@ -116,6 +117,10 @@ def predict() -> None:
     if summary := describe_scans(scans):
         write_atomic(given.out.with_suffix(".json"), json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n")
         print(f"{summary}\nScores of all slices of each scan: {given.out.with_suffix('.json')}")
+    if given.viewer:
+        from chestct.serving.viewer import export
+
+        print(f"For a viewer: {len(export(rows, paths, bundle, given.viewer))} DICOM files in {given.viewer}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))

@@ -67,6 +67,11 @@ class Entry:
 File = Path | Entry
 
 
+def read_file(file: File, limits: Limits) -> bytes:
+    """Raises DecodeError."""
+    return read(file, limits) if isinstance(file, Path) else file.read(limits)
+
+
 def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
     """The files given and those in folders and zip archives, none twice; and (name, reason) of each that was skipped.
 
@@ -156,7 +161,7 @@ def answer_file(
     """
     file_hash = ""
     try:
-        data = read(path, predictor.limits) if isinstance(path, Path) else path.read(predictor.limits)
+        data = read_file(path, predictor.limits)
         every = every or sniff(data) == "NIFTI"
         file_hash = digest(data)
         if (

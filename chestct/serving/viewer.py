@@ -1,0 +1,165 @@
+"""An answer as DICOM, for the viewer that the slice came from: Secondary Capture of the overlay, Structured Report.
+
+Both are of the slice's own study and refer to it, are marked as derived, preliminary and unverified, and say in the
+picture and in the text that they are for research. highdicom writes them; it is imported when they are asked for.
+"""
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from PIL import Image, ImageDraw
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from chestct.errors import ChestCTError, DataError
+from chestct.files import digest, write_atomic
+from chestct.imaging.decode import sniff
+from chestct.serving.batch import File, cell, read_file
+from chestct.serving.prediction import NOT_MEDICAL, Prediction
+from chestct.serving.predictor import Predictor
+from chestct.serving.scan import SHOWN, Row, scans_in
+from chestct.version import __version__
+
+warnings.filterwarnings("ignore", module=r"highdicom\b")  # names of one part, as anonymised files have them
+
+MAKER = {"manufacturer": "chestct", "manufacturer_model_name": "chestct", "software_versions": __version__}
+
+SERIES = 9900
+"""Number of the series of pictures, and one below that of reports: behind a scanner's own."""
+
+
+def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) -> list[Path]:
+    """Writes both files for the answer to a DICOM slice, called after it; returns their paths.
+
+    source: the slice's file; name: of it. Raises DataError where it is no DICOM image of one frame, or says not which
+    study it is of, and ChestCTError where highdicom is not installed.
+    """
+    try:
+        import highdicom
+    except ModuleNotFoundError:
+        raise ChestCTError("DICOM for a viewer needs highdicom: pip install 'chestct[viewer]'.") from None
+    try:
+        slice_ = pydicom.dcmread(io.BytesIO(source), stop_before_pixels=True)
+    except Exception:  # whatever wrong bytes lead pydicom to
+        slice_ = Dataset()
+    needed = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
+    if missing := [keyword for keyword in needed if not slice_.get(keyword)]:
+        raise DataError(f"{name}: no DICOM image that others can refer to; it has no {', '.join(missing)}.")
+    if int(slice_.get("NumberOfFrames") or 1) > 1:
+        raise DataError(f"{name}: it has several frames; DICOM for a viewer is written for single slices.")
+    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
+        slice_.setdefault(keyword, "")  # as anonymised files leave them out
+    for keyword in ("StudyDate", "StudyTime", "ReferringPhysicianName"):
+        slice_.setdefault(keyword, "")
+    made = {"overlay": _overlay(highdicom, slice_, prediction), "report": _report(highdicom, slice_, prediction)}
+    paths = []
+    for kind, dataset in made.items():
+        # The same answer again has the same UIDs, and a viewer keeps it once; all slices of a series make one series.
+        of = [prediction.bundle, kind]
+        dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[slice_.SeriesInstanceUID, *of])
+        dataset.SOPInstanceUID = generate_uid(entropy_srcs=[slice_.SOPInstanceUID, *of])
+        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+        dataset.InstanceNumber = slice_.get("InstanceNumber") or 1
+        dataset.SeriesDescription = "chestct, research only"
+        file = io.BytesIO()
+        dataset.save_as(file, enforce_file_format=True)
+        paths.append(write_atomic(folder / f"{Path(name).stem}-{digest(source)[:8]}-{kind}.dcm", file.getvalue()))
+    return paths
+
+
+def export(rows: list[Row], files: Sequence[File], bundle: str, folder: Path) -> list[Path]:
+    """Writes both files for DICOM slices in a table: of a scan the most suspicious ones, of others all that have answers.
+
+    files: those that the table is of. Raises as `write_dicom` does.
+    """
+    predictor, named = Predictor(bundle), {cell(str(file)): file for file in files}
+    paths: list[Path] = []
+    for scan in scans_in(rows):
+        for row in scan.answered if scan.left_out else scan.answered[:SHOWN]:
+            data = read_file(named[row["path"]], predictor.limits)
+            if sniff(data) == "DICOM":
+                paths += write_dicom(data, row["path"], predictor.predict(data), folder)
+    return paths
+
+
+def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
+    """The slice with its heat, and what it is worth, as Secondary Capture (PS3.3 A.8.1)."""
+    picture = (prediction.overlay() or Image.fromarray(prediction.gray)).convert("RGB")
+    text = f"RESEARCH ONLY, NOT A MEDICAL DEVICE  {prediction.decision}, score {prediction.score:.2f}"
+    ImageDraw.Draw(picture).text((4, 4), text, fill=(255, 255, 0), stroke_width=1, stroke_fill=(0, 0, 0))
+    uid = highdicom.UID
+    capture = highdicom.sc.SCImage.from_ref_dataset(
+        source,
+        pixel_array=np.asarray(picture),
+        photometric_interpretation="RGB",
+        bits_allocated=8,
+        coordinate_system="PATIENT",
+        patient_orientation=("L", "P"),
+        series_instance_uid=uid(),
+        series_number=SERIES,
+        sop_instance_uid=uid(),
+        instance_number=1,
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        **MAKER,
+    )
+    capture.Laterality = ""  # of the body part: both sides
+    capture.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
+    capture.DerivationDescription = f"Where bundle {prediction.bundle} of chestct looked. {NOT_MEDICAL}"[:1024]
+    referred = Dataset()
+    referred.ReferencedSOPClassUID, referred.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
+    capture.SourceImageSequence = [referred]
+    return capture
+
+
+def _report(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
+    """Score, decision, regions, caveats and the bundle's id as an Enhanced SR (PS3.3 A.35.2), with the slice's UID."""
+    sr = highdicom.sr
+
+    def concept(code: str, meaning: str) -> Any:
+        return sr.CodedConcept(code, "99CHESTCT", meaning)
+
+    contains = sr.RelationshipTypeValues.CONTAINS
+    score = concept("SCORE", "Score between 0 and 1 of a research model")
+    no_units = sr.CodedConcept("1", "UCUM", "no units")
+    number = sr.NumContentItem(score, round(prediction.score, 6), no_units, relationship_type=contains)
+    texts = {
+        "NOTICE": ("Notice", NOT_MEDICAL),
+        "DECISION": ("Decision of a research model", prediction.decision),
+        "REASON": ("Reason of the decision", prediction.reason),
+        "REGIONS": ("Where the model looked, pixels left top right bottom", _boxes(prediction)),
+        "CAVEAT": ("Results elsewhere", prediction.caveat),
+        "MODEL": ("Model", f"chestct {__version__}, bundle {prediction.bundle}"),
+    }
+    root = sr.ContainerContentItem(concept("RESULT", "Research result, not a diagnosis"))
+    root.ContentSequence = [
+        *(
+            sr.TextContentItem(concept(code, name), text, relationship_type=contains)
+            for code, (name, text) in texts.items()
+            if text
+        ),
+        number,
+        sr.ImageContentItem(
+            concept("SLICE", "The slice"), source.SOPClassUID, source.SOPInstanceUID, relationship_type=contains
+        ),
+    ]
+    return sr.EnhancedSR(
+        evidence=[source],
+        content=root,
+        series_instance_uid=highdicom.UID(),
+        series_number=SERIES + 1,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        is_complete=False,
+        is_final=False,
+        is_verified=False,
+        **MAKER,
+    )
+
+
+def _boxes(prediction: Prediction) -> str:
+    return "; ".join(" ".join(map(str, region.box)) for region in prediction.regions)
