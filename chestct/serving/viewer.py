@@ -73,7 +73,7 @@ def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) 
 
 
 def export(rows: list[Row], files: Sequence[File], bundle: str, folder: Path) -> list[Path]:
-    """Writes both files for DICOM slices in a table: of a scan the most suspicious ones, of others all that have answers.
+    """Writes both files for DICOM slices in a table: of a scan the most suspicious, of others all with answers.
 
     files: those that the table is of. Raises as `write_dicom` does.
     """
