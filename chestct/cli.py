@@ -115,8 +115,8 @@ def predict() -> None:
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
     scans = scans_in(rows)
     if summary := describe_scans(scans):
-        write_atomic(given.out.with_suffix(".json"), json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n")
-        print(f"{summary}\nScores of all slices of each scan: {given.out.with_suffix('.json')}")
+        every = json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n"
+        print(f"{summary}\nAll of them: {write_atomic(given.out.with_suffix('.scans.json'), every)}")
     if given.viewer:
         from chestct.serving.viewer import export
 

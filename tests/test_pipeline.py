@@ -25,7 +25,17 @@ ENTRIES = {
     ],
     "export": ["evaluation/export.py", "reporting/render.py", "evaluation/sections.py", "evaluation/split_policies.py"],
 }
-NO_RESULT = ("config", "errors.py", "files.py", "progress.py", "pyfunc.py", "tracking", "sweep.py", "__init__.py")
+NO_RESULT = (
+    "config",
+    "errors.py",
+    "files.py",
+    "progress.py",
+    "pyfunc.py",
+    "tracking",
+    "sweep.py",
+    "version.py",
+    "__init__.py",
+)
 """What passes settings on or keeps records: it decides no output."""
 
 NOT_THE_PIPELINES = (

@@ -77,7 +77,7 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
 
     out: the table, which is no slice. Raises DataError where something given is not there, or where there is no file.
     """
-    own = {os.path.abspath(part) for part in (out, f"{out}.partial", out.with_suffix(".json"))}  # noqa: PTH100  Path.resolve would follow links
+    own = {os.path.abspath(part) for part in (out, f"{out}.partial", out.with_suffix(".scans.json"))}  # noqa: PTH100  Path.resolve would follow links
     paths: dict[Path, None] = {}
     skipped: list[tuple[str, str]] = []
     for source in sources:

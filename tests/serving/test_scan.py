@@ -35,7 +35,7 @@ def test_a_zip_is_read_by_position_whatever_else_is_in_it(call, scan: Slices, bu
     own = [row for row in table if row["series"] == "1.2.3"]
     assert positions(own) == [5.0 * i - 20 for i in range(8)]
     assert [row["decision"] for row in table if not row["series"]] == ["unreadable"]
-    first, other = json.loads((tmp_path / "s.json").read_text(encoding="utf-8"))
+    first, other = json.loads((tmp_path / "s.scans.json").read_text(encoding="utf-8"))
     highest = sorted((float(row["score"]) for row in own if row["decision"] != "refused"), reverse=True)[:BEST]
     assert first["score"] == pytest.approx(sum(highest) / BEST, abs=1e-5)
     assert first["slices"][first["most_suspicious"][0]]["score"] == highest[0]
