@@ -103,6 +103,7 @@ class SourceConfig:
     patient: str = setting("", "regular expression on a slice's path below root, whose one group is the patient")
     boxes: str = setting("", "CSV file below root with tumour boxes: file,left,top,right,bottom in pixels of the slice")
     ordered: bool = setting(False, "file numbers run in patient order: near-copy groups that interleave are one")
+    weight: float = setting(1.0, "with data.balance: what its classes count next to those of others", low=0, high=100)
 
 
 @dataclass

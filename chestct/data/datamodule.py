@@ -52,7 +52,8 @@ class SliceDataset(Dataset):
         self.lungs: dict[int, bytes] = {}  # row of the store -> mask, packed; b"" where there are none
         self.has_places = train and (bool(cfg.data.lesions) or any(self.lesions))
         drawn = cfg.data.lesions * cfg.data.views / (cfg.data.views + 1) if train and cfg.task == "binary" else 0.0
-        self.w = torch.from_numpy(balanced_weights(manifest, y, drawn)) if cfg.data.balance else None
+        weights = {name: source.weight for name, source in cfg.data.sources.items()}
+        self.w = torch.from_numpy(balanced_weights(manifest, y, drawn, weights)) if cfg.data.balance else None
 
     def __len__(self) -> int:
         return len(self.y)

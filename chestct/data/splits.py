@@ -4,6 +4,8 @@ A group (copies, near-copies, one patient) that stands on both sides makes a sco
 data set it does so for 46 of 54 normal test slices. Every split made here is checked, and so is every split loaded.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -79,17 +81,21 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig) -> pd.Series
     return splits
 
 
-def balanced_weights(manifest: pd.DataFrame, target: np.ndarray, drawn: float = 0.0) -> np.ndarray:
+def balanced_weights(
+    manifest: pd.DataFrame, target: np.ndarray, drawn: float = 0.0, sources: Mapping[str, float] | None = None
+) -> np.ndarray:
     """How much each slice counts in the loss with data.balance: float32 [N].
 
     Every source x class has the same sum; within it a group's share grows with the square root of its slices, for they
     are alike. manifest: of the slices of one split; target: int [N]; drawn: share of the normal slices, over all views,
     that show a drawn lesion and are cancer: they take the place of so many others, and classes still count alike.
+    sources: what the classes of a source count, where that is not 1.
     """
     cells = manifest[["source", "group"]].assign(target=target)
     weight = cells.groupby(["source", "target", "group"])["target"].transform("size").to_numpy(float) ** -0.5
     total = cells.assign(weight=weight).groupby(["source", "target"])["weight"].transform("sum").to_numpy()
     weight *= len(cells) / total / cells[["source", "target"]].drop_duplicates().shape[0]
+    weight *= manifest["source"].map(sources or {}).fillna(1).to_numpy(float)
     return np.where(target > 0, (1 - 2 * drawn) * weight, weight).astype(np.float32)
 
 

@@ -196,15 +196,16 @@ def places_loss(evidence: torch.Tensor, covered: torch.Tensor, w: torch.Tensor |
 
     evidence: logits [B, 1, h, w]; covered: share of each place that a lesion covers, [B, 1, h, w], below 0 where that
     is not known. A place counts as lesion from a third on, or if no other of its slice is covered more; one that is
-    touched counts as neither. w: float [B], what the places of each slice count; None: all alike.
+    touched counts as neither. Each slice counts once, however many places it has: a small lesion as much as a large
+    one. w: float [B], what each slice counts; None: all alike.
     """
     most = covered.amax((2, 3), keepdim=True).clamp(min=0.02)
     lesion = (covered >= 0.33) | (covered >= 0.9 * most)
     clear = (covered >= 0) & (covered < 0.03)
     each = functional.softplus(torch.where(lesion, -evidence, evidence))
-    counts = torch.ones_like(each) if w is None else w[:, None, None, None].expand_as(each)
     kinds = (lesion, clear & ~lesion)
-    return torch.stack([(each * counts)[kind].sum() / counts[kind].sum().clamp(min=1) for kind in kinds]).sum()
+    of_slices = torch.stack([(each * kind).sum((1, 2, 3)) / kind.sum((1, 2, 3)).clamp(min=1) for kind in kinds]).sum(0)
+    return of_slices.mean() if w is None else (of_slices * w).mean()
 
 
 def metric_collection(outputs: int, stage: str) -> MetricCollection:

@@ -161,7 +161,7 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = [Pool(cfg.pool)]
     places = cfg.pool == "topk"
     if cfg.standardise:
-        layers.append((nn.BatchNorm2d if places else nn.BatchNorm1d)(width, affine=False))
+        layers.append(Standardise(width) if places else nn.BatchNorm1d(width, affine=False))
     for i, out in enumerate((*cfg.hidden, outputs)):
         if cfg.context and places and not i:
             layers += [InContext(width, out, cfg.dropout), nn.ReLU()]
@@ -187,6 +187,19 @@ class Pool(nn.Module):
             spread = (maps.var((2, 3), correction=0) + 1e-6).sqrt()  # with a gradient where nothing varies
             return torch.stack([maps.mean((2, 3)), maps.amax((2, 3)), spread], 2).flatten(1)
         return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
+
+
+class Standardise(nn.BatchNorm2d):
+    """Each channel less its mean, over its spread, and cut at CUT spreads: a scanner that training has not seen may
+    light a channel up as no slice there did, and must not decide alone."""
+
+    CUT = 5.0
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=False)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return super().forward(maps).clamp(-self.CUT, self.CUT)
 
 
 class InContext(nn.Conv2d):

@@ -189,3 +189,5 @@ def test_every_source_and_class_counts_alike_and_groups_by_the_square_root_of_th
     third = table["w"].where(table["target"] == 0, balanced_weights(table, table["target"].to_numpy(), 1 / 3))
     cancer, normal = (third[table["target"] == k].groupby(table["source"]).sum() for k in (1, 0))
     np.testing.assert_allclose(cancer + normal / 3, normal * 2 / 3, rtol=1e-5)
+    tenth = balanced_weights(table, table["target"].to_numpy(), sources={"a": 0.1})
+    np.testing.assert_allclose(tenth / table["w"], np.where(table["source"] == "a", 0.1, 1), rtol=1e-5)

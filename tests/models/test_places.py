@@ -21,7 +21,7 @@ from chestct.models.features import attach
 from chestct.models.lightning_module import places_loss
 from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normalised_cam
-from chestct.models.vgg16 import VGG16
+from chestct.models.vgg16 import VGG16, Standardise
 from chestct.models.weights import load_weights
 from chestct.phantom.insertion import insert
 from chestct.training.train import train
@@ -99,6 +99,23 @@ def test_the_loss_at_places_wants_lesions_where_they_are_and_nothing_elsewhere()
     assert places_loss(loud, covered, torch.tensor([1.0, 0.0])) < 0.01 < places_loss(loud, covered, torch.ones(2))
     assert places_loss(loud, covered, torch.ones(2)) == places_loss(loud, covered)
     assert places_loss(-right, torch.full_like(covered, -1.0)) == 0  # nothing is known
+
+
+def test_a_small_lesion_that_is_missed_costs_as_much_as_a_large_one():
+    covered = torch.zeros(2, 1, 4, 4)
+    covered[0, 0, 0, 0] = covered[1, 0, :3, :3] = 1
+    losses = []
+    for missed in range(2):
+        evidence = torch.where(covered > 0, 9.0, -9.0)
+        evidence[missed] = -9
+        losses.append(places_loss(evidence, covered))
+    torch.testing.assert_close(*losses)
+
+
+def test_no_channel_of_another_scanner_decides_alone():
+    standardise = Standardise(2).eval()
+    maps = torch.tensor([[[[1.0, 300.0]], [[-300.0, 0.0]]]])
+    torch.testing.assert_close(standardise(maps), maps.clamp(-5, 5), atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
