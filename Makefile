@@ -59,7 +59,7 @@ demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDE
 	$(BIN)/python serve.py $(ARGS)
 
 bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again (DATA=../shared/data)
-	$(BIN)/python train.py data=hospitals experiment=places 'data.sources.phantom={}' \
+	$(BIN)/python train.py data=hospitals experiment=places 'data.sources.phantom={weight: 0.1}' \
 		data.sources.chest_ct.root=$(DATA)/chest-ct data.sources.iq_oth.root=$(DATA)/iq-oth-nccd \
 		data.sources.lidc.root=$(DATA)/lidc data.sources.lung_pet_ct_dx.root=$(DATA)/lung-pet-ct-dx \
 		'evaluation.threshold="sensitivity>=0.9"' tracking=off hydra.run.dir=runs/bundle
