@@ -118,11 +118,11 @@ def make_page(
         thumbs = [
             {"image": {"url": one.slice or GREY}, "caption": f"{place[id(one)]}: {one.decision}"} for one in shown
         ]
-        said = about or f"{tally}. {choice}"
+        said = about or f"<b>{len(shown)} slices</b>: {tally}. {choice}"
         yield {
             **show(shown[first]),
-            status: gr.update(value=f"<b>{len(place)} slices</b>: {said}", visible=len(shown) > 1),
-            strip: gr.update(value=STRIP | {"data": points}, visible=bool(scan)),
+            status: gr.update(value=said, visible=len(shown) > 1),
+            strip: gr.update(value=STRIP | {"data": points}, x_lim=[0, len(place) + 1], visible=bool(scan)),
             start: gr.update(visible=False),
             box: None,
             readings: shown,
@@ -176,8 +176,9 @@ def make_page(
                     strip = gr.ScatterPlot(
                         **dict(zip(("x", "y", "color"), STRIP["columns"], strict=True)),
                         color_map=TONES,
-                        y_lim=[0, 1],
-                        height=150,
+                        y_lim=[0, 1.05],
+                        x_axis_format="d",
+                        height=220,
                         label="Scores in the order of the scan",
                         visible=False,
                         elem_id="strip",

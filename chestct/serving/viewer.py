@@ -99,7 +99,7 @@ def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset
         photometric_interpretation="RGB",
         bits_allocated=8,
         coordinate_system="PATIENT",
-        patient_orientation=("L", "P"),
+        patient_orientation=_orientation(source),
         series_instance_uid=uid(),
         series_number=SERIES,
         sop_instance_uid=uid(),
@@ -114,6 +114,13 @@ def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset
     referred.ReferencedSOPClassUID, referred.ReferencedSOPInstanceUID = source.SOPClassUID, source.SOPInstanceUID
     capture.SourceImageSequence = [referred]
     return capture
+
+
+def _orientation(source: Dataset) -> tuple[str, str]:
+    """Where rows and columns run to (PS3.3 C.7.6.1.1.1); where the slice says nothing, left and back, as is usual."""
+    axes = np.reshape(np.asarray(source.get("ImageOrientationPatient") or (1, 0, 0, 0, 1, 0), float), (2, 3))
+    rows, columns = (("LPH" if axis[i] > 0 else "RAF")[i] for axis in axes for i in [int(abs(axis).argmax())])
+    return rows, columns
 
 
 def _report(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:

@@ -1,5 +1,6 @@
 """Answers as DICOM: valid by another program's judgement, and tied to the slice that they are of."""
 
+import io
 import shutil
 import subprocess
 from pathlib import Path
@@ -34,6 +35,7 @@ def test_overlay_and_report_are_valid_and_refer_to_their_slice(bundle_folder, ex
         assert (made.StudyInstanceUID, made.PatientID) == (source.StudyInstanceUID, source.PatientID)
         assert made.SeriesInstanceUID != source.SeriesInstanceUID
     assert overlay.ImageType[0] == "DERIVED"
+    assert list(overlay.PatientOrientation) == ["L", "P"]
     assert overlay.SourceImageSequence[0].ReferencedSOPInstanceUID == source.SOPInstanceUID
     assert NOT_MEDICAL in overlay.DerivationDescription
     assert overlay.pixel_array.shape == (source.Rows, source.Columns, 3)
@@ -51,6 +53,15 @@ def test_overlay_and_report_are_valid_and_refer_to_their_slice(bundle_folder, ex
     assert again == [overlay.SOPInstanceUID, report.SOPInstanceUID]
     for path in (tmp_path / "out").iterdir():
         check(path)
+
+
+def test_the_overlay_of_a_patient_who_lies_face_down_says_so(bundle_folder, examples, tmp_path) -> None:
+    source, file = pydicom.dcmread(io.BytesIO(examples["large-lesion.dcm"])), io.BytesIO()
+    source.ImageOrientationPatient = [-1, 0, 0, 0, -1, 0]
+    source.save_as(file)
+    answer = chestct.load(str(bundle_folder)).predict(file.getvalue())
+    overlay = pydicom.dcmread(write_dicom(file.getvalue(), "slice.dcm", answer, tmp_path)[0])
+    assert list(overlay.PatientOrientation) == ["R", "A"]
 
 
 def test_real_slices_get_valid_files(bundle_folder: Path, tmp_path: Path) -> None:
