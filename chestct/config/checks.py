@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import Config, OptimConfig
+from chestct.config.schema import Config, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
 REMOVED = ("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources")
@@ -126,6 +126,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
     for name, source in data.sources.items():
+        if source.weight != SourceConfig.weight and not data.balance:
+            yield f"data.sources.{name}.weight={source.weight} has no effect: it works with data.balance=true."
         try:
             groups = re.compile(source.patient).groups if source.patient else 1
         except re.error as error:

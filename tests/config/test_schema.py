@@ -43,6 +43,7 @@ from chestct.errors import ConfigError
         ("model.context=true", "model.pool=gap leaves none: set model.pool=topk"),
         ("optim.places=10", "works with model.pool=topk and task=binary"),
         ("data.fold=1", "fold counts from 0"),
+        ("data.sources={a: {root: /x, weight: 0.1}}", "works with data.balance=true"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(override, says):
