@@ -106,6 +106,12 @@ class VGG16(nn.Module):
         parts = features.reshape(len(features), self.channels, -1)
         return parts[..., 0] if features.ndim == 2 and self.head[0].pool == "mean_max_std" else parts.mean(2)
 
+    def fit_standardise(self, maps: torch.Tensor, w: torch.Tensor | None) -> None:
+        """Fixes how a head that judges places standardises, by the cached maps of train and what each slice counts."""
+        for layer in self.head:
+            if isinstance(layer, Standardise):
+                layer.fit(maps, w)
+
     def batches(self, images: np.ndarray, size: int = 16) -> Iterator[torch.Tensor]:
         """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device."""
         for at in range(0, len(images), size):
@@ -197,9 +203,30 @@ class Standardise(nn.BatchNorm2d):
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, affine=False)
+        self.fitted = False
+
+    @torch.no_grad()
+    def fit(self, maps: torch.Tensor, w: torch.Tensor | None = None) -> None:
+        """Takes means and spreads from maps [N, C, h, w], weighted by w [N], for good: not batch by batch.
+
+        A batch's own would depend on what else is in it, and count phantoms or a large source by their slices.
+        """
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        w = torch.ones(len(maps)) if w is None else w
+        mean, square = torch.zeros(2, maps.shape[1], dtype=torch.float64)
+        for part, weight in zip(torch.split(maps, 64), torch.split(w.double() / w.sum(), 64), strict=True):
+            places = part.float().flatten(2)
+            mean += weight @ places.mean(2).double()
+            square += weight @ places.square().mean(2).double()
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(square - mean.square())
+        self.fitted = True
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        return super().forward(maps).clamp(-self.CUT, self.CUT)
+        batches = self.training and not self.fitted
+        out = functional.batch_norm(maps, self.running_mean, self.running_var, training=batches, eps=self.eps)
+        return out.clamp(-self.CUT, self.CUT)
 
 
 class InContext(nn.Conv2d):

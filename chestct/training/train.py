@@ -98,6 +98,8 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             model.to(trainer.strategy.root_device)
             splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
             attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
+            if cfg.always_frozen:
+                model.net.fit_standardise(data.features["train"][0], data.dataset("train", train=True).w)
         _record(cfg, data, model, run)
 
     phase(f"Training ({cfg.trainer.max_epochs} epochs at most)", cfg.trainer.progress and trainer.is_global_zero)

@@ -118,6 +118,19 @@ def test_no_channel_of_another_scanner_decides_alone():
     torch.testing.assert_close(standardise(maps), maps.clamp(-5, 5), atol=1e-4, rtol=0)
 
 
+def test_means_and_spreads_are_of_training_as_its_slices_count_whatever_a_batch_holds():
+    torch.manual_seed(0)
+    maps = torch.randn(100, 3, 4, 4) * 2 + 7
+    w = torch.cat([torch.ones(70), torch.zeros(30)])
+    standardise = Standardise(3).train()
+    standardise.fit(maps.half(), w)
+    out = standardise(maps[:70])
+    torch.testing.assert_close(out.mean((0, 2, 3)), torch.zeros(3), atol=0.01, rtol=0)
+    torch.testing.assert_close(out.std((0, 2, 3)), torch.ones(3), atol=0.02, rtol=0)
+    torch.testing.assert_close(standardise(maps[:2]), out[:2])
+    torch.testing.assert_close(standardise.eval()(maps[:2]), out[:2])
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, phantoms, cache):
     """(settings, set up data) with lesions drawn into half of the normal training slices."""
