@@ -155,6 +155,70 @@ def embed() -> None:
     sys.exit(2 if len(unread) == len(files) else min(len(unread), 1))
 
 
+def data() -> None:
+    """Public collections: where they live, and whether what you downloaded of one is whole. Downloads nothing.
+
+    chestct data fetch                       all of them
+    chestct data fetch chest_ct              where it lives, under which licence, what to download
+    chestct data fetch chest_ct FOLDER       checks FOLDER, and copies it to where data=hospitals looks for it
+    chestct data fetch chest_ct FOLDER --out data    or to where data=chest_ct does, and data.dvc
+    """
+    parser = _parser("data", data.__doc__)
+    parser.add_argument("command", choices=["fetch"])
+    parser.add_argument("name", nargs="?", help="which collection")
+    parser.add_argument("folder", nargs="?", type=Path, help="where you unzipped it")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to copy it")
+    given = parser.parse_args()
+    from chestct.data.public import SETS, describe, fetch
+
+    if given.folder is None:
+        print("\n\n".join(map(describe, [given.name] if given.name else SETS)))
+        return
+    target = fetch(given.name, given.folder, given.out, progress=True)
+    where = f"data.{'root' if given.name == 'chest_ct' else f'sources.{given.name}.root'}={target}"
+    print(f"Whole: {target}. Now: chestct audit data={given.name} {where}")
+
+
+def push() -> None:
+    """Puts a bundle on the Hugging Face hub, model card and all; it is then called hf://USER/NAME everywhere.
+
+    A token that may write is read from HF_TOKEN, or where `hf auth login` left it; HF_ENDPOINT names another server.
+    """
+    parser = _parser("push", push.__doc__)
+    parser.add_argument("bundle", help="folder, packaged, models:/NAME@champion or runs:/ID")
+    parser.add_argument("name", metavar="USER/NAME", help="repository, made where there is none")
+    parser.add_argument("--private", action="store_true", help="a new one is for its owner alone")
+    given = parser.parse_args()
+    from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
+    from chestct.serving.model import bundle_folder
+    from chestct.tracking import hub
+
+    source = bundle_folder(given.bundle)
+    bundle = load_bundle(source)
+    address = hub.push(PACKAGED_BUNDLE if source == "packaged" else Path(source), given.name, given.private)
+    print(f"bundle {bundle.id}  {address}\nNow: chestct serve bundle={hub.SCHEME}{given.name}")
+
+
+def space() -> None:
+    """Writes a Hugging Face Space that shows a bundle on chestct's page, and runs as it is:
+
+    chestct space FOLDER && cd FOLDER && pip install -r requirements.txt && python app.py
+    hf upload USER/NAME FOLDER --repo-type space
+    """
+    parser = _parser("space", space.__doc__)
+    parser.add_argument("folder", type=Path, help="a new folder")
+    parser.add_argument("--bundle", default="packaged", help="folder, models:/NAME@champion or runs:/ID (packaged)")
+    given = parser.parse_args()
+    from chestct.portable import write_space
+    from chestct.serving.model import bundle_folder
+
+    write_space(given.folder, bundle_folder(given.bundle))
+    print(
+        f"{given.folder}: python app.py there shows the page; as a Space: hf upload USER/NAME {given.folder} "
+        "--repo-type space"
+    )
+
+
 def drift() -> None:
     """Compares what the service saw with what the model was trained on.
 
@@ -187,6 +251,9 @@ COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
     "serve": (serve, "open the web page"),
     "audit": (audit, "find out what is wrong with the data"),
     "export": (export, "write the bundle of a checkpoint"),
+    "data": (data, "check a public collection that you downloaded, and lay it out"),
+    "push": (push, "put a bundle on the Hugging Face hub"),
+    "space": (space, "write a Hugging Face Space that shows a bundle"),
     "drift": (drift, "compare what the service saw with what the model was trained on"),
     "sync": (sync, "copy local MLflow runs to a server"),
     "ingest": (ingest, "decode slices into a store, and group copies"),

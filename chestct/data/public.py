@@ -1,0 +1,171 @@
+"""The public collections: where they live, under which licence, and whether a download of one is whole.
+
+Nothing is downloaded: each has terms that a person accepts. What was downloaded is known by the pixels of its slices,
+so that other file names or a lossless repacking are no difference, and one slice more, less or altered is.
+"""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chestct.config.schema import WindowConfig
+from chestct.errors import DataError
+from chestct.files import file_digest, json_digest
+from chestct.imaging.decode import decode
+from chestct.imaging.slice import pixel_hash
+from chestct.imaging.slice_files import walk
+from chestct.progress import steps
+
+
+@dataclass(frozen=True)
+class PublicSet:
+    """A collection as conf/data/hospitals.yaml expects it."""
+
+    title: str
+    home: str
+    licence: str
+    get: str  # what to download, or to make, and what of it is used
+    root: str
+    folders: dict[str, tuple[int, str]]  # class folder -> how many slices, and their digest (see `content_digest`)
+    files: dict[str, str] = field(default_factory=dict)  # other files below the root -> SHA-256
+    also: dict[str, str] = field(default_factory=dict)  # class folder -> what the download calls it, in lower case
+
+
+MADE = (
+    "The download is DICOM. The slices here are axial ones at the lung window (-600/1500 HU), 512 x 512, as JPEG of "
+    "quality 95, in the folders cancer and normal"
+)
+
+SETS = {
+    "chest_ct": PublicSet(
+        "Chest CT-Scan images (Mohamed Hany)",
+        "https://www.kaggle.com/datasets/mohamedhanyyy/chest-ctscan-images",
+        "ODbL 1.0, as others report it; its page on Kaggle decides",
+        "Download all of it (it takes an account), and unzip it: 1000 PNG files in train, valid and test.",
+        "hospitals/chest-ct",
+        {
+            "test/adenocarcinoma": (120, "648d5515a1b14f80"),
+            "test/large.cell.carcinoma": (51, "77ffc6e1254ee28b"),
+            "test/normal": (54, "395b47d0946a734c"),
+            "test/squamous.cell.carcinoma": (90, "23c8ed36cb7c9f02"),
+            "train/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib": (195, "596d07efdd2a7cf7"),
+            "train/large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa": (115, "6c466a41ed7a0890"),
+            "train/normal": (148, "55242da044054d12"),
+            "train/squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa": (155, "1a3a235d3f7685ac"),
+            "valid/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib": (23, "e71813ce2e329fff"),
+            "valid/large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa": (21, "136911d22cbc982f"),
+            "valid/normal": (13, "6cb7010c27cc8204"),
+            "valid/squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa": (15, "5921837199449420"),
+        },
+    ),
+    "iq_oth": PublicSet(
+        "IQ-OTH/NCCD lung cancer dataset (Alyasriy and Al-Huseiny)",
+        "https://data.mendeley.com/datasets/bhmdr45bh2",
+        "CC BY 4.0",
+        "Download all of it and unzip it. Malignant and normal cases are used; benign ones are neither.",
+        "hospitals/iq-oth-nccd",
+        {"malignant": (561, "4fd1417520fddce6"), "normal": (416, "48b095cd7f580fda")},
+        also={"malignant": "malignant cases", "normal": "normal cases"},
+    ),
+    "lidc": PublicSet(
+        "LIDC-IDRI, slices of",
+        "https://www.cancerimagingarchive.net/collection/lidc-idri/",
+        "CC BY 3.0",
+        f"{MADE}. Cancer: a nodule that two or more readers marked, of median malignancy 3.5 or more (suspicion, no "
+        "pathology). Normal: no nodule marked. Names begin with the patient, as in LIDC-IDRI-0001__z-0107.50.jpg.",
+        "hospitals/lidc",
+        {"cancer": (38, "bd0bddea9dff4987"), "normal": (312, "273bcaf28e9615d9")},
+    ),
+    "lung_pet_ct_dx": PublicSet(
+        "Lung-PET-CT-Dx, slices of two patients",
+        "https://www.cancerimagingarchive.net/collection/lung-pet-ct-dx/",
+        "CC BY 4.0",
+        f"{MADE}, and boxes.csv with the boxes that readers drew (file,left,top,right,bottom in pixels).",
+        "hospitals/lung-pet-ct-dx",
+        {"cancer": (42, "a18251d46f7c3dd1"), "normal": (70, "62d5296130c8e899")},
+        {"boxes.csv": "55e6753d281d94fbd35bc5d18da1e870a0d49e9c241ab2513794c90133ff0345"},
+    ),
+}
+
+
+def describe(name: str) -> str:
+    """Where a collection lives and what to do with a download of it. Raises DataError for a name that is none."""
+    known = _known(name)
+    count = sum(count for count, _ in known.folders.values())
+    return (
+        f"{known.title}: {count} slices\n  {known.home}\n  Licence: {known.licence}\n  {known.get}\n"
+        f"  Then: chestct data fetch {name} FOLDER   (checks it and copies it to {known.root})"
+    )
+
+
+def fetch(name: str, source: Path, target: Path | None = None, progress: bool = False) -> Path:
+    """Copies a download that is whole to `target` (as conf/data/hospitals.yaml has it), all or nothing; returns that.
+
+    Raises DataError that says, for each class folder, what differs from the published collection.
+    """
+    known = _known(name)
+    target = target or Path(known.root)
+    if target.exists():
+        raise DataError(f"{target} is there already. Remove it, or give another place with --out FOLDER.")
+    if not source.is_dir():
+        raise DataError(f"There is no folder {source}. Give the one that you unzipped the download into.")
+    found = {folder: _find(source, folder, known.also.get(folder, folder)) for folder in known.folders}
+    slices = {folder: _slices(where) for folder, where in found.items() if where}
+    problems = [f"{folder}: there is no such folder" for folder, where in found.items() if where is None]
+    for folder, paths in slices.items():
+        if len(paths) != known.folders[folder][0]:
+            problems.append(f"{folder}: {len(paths)} slices, where there should be {known.folders[folder][0]}")
+    for folder, paths in () if problems else slices.items():
+        if content_digest(paths, folder, progress) != known.folders[folder][1]:
+            problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
+    extra = {file: next(source.rglob(file), None) for file in known.files}
+    problems += [f"{file} is missing" for file, where in extra.items() if not where]
+    problems += [
+        f"{file} differs" for file, where in extra.items() if where and file_digest(where) != known.files[file]
+    ]
+    if problems:
+        raise DataError(
+            f"{source} is not {known.title} as the project knows it.\n"
+            + "".join(f"- {problem}\n" for problem in problems)
+            + f"What it should be: chestct data fetch {name}. To use it as it is, unchecked: python train.py "
+            f"data={name} data.{'root' if name == 'chest_ct' else f'sources.{name}.root'}={source}"
+        )
+    part = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(part, ignore_errors=True)
+    for folder, paths in slices.items():
+        for path in paths:
+            copy = part / folder / path.relative_to(found[folder] or source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    for file, where in extra.items():
+        shutil.copyfile(where or source, part / file)
+    return part.rename(target)
+
+
+def content_digest(paths: list[Path], label: str = "", progress: bool = False) -> str:
+    """16 hex digits of what slices show, whatever their names and order. Raises DecodeError for one without pixels."""
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda path: pixel_hash(decode(path, WindowConfig()).levels), paths)
+        return json_digest(sorted(steps(hashes, f"Checking {label}", len(paths), progress)))[:16]
+
+
+def _known(name: str) -> PublicSet:
+    if name not in SETS:
+        raise DataError(f"There is no collection {name!r} here. There are: {', '.join(SETS)}.")
+    return SETS[name]
+
+
+def _find(source: Path, folder: str, also: str) -> Path | None:
+    """The folder below `source`, or itself, whose path ends in this class folder; the least deep one."""
+    ends = [tuple(text.lower().split("/")) for text in (folder, also)]
+    folders = sorted((source, *(path for path in source.rglob("*") if path.is_dir())), key=lambda path: len(path.parts))
+    matches = (path for path in folders for end in ends if tuple(map(str.lower, path.parts[-len(end) :])) == end)
+    return next(matches, None)
+
+
+def _slices(folder: Path) -> list[Path]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    return [path for path, reason in walk(folder, fail) if not reason]

@@ -1,0 +1,83 @@
+import shutil
+
+import pytest
+
+from chestct.config.compose import compose
+from chestct.data import public
+from chestct.data.public import SETS, PublicSet, content_digest, describe, fetch
+from chestct.data.sources import list_slices
+from chestct.errors import DataError
+from tests.conftest import real
+
+
+@pytest.fixture
+def download(tmp_path, phantoms, monkeypatch):
+    """Some phantoms as a download of the collection `tiny`, which knows them; the folder."""
+    folder = tmp_path / "archive"
+    for label in ("normal", "adenocarcinoma"):
+        shutil.copytree(phantoms / "test" / label, folder / "Data" / f"{label.title()} cases")
+    (folder / "Data" / "boxes.csv").write_text("file,left,top,right,bottom\n")
+    folders = {}
+    for label in ("normal", "adenocarcinoma"):
+        paths = sorted((phantoms / "test" / label).iterdir())
+        folders[label] = (len(paths), content_digest(paths))
+    boxes = {"boxes.csv": public.file_digest(folder / "Data" / "boxes.csv")}
+    also = {label: f"{label} cases" for label in folders}
+    tiny = PublicSet("Tiny", "https://example.org", "CC0", "Take it.", "hospitals/tiny", folders, boxes, also)
+    monkeypatch.setitem(SETS, "tiny", tiny)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+def test_a_whole_download_is_laid_out_as_the_settings_expect_it(download):
+    (download / "Data" / "Normal cases" / ".DS_Store").write_bytes(b"left by macOS")
+    first = next((download / "Data" / "Normal cases").glob("*.png"))
+    first.rename(first.with_name("renamed.png"))
+    target = fetch("tiny", download)
+    assert str(target) == "hospitals/tiny"
+    assert sorted(path.name for path in target.iterdir()) == ["adenocarcinoma", "boxes.csv", "normal"]
+    slices = list_slices(compose(f"data.root={target}").data).slices
+    assert len(slices) == sum(count for count, _ in SETS["tiny"].folders.values())
+    with pytest.raises(DataError, match="is there already"):
+        fetch("tiny", download)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda at: next((at / "Normal cases").iterdir()).unlink(), "normal: .* slices, where there should be"),
+        (lambda at: shutil.rmtree(at / "Normal cases"), "normal: there is no such folder"),
+        (lambda at: (at / "boxes.csv").write_text("other"), r"boxes\.csv differs"),
+        (lambda at: (at / "boxes.csv").unlink(), r"boxes\.csv is missing"),
+        (lambda at: swap(at / "Normal cases", at / "Adenocarcinoma cases"), "not those that were published"),
+    ],
+)
+def test_a_download_that_differs_says_where_and_nothing_is_written(download, harm, says):
+    harm(download / "Data")
+    with pytest.raises(DataError, match=says):
+        fetch("tiny", download)
+    assert not (download.parent / "hospitals").exists()
+
+
+def swap(one, other):
+    """A slice of `other` in the place of one of `one`."""
+    shutil.copy(next(other.iterdir()), next(one.iterdir()))
+
+
+def test_each_collection_says_where_it_lives_and_lies_where_the_settings_look_for_it():
+    sources = compose("data=hospitals").data.sources
+    for name, known in SETS.items():
+        assert known.root == sources[name].root
+        assert {known.home, known.licence} <= {
+            line.strip().removeprefix("Licence: ") for line in describe(name).split("\n")
+        }
+    with pytest.raises(DataError, match="There are: chest_ct"):
+        describe("kaggle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SETS))
+def test_the_published_collections_are_known(name, tmp_path):
+    root = real(SETS[name].root.removeprefix("hospitals/"))
+    target = fetch(name, root, tmp_path / "out")
+    assert sum(path.is_file() for path in target.rglob("*.*g")) == sum(n for n, _ in SETS[name].folders.values())
