@@ -13,6 +13,7 @@ from chestct.data.prepare import prepare_store
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import write_atomic
+from chestct.reporting.croissant import croissant
 from chestct.reporting.environment import jpeg, render
 
 
@@ -32,12 +33,14 @@ def validate(cfg: Config, out: Path) -> Audit:
 
 
 def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -> None:
-    """Writes report.json and report.html (one file, pictures too, nothing fetched from anywhere) into `out`.
+    """Writes report.json, report.html (one file, pictures too, nothing fetched from anywhere), and the data as a
+    Croissant record, croissant.json with slices.csv, into `out`.
 
     manifest, images: what was audited; images uint8 [M, S, S], by the manifest's `row`.
     """
     shown = {pair[side] for pair in audit.examples for side in "ab"}
-    write_atomic(out / "report.json", audit.to_json())
+    for name, text in {"report.json": audit.to_json(), **croissant(audit, manifest)}.items():
+        write_atomic(out / name, text)
     thumbnails = {position: jpeg(images[manifest["row"].iloc[position]], 144) for position in shown}
     baselines = sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))
     page = render("audit.html.j2", audit=audit, thumbnails=thumbnails, baselines=baselines, findings=findings)

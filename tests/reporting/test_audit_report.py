@@ -10,7 +10,8 @@ def test_the_page_stands_alone_escapes_names_and_shows_what_findings_rest_on(off
     skipped = [{"source": "s", "path": f"Training/<{i}>.txt", "reason": "not an image"} for i in range(5)]
     audit = replace(official, skipped=skipped, disbelieved=["PatientID is ANONYMOUS in all 60 slices."])
     write(replace(audit, findings=findings(audit)), faulty.manifest, faulty.images, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {"croissant.json", "report.html", "report.json", "slices.csv"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"<script|(src|href)=\"(?!data:)|url\(|@import|https?://", page)
     for text in ("&lt;script&gt;alert", "&lt;b&gt;broken", "truncated &amp; short", "prefers-color-scheme: dark",
