@@ -40,7 +40,7 @@ format: $(READY) ## mend style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## build the documentation site into site/, strictly
+docs: $(READY) ## build the documentation site into site/, strictly; runs the notebooks (CHESTCT_DOCS_RUN=0: does not)
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 hooks: $(READY) ## check style, types and imports before each commit

@@ -19,8 +19,9 @@ __all__ = ["__version__", "load"]
 def load(source: str = "packaged", *, tracking_uri: str = "") -> "Model":
     """The model in the package, in a bundle's folder, or behind a name, ready to answer; see `Model.predict`.
 
-    source: `packaged`, a folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION` or `runs:/RUN_ID`; tracking_uri: the
-    MLflow store or server that knows such a name. torch is imported here and not with `chestct`, which stays cheap.
+    source: `packaged`, a folder, `models:/NAME@ALIAS`, `models:/NAME/VERSION`, `runs:/RUN_ID` or
+    `hf://USER/NAME[@REVISION]`, on the Hugging Face hub; tracking_uri: the MLflow store or server that knows such a
+    name. torch is imported here and not with `chestct`, which stays cheap.
     Raises BundleError for what is no sound bundle, and ConfigError where a name leads to none.
     """
     from chestct.serving.model import Model

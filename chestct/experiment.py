@@ -112,7 +112,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
         export(evaluation, out / "bundle", model_card(evaluation))
         bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
         if cfg.tracking.log_model:
-            log_bundle(run, out / "bundle")
+            log_bundle(run, out / "bundle", code=bool(cfg.tracking.register))
     run.evaluation(flat(evaluation).get("test", {}), out / "evaluation")
     return f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n{bundle}\n"
 
@@ -202,7 +202,7 @@ def export(cfg: Config, out: Path) -> None:
     bundle = export(evaluation, folder, model_card(evaluation))
     if cfg.tracking.log_model:
         with run_of(cfg, Path(cfg.ckpt or "")) as run:
-            log_bundle(run, folder)
+            log_bundle(run, folder, code=bool(cfg.tracking.register))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
 

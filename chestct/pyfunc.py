@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from chestct.models.bundle import Bundle, load_bundle
-from chestct.tracking.registry import BUNDLE
+from chestct.portable import copy_package, is_installed, requirements
 from chestct.version import __version__
 
 if TYPE_CHECKING:
@@ -43,8 +43,11 @@ class Scorer:
         return pd.DataFrame(rows, columns=columns)
 
 
-def save_model(bundle: Path, folder: Path) -> None:
-    """Writes the bundle in a folder as an MLflow model with its signature."""
+def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
+    """Writes the bundle in a folder as an MLflow model with its signature.
+
+    code: the package goes along (30 MB), so that `mlflow models serve` needs nothing but what indexes have.
+    """
     from mlflow import pyfunc
     from mlflow.models.signature import ModelSignature, infer_signature
     from mlflow.types import Schema, TensorSpec
@@ -53,22 +56,28 @@ def save_model(bundle: Path, folder: Path) -> None:
     answer = Scorer(load_bundle(bundle)).predict(example)
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])  # any number of slices, of any one size
     logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)  # it would tell of the example, in every run
-    pyfunc.save_model(
-        folder,
-        loader_module=__name__,
-        data_path=str(bundle),
-        signature=ModelSignature(images, infer_signature(answer).inputs),
-        input_example=example,
-        pip_requirements=[f"chestct=={__version__}"],  # MLflow would look for them in a process of its own
-    )
+    with tempfile.TemporaryDirectory() as package:
+        pyfunc.save_model(
+            folder,
+            loader_module=__name__,
+            data_path=str(bundle),
+            signature=ModelSignature(images, infer_signature(answer).inputs),
+            input_example=example,
+            code_paths=[str(copy_package(Path(package)))] if code else None,
+            # MLflow would look for them in a process of its own.
+            pip_requirements=requirements() if code else [f"chestct=={__version__}"],
+        )
 
 
-def log_bundle(run: "Run", bundle: Path) -> None:
-    """Keeps the bundle in a folder with the run, as an MLflow model."""
+def log_bundle(run: "Run", bundle: Path, code: bool = False) -> None:
+    """Keeps the bundle in a folder with the run, as an MLflow model; `code` as for save_model."""
     if run.client:
+        if code and not is_installed():
+            print("The package does not go along with the model: only one that was installed knows what it needs.")
+            code = False
         with tempfile.TemporaryDirectory() as folder:
-            save_model(bundle, Path(folder) / "model")
-            run.artifacts(Path(folder) / "model", BUNDLE)
+            save_model(bundle, Path(folder) / "model", code)
+            run.model(Path(folder) / "model")
 
 
 def _load_pyfunc(path: str) -> Scorer:

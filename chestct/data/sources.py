@@ -102,7 +102,8 @@ class _Source:
             seen = ", ".join(sorted(path.name for path in self.root.iterdir())[:8]) or "nothing"
             raise DataError(
                 f"No class folders with files under {self.root}. Saw: {seen}. Expected {self.root}/<class>/* or "
-                f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, or train on phantoms with data=phantom."
+                f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, see `chestct data fetch`, or train on "
+                "phantoms with data=phantom."
             )
 
         if self.source.patient:

@@ -105,8 +105,8 @@ def _slice(source: Source, window: WindowConfig, spacing: tuple[float, float] | 
 
 
 def bundle_folder(source: str, cfg: Config | None = None, *overrides: str) -> str:
-    """The bundle's folder; MLflow, which takes seconds to import, only for a name in it. Raises ConfigError."""
-    if not source.startswith(("models:/", "runs:/")):
+    """The bundle's folder; MLflow, which takes seconds to import, only for a name elsewhere. Raises ConfigError."""
+    if not source.startswith(("models:/", "runs:/", "hf://")):
         return source
     try:
         from chestct.config.compose import compose

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from chestct.config.schema import Config
 from chestct.errors import ConfigError
 from chestct.files import digest
+from chestct.tracking import hub
 from chestct.tracking.stores import first_line, local_uri, refuse_elsewhere, server_uri, store_file
 
 if TYPE_CHECKING:
@@ -23,13 +24,15 @@ BUNDLE = "bundle"  # artifacts of a run: the bundle as an MLflow model
 
 
 def fetch_bundle(source: str, cfg: Config) -> str:
-    """A path (or `packaged`) as it is; for a name in MLflow, the path of the bundle, fetched where it is elsewhere.
+    """A path (or `packaged`) as it is; for a name in MLflow or on the hub, the path of the bundle, fetched if need be.
 
     Models are looked for on the server of the settings first, where aliases are shared, runs in the local store first.
     Raises ConfigError where there is none.
     """
     from mlflow.exceptions import MlflowException
 
+    if source.startswith(hub.SCHEME):
+        return hub.fetch(source)
     scheme, _, name = source.partition(":/")
     if scheme not in ("models", "runs"):
         return source
@@ -86,7 +89,7 @@ def _bundle_of(client: "MlflowClient", run: "MlflowRun", folder: Path) -> Path:
             raise LookupError(f"the run {run.info.run_id} kept no bundle (tracking.log_model, or it did not finish)")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-            source = f"{run.info.artifact_uri}/{BUNDLE}"
+            source = f"{run.info.artifact_uri}/{BUNDLE}/data"  # not what MLflow keeps with it, nor the package
             Path(download_artifacts(source, dst_path=part, tracking_uri=client.tracking_uri)).replace(folder)
     bundle = next(folder.rglob("bundle.json"), None)
     if bundle is None:

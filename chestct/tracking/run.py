@@ -29,6 +29,9 @@ BEGIN_SECONDS, END_SECONDS = 20.0, 300.0
 
 RUN_ID_FILE = "mlflow_run_id.txt"
 
+MODEL = "chestct"
+"""Name of a run's LoggedModel: not that of its artifact, which MLflow would then look for among the models."""
+
 HEADLINE = ("auroc", "auroc_low", "auroc_high", "balanced_accuracy", "sensitivity", "specificity", "margin")
 """What an evaluation shows on a run's page; all else is in its files."""
 
@@ -38,6 +41,7 @@ class Run:
 
     def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", uri: str = "") -> None:
         self.client, self.run_id, self.uri = client, run_id, uri
+        self.model_id: str | None = None  # of the LoggedModel that `model` made
 
     def begin(self) -> None:
         """Records the run from here on; for a run of open_run."""
@@ -54,7 +58,7 @@ class Run:
     def metrics(self, metrics: Mapping[str, float]) -> None:
         if self.client:
             for name, value in metrics.items():
-                self.client.log_metric(self.run_id, name, value)
+                self.client.log_metric(self.run_id, name, value, model_id=self.model_id)
 
     def artifacts(self, path: Path, folder: str | None = None) -> None:
         """A file, or everything in a folder."""
@@ -67,6 +71,25 @@ class Run:
         shown = {name: values.get(name) for name in HEADLINE}
         self.metrics({f"test/{name}": value for name, value in shown.items() if value is not None})
         self.artifacts(folder, "evaluation")
+
+    def model(self, folder: Path) -> None:
+        """An MLflow model in a folder, as an artifact of the run and as a LoggedModel, which `evaluation` measures."""
+        if self.client is None:
+            return
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+        from mlflow.tracking.context.registry import resolve_tags
+
+        self.artifacts(folder, BUNDLE)
+        run = self.client.get_run(self.run_id)
+        logged = self.client.create_logged_model(
+            run.info.experiment_id, MODEL, self.run_id, tags=resolve_tags(), model_type="chestct"
+        )
+        self.model_id = logged.model_id
+        # client.log_model_artifacts would ask the store of MLflow's own default, and make one in the working directory.
+        get_artifact_repository(logged.artifact_location, self.client.tracking_uri).log_artifacts(str(folder))
+        self.client.finalize_logged_model(self.model_id, "READY")
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(self.model_id, 0)])
 
     def register(self, name: str | None) -> None:
         """Makes the run's bundle, if it has one, the newest version of the model `name`, and its champion."""
@@ -126,13 +149,15 @@ class _OpenRun(Run):
             self.copy = Run(remote, sent, self.server)
 
     def _create(self, client: "MlflowClient") -> str:
+        from mlflow.tracking.context.registry import resolve_tags
+
         experiment, file = self.cfg.tracking.experiment, store_file(self.uri)
         # MLflow would keep artifacts in the working directory, which DVC may remove.
         artifacts = str(file.resolve().parent / "mlruns" / quote(experiment, safe="")) if file else None
         name = f"{self.out.parent.name} {self.out.name}" if self.parent else os.environ.get("DVC_EXP_NAME")
         run = client.create_run(
             stores.use_experiment(client, experiment, artifacts),
-            tags={PARENT: self.parent} if self.parent else {},
+            tags=resolve_tags() | ({PARENT: self.parent} if self.parent else {}),  # user, program, commit
             run_name=self.cfg.tracking.run_name or (self.out.name if self.sweep else name),
         )
         write_atomic(self.folder / RUN_ID_FILE, f"{run.info.run_id}\n")

@@ -136,3 +136,89 @@ def plain_http():
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server that speaks what huggingface_hub asks of the hub for repositories of small files; (address, commits).
+
+    commits: name of a repository -> its commits, each {path: bytes}; as on the hub, the last one is `main`.
+    """
+    import hashlib
+    import json
+    from base64 import b64decode
+
+    from flask import Flask, Response, abort, jsonify, request
+    from werkzeug.serving import make_server
+
+    app, commits = Flask("hub"), {}
+
+    def sha(name, number):
+        return hashlib.sha1(f"{name} {number}".encode()).hexdigest()
+
+    def number(name, revision):
+        known = {sha(name, i): i for i in range(len(commits.get(name, [])))}
+        if revision == "main" and known:
+            return len(known) - 1
+        return known[revision] if revision in known else abort(Response("", 404, {"X-Error-Code": "RepoNotFound"}))
+
+    @app.post("/api/repos/create")
+    def create():
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return "", 401
+        given = request.get_json()
+        name = "/".join(filter(None, (given.get("organization"), given["name"])))
+        name = name if "/" in name else f"ada/{name}"
+        commits.setdefault(name, [{}])
+        return jsonify(url=f"{request.host_url}{name}", name=name, id=name)
+
+    @app.post("/api/validate-yaml")
+    def validate():
+        return jsonify(errors=[], warnings=[])
+
+    @app.post("/api/models/<user>/<repo>/preupload/<revision>")
+    def preupload(user, repo, revision):
+        files = request.get_json()["files"]
+        return jsonify(files=[{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files])
+
+    @app.post("/api/models/<user>/<repo>/commit/<revision>")
+    def commit(user, repo, revision):
+        if request.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return "", 401
+        name = f"{user}/{repo}"
+        lines = [json.loads(line) for line in request.get_data().splitlines()]
+        files = {line["value"]["path"]: b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"}
+        commits[name].append(commits[name][-1] | files)
+        oid = sha(name, len(commits[name]) - 1)
+        return jsonify(success=True, commitOid=oid, commitUrl=f"{request.host_url}{name}/commit/{oid}")
+
+    @app.get("/api/models/<user>/<repo>")
+    @app.get("/api/models/<user>/<repo>/revision/<revision>")
+    def info(user, repo, revision="main"):
+        name = f"{user}/{repo}"
+        return jsonify(id=name, modelId=name, sha=sha(name, number(name, revision)), siblings=[])
+
+    @app.get("/api/models/<user>/<repo>/tree/<revision>")
+    def tree(user, repo, revision):
+        files = commits[f"{user}/{repo}"][number(f"{user}/{repo}", revision)]
+        entries = [(path, data, hashlib.sha1(data).hexdigest()) for path, data in files.items()]
+        return jsonify([{"type": "file", "path": p, "size": len(data), "oid": oid} for p, data, oid in entries])
+
+    @app.get("/<user>/<repo>/resolve/<revision>/<path:path>")
+    def resolve(user, repo, revision, path):
+        at = number(f"{user}/{repo}", revision)
+        data = commits[f"{user}/{repo}"][at].get(path)
+        if data is None:
+            return Response("", 404, {"X-Error-Code": "EntryNotFound"})
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": sha(f"{user}/{repo}", at)}
+        return Response(data, 200, headers)
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    yield f"http://127.0.0.1:{server.server_port}", commits
+    server.shutdown()
+    thread.join()

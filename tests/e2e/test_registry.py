@@ -9,7 +9,7 @@ from mlflow import MlflowClient, pyfunc
 from chestct.config.compose import CONF
 from chestct.errors import ConfigError
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
-from chestct.pyfunc import save_model
+from chestct.pyfunc import log_bundle, save_model
 from chestct.tracking import Run, fetch_bundle
 
 ROOT = CONF.parent
@@ -66,6 +66,27 @@ def test_every_name_of_a_bundle_finds_it_and_an_alias_that_moves_is_followed(sto
     Run(client, other).register("chest")
     assert other in fetch_bundle("models:/chest@champion", cfg)
     assert fetch_bundle("models:/chest/1", cfg) == before
+
+
+def test_a_bundle_whose_model_carries_the_package_is_the_one_that_is_found(store, small_bundle, tmp_path):
+    client, cfg, run = store
+    other = Run(client, client.create_run(client.get_run(run).info.experiment_id).info.run_id)
+    log_bundle(other, small_bundle, code=True)
+    assert [file.path for file in client.list_artifacts(other.run_id, "bundle/code")] == ["bundle/code/chestct"]
+    assert load_bundle(fetch_bundle(f"runs:/{other.run_id}", cfg)).id == load_bundle(small_bundle).id
+
+
+def test_a_bundle_is_a_model_of_its_experiment_with_its_metrics_and_who_made_it(store, made, tmp_path):
+    client, _, run = store
+    mine = Run(client, run)
+    mine.model(made / "model")
+    mine.evaluation({"auroc": 0.9, "f1": 0.7}, made / "model" / "data")
+    mine.register("chest")  # which asks for the artifacts of the run
+    (output,) = client.get_run(run).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert {metric.key: metric.value for metric in model.metrics} == {"test/auroc": 0.9}
+    assert (model.source_run_id, str(model.status)) == (run, "READY")
+    assert {"mlflow.user", "mlflow.source.name"} <= model.tags.keys()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""Bundles on the hub, a Space, and a model that MLflow serves: whatever leaves this repository to run elsewhere."""
+
+import os
+import subprocess
+import sysconfig
+import time
+import urllib.request
+import venv
+from importlib.metadata import version
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import yaml
+
+from chestct.errors import ChestCTError, ConfigError
+from chestct.models.bundle import LARGEST, PACKAGED_BUNDLE, load_bundle
+from chestct.portable import write_space
+from chestct.pyfunc import save_model
+from chestct.tracking import TrackingError, fetch_bundle
+from chestct.tracking import hub as bundles
+from tests.e2e.loopback import free_port
+
+
+def test_a_bundle_goes_to_the_hub_with_its_card_and_comes_back_the_same(hub, small_bundle, small, tmp_path):
+    address, commits = hub
+    assert set(bundles.FILES) == set(LARGEST)
+    assert bundles.push(small_bundle, "ada/chest") == f"{address}/ada/chest"
+    assert sorted(commits["ada/chest"][-1]) == sorted([*bundles.FILES, "README.md"])
+    assert load_bundle(fetch_bundle("hf://ada/chest", small())).id == load_bundle(small_bundle).id
+    commits["ada/chest"].append({**commits["ada/chest"][-1], "bundle.json": b"{}", "setup.py": b"import evil"})
+    folder = bundles.fetch("hf://ada/chest")
+    assert not Path(folder, "setup.py").exists()
+    with pytest.raises(ChestCTError, match="damaged"):
+        load_bundle(folder)
+
+
+def test_the_packaged_card_tells_the_hub_what_the_model_is():
+    card = (PACKAGED_BUNDLE / "MODEL_CARD.md").read_text(encoding="utf-8")
+    facts = yaml.safe_load(card.split("---")[1])
+    assert (facts["library_name"], facts["pipeline_tag"]) == ("chestct", "image-classification")
+
+
+def test_what_the_hub_does_not_have_or_permit_says_the_way_out(hub, small_bundle, monkeypatch):
+    with pytest.raises(ConfigError, match="hf://USER/NAME"):
+        bundles.fetch("hf://nobody/nothing")
+    with pytest.raises(ConfigError, match="no name on the hub"):
+        bundles.fetch("hf://../../etc")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(TrackingError, match="HF_TOKEN"):
+        bundles.push(small_bundle, "ada/chest")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """Python of an environment with the dependencies of this one, and without chestct."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return folder / "bin" / "python"
+
+
+def started(command, folder, health):
+    """The process of a service once it answers at `health`."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "MLFLOW_"))}
+    environment |= {"PORT": health.split(":")[2].split("/")[0], "MLFLOW_DISABLE_TELEMETRY": "true"}
+    log = (folder / "log").open("w+")
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 400
+    while True:
+        try:
+            urllib.request.urlopen(health, timeout=5).close()
+            return process
+        except OSError:
+            ended = process.poll() is not None or time.monotonic() > deadline
+            assert not ended, (folder / "log").read_text()[-3000:]
+            time.sleep(0.3)
+
+
+def stop(process):
+    os.killpg(process.pid, 9)
+    process.wait(20)
+
+
+def test_a_space_lists_what_it_needs_and_refuses_a_folder_that_holds_something(tmp_path):
+    write_space(tmp_path / "space")
+    card = yaml.safe_load((tmp_path / "space" / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert (card["sdk"], card["sdk_version"], card["app_file"]) == ("gradio", version("gradio"), "app.py")
+    needed = (tmp_path / "space" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert f"gradio=={version('gradio')}" in needed
+    assert not [line for line in needed if line.startswith("chestct")]
+    with pytest.raises(ChestCTError, match="not empty"):
+        write_space(tmp_path / "space")
+
+
+@pytest.mark.slow
+def test_a_space_runs_as_it_is(elsewhere, tmp_path):
+    write_space(tmp_path / "space")
+    url = f"http://127.0.0.1:{free_port()}"
+    process = started([str(elsewhere), "app.py"], tmp_path / "space", f"{url}/healthz")
+    try:
+        assert httpx.get(f"{url}/healthz", timeout=60).json()["bundle"] == load_bundle("packaged").id
+    finally:
+        stop(process)
+
+
+@pytest.mark.slow
+def test_mlflow_serves_a_model_where_chestct_is_not_installed(elsewhere, tmp_path):
+    save_model(PACKAGED_BUNDLE, tmp_path / "model", code=True)
+    assert not {path.suffix for path in (tmp_path / "model").rglob("*")} & {".pkl", ".pickle", ".pt", ".pth"}
+    port = free_port()
+    serve = ["-m", "mlflow", "models", "serve", "-m", str(tmp_path / "model"), "--env-manager", "local"]
+    ready = f"http://127.0.0.1:{port}/ping"
+    process = started([str(elsewhere), *serve, "-p", str(port), "-h", "127.0.0.1"], tmp_path, ready)
+    try:
+        image = np.random.default_rng(0).integers(0, 256, (1, 60, 50), np.uint8)
+        answers = httpx.post(
+            f"http://127.0.0.1:{port}/invocations", json={"inputs": image.tolist()}, timeout=120
+        ).json()["predictions"]
+        bundle = load_bundle("packaged")
+        expected = bundle.predict(bundle.preprocess(image[0])[None])
+        assert answers[0]["score"] == pytest.approx(expected.score[0], abs=1e-6)
+        assert answers[0]["decision"] == expected.decision[0]
+        found = subprocess.run(
+            [str(elsewhere), "-c", "import chestct"],
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        )
+        assert found.returncode != 0
+    finally:
+        stop(process)
