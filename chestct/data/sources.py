@@ -84,8 +84,8 @@ class _Source:
     def read(self) -> None:
         if not self.root.is_dir():
             raise DataError(
-                f"No folder {self.root} for the source '{self.name}'. Give its place with data.root=FOLDER, run `dvc "
-                "pull` to fetch the shared data, or train on phantoms with data=phantom."
+                f"No folder {self.root} for the source '{self.name}'. Give its place with data.root=FOLDER. "
+                "Your team's data: `dvc pull`; public collections: `chestct data fetch`; or phantoms with data=phantom."
             )
         before = len(self.listing.slices)
         folders = self._folders(self.root)
