@@ -30,9 +30,10 @@ COLUMNS = {
 BIASES = ("shortcut", "imbalance")
 """Kinds of findings that go to rai:dataBiases; identifiers have a field of their own, all others are limitations."""
 
-TERMS = ("citeAs", "column", "equivalentProperty", "extract", "field", "fileObject", "fileProperty", "fileSet")
-TERMS += ("format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet")
-TERMS += ("references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField", "transform")
+TERMS: tuple[str, ...] = ("citeAs", "column", "equivalentProperty", "extract", "field", "fileObject", "fileProperty")
+TERMS += ("fileSet", "format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path")
+TERMS += ("recordSet", "references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField")
+TERMS += ("transform",)
 
 CONTEXT = {
     "@language": "en",
