@@ -5,6 +5,7 @@ Whatever a command needs is imported when its settings are known to be right, so
 
 import argparse
 import json
+import logging
 import re
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from chestct.config.schema import Config
+from chestct.config.schema_serving import BACKENDS
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.experiment import evaluate, export, train
 from chestct.files import write_atomic
@@ -99,17 +101,22 @@ def predict() -> None:
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
     parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")
     parser.add_argument("--viewer", type=Path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
+    parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="and where (auto)")
     given = parser.parse_args()
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
     from chestct.serving.scan import describe_scans, scans_in
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("chestct").setLevel(logging.INFO)
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
     overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
     bundle = bundle_folder(given.bundle, None, *overrides)
     try:
-        rows, reused = predict_files(paths, given.out, bundle, every=given.every, progress=sys.stderr.isatty())
+        how = {"every": given.every, "backend": given.backend, "accelerator": given.accelerator}
+        rows, reused = predict_files(paths, given.out, bundle, **how, progress=sys.stderr.isatty())
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")

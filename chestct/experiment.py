@@ -21,6 +21,7 @@ from chestct.progress import phase
 if TYPE_CHECKING:
     from chestct.data.datamodule import SliceModule
     from chestct.evaluation.evaluate import Evaluation
+    from chestct.models.bundle import Bundle
     from chestct.tracking import Run
     from chestct.training import Result
 
@@ -183,28 +184,53 @@ def export(cfg: Config, out: Path) -> None:
     """Evaluates a checkpoint and writes its bundle: weights, preprocessing, threshold, calibration, model card.
 
       chestct export ckpt=last bundle=FOLDER
+      chestct export ckpt=last bundle=FOLDER format=openvino_int8+onnx    with backends beside torch, each verified
+      chestct export bundle=FOLDER format=openvino_int8 data=...          into a bundle, with the data it was made with
 
     Settings that are not given come from the checkpoint; evaluation.threshold chooses the operating point, and the
     other checks that evaluation.* switches on go into the model card.
     """
+    from chestct.evaluation.backends import add_backends, own_slices
     from chestct.evaluation.export import export
-    from chestct.models.bundle import check_target
+    from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.tracking import run_of
 
+    if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
+        folder = PACKAGED_BUNDLE if cfg.bundle == "packaged" else Path(cfg.bundle)
+        bundle = load_bundle(folder)
+        _say(add_backends(bundle, folder, cfg, *own_slices(cfg, bundle)), folder)
+        return
     if not cfg.ckpt:
-        raise ConfigError("Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt.")
+        raise ConfigError(
+            "Nothing to export: give a checkpoint with ckpt=last or ckpt=runs/.../checkpoints/best.ckpt, or a bundle "
+            "and what it is to get: bundle=FOLDER format=openvino_int8 data=..."
+        )
     cfg = from_checkpoint(cfg)
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
     check_target(folder)  # now, not after an evaluation of minutes
     evaluation = _evaluate_checkpoint(cfg, out)
     bundle = export(evaluation, folder, model_card(evaluation))
+    if cfg.format != "torch":
+        assert evaluation.manifest is not None
+        assert evaluation.images is not None
+        bundle = add_backends(bundle, folder, cfg, evaluation.manifest, evaluation.images)
     if cfg.tracking.log_model:
         with run_of(cfg, Path(cfg.ckpt or "")) as run:
             log_bundle(run, folder, code=bool(cfg.tracking.register))
+            for name, numbers in bundle.facts.get("backends", {}).items():
+                run.metrics({f"{name}/{key}": numbers[key] for key in ("logits", "decisions", "heat")})
+    _say(bundle, folder)
+
+
+def _say(bundle: "Bundle", folder: Path) -> None:
+    from chestct.models.bundle import CARD
+
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")
+    if backends := bundle.facts.get("backends"):
+        print(f"verified for {', '.join(backends)}, see its {CARD}")
 
 
 def from_checkpoint(cfg: Config, best: bool = True) -> Config:

@@ -44,7 +44,10 @@ def test_hadolint_finds_nothing():
 def test_serving_needs_only_what_the_project_depends_on_in_tested_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    known = {Requirement(line).name for line in project["dependencies"] + extras["serve"] + extras["dicom"]}
+    known = {
+        Requirement(line).name
+        for line in project["dependencies"] + extras["serve"] + extras["dicom"] + extras["openvino"]
+    }
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = {line.split("==")[0].lower().replace("_", "-") for line in pins}
     assert set(needed()) <= known

@@ -21,9 +21,9 @@ DEFAULTS = CONF / "defaults.yaml"
 HEAD = "# Every setting, its default and its meaning. Made by `make params` from chestct/config/schema.py.\n"
 
 PIPELINE = "params"  # name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes
-HERE = ["ckpt", "cache_dir", "runs_dir", "bundle", "compare", "callbacks", "loggers", "trust", "seeds", "tracking"]
+HERE = ["ckpt", "cache_dir", "runs_dir", "bundle", "format", "compare", "callbacks", "loggers", "trust", "seeds"]
 HERE += ["serve", "monitor", "data.store", "data.workers", "trainer.strategy", "trainer.accelerator", "trainer.devices"]
-HERE += ["trainer.num_nodes", "trainer.progress", "trainer.args"]
+HERE += ["trainer.num_nodes", "trainer.progress", "trainer.args", "tracking"]
 """Settings that describe this machine, never taken from a file that may come from elsewhere.
 
 Callbacks, loggers and arguments of the Trainer's, such as default_root_dir or a profiler, write where they like."""

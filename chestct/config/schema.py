@@ -41,6 +41,11 @@ POOLS = ("gap", "mean_max_std", "flatten", "topk")
 SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 BLOCKS = r"[345](\+[345])*"
+FORMATS = ("openvino_int8", "openvino", "onnx")
+"""Backends that a bundle may have next to torch, the quickest first."""
+
+FEATURE_BACKENDS = ("torch", "openvino", "openvino_int8")
+EXPORTS = rf"torch|({'|'.join(FORMATS)})(\+({'|'.join(FORMATS)}))*"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
 
@@ -165,6 +170,7 @@ class FeaturesConfig:
     """The frozen convolutions' outputs, computed once."""
 
     cache: bool = setting(True, "keep them on disk and train the head on them; false: run the convolutions every step")
+    backend: str = setting("torch", "what computes them; openvino_int8: for training only", choices=FEATURE_BACKENDS)
     batch_size: int = setting(16, "slices a forward pass while they are computed", low=1)
 
 
@@ -256,6 +262,7 @@ class Config:
     ckpt: str | None = setting(None, "a .ckpt file, a run folder, or `last` for the newest run")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
     bundle: str | None = setting(None, "bundle: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID")
+    format: str = setting("torch", "export: backends that the bundle gets, one or several: openvino+onnx", form=EXPORTS)
     compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
     callbacks: dict[str, Any] = setting({}, "callbacks of Lightning's or your own: {NAME: {_target_: CLASS, ...}}")
     loggers: dict[str, Any] = setting({}, "loggers next to MLflow's: {NAME: {_target_: CLASS, ...}}")

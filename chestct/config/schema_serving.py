@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from chestct.config.fields import setting
 
+BACKENDS = ("auto", "torch", "openvino", "openvino_int8", "onnx")
+
 
 @dataclass
 class ServeConfig:
@@ -13,6 +15,7 @@ class ServeConfig:
     port: int = setting(7860, "port to listen on", low=1, high=65535)
     hosts: list[str] = setting([], "names of the service beside localhost and addresses: [ct.example.org]; ['*']: any")
     proxies: list[str] = setting([], "addresses or networks of reverse proxies, whose X-Forwarded-For is believed")
+    backend: str = setting("auto", "what computes: auto is the quickest that the bundle has here", choices=BACKENDS)
     max_upload_bytes: int = setting(300_000_000, "bytes that one request may send", low=1_000)
     max_slices: int = setting(512, "slices that one request may hold", low=1, high=2000)
     max_pixels: int = setting(20_000_000, "largest image that is decoded, in pixels", low=1)

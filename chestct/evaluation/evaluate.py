@@ -6,6 +6,7 @@ measured.
 """
 
 import dataclasses
+import logging
 import platform
 import sys
 from collections.abc import Sequence
@@ -35,10 +36,11 @@ from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
-from chestct.stats.bootstrap import difference_interval, draws, fewest_groups
-from chestct.stats.metrics import Estimate, auroc, measure
+from chestct.stats.metrics import Estimate, auroc_difference, measure
 from chestct.tracking import code_version
 from chestct.version import __version__
+
+logger = logging.getLogger("chestct")
 
 SPLITS = ("train", "valid", "test")
 
@@ -110,7 +112,9 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
             "Nothing to evaluate: give a checkpoint with ckpt=runs/.../checkpoints/best.ckpt, ckpt=last for the "
             "newest run, or a bundle with bundle=FOLDER."
         )
-    model = load_classifier(Path(cfg.ckpt), cfg.trust).eval().to(pick_device(cfg.trainer.accelerator))
+    device = pick_device(cfg.trainer.accelerator)
+    logger.info("computing on %s", device)
+    model = load_classifier(Path(cfg.ckpt), cfg.trust).eval().to(device)
     data = data or SliceModule(cfg)
     data.prepare_data()
     data.setup()
@@ -124,7 +128,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         )
     data.features = {}  # what training left there may come from convolutions that have changed since
     if _cached(model, cfg):
-        features.attach(data, model.net, cfg, SPLITS, views=1)
+        features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
     answers = {split: features.outputs(model.net, data.dataset(split), cfg.data.batch_size) for split in SPLITS}
     novelty_model = fit_novelty(answers["train"][1], answers["valid"][1])
     parts = []
@@ -243,17 +247,10 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
         return dataclasses.replace(line, note="no shortcut baseline is defined on these slices")
     best = max(scores, key=lambda baseline: baseline.auroc)
     cancer = (test["label"] == "cancer").to_numpy()
-    group = np.unique(test["group"], return_inverse=True)[1]
     model = 1 - test["probability_normal"].to_numpy()
-
-    def margin(weights: np.ndarray) -> np.ndarray:
-        return auroc(model, cancer, weights) - auroc(best.scores, cancer, weights)
-
-    value = float(margin(np.ones((1, len(test))))[0])
-    drawn = np.concatenate([margin(weights) for weights in draws(group, cfg.evaluation.resamples, cfg.data.split_seed)])
-    low, high, reason = difference_interval(drawn, value, fewest_groups(cancer, group))
-    estimate = Estimate(value, low, high, len(test), line.groups, reason)
-    return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=estimate)
+    settings = (cfg.evaluation.resamples, cfg.data.split_seed)
+    margin = auroc_difference(model, best.scores, cancer, test["group"], *settings)
+    return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
 
 
 def made() -> dict[str, Any]:

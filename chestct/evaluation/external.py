@@ -18,7 +18,6 @@ from chestct.evaluation.evaluate import Evaluation, decided, made, measured, row
 from chestct.evaluation.subgroups import subgroups
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
-from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
 
 
@@ -28,10 +27,10 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     The very data that the bundle was made with give its test slices; of other data, every slice counts that the bundle
     has not been trained on. Raises BundleError and DataError.
     """
-    bundle = load_bundle(cfg.bundle or "packaged")
-    bundle.net.to(pick_device(cfg.trainer.accelerator))
-    as_trained = dataclasses.replace(cfg.data, **dataclasses.asdict(bundle.preprocess), window=bundle.window, views=0)
-    cfg = dataclasses.replace(cfg, task=bundle.task, data=as_trained)
+    # The same figures on every machine, whatever is installed there: another backend is measured where it is named.
+    backend = "torch" if cfg.serve.backend == "auto" else cfg.serve.backend
+    bundle = load_bundle(cfg.bundle or "packaged", backend, cfg.trainer.accelerator)
+    cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
     manifest, left_out = _slices(cfg, store, bundle)
     if not manifest["subtype"].isin(bundle.classes).all():
@@ -58,6 +57,12 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         "made": made(),
     }
     return evaluation
+
+
+def as_made(cfg: Config, bundle: Bundle) -> Config:
+    """The settings with the bundle's own task and preprocessing."""
+    data = dataclasses.replace(cfg.data, **dataclasses.asdict(bundle.preprocess), window=bundle.window, views=0)
+    return dataclasses.replace(cfg, task=bundle.task, data=data)
 
 
 def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, int]:

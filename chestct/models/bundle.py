@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from chestct.config.targets import check_trusted
 from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
+from chestct.models.backends import FILES, Graph, choose, load_graph
 from chestct.models.bundle_schema import check_facts
 from chestct.models.novelty import NoveltyModel
-from chestct.models.operating_point import OperatingPoint
+from chestct.models.operating_point import OperatingPoint, Outputs
 from chestct.models.saliency import explained_output, heat, normalised_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED_SHA256, Weights, load_weights
@@ -41,23 +42,8 @@ PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
 TENSORS, FACTS, CARD = "model.safetensors", "bundle.json", "MODEL_CARD.md"
 
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
+LARGEST |= {name: 16_000_000 if "xml" in name else 2_000_000_000 for names in FILES.values() for name in names}
 """Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What a bundle says of N slices."""
-
-    logits: np.ndarray  # float32 [N, 1] or [N, classes]
-    probabilities: np.ndarray  # float64 [N, classes], calibrated
-    decision: np.ndarray  # str [N]: cancer, normal, uncertain or refused
-    novelty: np.ndarray  # float32 [N]; above 1 a slice is too far from the training data
-    heat: np.ndarray | None  # float32 [N, h, w] in [0, 1], what speaks for cancer more than in normal slices
-
-    @property
-    def score(self) -> np.ndarray:
-        """P(cancer), float64 [N]."""
-        return 1 - self.probabilities[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +59,14 @@ class Bundle:
     baseline: torch.Tensor  # what normal training slices show, see chestct.models.saliency
     facts: dict[str, Any]
     card: str = ""
+    backend: str = "torch"
+    graph: Graph | None = None  # of another backend, in place of the network; see chestct.models.backends
+    files: Mapping[str, bytes] = field(default_factory=dict)  # of backends, for `save_bundle`
 
     @property
     def id(self) -> str:
-        """Twelve hex digits that change with anything in the bundle."""
-        return str(self.facts.get("digest", ""))[:12]
+        """Twelve hex digits that change with anything in the bundle, and what answers where that is not torch."""
+        return str(self.facts.get("digest", ""))[:12] + (f"-{self.backend}" if self.graph else "")
 
     @property
     def task(self) -> str:
@@ -121,9 +110,9 @@ class Bundle:
         """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
         parts = []
         for x in self.net.batches(images):
-            conv5 = self.net.conv5(x)
+            answer, conv5 = self.graph(x) if self.graph else self.net.answer(x)
             maps = self.net.pool(conv5)
-            of_batch = self.net.head(maps).cpu().numpy()
+            of_batch = answer.cpu().numpy()
             distances = self.novelty_model.distance(self.net.channel_means(maps).cpu()).numpy()
             shown = np.empty(0)
             if explain:
@@ -140,8 +129,8 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     """Writes a bundle whole or not at all, and returns it as loaded from there.
 
     The convolutions are written too unless they are the packaged ones and were not trained further. bundle.facts: task,
-    classes, model, preprocess, window, data and whatever else is worth knowing. Raises BundleError where the folder
-    holds anything but a bundle.
+    classes, model, preprocess, window, data and whatever else is worth knowing; `backends` goes with bundle.files.
+    Raises BundleError where the folder holds anything but a bundle.
     """
     net = bundle.net
     own = net.digest != PACKAGED_SHA256 or bundle.facts["model"]["trained_convolutions"]
@@ -151,6 +140,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     tensors |= {f"novelty.{key}": value for key, value in asdict(bundle.novelty_model).items()}
     tensors["saliency.baseline"] = bundle.baseline
     files = {TENSORS: save({key: value.contiguous() for key, value in tensors.items()}), CARD: bundle.card.encode()}
+    files |= bundle.files
     mean, scale = net.mean.flatten().tolist(), net.scale.flatten().tolist()
     facts = {
         "schema": SCHEMA,
@@ -205,14 +195,18 @@ def check_target(folder: Path) -> None:
         )
 
 
-def load_bundle(source: str | Path) -> Bundle:
+def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "cpu") -> Bundle:
     """The bundle in a folder; `packaged` is the one in the package.
 
-    Raises BundleError where something is missing, altered, unexpected, out of bounds or of another version.
+    backend, accelerator: what it computes with and on, as `chestct.models.backends.choose` takes them. Raises
+    BundleError where something is missing, altered, unexpected, out of bounds or of another version, and ConfigError
+    where the backend cannot be had.
     """
     folder = PACKAGED_BUNDLE if str(source) == "packaged" else Path(source)
     facts = _read_facts(folder)
     files = {name: _read(folder, name, facts["files"][name]) for name in (TENSORS, CARD)}
+    name, device = choose(backend, facts.get("backends", {}), accelerator)
+    parts = [_read(folder, file, facts["files"][file]) for file in FILES.get(name, ())]
     try:
         tensors = load(files[TENSORS])
         bundle = Bundle(
@@ -223,12 +217,21 @@ def load_bundle(source: str | Path) -> Bundle:
             facts,
             files[CARD].decode(),
         )
+        bundle.net.to(device)
+        if parts:
+            bundle = replace(bundle, backend=name, graph=load_graph(name, parts))
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise BundleError(f"The bundle {folder} cannot be used: {reason}. Export it again.") from None
     return bundle
+
+
+def backend_files(folder: Path, facts: Mapping[str, Any]) -> dict[str, bytes]:
+    """The files of all backends of the bundle in a folder, by name."""
+    names = [file for name in facts.get("backends", {}) for file in FILES[name]]
+    return {name: _read(folder, name, facts["files"][name]) for name in names}
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

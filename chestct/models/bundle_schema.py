@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chestct.config.schema import BLOCKS, classes_of
+from chestct.models.backends import FILES
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -91,6 +92,18 @@ class Elsewhere(Part):
     specificity: Share
 
 
+class Verified(Part):
+    """How a backend's answers differ from torch's on the validation slices, see chestct.evaluation.backends."""
+
+    slices: Count
+    calibration: Count
+    logits: Annotated[float, Field(ge=0)]
+    decisions: Share
+    auroc: Metric
+    heat: Annotated[float, Field(ge=-1, le=1)]
+    version: str
+
+
 class Facts(Part, extra="allow"):
     task: Literal["binary", "subtype"]
     classes: list[str]
@@ -99,7 +112,8 @@ class Facts(Part, extra="allow"):
     window: Window
     weights: WeightsOf
     operating_point: Point
-    files: Annotated[dict[Literal["model.safetensors", "MODEL_CARD.md"], str], Field(min_length=2)]
+    files: dict[str, str]
+    backends: dict[Literal["openvino", "openvino_int8", "onnx"], Verified] = {}
     data: Data
     statistics: dict[str, Annotated[list[float], Field(min_length=2)]] = {}
     metrics: dict[str, dict[str, Metric]] = {}
@@ -114,5 +128,8 @@ def check_facts(facts: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    names = {"model.safetensors", "MODEL_CARD.md"}.union(*(FILES[name] for name in facts.get("backends", {})))
+    if facts["files"].keys() != names:
+        raise ValueError(f"files: {', '.join(facts['files'])} are not {', '.join(sorted(names))}")
     if tuple(facts["classes"]) != classes_of(facts["task"]):
         raise ValueError(f"classes={facts['classes']} are not those of task={facts['task']}")

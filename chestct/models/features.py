@@ -8,8 +8,8 @@ most, and several processes can write at once; a damaged shard is never believed
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
+from chestct.models.backends import CALIBRATION, convert, load_graph
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
 from chestct.progress import steps
@@ -38,23 +39,36 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
 
     What it holds already, of another seed on the same slices, stays.
     """
+    layer, device, quantised = net.pooled, net.mean.device, ""
+    if cfg.features.backend != "torch":
+        plain, device, backend = data.dataset("train"), torch.device("cpu"), cfg.features.backend
+        chosen = np.random.default_rng(0).permutation(len(plain))[:CALIBRATION]
+        # What INT8 rounds to depends on the slices that it was calibrated on.
+        quantised = json_digest([plain.contents[i] for i in chosen]) if backend == "openvino_int8" else ""
+        # Made when it is first asked, which a warm cache never does.
+        graph = cache(lambda: load_graph(backend, convert(net, backend, plain.images[plain.rows[chosen]])))
+        layer = lambda x: net.pooled_map(graph()(x)[1])  # noqa: E731
     for split in splits:
         dataset = data.dataset(split, train=split == "train")
         spaces = [
-            (space_folder(cfg, net.digest, view), dataset.drawn_contents(view), dataset.places_contents(view))
+            (
+                space_folder(cfg, net.digest, view, quantised),
+                dataset.drawn_contents(view),
+                dataset.places_contents(view),
+            )
             for view in range(views if split == "train" else 1)
         ]
         if data.features.get(split) and data.spaces.get(split) == spaces:
             continue
         dataset.features, data.features[split], data.places[split] = (), [], []
         for view, (folder, contents, places) in enumerate(spaces):
-            kept = [Kept(net.pooled, contents, folder)]
+            kept = [Kept(layer, contents, folder)]
             if dataset.has_places:
                 grid = net.grid if cfg.model.pool == "topk" else (1, 1)
                 kept.append(Kept(partial(_covered, grid=grid), places, folder / "places"))
             label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
             run = partial(extract, batch_size=cfg.features.batch_size, label=label)
-            shown, *known = run(kept, partial(dataset.shown, view=view), net.mean.device)
+            shown, *known = run(kept, partial(dataset.shown, view=view), device)
             data.features[split].append(shown)
             data.places[split] += known
         data.spaces[split] = spaces
@@ -65,10 +79,20 @@ def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return functional.adaptive_avg_pool2d(masks.float(), grid)
 
 
-def space_folder(cfg: Config, weights_digest: str, view: int) -> Path:
-    """The cache folder of a feature space: named by everything, besides a slice's content, that decides features."""
+def in_fp32(cfg: Config) -> Config:
+    """The settings of features that are as exact as a bundle's answers, which evaluation measures."""
+    exact = "torch" if cfg.features.backend == "openvino_int8" else cfg.features.backend
+    return replace(cfg, features=replace(cfg.features, backend=exact))
+
+
+def space_folder(cfg: Config, weights_digest: str, view: int, quantised: str = "") -> Path:
+    """The cache folder of a feature space: named by everything, besides a slice's content, that decides features.
+
+    quantised: digest of what INT8 was calibrated on.
+    """
     settings = {"format": FORMAT, "weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
     settings |= {"block": cfg.model.block} if cfg.model.block != "5" else {}
+    settings |= {"backend": cfg.features.backend + quantised} if cfg.features.backend != "torch" else {}
     if view:
         settings |= {"view": view, "seed": cfg.data.view_seed, "augment": asdict(cfg.data.augment)}
         settings |= {"lesions": cfg.data.lesions, "drawing": insertion.VERSION} if cfg.data.lesions else {}

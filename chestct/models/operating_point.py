@@ -19,6 +19,22 @@ CANCER, NORMAL, UNCERTAIN, REFUSED = "cancer", "normal", "uncertain", "refused"
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What a bundle says of N slices."""
+
+    logits: np.ndarray  # float32 [N, 1] or [N, classes]
+    probabilities: np.ndarray  # float64 [N, classes], calibrated
+    decision: np.ndarray  # str [N]: cancer, normal, uncertain or refused
+    novelty: np.ndarray  # float32 [N]; above 1 a slice is too far from the training data
+    heat: np.ndarray | None  # float32 [N, h, w] in [0, 1], what speaks for cancer more than in normal slices
+
+    @property
+    def score(self) -> np.ndarray:
+        """P(cancer), float64 [N]."""
+        return 1 - self.probabilities[:, 0]
+
+
+@dataclass(frozen=True)
 class OperatingPoint:
     """Calibrated scores, the threshold on P(cancer), and the conformal quantile of each class.
 

@@ -53,7 +53,12 @@ class VGG16(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float [B, 1, S, S] in [0, 1]. Returns logits [B, outputs]."""
-        return self.head(self.maps(x))
+        return self.answer(x)[0]
+
+    def answer(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and `conv5`, from which explanation and novelty come, for x as in `forward`."""
+        conv5 = self.conv5(x)
+        return self.head(self.pool(conv5)), conv5
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
         """What the head gets: the last map of the convolutions, [B, 512, S // 32, S // 32], for x as in `forward`.
@@ -64,11 +69,15 @@ class VGG16(nn.Module):
         return self.pool(self.conv5(x))
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
-        """What is cached while convolutions are frozen: `maps` after the head's own pooling, float32 [B, D].
+        """What is cached while convolutions are frozen, for x as in `forward`, see `pooled_map`."""
+        return self.pooled_map(self.conv5(x))
+
+    def pooled_map(self, conv5: torch.Tensor) -> torch.Tensor:
+        """From `conv5` to `maps` after the head's own pooling, float32 [B, D].
 
         With model.pool=topk nothing is pooled before the head: float16 [B, C, h, w].
         """
-        pooled = self.head[0](self.maps(x))
+        pooled = self.head[0](self.pool(conv5))
         return pooled.float() if pooled.ndim == 2 else pooled.half()
 
     def conv5(self, x: torch.Tensor) -> torch.Tensor:
@@ -270,7 +279,12 @@ class BestPlaces(nn.Module):
 def pick_device(accelerator: str = "auto") -> torch.device:
     """What a network computes on outside of training, which Lightning decides: this machine's accelerator or the CPU.
 
-    accelerator: of `trainer.accelerator`, cpu counts; a checkpoint of a GPU is evaluated on what there is.
+    accelerator: of `trainer.accelerator`. Raises ConfigError where this machine does not have what is named.
     """
     device = None if accelerator == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    if accelerator not in ("auto", "cpu", "gpu" if device else "", device.type if device else ""):
+        raise ConfigError(
+            f"accelerator={accelerator}: this machine has {device.type if device else 'none that torch can use'}. "
+            "Leave it out, or give auto or cpu."
+        )
     return device or torch.device("cpu")

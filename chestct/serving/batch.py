@@ -24,7 +24,6 @@ from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read, sniff
 from chestct.imaging.slice import Limits
 from chestct.imaging.slice_files import describe_skipped, is_slice_name, walk
-from chestct.models.vgg16 import pick_device
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
 from chestct.serving.scan import Row, in_order
@@ -113,16 +112,23 @@ def entries(path: Path) -> list[File]:
 
 
 def predict_files(
-    paths: Sequence[File], out: Path, bundle: str | Path = "packaged", *, every: bool = False, progress: bool = False
+    paths: Sequence[File],
+    out: Path,
+    bundle: str | Path = "packaged",
+    *,
+    every: bool = False,
+    progress: bool = False,
+    backend: str = "auto",
+    accelerator: str = "auto",
 ) -> tuple[list[Row], int]:
     """Writes the answers for `paths` to the CSV `out`, one row a slice and one for each unreadable file.
 
-    every: a row for each frame or page of a file. Returns the rows, and how many files had been answered before. Raises
-    BundleError, and ChestCTError where `out` cannot be written or is no table of this program.
+    every: a row for each frame or page of a file; backend, accelerator: as `load_bundle` takes them. Returns the rows,
+    and how many files had been answered before. Raises BundleError, and ChestCTError where `out` cannot be written or
+    is no table of this program.
     """
     partial = out.with_name(f"{out.name}.partial")
-    predictor = Predictor(bundle, seconds=PATIENCE)
-    predictor.bundle.net.to(pick_device())
+    predictor = Predictor(bundle, seconds=PATIENCE, backend=backend, accelerator=accelerator)
     columns = [*FIRST, *(f"probability_{name}" for name in predictor.bundle.classes), *LAST]
     pool = ThreadPoolExecutor(THREADS, "batch")
     table: list[Row] = []

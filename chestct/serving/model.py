@@ -16,7 +16,6 @@ from chestct.errors import ConfigError, DataError
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, windowed
 from chestct.models.bundle import Bundle
-from chestct.models.vgg16 import pick_device
 from chestct.serving.batch import THREADS, answer_file, find_files
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import BATCH, Predictor
@@ -33,7 +32,6 @@ class Model:
         overrides = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
         self.bundle_folder = bundle_folder(str(source), None, *overrides)
         self.predictor = Predictor(self.bundle_folder)
-        self.predictor.bundle.net.to(pick_device())
 
     @property
     def bundle(self) -> Bundle:

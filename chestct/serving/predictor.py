@@ -17,9 +17,9 @@ import numpy as np
 from chestct.errors import ChestCTError
 from chestct.imaging.decode import declared_size, decode, decode_frames
 from chestct.imaging.slice import Limits, Slice, pixel_hash
-from chestct.models.bundle import Bundle, Outputs, load_bundle
+from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
-from chestct.models.operating_point import REFUSED, UNCERTAIN
+from chestct.models.operating_point import REFUSED, UNCERTAIN, Outputs
 from chestct.serving.prediction import Prediction
 
 BATCH = 16
@@ -48,7 +48,8 @@ class Predictor:
     """Answers for files. Safe to call from any number of threads.
 
     source: a bundle folder or `packaged`; limits: what a file may cost; seconds: how long a request may wait for room
-    and the network together; pixels: how many may be decoded at once within `room`, each of which takes some 20 bytes.
+    and the network together; pixels: how many may be decoded at once within `room`, each of which takes some 20 bytes;
+    backend, accelerator: what computes, as `load_bundle` takes them.
     """
 
     def __init__(
@@ -58,9 +59,12 @@ class Predictor:
         *,
         seconds: float = 60.0,
         pixels: int = 128_000_000,
+        backend: str = "auto",
+        accelerator: str = "auto",
     ) -> None:
         self.limits, self.seconds, self.pixels = limits, seconds, pixels
-        self.bundle = load_bundle(source)
+        self.backend, self.accelerator = backend, accelerator
+        self.bundle = load_bundle(source, backend, accelerator)
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
         self._network = threading.Lock()
 
@@ -124,7 +128,7 @@ class Predictor:
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
-        self.bundle = load_bundle(source)
+        self.bundle = load_bundle(source, self.backend, self.accelerator)
         return self.bundle.id
 
     def _answer(

@@ -67,7 +67,8 @@ def predictor_for(cfg: Config, bundle: str) -> Predictor:
     """The service's predictor, with its limits."""
     serve = cfg.serve
     limits = Limits(min(cfg.data.max_bytes, serve.max_upload_bytes), min(cfg.data.max_pixels, serve.max_pixels))
-    return Predictor(bundle, limits, seconds=serve.request_timeout_s, pixels=serve.max_pixels_in_flight)
+    computing = {"backend": serve.backend, "accelerator": cfg.trainer.accelerator}
+    return Predictor(bundle, limits, seconds=serve.request_timeout_s, pixels=serve.max_pixels_in_flight, **computing)
 
 
 def make_server(

@@ -12,7 +12,7 @@ import pandas as pd
 
 from chestct.config.schema import classes_of
 from chestct.errors import DataError
-from chestct.stats.bootstrap import MIN_GROUPS, draws, effective_size, percentiles
+from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, effective_size, fewest_groups, percentiles
 from chestct.stats.calibration import calibration_bins, wilson
 
 
@@ -133,6 +133,21 @@ def statistics(sample: Sample, weights: np.ndarray) -> dict[str, np.ndarray]:
 def auroc(scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """AUROC [R] of scores float [N] for targets bool [N] under weights float [R, N] (left out: one); see `_ranking`."""
     return _ranking(scores, targets.astype(bool), np.ones((1, len(scores))) if weights is None else weights)[0]
+
+
+def auroc_difference(
+    a: np.ndarray, b: np.ndarray, positive: np.ndarray, groups: pd.Series, resamples: int, seed: int
+) -> Estimate:
+    """AUROC of scores `a` minus that of `b`, float [N] of the same slices, in the same draws of their groups [N]."""
+    group = np.unique(groups, return_inverse=True)[1]
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        return auroc(a, positive, weights) - auroc(b, positive, weights)
+
+    value = float(difference(np.ones((1, len(a))))[0])
+    drawn = np.concatenate([difference(weights) for weights in draws(group, resamples, seed)])
+    low, high, reason = difference_interval(drawn, value, fewest_groups(positive, group))
+    return Estimate(value, low, high, len(a), len(np.unique(group)), reason)
 
 
 def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,17 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from chestct.config.schema import ModelConfig
 from chestct.data.datamodule import SliceModule
+from chestct.models import features
 from chestct.models.features import Kept, attach, extract, space_folder
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from tests.models.test_backends import needs
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +108,31 @@ def test_features_of_another_seed_are_those_that_are_there(small):
     assert held[0] is held[1]
     attach(data, net, small("data.fit=stretch"), ("train",), views=1)
     assert data.features["train"][0] is not held[0]
+
+
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("openvino_int8", marks=pytest.mark.slow)])
+def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(small, tmp_path, monkeypatch, backend):
+    needs(backend)
+    cfg = small(f"features.backend={backend}", f"cache_dir={tmp_path}", "data.views=0")
+    exact = replace(cfg, features=replace(cfg.features, backend="torch"))
+    net = VGG16(cfg.model, 1, cfg.data.size, load_weights("oxford")).eval()
+    data, plain = SliceModule(cfg), SliceModule(exact)
+    for module, settings in ((data, cfg), (plain, exact)):
+        module.prepare_data()
+        module.setup()
+        attach(module, net, settings, ["train", "valid"], 1)
+    assert data.spaces["train"][0][0] != plain.spaces["train"][0][0]
+    for split in ("train", "valid"):
+        got, expected = data.features[split][0], plain.features[split][0]
+        if backend == "openvino":
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        else:
+            assert not torch.allclose(got, expected, rtol=1e-3)
+            assert np.corrcoef(got.flatten(), expected.flatten())[0, 1] > 0.98
+    # Warm, nothing is converted; evaluation looks at features as exact as a bundle's answers.
+    monkeypatch.setattr(features, "convert", lambda *_: pytest.fail("converted again"))
+    again = SliceModule(cfg)
+    again.setup()
+    attach(again, net, cfg, ["train"], 1)
+    assert torch.equal(again.features["train"][0], data.features["train"][0])
+    assert features.in_fp32(cfg).features.backend == {"openvino": "openvino"}.get(backend, "torch")

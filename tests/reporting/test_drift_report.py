@@ -110,7 +110,7 @@ def test_refusals_raise_an_alarm_of_their_own_and_do_not_colour_the_rest(bundle)
 
 def test_slices_of_other_bundles_and_of_the_training_data_are_counted_and_left_out(bundle):
     window = records(bundle, 3, 150)
-    window["bundle"] = np.array(["other"] * 30 + [bundle.id] * 120)
+    window["bundle"] = np.array(["other"] * 30 + [bundle.id] * 60 + [f"{bundle.id}-openvino_int8"] * 60)
     window["known"][30:60] = True
     window["mean"][:60] = 9.0
     drift = compare(bundle, window)

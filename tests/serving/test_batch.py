@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from chestct.models import backends
 from chestct.models.vgg16 import VGG16
 from chestct.serving import batch
 from chestct.serving.batch import find_files, predict_files
@@ -74,11 +76,11 @@ def test_the_exit_status_and_errors_say_what_went_wrong(call, scans, tmp_path, c
 
 
 def test_an_accelerator_computes_where_there_is_one(small_bundle, scans, tmp_path, monkeypatch):
-    devices: list[str] = []
-    monkeypatch.setattr(batch, "pick_device", lambda: "the accelerator")
+    devices: list[object] = []
+    monkeypatch.setattr(backends, "pick_device", lambda accelerator: torch.device("meta"))
     monkeypatch.setattr(VGG16, "to", lambda net, device: devices.append(device))  # none is needed for this test
     predict_files([scans / "b" / "s1.png"], tmp_path / "s.csv", small_bundle)
-    assert devices == ["the accelerator"]
+    assert devices == [torch.device("meta")]
 
 
 def test_a_second_run_reads_only_what_changed_or_could_not_be_read(small_bundle, scans, tmp_path):

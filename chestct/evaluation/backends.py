@@ -1,0 +1,137 @@
+"""Other backends for a bundle, each verified against torch on validation slices before it is kept.
+
+What is compared is all that a reader is shown: logits, decisions (uncertain and refused ones included), the ranking,
+and where the heat lies. A backend that falls short of LIMITS is refused with its numbers; those of one that is kept
+travel in bundle.json and in the model card.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from chestct.config.schema import Config
+from chestct.data.prepare import prepare_store
+from chestct.data.splits import load_splits
+from chestct.errors import BundleError, DataError
+from chestct.evaluation.external import as_made
+from chestct.models.backends import CALIBRATION, FILES, convert, load_graph, version_of
+from chestct.models.bundle import Bundle, backend_files, save_bundle
+from chestct.models.operating_point import NORMAL, Outputs
+from chestct.stats.metrics import auroc_difference
+
+LIMITS = {"logits": (0.01, 0.5), "decisions": (0.01, 0.05), "auroc": (-0.001, -0.005), "heat": (0.99, 0.9)}
+"""For fp32 and for INT8: largest difference of a logit, in standard deviations of the logits; share of decisions that
+change; AUROC lost; least mean correlation of heat maps."""
+
+SECTION = "\n## Backends\n"
+
+
+def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFrame, images: np.ndarray) -> Bundle:
+    """The bundle in `folder` with the backends that cfg.format names, each verified; as loaded from there.
+
+    manifest: the slices of the bundle's own data, with split and `row`, their place among `images`, uint8 [N, S, S].
+    Raises ConfigError where a package is missing, and BundleError, with the numbers, where a backend falls short; the
+    folder is then as it was.
+    """
+    train, valid = (manifest[manifest["split"] == split] for split in ("train", "valid"))
+    order = np.random.default_rng(0).permutation(train["row"].to_numpy())[:CALIBRATION]
+    squares = images[valid["row"]]
+    expected = bundle.predict(squares, explain=True)
+    backends, files = dict(bundle.facts.get("backends", {})), backend_files(folder, bundle.facts)
+    for name in cfg.format.split("+"):
+        parts = convert(bundle.net, name, images[np.sort(order)])
+        answers = dataclasses.replace(bundle, graph=load_graph(name, parts)).predict(squares, explain=True)
+        numbers = compared(expected, answers, valid, cfg)
+        if faults := shortcomings(name, numbers):
+            raise BundleError(
+                f"{name} is refused: on {len(valid)} validation slices, {'; '.join(faults)}. The bundle {folder} "
+                "stays as it was."
+            )
+        calibration = len(order) if name == "openvino_int8" else 0
+        backends[name] = numbers | {"calibration": calibration, "version": version_of(name)}
+        files |= dict(zip(FILES[name], parts, strict=True))
+    card = f"{bundle.card.partition(SECTION)[0].rstrip()}\n{SECTION}\n{table(backends)}"
+    facts = bundle.facts | {"backends": backends}
+    return save_bundle(folder, dataclasses.replace(bundle, facts=facts, card=card, files=files))
+
+
+def compared(expected: Outputs, answers: Outputs, valid: pd.DataFrame, cfg: Config) -> dict[str, Any]:
+    """How the answers for validation slices differ from torch's: the numbers of bundle_schema.Verified.
+
+    Heat maps are compared where they are shown: on slices that torch does not call normal.
+    """
+    shown = np.flatnonzero(expected.decision != NORMAL)
+    maps = [of.heat[shown].reshape(len(shown), -1) if of.heat is not None else None for of in (expected, answers)]
+    settings = (cfg.evaluation.resamples, cfg.data.split_seed)
+    cancer = (valid["label"] == "cancer").to_numpy()
+    auroc = auroc_difference(answers.score, expected.score, cancer, valid["group"], *settings)
+    return {
+        "slices": len(valid),
+        "logits": float(np.abs(answers.logits - expected.logits).max() / max(expected.logits.std(), 1e-12)),
+        "decisions": float((answers.decision != expected.decision).mean()),
+        "auroc": dataclasses.asdict(auroc),
+        "heat": float(np.mean([_agreement(a, b) for a, b in zip(*maps, strict=True)])) if len(shown) else 1.0,
+    }
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlation of two heat maps [h * w]; of two empty ones 1, of one that is empty 0."""
+    if not a.std() or not b.std():
+        return float(a.std() == b.std())
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def shortcomings(name: str, numbers: dict[str, Any]) -> list[str]:
+    """What of the numbers lies beyond LIMITS, a sentence each."""
+    limits = {key: pair[name == "openvino_int8"] for key, pair in LIMITS.items()}
+    lost = numbers["auroc"]["value"]
+    faults = {
+        f"a logit differs by {numbers['logits']:.3g} standard deviations": numbers["logits"] > limits["logits"],
+        f"{numbers['decisions']:.1%} of the decisions change": numbers["decisions"] > limits["decisions"],
+        f"the AUROC changes by {lost:+.4f}": lost < limits["auroc"],
+        f"heat maps correlate by {numbers['heat']:.3f} only": numbers["heat"] < limits["heat"],
+    }
+    bounds = dict(zip(faults, limits.values(), strict=True))
+    return [f"{fault} (limit {bounds[fault]:g})" for fault, falls_short in faults.items() if falls_short]
+
+
+def table(backends: dict[str, Any]) -> str:
+    """The section of the model card."""
+    lines = [
+        "What computes in torch's place gives these answers, against torch's on the validation slices "
+        "(`chestct export format=...`):",
+        "",
+        "| backend | slices | largest difference of a logit, in standard deviations | decisions that change | "
+        "AUROC, difference (95 %) | heat maps, correlation | calibrated on | by |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, of in backends.items():
+        auroc = of["auroc"]
+        interval = "no interval" if auroc["low"] is None else f"{auroc['low']:+.4f} to {auroc['high']:+.4f}"
+        cells = [name, of["slices"], f"{of['logits']:.2g}", f"{of['decisions']:.1%}"]
+        cells += [f"{auroc['value']:+.4f} ({interval})", f"{of['heat']:.3f}"]
+        cells += [f"{of['calibration']} training slices" if of["calibration"] else "-", of["version"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, ""])
+
+
+def own_slices(cfg: Config, bundle: Bundle) -> tuple[pd.DataFrame, np.ndarray]:
+    """The slices that a bundle was made with, divided as then, and their squares: what `add_backends` needs.
+
+    Raises DataError where cfg.data describes other slices.
+    """
+    cfg = as_made(cfg, bundle)
+    store = prepare_store(cfg, cfg.trainer.progress)
+    if store.data_hash != bundle.facts["data"].get("data_hash"):
+        raise DataError(
+            f"{cfg.data.name} is not the data that bundle {bundle.id} was made with, and no other slices may "
+            "calibrate or verify a backend. Give that data (data=..., data.root=FOLDER), or export from the "
+            "checkpoint: ckpt=..."
+        )
+    data = dataclasses.replace(cfg.data, **bundle.facts["data"]["splitting"])
+    manifest = load_splits(store.manifest, dataclasses.replace(cfg, data=data))
+    known = manifest["content"].str[:16].isin(bundle.seen)
+    return manifest[known & (manifest["split"] != "test")], store.images

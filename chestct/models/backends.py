@@ -1,0 +1,190 @@
+"""Programs that run a bundle's network in torch's place: OpenVINO, in fp32 or INT8, and ONNX Runtime.
+
+A backend's files hold one graph, from a slice to its logits and to the map that head, heat and novelty are made of
+(`VGG16.conv5`); so every backend explains itself and refuses by itself. The files are data: a graph of known operations
+with its numbers, handed over as the bytes whose hash was checked. Graphs take one slice at a time, the size that they
+are fastest at on a processor. Each program is imported when a graph is for it.
+"""
+
+import copy
+import importlib.metadata
+import importlib.util
+import logging
+import sys
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from chestct.config.schema import FORMATS
+from chestct.errors import ConfigError
+from chestct.models.vgg16 import VGG16, pick_device
+
+logger = logging.getLogger("chestct")
+
+FILES = {
+    "openvino": ("openvino.xml", "openvino.bin"),
+    "openvino_int8": ("openvino_int8.xml", "openvino_int8.bin"),
+    "onnx": ("network.onnx",),
+}
+"""The files of each backend in a bundle's folder."""
+
+PACKAGES = {"openvino": "openvino", "openvino_int8": "openvino", "onnx": "onnxruntime"}
+"""What runs each."""
+
+CALIBRATION = 300
+"""Training slices that INT8 is calibrated on, at most."""
+
+Graph = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""Slices float32 [B, 1, S, S] in [0, 1] -> logits [B, K] and the map `conv5` [B, C, h, w], as torch gives them."""
+
+
+class Exported(nn.Module):
+    """What is exported of a network, see `Graph`."""
+
+    def __init__(self, net: VGG16) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).cpu()
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.net.answer(x)
+
+
+def choose(wanted: str, there: Collection[str], accelerator: str = "auto") -> tuple[str, torch.device]:
+    """The backend that answers, and the device that torch computes on next to it; logs both in one line.
+
+    wanted: `auto` (an accelerator where there is one, else the first of openvino_int8, openvino and onnx that is
+    `there` and installed, else torch) or the name of one; there: the backends that the bundle was verified for.
+    Raises ConfigError where a backend that was named cannot be had.
+    """
+    device = pick_device(accelerator if wanted in ("auto", "torch") else "cpu")
+    name = wanted
+    if wanted == "auto":
+        usable = [one for one in FORMATS if one in there and importlib.util.find_spec(PACKAGES[one])]
+        name = usable[0] if usable and device.type == "cpu" else "torch"
+    elif wanted != "torch" and wanted not in there:
+        raise ConfigError(
+            f"serve.backend={wanted}: the bundle was verified for {', '.join(['torch', *there])} alone. Add it with: "
+            f"chestct export bundle=FOLDER format={wanted} data=..., with the data that the bundle was made with."
+        )
+    elif wanted != "torch":
+        _program(wanted)
+    if (wanted, accelerator) != ("torch", "cpu"):  # of whoever left the choice to this machine
+        logger.info("answers by %s on %s", name, device)
+    if name == "openvino_int8" and not has_int8():
+        logger.info("this processor has no instructions for INT8 (VNNI): it gains little over serve.backend=openvino")
+    return name, device
+
+
+def has_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies 8-bit numbers faster than others; true where that cannot be known."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return any(flag in text for flag in ("vnni", "amx_int8", "asimddp", "i8mm"))
+
+
+def _program(name: str, package: str = "", extra: str = "") -> Any:
+    """A package that not every installation has. Raises ConfigError with the extra that brings it."""
+    package, extra = package or PACKAGES[name], extra or name.removesuffix("_int8")
+    if package in ("openvino", "nncf"):
+        # Both report their use to a server unless this package is missing, for which they have a stand-in.
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} needs {package}, which is not installed here ({error}). Install it: pip install 'chestct[{extra}]'"
+        ) from None
+
+
+def version_of(name: str) -> str:
+    """What runs a backend, with its version."""
+    return f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"
+
+
+def load_graph(name: str, files: Sequence[bytes]) -> Graph:
+    """The graph in the files of a backend, FILES[name]; uses as many threads as torch.
+
+    Raises ConfigError where its program is not installed; of damaged files, RuntimeError or ValueError.
+    """
+    program = _program(name)
+    if name == "onnx":
+        options = program.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4
+        try:
+            session = program.InferenceSession(files[0], options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no public base
+            raise ValueError(error) from None
+        entry = session.get_inputs()[0].name
+        return _one_by_one(lambda x: session.run(None, {entry: x}))
+    return openvino_graph(program.Core().read_model(files[0], files[1]))
+
+
+def openvino_graph(model: Any) -> Graph:
+    """The graph that an OpenVINO model computes on the processor, in fp32 but for what was made INT8."""
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = _program("openvino").compile_model(model, "CPU", settings)
+    return _one_by_one(lambda x: compiled(x).to_tuple())
+
+
+def _one_by_one(run: Callable[[np.ndarray], Sequence[np.ndarray]]) -> Graph:
+    def graph(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # Copies: a program may write its next answer into the same memory.
+        parts = [[torch.tensor(part) for part in run(one[None])] for one in x.cpu().numpy()]
+        logits, conv5 = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logits, conv5
+
+    return graph
+
+
+def convert(net: VGG16, name: str, squares: np.ndarray) -> list[bytes]:
+    """The files FILES[name] of a backend for a network.
+
+    squares: uint8 [N, S, S], training slices on which the ranges of INT8 are measured. Raises ConfigError where a
+    package for it is not installed.
+    """
+    x = torch.zeros(1, 1, net.size, net.size)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, file) for file in FILES[name]]
+        if name == "onnx":
+            for package in ("onnx", "onnxscript"):
+                _program(name, package, "export")
+            torch.onnx.export(Exported(net), (x,), paths[0], dynamo=True, external_data=False, verbose=False)
+        else:
+            model = openvino_model(net)
+            model = quantised(model, net.batches(squares[:CALIBRATION], 1)) if name == "openvino_int8" else model
+            _program(name).save_model(model, paths[0], compress_to_fp16=False)
+        return [path.read_bytes() for path in paths]
+
+
+def openvino_model(net: VGG16) -> Any:
+    """A network as OpenVINO's model."""
+    x = torch.zeros(1, 1, net.size, net.size)
+    program = torch.export.export(Exported(net), (x,))
+    return _program("openvino").convert_model(program, input=[tuple(x.shape)])
+
+
+def quantised(model: Any, slices: Any) -> Any:
+    """An OpenVINO model whose convolutions compute in INT8 (NNCF, post-training); its head stays fp32.
+
+    slices: float32 [1, 1, S, S] each, of train, on which the ranges of activations are measured.
+    """
+    nncf = _program("openvino_int8", "nncf", "export")
+    nncf.set_log_level(logging.ERROR)
+    data = [one.cpu().numpy() for one in slices]
+    head: set[str] = set()
+    todo = [model.output(1).get_node().input_value(0).get_node()]
+    while todo:  # all that is computed from the map
+        following = [target.get_node() for out in todo.pop().outputs() for target in out.get_target_inputs()]
+        todo += [node for node in following if node.get_friendly_name() not in head]
+        head |= {node.get_friendly_name() for node in following}
+    left_out = nncf.IgnoredScope(names=sorted(head), validate=False)
+    return nncf.quantize(model, nncf.Dataset(data), subset_size=len(data), ignored_scope=left_out)
