@@ -1,6 +1,6 @@
 """Bundles on the Hugging Face hub: `hf://USER/NAME` as a bundle's name, and how one gets there.
 
-Only the bundle's own three files are fetched, which are safetensors, JSON and text, and `load_bundle` checks them like
+Only a bundle's own files are fetched, which are safetensors, JSON, text and graphs, and `load_bundle` checks them like
 any others: a stranger's repository runs no code. HF_TOKEN and HF_ENDPOINT in the environment say who asks, and whom.
 """
 
@@ -15,8 +15,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 SCHEME = "hf://"
-FILES = ("bundle.json", "model.safetensors", "MODEL_CARD.md")
-"""What a bundle consists of; the card goes there as README.md, too, which is where the hub looks for one."""
+CARD = "MODEL_CARD.md"
+GRAPHS = ("openvino.xml", "openvino.bin", "openvino_int8.xml", "openvino_int8.bin", "network.onnx")
+FILES = (CARD, "bundle.json", "model.safetensors", *GRAPHS)
+"""What a bundle may consist of; the card goes there as README.md, too, which is where the hub looks for one."""
 
 
 def fetch(source: str) -> str:
@@ -46,7 +48,7 @@ def push(bundle: Path, name: str, private: bool = False) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    files = {file: bundle / file for file in FILES} | {"README.md": bundle / FILES[-1]}
+    files = {file: bundle / file for file in FILES if (bundle / file).exists()} | {"README.md": bundle / CARD}
     additions = [CommitOperationAdd(there, path) for there, path in files.items()]
     try:
         address = api.create_repo(_checked(name), private=private, exist_ok=True)
