@@ -6,7 +6,6 @@ measured.
 """
 
 import dataclasses
-import logging
 import platform
 import sys
 from collections.abc import Sequence
@@ -39,8 +38,6 @@ from chestct.stats import drift
 from chestct.stats.metrics import Estimate, auroc_difference, measure
 from chestct.tracking import code_version
 from chestct.version import __version__
-
-logger = logging.getLogger("chestct")
 
 SPLITS = ("train", "valid", "test")
 
@@ -113,7 +110,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
             "newest run, or a bundle with bundle=FOLDER."
         )
     device = pick_device(cfg.trainer.accelerator)
-    logger.info("computing on %s", device)
+    print(f"Computing on {device}.", file=sys.stderr)
     model = load_classifier(Path(cfg.ckpt), cfg.trust).eval().to(device)
     data = data or SliceModule(cfg)
     data.prepare_data()

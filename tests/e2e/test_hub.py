@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import sysconfig
 import time
 import urllib.request
@@ -66,6 +67,8 @@ def started(command, folder, health):
     """The process of a service once it answers at `health`."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHONPATH", "MLFLOW_"))}
     environment |= {"PORT": health.split(":")[2].split("/")[0], "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # MLflow looks for uvicorn there.
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log = (folder / "log").open("w+")
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
     deadline = time.monotonic() + 400

@@ -107,7 +107,7 @@ def test_the_page_works_through_it(proxy: httpx.Client, files: list[bytes]) -> N
 def test_bodies_and_rates_are_limited_before_the_service(proxy: httpx.Client) -> None:
     auth = ("bob", "bob-secret")
     credentials = base64.b64encode(":".join(auth).encode())
-    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\nContent-Length: 80000001\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nAuthorization: Basic %s\r\nContent-Length: 300000001\r\n\r\n"
     trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
     address = (proxy.base_url.host, proxy.base_url.port)
