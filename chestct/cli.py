@@ -115,8 +115,8 @@ def predict() -> None:
     overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
     bundle = bundle_folder(given.bundle, None, *overrides)
     try:
-        how = {"every": given.every, "backend": given.backend, "accelerator": given.accelerator}
-        rows, reused = predict_files(paths, given.out, bundle, **how, progress=sys.stderr.isatty())
+        how = {"backend": given.backend, "accelerator": given.accelerator}
+        rows, reused = predict_files(paths, given.out, bundle, every=given.every, progress=sys.stderr.isatty(), **how)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
@@ -125,9 +125,11 @@ def predict() -> None:
         every = json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n"
         print(f"{summary}\nAll of them: {write_atomic(given.out.with_suffix('.scans.json'), every)}")
     if given.viewer:
+        from chestct.serving.predictor import Predictor
         from chestct.serving.viewer import export
 
-        print(f"For a viewer: {len(export(rows, paths, bundle, given.viewer))} DICOM files in {given.viewer}")
+        made = export(rows, paths, Predictor(bundle, **how), given.viewer)
+        print(f"For a viewer: {len(made)} DICOM files in {given.viewer}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))

@@ -72,12 +72,13 @@ def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) 
     return paths
 
 
-def export(rows: list[Row], files: Sequence[File], bundle: str, folder: Path) -> list[Path]:
+def export(rows: list[Row], files: Sequence[File], predictor: Predictor, folder: Path) -> list[Path]:
     """Writes both files for DICOM slices in a table: of a scan the most suspicious, of others all with answers.
 
-    files: those that the table is of. Raises as `write_dicom` does.
+    files: those that the table is of; predictor: as the table's, so that both say the same. Raises as `write_dicom`
+    does.
     """
-    predictor, named = Predictor(bundle), {cell(str(file)): file for file in files}
+    named = {cell(str(file)): file for file in files}
     paths: list[Path] = []
     for scan in scans_in(rows):
         for row in scan.answered if scan.left_out else scan.answered[:SHOWN]:
