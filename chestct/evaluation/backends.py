@@ -17,7 +17,7 @@ from chestct.data.prepare import prepare_store
 from chestct.data.splits import load_splits
 from chestct.errors import BundleError, DataError
 from chestct.evaluation.external import as_made
-from chestct.models.backends import CALIBRATION, FILES, convert, load_graph, version_of
+from chestct.models.backends import FILES, calibration_slices, convert, load_graph, version_of
 from chestct.models.bundle import Bundle, backend_files, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
 from chestct.stats.metrics import auroc_difference
@@ -37,7 +37,7 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
     folder is then as it was.
     """
     train, valid = (manifest[manifest["split"] == split] for split in ("train", "valid"))
-    order = np.random.default_rng(0).permutation(train["row"].to_numpy())[:CALIBRATION]
+    order = train["row"].to_numpy()[calibration_slices(len(train))]
     squares = images[valid["row"]]
     expected = bundle.predict(squares, explain=True)
     backends, files = dict(bundle.facts.get("backends", {})), backend_files(folder, bundle.facts)

@@ -145,6 +145,11 @@ def _one_by_one(run: Callable[[np.ndarray], Sequence[np.ndarray]]) -> Graph:
     return graph
 
 
+def calibration_slices(count: int) -> np.ndarray:
+    """Which of so many training slices INT8 is calibrated on: positions, at most CALIBRATION, always the same."""
+    return np.random.default_rng(0).permutation(count)[:CALIBRATION]
+
+
 def convert(net: VGG16, name: str, squares: np.ndarray) -> list[bytes]:
     """The files FILES[name] of a backend for a network.
 

@@ -22,7 +22,7 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
-from chestct.models.backends import CALIBRATION, convert, load_graph
+from chestct.models.backends import calibration_slices, convert, load_graph
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
 from chestct.progress import steps
@@ -42,7 +42,7 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
     layer, device, quantised = net.pooled, net.mean.device, ""
     if cfg.features.backend != "torch":
         plain, device, backend = data.dataset("train"), torch.device("cpu"), cfg.features.backend
-        chosen = np.random.default_rng(0).permutation(len(plain))[:CALIBRATION]
+        chosen = calibration_slices(len(plain))
         # What INT8 rounds to depends on the slices that it was calibrated on.
         quantised = json_digest([plain.contents[i] for i in chosen]) if backend == "openvino_int8" else ""
         # Made when it is first asked, which a warm cache never does.
