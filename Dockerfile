@@ -41,6 +41,36 @@ HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", 
 ENTRYPOINT ["mlflow", "server", "--host", "0.0.0.0", "--port", "5000", "--workers", "2", \
     "--backend-store-uri", "sqlite:////data/mlflow.db", "--artifacts-destination", "/data/artifacts"]
 
+# docker build --target train: experiments, in a folder that is mounted at /work.
+FROM ${BASE} AS build-train
+ARG TORCH_INDEX=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+WORKDIR /build
+RUN python -m venv --without-pip /opt/venv
+COPY constraints.txt pyproject.toml ./
+RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+    print(*project['dependencies'], *project['optional-dependencies']['dicom'], sep='\n')" > requirements.txt \
+    && python -m pip --python /opt/venv install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+    -c constraints.txt -r requirements.txt
+WORKDIR /app
+COPY hydra_plugins hydra_plugins
+COPY conf conf
+COPY chestct chestct
+RUN chmod -R a+rX . && python -m compileall -q .
+
+FROM ${BASE} AS train
+RUN useradd --no-create-home --uid 10001 chestct && install -d -o chestct /work
+COPY --from=build-train /opt/venv /opt/venv
+COPY --from=build-train /app /app
+# MLflow looks for git, which is not there, and would say so.
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+    GIT_PYTHON_REFRESH=quiet MLFLOW_DISABLE_TELEMETRY=true
+WORKDIR /work
+USER 10001
+VOLUME /work
+ENTRYPOINT ["python", "-m", "chestct"]
+CMD ["train"]
+
 FROM ${BASE} AS serve
 RUN useradd --no-create-home --uid 10001 chestct && install -d -o chestct /data
 COPY --from=build /opt/venv /opt/venv

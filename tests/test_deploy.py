@@ -1,6 +1,7 @@
 """The image: what it is built from, that this suffices, and that the lists of files agree."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,6 +79,31 @@ main()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
+def test_what_is_installed_in_the_image_for_training_suffices(tmp_path):
+    absent = {
+        "dvc",
+        "gradio",
+        "highdicom",
+        "nibabel",
+        "openvino",
+        "onnx",
+        "onnxruntime",
+        "prometheus_client",
+        "uvicorn",
+    }
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({absent})
+from chestct.cli import main
+sys.argv = ["chestct", "train", "debug=fast"]
+main()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_all_that_is_copied_from_the_context_is_let_in_and_nothing_else():
     copied = {
         source
@@ -90,10 +116,11 @@ def test_all_that_is_copied_from_the_context_is_let_in_and_nothing_else():
     assert all((ROOT / name).exists() for name in let_in)
 
 
-def test_the_image_runs_as_nobody_and_is_probed():
-    stage = DOCKERFILE[max(i for i, (keyword, _) in enumerate(DOCKERFILE) if keyword == "FROM") :]
-    last = dict(stage)
-    assert int(last["USER"]) > 999
+def test_the_images_run_as_nobody_and_the_service_is_probed():
+    starts = [i for i, (keyword, _) in enumerate(DOCKERFILE) if keyword == "FROM"]
+    stages = [dict(DOCKERFILE[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert all(int(stage["USER"]) > 999 for stage in stages if "ENTRYPOINT" in stage)
+    stage, last = DOCKERFILE[starts[-1] :], stages[-1]  # what is built when no stage is named
     assert "/healthz" in last["HEALTHCHECK"]
     assert json.loads(last["ENTRYPOINT"])[:2] == ["python", "serve.py"]
     assert not any(re.search(r"apt|build-essential|gcc|pip", rest) for keyword, rest in stage if keyword == "RUN")
