@@ -238,13 +238,12 @@ def drift() -> None:
     parser = _parser("drift", drift.__doc__)
     parser.add_argument("command", choices=["report"])
     parser.add_argument("--bundle", default="packaged", help="bundle folder (packaged)")
-    parser.add_argument("--out", type=Path, metavar="HTML", help="also write the report as a page")
     parser.add_argument("--db", type=Path, default=Path("monitor.sqlite"), help="records (monitor.sqlite)")
     parser.add_argument("--days", type=float, help="only the last so many days")
     given = parser.parse_args()
     from chestct.reporting.drift_report import report
 
-    sys.exit(report(given.db, given.bundle, given.days, given.out))
+    sys.exit(report(given.db, given.bundle, given.days))
 
 
 def _parser(command: str, text: str | None) -> argparse.ArgumentParser:

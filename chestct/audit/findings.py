@@ -78,7 +78,6 @@ class Audit:
     leakage: dict[str, dict[str, Any]]
     conflicts: Table
     shortcuts: Table
-    examples: Table
     skipped: Table = field(default_factory=list)
     disbelieved: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -28,8 +28,6 @@ POLICIES = ("official", "official_clean", "grouped")
 EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
 
-EXAMPLES = 6  # pairs shown of each kind
-
 
 def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0) -> Audit:
     """Everything that is wrong with the slices of a store, with the split policy `split` in force.
@@ -43,9 +41,6 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
             f"Nothing to audit: {name} has no readable slices ({len(store.unreadable)} unreadable files). "
             "Check data.root, or run 'dvc pull'."
         )
-    leaked = {policy: leaks(manifest, column, pairs) for policy, column in splits.items()}
-    contradictions = conflicts(manifest, pairs)
-    shown: Table = next((leaked[policy]["list"] for policy in (split, *leaked) if leaked[policy]["list"]), [])
     result = Audit(
         name=name,
         split=split,
@@ -54,10 +49,9 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
         balance=balance(manifest, in_force),
         unreadable=store.unreadable,
         duplicates=duplicates(manifest, pairs),
-        leakage=leaked,
-        conflicts=contradictions,
+        leakage={policy: leaks(manifest, column, pairs) for policy, column in splits.items()},
+        conflicts=conflicts(manifest, pairs),
         shortcuts=shortcuts(manifest, splits, store.images, seed=seed),
-        examples=examples(manifest, pairs, contradictions, shown),
         skipped=store.skipped,
         disbelieved=store.disbelieved,
         notes=store.notes,
@@ -141,10 +135,8 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
         result[held_out] = _tally(how) | {"by_class": by_class}
         twin = twin.dropna().astype(int)
         rows = part.loc[twin.index, ["path", "subtype"]].assign(
-            slice=twin.index,
             split=held_out,
             kind=how[twin.index],
-            twin=twin,
             twin_path=manifest.loc[twin, "path"].to_list(),
             twin_split=split[twin].to_list(),
         )
@@ -170,8 +162,8 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     """Slices that look the same and are called different things.
 
     One row for every content with several classes (`kind` "copy") and for every near pair of different classes
-    ("near"), with positions, paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of
-    unknown subtype does not contradict a subtype.
+    ("near"), with paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of unknown
+    subtype does not contradict a subtype.
     """
     alike = [("copy", part.index.tolist()) for _, part in manifest.groupby("content", sort=False)]
     rows = []
@@ -179,37 +171,9 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
         part = manifest.iloc[places]
         labels = part["label"].nunique() > 1
         if labels or part["subtype"][part["subtype"] != "cancer"].nunique() > 1:
-            classes = part["subtype"].to_list()
-            paths = part["path"].to_list()
-            rows.append({"kind": kind, "slices": places, "paths": paths, "classes": classes, "labels": labels})
+            paths, classes = part["path"].to_list(), part["subtype"].to_list()
+            rows.append({"kind": kind, "paths": paths, "classes": classes, "labels": labels})
     return sorted(rows, key=lambda row: (row["kind"] != "copy", not row["labels"]))
-
-
-def examples(manifest: pd.DataFrame, pairs: pd.DataFrame, conflicts: Table, leaks: Table) -> Table:
-    """The pairs worth looking at: label conflicts, leaked slices with their twins, near-copies.
-
-    leaks: the `list` of one policy. Rows of kind ("conflict", "leak", "near"), a, b (positions), a_path, b_path, about.
-    """
-    rows: list[tuple[str, int, int, str]] = [
-        ("conflict", row["slices"][0], row["slices"][1], " and ".join(row["classes"][:2]).replace("_", " "))
-        for row in conflicts[:EXAMPLES]
-    ]
-    groups = manifest["group"].to_numpy()
-    for how, words in (("copy", "identical in every pixel"), ("related", "near-copy or same patient")):
-        # One of every group: its other slices would show the same again.
-        firsts = {groups[row["slice"]]: row for row in reversed(leaks) if row["kind"] == how}
-        for row in list(firsts.values())[: -EXAMPLES - 1 : -1]:
-            rows.append(("leak", row["slice"], row["twin"], f"{row['split']} and {row['twin_split']}: {words}"))
-    # One pair of every group, the least alike first: they show where the line is drawn.
-    near = _near(manifest, pairs)
-    near = near.assign(group=groups[near["a"]]).sort_values("similarity").drop_duplicates("group")
-    for a, b, similarity in near[["a", "b", "similarity"]].head(EXAMPLES).itertuples(index=False):
-        rows.append(("near", int(a), int(b), f"similarity {similarity:.4f}"))
-    path = manifest["path"]
-    return [
-        {"kind": kind, "a": a, "b": b, "a_path": path.iat[a], "b_path": path.iat[b], "about": about}
-        for kind, a, b, about in rows
-    ]
 
 
 def _near(manifest: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,10 @@ from chestct.config.fields import leaves, type_name
 from chestct.config.schema import Config, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
-REMOVED = ("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources")
+REMOVED = (
+    *("tracking.required", "tracking.system_metrics", "serve.batch_size"),
+    *("evaluation.sources", "evaluation.prevalences"),
+)
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 
 

@@ -226,7 +226,6 @@ class EvaluationConfig:
     cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
     coverage: float = setting(0.9, "share of each class whose conformal set holds the truth", low=0.5, high=0.999)
     resamples: int = setting(2000, "bootstrap resamples over groups behind each interval", low=100, high=100_000)
-    prevalences: list[float] = setting([0.01, 0.1, 0.5], "shares of cancer for predictive values", low=1e-6, high=0.999)
     policies: bool = setting(False, "train the same head under every split policy too (frozen models only)")
     folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
     protocol: list[str] = setting([], "parts of docs/protocol.md to measure, with `seeds` (frozen)", choices=PROTOCOL)

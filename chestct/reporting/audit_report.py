@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from chestct.audit import findings
-from chestct.audit.findings import Audit, estimate, leaked
+from chestct.audit.findings import Audit, Table, estimate, leaked
 from chestct.audit.stage import audit_store, kept_audit, kept_folder
 from chestct.config.schema import Config
 from chestct.data.prepare import prepare_store
@@ -14,7 +13,7 @@ from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import write_atomic
 from chestct.reporting.croissant import croissant
-from chestct.reporting.environment import jpeg, render
+from chestct.reporting.environment import render
 
 
 def validate(cfg: Config, out: Path) -> Audit:
@@ -24,7 +23,7 @@ def validate(cfg: Config, out: Path) -> Audit:
     """
     store = prepare_store(cfg, cfg.trainer.progress)
     audit = audit_store(cfg, store)
-    write(audit, store.manifest, store.images, out)
+    write(audit, store.manifest, out)
     print(f"{summary(audit)}\n\nreport  {out / 'report.html'}")
     if failed := sorted({f.kind for f in audit.findings if f.severity != "info"} & set(cfg.data.audit.fail_on)):
         why = f"The audit reports {', '.join(failed)}, which data.audit.fail_on forbids."
@@ -32,25 +31,20 @@ def validate(cfg: Config, out: Path) -> Audit:
     return audit
 
 
-def write(audit: Audit, manifest: pd.DataFrame, images: np.ndarray, out: Path) -> None:
-    """Writes report.json, report.html (one file, pictures too, nothing fetched from anywhere), and the data as a
-    Croissant record, croissant.json with slices.csv, into `out`.
-
-    manifest, images: what was audited; images uint8 [M, S, S], by the manifest's `row`.
+def write(audit: Audit, manifest: pd.DataFrame, out: Path) -> None:
+    """Writes report.json, report.html (one file, nothing fetched from anywhere), and the data as a Croissant record,
+    croissant.json with slices.csv, into `out`. manifest: what was audited.
     """
-    shown = {pair[side] for pair in audit.examples for side in "ab"}
-    for name, text in {"report.json": audit.to_json(), **croissant(audit, manifest)}.items():
+    page = render("audit.html.j2", audit=audit, baselines=_by_auroc(audit), findings=findings)
+    files = {"report.json": audit.to_json(), "report.html": page, **croissant(audit, manifest)}
+    for name, text in files.items():
         write_atomic(out / name, text)
-    thumbnails = {position: jpeg(images[manifest["row"].iloc[position]], 144) for position in shown}
-    baselines = sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))
-    page = render("audit.html.j2", audit=audit, thumbnails=thumbnails, baselines=baselines, findings=findings)
-    write_atomic(out / "report.html", page)
 
 
 def kept_report(cfg: Config, store: Store) -> Path:
     """The folder with the report of the kept audit of this store under this split."""
     folder = kept_folder(cfg, store)
-    write(kept_audit(cfg, store), store.manifest, store.images, folder)
+    write(kept_audit(cfg, store), store.manifest, folder)
     return folder
 
 
@@ -69,6 +63,10 @@ def summary(audit: Audit) -> str:
         parts = [f"{part} {leaked(leaks[part])} of {leaks[part]['slices']}" for part in ("test", "valid")]
         lines.append(f"  {policy:<16}{', '.join(parts)}{'  (in force)' if policy == audit.split else ''}")
     lines += ["", "AUROC of rules that see no lesion, with 95 % intervals:"]
-    for row in sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))[:5]:
+    for row in _by_auroc(audit)[:5]:
         lines.append(f"  {row['title']:<55}{estimate(row)}{'  shortcut' if row['flagged'] else ''}")
     return "\n".join(lines)
+
+
+def _by_auroc(audit: Audit) -> Table:
+    return sorted(audit.shortcuts, key=lambda row: -(row["auroc"] or 0))

@@ -4,6 +4,7 @@ The findings stand in the fields of Croissant's responsible-AI vocabulary, so th
 """
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -30,23 +31,7 @@ COLUMNS = {
 BIASES = ("shortcut", "imbalance")
 """Kinds of findings that go to rai:dataBiases; identifiers have a field of their own, all others are limitations."""
 
-TERMS: tuple[str, ...] = ("citeAs", "column", "equivalentProperty", "extract", "field", "fileObject", "fileProperty")
-TERMS += ("fileSet", "format", "includes", "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path")
-TERMS += ("recordSet", "references", "regex", "repeated", "replace", "samplingRate", "separator", "source", "subField")
-TERMS += ("transform",)
-
-CONTEXT = {
-    "@language": "en",
-    "@vocab": "https://schema.org/",
-    "sc": "https://schema.org/",
-    "cr": "http://mlcommons.org/croissant/",
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "dct": "http://purl.org/dc/terms/",
-    "conformsTo": "dct:conformsTo",
-    "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    **{name: {"@id": f"cr:{name}", "@type": "@json"} for name in ("data", "examples")},
-    **{name: f"cr:{name}" for name in TERMS},
-}
+CONTEXT = json.loads(Path(__file__).with_name("templates").joinpath("croissant_context.json").read_text("utf-8"))
 """What every record of Croissant 1.0 begins with, and the responsible-AI vocabulary."""
 
 

@@ -13,13 +13,10 @@ import numpy as np
 from scipy.stats import fisher_exact
 
 from chestct.errors import ChestCTError
-from chestct.files import write_atomic
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED
-from chestct.reporting.environment import render
 from chestct.serving.monitor import read_records
-from chestct.serving.prediction import NOT_MEDICAL
 from chestct.stats.drift import MEASURED, PSI_LARGE, differences, holm, reference
 
 FEWEST = 50  # slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2
@@ -107,12 +104,6 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     )
 
 
-def html(drift: Drift) -> str:
-    """The report as a self-contained page, light and dark."""
-    limits = {"significant": SIGNIFICANT, "large": PSI_LARGE, "share_large": SHARE_LARGE, "fewest": FEWEST}
-    return render("drift.html.j2", drift=drift, not_medical=NOT_MEDICAL, **limits)
-
-
 def summary(drift: Drift) -> str:
     """The report for a terminal, one line for each thing compared."""
     lines = [f"Bundle {drift.bundle}, {drift.period}. {drift.sentence}"]
@@ -121,10 +112,8 @@ def summary(drift: Drift) -> str:
     return "\n".join([*lines, f"  Left out: {drift.others:,} of other bundles, {drift.known:,} of the training data."])
 
 
-def report(db: Path, bundle: str, days: float | None, out: Path | None) -> int:
-    """Prints the report and writes it to `out`; returns the exit status: 0 no drift, 1 drift, 3 too few records."""
+def report(db: Path, bundle: str, days: float | None) -> int:
+    """Prints the report; returns the exit status: 0 no drift, 1 drift, 3 too few records."""
     drift = compare(load_bundle(bundle), read_records(db, days))
-    if out:
-        write_atomic(out, html(drift))
     print(summary(drift))
     return {"same": 0, "drift": 1, "few": 3}[drift.verdict]

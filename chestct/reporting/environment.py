@@ -1,7 +1,4 @@
-"""The one Jinja environment of all reports, and how they write numbers and names.
-
-Loads neither pandas nor scikit-learn: the serving image, which has neither, writes drift reports with it.
-"""
+"""The one Jinja environment of all reports, and how they write numbers and names."""
 
 import base64
 import io

@@ -10,7 +10,6 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay, roc_curve
@@ -37,8 +36,7 @@ STYLE = {
 def figures(evaluation: Evaluation) -> dict[str, bytes | str]:
     """The figures by name; where one is undefined, the reason. The report's style sheet turns them dark."""
     drawn: dict[str, bytes | str] = {}
-    several = [_sources] if evaluation.test["source"].nunique() > 1 else []
-    for draw in (_roc, _scores, _reliability, _curves, *several):
+    for draw in (_roc, _scores, _reliability, _curves):
         with matplotlib.rc_context(STYLE):
             figure, buffer = Figure((4.4, 3.5), layout="constrained"), io.BytesIO()
             reason = draw(figure, evaluation)
@@ -77,34 +75,14 @@ def _roc(figure: Figure, evaluation: Evaluation) -> str:
 
 def _scores(figure: Figure, evaluation: Evaluation) -> str:
     axis = figure.subplots()
-    _histograms(axis, evaluation.test, evaluation.point.threshold)
-    axis.set(xlabel="Calibrated P(cancer)", ylabel="Share of the class")
+    for name, part in evaluation.test.groupby("label"):
+        score, weights = 1 - part["probability_normal"], np.full(len(part), 1 / len(part))
+        style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "label": f"{name}, {len(part)} slices"}
+        axis.hist(score, np.linspace(0, 1, 21).tolist(), weights=weights, **style)
+    axis.axvline(evaluation.point.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+    axis.set(xlabel="Calibrated P(cancer)", ylabel="Share of the class", xlim=(0, 1))
     axis.legend()
     return ""
-
-
-def _sources(figure: Figure, evaluation: Evaluation) -> str:
-    """The scores of each source below those of the others, so that a shift of one of them is seen."""
-    parts = evaluation.test.groupby("source")
-    figure.set_size_inches(4.4, max(3.5, 1.5 * len(parts)))
-    axes = figure.subplots(len(parts), 1, sharex=True, sharey=True)
-    for axis, (source, part) in zip(axes, parts, strict=True):
-        _histograms(axis, part, evaluation.point.threshold)
-        axis.set_title(source, loc="left", fontsize=9)
-        above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "frameon": False}
-        axis.legend(fontsize=7, ncols=3, handlelength=1, columnspacing=1, **above)
-    axes[-1].set(xlabel="Calibrated P(cancer)")
-    figure.supylabel("Share of the class", fontsize=10)
-    return ""
-
-
-def _histograms(axis: Axes, part: pd.DataFrame, threshold: float) -> None:
-    for name, own in part.groupby("label"):
-        score, weights = 1 - own["probability_normal"], np.full(len(own), 1 / len(own))
-        style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "label": f"{name}, {len(own)} slices"}
-        axis.hist(score, np.linspace(0, 1, 21).tolist(), weights=weights, **style)
-    axis.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-    axis.set(xlim=(0, 1))
 
 
 def _reliability(figure: Figure, evaluation: Evaluation) -> str:

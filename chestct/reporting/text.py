@@ -78,22 +78,6 @@ def metric_table(evaluation: Evaluation) -> list[dict[str, Any]]:
     return table
 
 
-def predictive_values(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """PPV and NPV at each share of cancer by Bayes' rule, from the values and from both ends of both intervals."""
-    rates = (cancer(evaluation.metrics["test"], name) for name in ("sensitivity", "specificity"))
-    hit, spared = (np.array([rate.value, rate.low, rate.high], float) for rate in rates)
-
-    def share(right: np.ndarray, other: np.ndarray, p: float) -> dict[str, float]:
-        with np.errstate(invalid="ignore"):
-            ends = right * p / (right * p + (1 - other) * (1 - p))
-        return dict(zip(("value", "low", "high"), ends.tolist(), strict=True))
-
-    return [
-        {"share of cancer": f"{100 * p:g} %", "PPV": share(hit, spared, p), "NPV": share(spared, hit, 1 - p)}
-        for p in evaluation.cfg.evaluation.prevalences
-    ]
-
-
 def counts(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
     """Test slices by true class, with what they were `called` at the threshold and how that was `decided`."""
     test, names = evaluation.test, np.array(classes_of(evaluation.cfg.task))

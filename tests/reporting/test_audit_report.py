@@ -9,7 +9,7 @@ from tests.audit.conftest import faulty, make, make_data, official, quick, run  
 def test_the_page_stands_alone_escapes_names_and_shows_what_findings_rest_on(official, faulty, tmp_path):  # noqa: F811
     skipped = [{"source": "s", "path": f"Training/<{i}>.txt", "reason": "not an image"} for i in range(5)]
     audit = replace(official, skipped=skipped, disbelieved=["PatientID is ANONYMOUS in all 60 slices."])
-    write(replace(audit, findings=findings(audit)), faulty.manifest, faulty.images, tmp_path)
+    write(replace(audit, findings=findings(audit)), faulty.manifest, tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"croissant.json", "report.html", "report.json", "slices.csv"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -21,16 +21,15 @@ def test_the_page_stands_alone_escapes_names_and_shows_what_findings_rest_on(off
         assert text in page
     assert page.count("not an image</td>") == 5
     assert page.count("<table>") == page.count("</table>")
-    assert page.count('src="data:image/jpeg;base64,') == 2 * len(official.examples)
 
 
 def test_undefined_numbers_are_shown_as_n_a_with_the_reason(tmp_path):
     data = make(40, cancer=0.1)
     audit = run(data)
-    write(audit, data.manifest, data.images, tmp_path)
+    write(audit, data.manifest, tmp_path)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "n/a: too few groups" in page
-    assert not re.search(r"\b(nan|None)\b", re.sub(r"<style>.*?</style>|base64,[^\"]*", "", page, flags=re.S))
+    assert not re.search(r"\b(nan|None)\b", re.sub(r"<style>.*?</style>", "", page, flags=re.S))
     assert "n/a" in summary(audit)
 
 

@@ -10,7 +10,7 @@ from tests.audit.conftest import faulty, make_data, official, quick  # noqa: F40
 
 @pytest.fixture
 def folder(official, faulty, tmp_path):  # noqa: F811
-    write(official, faulty.manifest, faulty.images, tmp_path)
+    write(official, faulty.manifest, tmp_path)
     return tmp_path
 
 

@@ -47,22 +47,6 @@ def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(
     assert figures(evaluation) == drawn
 
 
-def test_several_sources_have_a_histogram_each():
-    evaluation = made_up()
-    assert "sources" not in figures(evaluation)
-    rows = evaluation.table.index
-    evaluation.table["source"] = np.where(rows % 4 < 2, "north", np.where(rows % 4 == 2, "south", "west"))
-    drawn = figures(evaluation)["sources"]
-    shapes = ElementTree.fromstring(drawn)
-    panels = [part for part in shapes.iter() if str(part.get("id")).startswith("axes_")]
-    assert len(panels) == 3
-    texts = re.findall(r"<!-- (.*?) -->", drawn.decode())
-    for source, part in evaluation.test.groupby("source"):
-        assert source in texts
-        for label, own in part.groupby("label"):
-            assert f"{label}, {len(own)} slices" in texts
-
-
 @pytest.fixture(scope="module", params=["binary", "subtype"])
 def evaluation(request):
     torch.manual_seed(0)

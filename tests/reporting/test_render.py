@@ -146,6 +146,6 @@ def test_the_card_says_what_the_report_says(task):
         assert text in card
     assert "Not for clinical use" in card.split("## ")[0]
     tables = re.findall(r"(?:^\|.*\n)+", card, re.M)
-    assert len(tables) == 4
+    assert len(tables) == 3
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
