@@ -16,7 +16,7 @@ from chestct.errors import ConfigError
 
 REMOVED = (
     *("tracking.required", "tracking.system_metrics", "serve.batch_size"),
-    *("evaluation.sources", "evaluation.prevalences"),
+    *("evaluation.sources", "evaluation.prevalences", "data.phantom.format", "data.phantom.defect_rate"),
 )
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 
@@ -35,8 +35,8 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
             )
     cfg = OmegaConf.create(cast(dict[str, Any], cfg))
     for group, name in (key.rsplit(".", 1) for key in REMOVED):
-        if name in cfg.get(group, {}):
-            del cfg[group][name]
+        if name in (holder := OmegaConf.select(cfg, group) or {}):
+            del holder[name]
     try:
         result = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
     except OmegaConfBaseException as error:

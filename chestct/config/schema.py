@@ -32,8 +32,8 @@ def of_patients(source: str) -> bool:
     return source != PHANTOM
 
 
-COPIES = ("exact", "near", "across_splits", "label_conflict")
-DEFECTS = (*COPIES, "shortcut_window", "shortcut_size", "shortcut_border", "odd_files")
+COPIES = ("near", "across_splits", "label_conflict")
+DEFECTS = (*COPIES, "shortcut_window", "odd_files")
 MONITORS = ("valid/loss", "valid/auroc")
 
 FITS, CONTRASTS = ("pad", "stretch", "body", "lungs"), ("keep", "body", "lungs")
@@ -87,9 +87,7 @@ class PhantomConfig:
     size: int = setting(320, "mean side of a drawn slice in pixels; single slices vary around it", low=64, high=1024)
     difficulty: float = setting(0.4, "0: large lesions, much reaction around them; 1: small, faint ones", low=0, high=1)
     cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
-    format: str = setting("png", "file format", choices=("png", "dicom"))
     defects: list[str] = setting([], "faults to plant", choices=DEFECTS)
-    defect_rate: float = setting(0.05, "fraction of slices that get a copy for each copying defect", low=0, high=0.5)
 
 
 @dataclass

@@ -127,7 +127,7 @@ def test_axe_finds_no_serious_barrier(visit, examples, scheme: str, viewport: di
         ]
 
     assert serious() == []
-    give(page, ("a.dcm", examples["large-lesion.dcm"]), ("b.jpg", examples["hills.jpg"]), ("c.png", b"rubbish"))
+    give(page, ("a.dcm", examples["large-lesion.dcm"]), ("b.jpg", examples["hills.png"]), ("c.png", b"rubbish"))
     assert serious() == []
     page.click("#slices button >> nth=1")
     assert not page.is_visible("text=means nothing reliable")

@@ -5,7 +5,6 @@ import json
 from collections import Counter
 
 import numpy as np
-import pydicom
 import pytest
 from PIL import Image
 
@@ -39,39 +38,23 @@ def test_layout_splits_masks_and_truth_agree(tmp_path):
     for f in files:
         assert f["path"] == f"{f['split']}/{f['subtype']}/phantom_{f['index']:05d}.png"
         assert (f["mask"] is None) == (f["subtype"] == "normal")
-        for name, mode in ((f["path"], "L"), (f["mask"], "1")):
-            if name:
-                with Image.open(root / name) as image:
-                    assert (image.mode, image.size) == (mode, (f["width"], f["height"]))
+        if f["mask"]:
+            with Image.open(root / f["path"]) as image, Image.open(root / f["mask"]) as mask:
+                assert (image.mode, mask.mode, mask.size) == ("L", "1", image.size)
     assert json.loads((root / "truth.json").read_text()) == truth
-    drawn = dataset.thorax.draw(np.random.default_rng(files[5]["seed"]), files[5]["drawn"], cfg)
-    shown = dataset.thorax.display(drawn.hu, files[5]["window"])
+    drawn = dataset.thorax.draw(np.random.default_rng([cfg.seed, 2, 5]), files[5]["drawn"], cfg)
+    shown = dataset.thorax.display(drawn.hu, drawn.window)
     np.testing.assert_allclose(grey(root / files[5]["path"]), shown / 255)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", ["png", "dicom"])
-def test_the_same_settings_write_the_same_bytes_in_any_number_of_processes(tmp_path, format):
-    cfg = PhantomConfig(slices=70, size=64, defects=["exact", "near", "odd_files"], format=format)
+def test_the_same_settings_write_the_same_bytes_in_any_number_of_processes(tmp_path):
+    cfg = PhantomConfig(slices=70, size=64, defects=["near", "odd_files"])
     for processes in (1, 2):
         dataset.write(tmp_path / str(processes), cfg, processes=processes)
-    dataset.write(tmp_path / "other", PhantomConfig(slices=70, size=64, format=format, seed=1))
+    dataset.write(tmp_path / "other", PhantomConfig(slices=70, size=64, seed=1))
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
     assert not set(hashes(tmp_path / "1").values()) & set(hashes(tmp_path / "other").values())
-
-
-def test_dicom_gives_back_the_hounsfield_units(tmp_path):
-    cfg = PhantomConfig(**SMALL, format="dicom")
-    truth = dataset.write(tmp_path / "set", cfg)
-    for f in truth["files"]:
-        ds = pydicom.dcmread(tmp_path / "set" / f["path"])  # without force: it must be a proper file
-        drawn = dataset.thorax.draw(np.random.default_rng(f["seed"]), f["drawn"], cfg)
-        hu = ds.pixel_array * float(ds.RescaleSlope) + float(ds.RescaleIntercept)
-        assert np.array_equal(hu, np.round(drawn.hu))
-        assert (ds.SOPClassUID.name, ds.SOPInstanceUID) == ("CT Image Storage", ds.file_meta.MediaStorageSOPInstanceUID)
-        assert (ds.Rows, ds.Columns) == (f["height"], f["width"])
-        assert ds.PixelSpacing == pytest.approx([f["spacing"]] * 2, abs=1e-4)
-        assert [ds.WindowCenter, ds.WindowWidth] == pytest.approx(f["window"], abs=0.06)
 
 
 def test_a_whole_set_is_reused_and_anything_else_is_left_alone(tmp_path, monkeypatch):
@@ -93,15 +76,15 @@ def test_a_whole_set_is_reused_and_anything_else_is_left_alone(tmp_path, monkeyp
 
 
 def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch):
-    cfg, root, encode = PhantomConfig(**SMALL), tmp_path / "set", dataset.defects.encode
+    cfg, root, write_file = PhantomConfig(**SMALL), tmp_path / "set", dataset._write_file
 
-    def killed(phantom, file, identity):
+    def killed(folder, cfg, file):
         if file.index == 10:
             raise KeyboardInterrupt
-        return encode(phantom, file, identity)
+        return write_file(folder, cfg, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.defects, "encode", killed)
+        patch.setattr(dataset, "_write_file", killed)
         with pytest.raises(KeyboardInterrupt):
             dataset.write(root, cfg)
     assert not root.exists()
@@ -112,18 +95,18 @@ def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     root = tmp_path_factory.mktemp("planted") / "set"
-    cfg = PhantomConfig(slices=40, size=96, defects=list(COPIES), defect_rate=0.3)
+    cfg = PhantomConfig(slices=200, size=96, defects=list(COPIES))
     return root, dataset.write(root, cfg, processes=1)["files"]
 
 
 def copies(files, defect):
     originals = {f["path"]: f for f in files}
     pairs = [(f, originals[f["original"]]) for f in files if f["defect"] == defect]
-    assert len(pairs) == 12
+    assert len(pairs) == 10
     return pairs
 
 
-@pytest.mark.parametrize("defect", ["exact", "across_splits", "label_conflict"])
+@pytest.mark.parametrize("defect", ["across_splits", "label_conflict"])
 def test_exact_copies_are_the_same_bytes(planted, defect):
     root, files = planted
     for copy, original in copies(files, defect):
@@ -149,5 +132,4 @@ def test_near_copies_differ_in_bytes_but_not_in_what_they_show(planted):
         strangers = [f for f in files if f["defect"] is None and f["index"] != copy["index"]]
         assert same > max(0.75, *(np.mean(thumbnail(copy) * thumbnail(f)) for f in strangers))
         with Image.open(root / copy["path"]) as image:
-            assert image.size == (copy["width"], copy["height"])
-            assert (image.format == "JPEG") == ("quality" in copy["change"])
+            assert image.format == "JPEG"

@@ -23,7 +23,7 @@ from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
 from chestct.cli import main
-from chestct.config.schema import Config, EvaluationConfig, ModelConfig, WindowConfig
+from chestct.config.schema import Config, EvaluationConfig, ModelConfig, PhantomConfig, WindowConfig
 from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
@@ -33,9 +33,11 @@ from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.phantom.thorax import draw
 from chestct.serving.examples import PHANTOMS, make_examples
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import PatientServer, bind, make_server, predictor_for, upload_folder
+from tests.imaging.files import dicom
 
 SIZE = 64
 
@@ -147,8 +149,22 @@ def files(phantoms: Path) -> list[bytes]:
 
 @pytest.fixture(scope="session")
 def examples() -> dict[str, bytes]:
-    """The page's own examples by file name."""
-    return {example.name: example.data for example in make_examples()}
+    """The page's own examples by file name; the phantoms as DICOM."""
+    files = {example.name: example.data for example in make_examples()}
+    for name, (_, kind, difficulty, seed) in PHANTOMS.items():
+        phantom = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384))
+        elements = {
+            "PatientID": f"PHANTOM-{seed}",
+            "PatientName": "PHANTOM",
+            "SOPInstanceUID": generate_uid(entropy_srcs=[name]),
+            "ImagePositionPatient": [0, 0, 0],
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "PixelSpacing": [round(phantom.spacing, 5)] * 2,
+            "InstanceNumber": 1,
+        }
+        stored = (np.round(phantom.hu) + 1024).astype(np.int16)
+        files[name.replace(".png", ".dcm")] = dicom(stored, **elements)
+    return files
 
 
 def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
@@ -189,7 +205,7 @@ def scan(examples: dict[str, bytes]) -> Slices:
     def make(count: int = 8, uid: str = "1.2.3", **elements: object) -> dict[str, bytes]:
         files = {}
         for i in range(count):
-            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)]]))
+            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)].replace(".png", ".dcm")]))
             dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid, generate_uid(entropy_srcs=[uid, str(i)])
             dataset.ImagePositionPatient, dataset.InstanceNumber = [0, 0, 5.0 * i - 20], (7 * i) % count + 1
             for name, value in elements.items():

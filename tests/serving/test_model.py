@@ -69,7 +69,7 @@ def test_regions_enclose_the_hottest_places_and_know_their_size(model: Model, ex
 
 
 def test_whatever_is_printed_says_that_it_is_no_medical_device(model: Model, examples: dict[str, bytes]) -> None:
-    answer = model.predict(examples["hills.jpg"])
+    answer = model.predict(examples["hills.png"])
     assert answer.decision == "refused"
     assert NOT_MEDICAL in repr(answer)
     assert answer.reason in repr(answer)

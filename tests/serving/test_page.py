@@ -52,7 +52,7 @@ def test_a_slice_gets_its_decision_its_reasons_and_its_pictures(visitor, served,
 def test_examples_are_answered_and_one_that_is_no_ct_is_refused(visitor: Visitor, served, examples) -> None:
     visitor.example(0)
     assert visitor.headline == headline(
-        served.predictor.predict(examples["large-lesion.dcm"]).decision, served.predictor.bundle
+        served.predictor.predict(examples["large-lesion.png"]).decision, served.predictor.bundle
     )
     visitor.example(3)
     assert visitor.headline == "No answer for this image"

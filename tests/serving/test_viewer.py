@@ -81,6 +81,6 @@ def test_a_scan_gets_files_for_its_most_suspicious_slices(call, scan: Slices, bu
 
 
 def test_what_nothing_can_refer_to_is_refused(bundle_folder: Path, examples: dict[str, bytes], tmp_path: Path) -> None:
-    answer = chestct.load(str(bundle_folder)).predict(examples["hills.jpg"])
-    with pytest.raises(DataError, match=r"hills\.jpg: no DICOM image"):
-        write_dicom(examples["hills.jpg"], "hills.jpg", answer, tmp_path)
+    answer = chestct.load(str(bundle_folder)).predict(examples["hills.png"])
+    with pytest.raises(DataError, match=r"hills\.png: no DICOM image"):
+        write_dicom(examples["hills.png"], "hills.png", answer, tmp_path)
