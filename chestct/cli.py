@@ -87,10 +87,11 @@ def predict() -> None:
     series, and those of a volume, make a scan: they stand in the table in the order of their positions, and the scores
     of scans are printed and written next to it, as JSON.
 
-    One row a slice: path, frame, score (calibrated P(cancer)), decision (cancer, normal, uncertain, refused, or
-    unreadable for a file), reason, possible (classes that cannot be excluded), a probability for each class, novelty
-    (distance to the training data; beyond 1 unfamiliar), known (the slice was in the training data), bundle, file_hash,
-    frames, series, position. The same command again goes on where the last one ended, and reads only what changed.
+    One row a slice, so one for each frame or page of a file: path, frame, score (calibrated P(cancer)), decision
+    (cancer, normal, uncertain, refused, or unreadable for a file), reason, possible (classes that cannot be excluded),
+    a probability for each class, novelty (distance to the training data; beyond 1 unfamiliar), known (the slice was in
+    the training data), bundle, file_hash, frames, series, position. The same command again goes on where the last one
+    ended, and reads only what changed.
 
     Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
     """
@@ -99,13 +100,13 @@ def predict() -> None:
     parser.add_argument("--bundle", default="packaged", help="folder, models:/NAME@champion or runs:/ID (packaged)")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store or server that knows such a name")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
-    parser.add_argument("--every", action="store_true", help="every frame or page of a file, not one a file")
     parser.add_argument("--viewer", type=Path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="and where (auto)")
     given = parser.parse_args()
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
+    from chestct.serving.predictor import Predictor
     from chestct.serving.scan import describe_scans, scans_in
 
     logging.basicConfig(format="%(message)s")
@@ -114,21 +115,20 @@ def predict() -> None:
     paths, skipped = find_files(given.sources, given.out)
     overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
     bundle = bundle_folder(given.bundle, None, *overrides)
+    predictor = Predictor(bundle, backend=given.backend, accelerator=given.accelerator)
     try:
-        how = {"backend": given.backend, "accelerator": given.accelerator}
-        rows, reused = predict_files(paths, given.out, bundle, every=given.every, progress=sys.stderr.isatty(), **how)
+        rows, reused = predict_files(paths, given.out, predictor, progress=sys.stderr.isatty())
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
     scans = scans_in(rows)
     if summary := describe_scans(scans):
-        every = json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n"
-        print(f"{summary}\nAll of them: {write_atomic(given.out.with_suffix('.scans.json'), every)}")
+        text = json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n"
+        print(f"{summary}\nAll of them: {write_atomic(given.out.with_suffix('.scans.json'), text)}")
     if given.viewer:
-        from chestct.serving.predictor import Predictor
         from chestct.serving.viewer import export
 
-        made = export(rows, paths, Predictor(bundle, **how), given.viewer)
+        made = export(rows, paths, predictor, given.viewer)
         print(f"For a viewer: {len(made)} DICOM files in {given.viewer}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)

@@ -17,6 +17,7 @@ from chestct.errors import DecodeError
 from chestct.files import read_regular
 from chestct.imaging import raster
 from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, RefusedError, Slice
+from chestct.imaging.slice_files import Entry, File
 
 # Real archives are full of odd values, and Pillow and pydicom warn of each; what matters is in `decode`'s errors.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
@@ -37,12 +38,11 @@ SIGNATURES = (
 
 
 class Size(NamedTuple):
-    """What a file announces: pixels of the first frame, how many frames or pages, and where a DICOM slice lies."""
+    """What a file announces: pixels of the first frame, and how many frames or pages."""
 
     width: int
     height: int
     frames: int
-    position: tuple[str, str, float] | None = None  # see chestct.imaging.dicom.Position
 
 
 def decode(
@@ -72,7 +72,7 @@ def decode_frames(
 
 
 def declared_size(data: bytes, limits: Limits = DEFAULT_LIMITS, *, name: str | None = None) -> Size:
-    """Width, height, number of frames and position that the header of a file announces; no pixel is decoded.
+    """Width, height and number of frames that the header of a file announces; no pixel is decoded.
 
     Raises DecodeError as `decode` does, also where one frame would be larger than the limits allow.
     """
@@ -88,8 +88,10 @@ def declared_size(data: bytes, limits: Limits = DEFAULT_LIMITS, *, name: str | N
         return Size(*raster.declared_size(data, format, limits))
 
 
-def read(path: Path, limits: Limits = DEFAULT_LIMITS) -> bytes:
+def read(path: File, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """The bytes of a file; raises DecodeError for what is missing, not a regular file, unreadable or too long."""
+    if isinstance(path, Entry):
+        return path.read(limits.max_bytes)
     try:
         return read_regular(path, limits.max_bytes)
     except OSError as error:

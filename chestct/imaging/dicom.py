@@ -80,10 +80,9 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
         yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, modality, rows_columns, place, unfit)
 
 
-def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int, Position | None]:
-    """(width, height, frames, position in the scan) that the header of the DICOM file `data` announces."""
-    dataset, _, size = _read(data, limits)
-    return *size, _position([dataset])
+def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int]:
+    """(width, height, frames) that the header of the DICOM file `data` announces."""
+    return _read(data, limits)[2]
 
 
 def _macros(dataset: Dataset, groups: list[Dataset]) -> list[Dataset]:

@@ -1,13 +1,18 @@
-"""Which files may be slices: the one rule for ingest, prediction and archives.
+"""Which files may be slices: the one rule for ingest, prediction and archives, and the one reader of archives.
 
 What a file is, its content says, so extensions do not matter. Only what operating systems, file servers and editors
 leave behind is known by its name; it is skipped with its reason, never read and never an error.
 """
 
+import io
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from zipfile import ZipFile, ZipInfo
+
+from chestct.errors import DataError, DecodeError
 
 LEFTOVERS = {
     "left by macOS": ("__macosx", "icon\r", "network trash folder", "temporary items"),
@@ -35,6 +40,39 @@ def is_slice_name(path: str) -> bool:
     """
     parts = re.split(r"[/\\]", path)
     return bool(parts[-1]) and not any(why_skipped(part) for part in parts if part not in (".", ".."))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file in a zip archive. It is read in memory, where a name can lead nowhere."""
+
+    archive: ZipFile
+    info: ZipInfo
+
+    def __str__(self) -> str:
+        return "/".join(filter(None, (self.archive.filename, self.info.filename)))
+
+    def read(self, max_bytes: int) -> bytes:
+        """Raises DecodeError. zipfile gives no more bytes than an entry announces."""
+        if self.info.file_size > max_bytes:
+            raise DecodeError(str(self), f"{self.info.file_size:,} bytes; data.max_bytes allows {max_bytes:,}")
+        try:
+            return self.archive.read(self.info)
+        except Exception as error:  # whatever wrong bytes lead zipfile and zlib to
+            raise DecodeError(str(self), f"cannot be taken from the zip archive ({error})") from None
+
+
+File = Path | Entry
+
+
+def entries(source: Path | bytes) -> list[Entry]:
+    """The files of a zip archive that may be slices, by their names alone. Raises DataError."""
+    try:
+        archive = ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return [Entry(archive, info) for info in archive.infolist() if is_slice_name(info.filename)]
+    except Exception as error:  # as above
+        name = "The upload" if isinstance(source, bytes) else source
+        raise DataError(f"{name} cannot be opened as a zip archive: {error}. Make it again, or unpack it.") from None
 
 
 def walk(folder: Path, on_error: Callable[[OSError], object], own: Collection[str] = ()) -> Iterator[tuple[Path, str]]:

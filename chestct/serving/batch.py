@@ -12,27 +12,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from zipfile import ZipFile, ZipInfo
 
 from rich.console import Console
 from rich.progress import track
 
 from chestct.errors import ChestCTError, DataError, DecodeError
 from chestct.files import digest, write_atomic
-from chestct.imaging.decode import read, sniff
-from chestct.imaging.slice import Limits
-from chestct.imaging.slice_files import describe_skipped, is_slice_name, walk
+from chestct.imaging.decode import read
+from chestct.imaging.slice_files import File, describe_skipped, entries, walk
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
-from chestct.serving.scan import Row, in_order
+from chestct.serving.scan import Row, in_order, place_of
 
 THREADS = 6
 """Files read, decoded and predicted at once: enough to keep the network busy, few enough to hold in memory."""
-
-PATIENCE = 24 * 3600.0
-"""Seconds that a slice may wait for the network: here nobody waits but the program itself."""
 
 FIRST, LAST = (
     ["path", "frame", "score", "decision", "reason", "possible"],
@@ -41,34 +35,6 @@ FIRST, LAST = (
 
 MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
 """Files in a zip archive, and the bytes that all of them together announce, beyond which it is not opened."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A file in a zip archive. It is read in memory, where a name can lead nowhere."""
-
-    archive: ZipFile
-    info: ZipInfo
-
-    def __str__(self) -> str:
-        return f"{self.archive.filename}/{self.info.filename}"
-
-    def read(self, limits: Limits) -> bytes:
-        """Raises DecodeError. zipfile gives no more bytes than an entry announces."""
-        if self.info.file_size > limits.max_bytes:
-            raise DecodeError(str(self), f"{self.info.file_size:,} bytes; data.max_bytes allows {limits.max_bytes:,}")
-        try:
-            return self.archive.read(self.info)
-        except Exception as error:  # whatever wrong bytes lead zipfile and zlib to
-            raise DecodeError(str(self), f"cannot be taken from the zip archive ({error})") from None
-
-
-File = Path | Entry
-
-
-def read_file(file: File, limits: Limits) -> bytes:
-    """Raises DecodeError."""
-    return read(file, limits) if isinstance(file, Path) else file.read(limits)
 
 
 def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
@@ -92,17 +58,15 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     if not paths:
         names = f" {describe_skipped(skipped)}." if skipped else ""
         raise DataError(f"No files in {', '.join(map(str, sources))}.{names} Give slices, or folders that hold some.")
-    return [file for path in paths for file in (entries(path) if path.suffix.lower() == ".zip" else [path])], skipped
+    return [file for path in paths for file in _files_in(path)], skipped
 
 
-def entries(path: Path) -> list[File]:
-    """The files of a zip archive that may be slices, by their names alone. Raises DataError."""
-    try:
-        archive = ZipFile(path)
-        found: list[File] = [Entry(archive, info) for info in archive.infolist() if is_slice_name(info.filename)]
-    except Exception as error:  # as above
-        raise DataError(f"{path} cannot be opened as a zip archive: {error}. Make it again, or unpack it.") from None
-    size = sum(info.file_size for info in archive.infolist())
+def _files_in(path: Path) -> Sequence[File]:
+    """The path, or of a zip archive its files. Raises DataError."""
+    if path.suffix.lower() != ".zip":
+        return [path]
+    found = entries(path)
+    size = sum(entry.info.file_size for entry in found)
     if not found or len(found) > MAX_ENTRIES or size > MAX_INFLATED:
         raise DataError(
             f"{path} holds {len(found):,} files that may be slices, {size:,} bytes in all; it takes at least one, at "
@@ -112,42 +76,33 @@ def entries(path: Path) -> list[File]:
 
 
 def predict_files(
-    paths: Sequence[File],
-    out: Path,
-    bundle: str | Path = "packaged",
-    *,
-    every: bool = False,
-    progress: bool = False,
-    backend: str = "auto",
-    accelerator: str = "auto",
+    files: Sequence[File], out: Path, predictor: Predictor, progress: bool = False
 ) -> tuple[list[Row], int]:
-    """Writes the answers for `paths` to the CSV `out`, one row a slice and one for each unreadable file.
+    """Writes the answers for `files` to the CSV `out`, one row a slice and one for each unreadable file.
 
-    every: a row for each frame or page of a file; backend, accelerator: as `load_bundle` takes them. Returns the rows,
-    and how many files had been answered before. Raises BundleError, and ChestCTError where `out` cannot be written or
+    Returns the rows, and how many files had been answered before. Raises ChestCTError where `out` cannot be written or
     is no table of this program.
     """
     partial = out.with_name(f"{out.name}.partial")
-    predictor = Predictor(bundle, seconds=PATIENCE, backend=backend, accelerator=accelerator)
     columns = [*FIRST, *(f"probability_{name}" for name in predictor.bundle.classes), *LAST]
     pool = ThreadPoolExecutor(THREADS, "batch")
-    table: list[Row] = []
+    rows: list[Row] = []
     reused = 0
     try:
-        earlier = {path: rows for file in (out, partial) for path, rows in _read_table(file, columns).items()}
-        earlier = {path: rows for path, rows in earlier.items() if rows[0]["bundle"] == predictor.bundle.id}
+        known = {path: rows for table in (out, partial) for path, rows in _read_table(table, columns).items()}
+        earlier = {path: rows for path, rows in known.items() if rows[0]["bundle"] == predictor.bundle.id}
         write_atomic(partial, _as_csv(columns, [row for rows in earlier.values() for row in rows]))
-        answers = pool.map(lambda path: answer_file(predictor, path, earlier.get(cell(str(path)), []), every), paths)
-        shown = track(answers, "files", len(paths), console=Console(stderr=True), disable=not progress)
-        with partial.open("a", encoding="utf-8", newline="") as file:
-            for rows, are_old in shown:
-                table += rows
+        answers = pool.map(lambda file: answer_file(predictor, file, earlier.get(cell(str(file)), [])), files)
+        shown = track(answers, "files", len(files), console=Console(stderr=True), disable=not progress)
+        with partial.open("a", encoding="utf-8", newline="") as opened:
+            for answered, are_old in shown:
+                rows += answered
                 reused += are_old
                 if not are_old:
-                    file.write(_as_csv(columns, rows, header=False))
-                    file.flush()
-        table = in_order(table)
-        write_atomic(out, _as_csv(columns, table))
+                    opened.write(_as_csv(columns, answered, header=False))
+                    opened.flush()
+        rows = in_order(rows, place_of)
+        write_atomic(out, _as_csv(columns, rows))
         partial.unlink(missing_ok=True)
     except OSError as error:
         raise ChestCTError(
@@ -155,43 +110,29 @@ def predict_files(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return table, reused
+    return rows, reused
 
 
-def answer_file(
-    predictor: Predictor, path: File, old: Sequence[Row] = (), every: bool = False
-) -> tuple[list[Row], bool]:
-    """The rows of a file, and whether they are the old ones: of the same bytes, and all that is wanted now.
-
-    A volume has a row for each of its slices, whatever `every` says.
-    """
+def answer_file(predictor: Predictor, file: File, old: Sequence[Row] = ()) -> tuple[list[Row], bool]:
+    """The rows of a file, one a frame or page, and whether they are the old ones: of the same bytes, and all there."""
     file_hash = ""
     try:
-        data = read_file(path, predictor.limits)
-        every = every or sniff(data) == "NIFTI"
+        data = read(file, predictor.limits)
         file_hash = digest(data)
-        if (
-            old
-            and all(row["file_hash"] == file_hash and row["decision"] != "unreadable" for row in old)
-            and old[0]["frames"] == (str(len(old)) if every else "")
-        ):
+        if old and all(row["file_hash"] == file_hash and row["frames"] == str(len(old)) for row in old):
             return list(old), True
         with predictor.room(data):
-            if every:
-                rows = [_row(path, one) for one in predictor.predict_frames(data, name=str(path), explain=False)]
-            else:
-                rows = [_row(path, predictor.predict(data, name=str(path), explain=False))]
-        frames = str(len(rows)) if every else ""
-        return [row | {"file_hash": file_hash, "frames": frames} for row in rows], False
+            rows = [_row(file, one) for one in predictor.predict_frames(data, name=str(file), explain=False)]
+        return [row | {"file_hash": file_hash, "frames": str(len(rows))} for row in rows], False
     except DecodeError as error:
-        row = {"path": cell(str(path)), "decision": "unreadable", "reason": cell(error.reason)}
+        row = {"path": cell(str(file)), "decision": "unreadable", "reason": cell(error.reason)}
         return [row | {"bundle": predictor.bundle.id, "file_hash": file_hash}], False
 
 
-def _row(path: File, prediction: Prediction) -> Row:
+def _row(file: File, prediction: Prediction) -> Row:
     place = prediction.slice.position
     return {
-        "path": cell(str(path)),
+        "path": cell(str(file)),
         "frame": str(prediction.slice.frame),
         "score": f"{prediction.score:.6g}",
         "decision": prediction.decision,

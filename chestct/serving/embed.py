@@ -13,12 +13,13 @@ from pyarrow import parquet
 from chestct.config.schema import ModelConfig
 from chestct.errors import ConfigError, DecodeError
 from chestct.files import digest
-from chestct.imaging.decode import decode
-from chestct.imaging.slice import DEFAULT_LIMITS, pixel_hash
+from chestct.imaging.decode import decode, read
+from chestct.imaging.slice import pixel_hash
+from chestct.imaging.slice_files import File
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.vgg16 import VGG16, pick_device
 from chestct.models.weights import load_weights
-from chestct.serving.batch import THREADS, File, read_file
+from chestct.serving.batch import THREADS
 
 BATCH = 64
 """Slices in memory at once, and rows of a row group."""
@@ -46,7 +47,7 @@ def embed(files: Sequence[File], out: Path, source: str = "packaged", block: str
 
     def prepare(file: File) -> tuple[str, str, str, np.ndarray] | None:
         try:
-            data = read_file(file, DEFAULT_LIMITS)
+            data = read(file)
             decoded = decode(data, bundle.window, name=str(file))
             return str(file), digest(data), pixel_hash(decoded.levels), bundle.preprocess(decoded.gray)
         except DecodeError as error:

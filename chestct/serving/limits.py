@@ -76,11 +76,6 @@ class Refused(Exception):  # noqa: N818 - an answer, not a failure
 
 def login_from(environ: Mapping[str, str]) -> bytes:
     """The digest of the one Authorization header that is let in; b"" where no password is set. Raises ConfigError."""
-    if old := next((name for name in ("CHESTCT_USERS", "CHESTCT_TOKENS") if environ.get(name)), ""):
-        raise ConfigError(  # not a service that starts open, unnoticed
-            f"{old} is no longer read. Set CHESTCT_USERNAME and CHESTCT_PASSWORD for one login, or give many users "
-            "theirs at a proxy (docs/deploy.md), and remove it."
-        )
     username, password = environ.get("CHESTCT_USERNAME", ""), environ.get("CHESTCT_PASSWORD", "")
     if not username and not password:
         return b""

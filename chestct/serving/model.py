@@ -76,7 +76,7 @@ class Model:
         """
         files, _ = find_files([Path(source) for source in sources], Path("scores.csv"))
         with ThreadPoolExecutor(THREADS) as pool:
-            answers = list(pool.map(partial(answer_file, self.predictor, every=True), files))
+            answers = list(pool.map(partial(answer_file, self.predictor), files))
         return scans_in(row for rows, _ in answers for row in rows)
 
     def __repr__(self) -> str:

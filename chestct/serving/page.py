@@ -20,6 +20,7 @@ from chestct.serving.examples import Example
 from chestct.serving.prediction import jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.reading import Files, Reading, expand, read, scan_of, take
+from chestct.serving.scan import in_order
 from chestct.serving.sentences import HEAT, NOTICE, card_body, caveats, plain
 
 SESSIONS = 64
@@ -55,19 +56,7 @@ THEME = gr.themes.Base(
     stat_background_fill_dark="*primary_400",
 )
 
-CSS = """
-#notice { position: fixed; inset: 0 0 auto 0; z-index: 20; background: #26312f; padding: 6px 16px;
-  border-radius: 0; }
-#notice * { color: #f2f6f5; text-align: center; font-size: clamp(12px, 3.2vw, 14px); }
-.gradio-container { padding-top: 48px !important; }
-.label-wrap span { font-weight: 600; }
-.gr-group .block { border-width: 0 !important; }
-.prose :is(table, tr, th, td) { border-color: var(--border-color-primary) !important; }
-.selected[role="tab"] { color: var(--body-text-color) !important; font-weight: 600; }
-.prose :is(pre, pre code) { white-space: pre-wrap !important; overflow-wrap: anywhere; }
-.prose :is(code, code *) { font-family: ui-monospace, Menlo, Consolas, monospace !important; }
-.grid-container { grid-template-columns: repeat(auto-fill, minmax(125px, 1fr)) !important; }
-"""
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 GREY = jpeg_uri(Image.new("L", (1, 1), 128))
 
@@ -105,6 +94,7 @@ def make_page(
             bar = f'<progress max="{len(slices)}" value="{i}" aria-label="Progress"></progress>'
             yield {status: gr.update(value=f'<p role="status">{text}</p>{bar}', visible=True)}
             shown += read(predictor, name, data, record)
+        shown = in_order(shown, lambda one: one.place)
         scan, about = scan_of(shown)
         place = {id(reading): i for i, reading in enumerate(shown, 1)}
         points = [[place[id(one)], one.score, one.decision] for one in scan]

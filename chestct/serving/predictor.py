@@ -57,7 +57,7 @@ class Predictor:
         source: str | Path = "packaged",
         limits: Limits = Limits(),  # noqa: B008 - frozen
         *,
-        seconds: float = 60.0,
+        seconds: float = 24 * 3600.0,
         pixels: int = 128_000_000,
         backend: str = "auto",
         accelerator: str = "auto",

@@ -4,10 +4,8 @@ Archives are opened in memory, where a name can lead nowhere, and their director
 One bad file spoils no other, and of an answer only what is shown is kept.
 """
 
-import io
 import logging
 import re
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ from typing import Any
 from PIL import Image
 
 from chestct.errors import ChestCTError, DecodeError
-from chestct.imaging.decode import Size, declared_size
-from chestct.imaging.slice_files import is_slice_name
+from chestct.imaging.decode import declared_size
+from chestct.imaging.slice import Position
+from chestct.imaging.slice_files import entries
 from chestct.models.bundle import Bundle
 from chestct.serving.api import UploadError
 from chestct.serving.prediction import Prediction, jpeg_uri
@@ -48,48 +47,28 @@ def take(files: list[dict[str, Any]], folder: Path) -> Files:
 
 
 def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
-    """The files, archives opened, in the order of the scan. Raises UploadError.
+    """The files, archives opened, by name with numbers in order. Raises UploadError, and DataError for bad archives.
 
-    That is by position (see `Size`); files that have none, whatever they are, come last, by name with numbers in order.
     max_slices: frames and pages counted by their headers; max_bytes: all together, inflated.
     """
     slices: Files = []
     for name, data in files:
         left = max_bytes - sum(len(part) for _, part in slices)
-        slices += (
-            unzip(data, max_slices, max(0, left)) if data[:4] in (b"PK\x03\x04", b"PK\x05\x06") else [(name, data)]
-        )
+        is_archive = data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
+        slices += unzip(data, max_slices, left) if is_archive else [(name, data)]
     if not slices:
         raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
-    headers = [_header(data) for _, data in slices]
-    _check_count(sum(header.frames for header in headers), max_slices)
-    order = sorted(
-        range(len(slices)),
-        key=lambda i: (not headers[i].position, headers[i].position or (), natural(slices[i][0])),
-    )
-    return [slices[i] for i in order]
+    _check_count(sum(_frames(data) for _, data in slices), max_slices)
+    return sorted(slices, key=lambda one: natural(one[0]))
 
 
 def unzip(data: bytes, max_files: int, max_bytes: int) -> Files:
-    """The files in an archive; folders and what `slice_files` skips are left out. Raises UploadError."""
-    files: Files = []
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = [entry for entry in archive.infolist() if is_slice_name(entry.filename)]
-            _check_count(len(entries), max_files)
-            for entry in entries:
-                with archive.open(entry) as file:
-                    content = file.read(max_bytes + 1)  # whatever size is announced
-                max_bytes -= len(content)
-                if max_bytes < 0:
-                    raise UploadError("The zip archive holds more bytes than one request may send.")
-                files.append((entry.filename, content))
-    except UploadError:
-        raise
-    except Exception as error:  # whatever wrong bytes lead zipfile and zlib to
-        reason = error or type(error).__name__
-        raise UploadError(f"The zip archive cannot be opened ({reason}). Make it again, without a password.") from None
-    return files
+    """The files in an archive that may be slices. Raises UploadError, and DataError where it cannot be read."""
+    found = entries(data)
+    _check_count(len(found), max_files)
+    if sum(entry.info.file_size for entry in found) > max_bytes:
+        raise UploadError("The zip archive holds more bytes than one request may send.")
+    return [(entry.info.filename, entry.read(max_bytes)) for entry in found]
 
 
 def _check_count(count: int, most: int) -> None:
@@ -100,11 +79,11 @@ def _check_count(count: int, most: int) -> None:
         )
 
 
-def _header(data: bytes) -> Size:
+def _frames(data: bytes) -> int:
     try:
-        return declared_size(data)
+        return declared_size(data).frames
     except DecodeError:  # decoding will say why
-        return Size(0, 0, 1)
+        return 1
 
 
 def natural(name: str) -> list[tuple[str, int]]:
@@ -126,7 +105,7 @@ class Reading:
     threshold: float = 0.0
     slice: str = ""
     heat: str = ""
-    series: str = ""  # as in Slice
+    place: Position | None = None
 
     @property
     def suspicion(self) -> tuple[int, float]:
@@ -137,7 +116,7 @@ class Reading:
 def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | None = None) -> list[Reading]:
     """The readings of one file. A frame that cannot be read ends it, and those before it stay."""
     readings: list[Reading] = []
-    frames = _header(data).frames
+    frames = _frames(data)
     try:
         with predictor.room(data):
             for prediction in predictor.predict_frames(data, name="file"):
@@ -169,7 +148,7 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
         bundle.point.threshold,
         jpeg_uri(Image.fromarray(prediction.gray)),
         jpeg_uri(heat) if heat else "",
-        prediction.slice.series,
+        prediction.slice.position,
     )
 
 
@@ -177,8 +156,8 @@ def scan_of(readings: list[Reading]) -> tuple[list[Reading], str]:
     """The answered slices of the series with most of them, and what is said of it; none and "" where it is no scan."""
     series: dict[str, list[Reading]] = {}
     for reading in readings:
-        if reading.series and reading.suspicion[0] == 2:
-            series.setdefault(reading.series, []).append(reading)
+        if reading.place and reading.suspicion[0] == 2:
+            series.setdefault(reading.place[0], []).append(reading)
     scan = max(series.values(), key=len, default=[])
     if len(scan) < FEWEST:
         return [], ""

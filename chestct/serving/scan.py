@@ -6,10 +6,11 @@ the mean over all would drown it. docs/scans.md says how BEST was chosen, and on
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from chestct.imaging.slice import Position
 from chestct.serving.prediction import NOT_MEDICAL
 
 BEST = 3
@@ -26,6 +27,8 @@ VALIDATION = (
     "among 13 scans, of 7 patients with cancer and 4 without, in collections left out of training."
 )
 """What is known of scores of scans; docs/scans.md."""
+
+T = TypeVar("T")
 
 Row = dict[str, str]
 """A slice in the table of `chestct predict`, by column."""
@@ -78,14 +81,19 @@ class Scan:
             "notice": NOT_MEDICAL,
         }
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         if self.left_out:
-            return f"<series {self.series} left out: {self.left_out}>"
-        first = ", ".join(f"{row['path']} ({row['score']})" for row in self.answered[:SHOWN])
-        return (
-            f"<scan of {len(self.rows)} slices, score {self.score:.3f}, most suspicious: {first}. {VALIDATION} "
-            f"{NOT_MEDICAL}>"
-        )
+            where = f"series {self.series}, {len(self.rows)} images ({self.rows[0]['path']})"
+            return f"Left out: {where}. {self.left_out}"
+        lines = [f"Scan {self.series}: score {self.score:.3f}, {len(self.rows)} slices. Most suspicious:"]
+        lines += [
+            f"  {float(row['score']):.3f} {row['decision']:<9} {row['position']:>10}  {row['path']} {row['frame']}"
+            for row in self.answered[:BEST]
+        ]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"{self}\n{VALIDATION} {NOT_MEDICAL}"
 
 
 def scan_score(scores: list[float]) -> float:
@@ -93,24 +101,28 @@ def scan_score(scores: list[float]) -> float:
     return sum(sorted(scores)[-BEST:]) / BEST
 
 
-def in_order(rows: Iterable[Row]) -> list[Row]:
-    """The rows of each series together, where its first one was, by position and never by name; others stay."""
-    table, first, keys = list(rows), dict[str, int](), []
-    for i, row in enumerate(table):
-        keys.append((first.setdefault(row.get("series") or str(i), i), _place(row), i))
-    return [table[i] for _, _, i in sorted(keys)]
+def in_order(slices: Iterable[T], place: Callable[[T], Position | None]) -> list[T]:
+    """The slices of each series together, where its first one was, by position and never by name; others stay."""
+    listed, first, keys = list(slices), dict[str, int](), []
+    for i, one in enumerate(listed):
+        where = place(one)
+        keys.append((first.setdefault(where[0], i) if where else i, where or (), i))
+    return [listed[i] for *_, i in sorted(keys)]
 
 
-def _place(row: Row) -> tuple[bool, float]:
-    """Slices with a position in mm come before those with a number alone."""
-    found = re.fullmatch(r"(no\. )?(.+?)( mm)?", row.get("position") or "")
-    return (not found or bool(found[1]), float(found[2]) if found else 0.0)
+def place_of(row: Row) -> Position | None:
+    """The position that a row states; without one it comes last in its series."""
+    if not row.get("series"):
+        return None
+    found = re.fullmatch(r"(no\. )?(.+?)( mm)?", row["position"])
+    unit = "unknown" if not found else "number" if found[1] else "mm"  # in the order of the alphabet
+    return row["series"], unit, float(found[2]) if found else 0.0
 
 
 def scans_in(rows: Iterable[Row]) -> list[Scan]:
     """The series among rows of slices; the same bytes twice, as in a copied folder, count once."""
     series: dict[str, dict[tuple[str, str], Row]] = {}
-    for row in in_order(rows):
+    for row in in_order(rows, place_of):
         if row.get("series"):
             series.setdefault(row["series"], {}).setdefault((row["file_hash"], row["frame"]), row)
     return [Scan(name, tuple(found.values())) for name, found in series.items()]
@@ -121,17 +133,8 @@ def describe_scans(scans: list[Scan], most: int = 10) -> str:
     kept = sorted((scan for scan in scans if not scan.left_out), key=lambda scan: -(scan.score or 0.0))
     if not kept:
         return ""
-    lines = []
-    for scan in kept[:most]:
-        lines.append(f"Scan {scan.series}: score {scan.score:.3f}, {len(scan.rows)} slices. Most suspicious:")
-        lines += [
-            f"  {float(row['score']):.3f} {row['decision']:<9} {row['position']:>10}  {row['path']} {row['frame']}"
-            for row in scan.answered[:BEST]
-        ]
     others = [scan for scan in scans if scan.left_out]
-    for scan in others[:most]:
-        where = f"series {scan.series}, {len(scan.rows)} images ({scan.rows[0]['path']})"
-        lines.append(f"Left out: {where}. {scan.left_out}")
+    lines = [str(scan) for scan in (*kept[:most], *others[:most])]
     if more := max(0, len(kept) - most) + max(0, len(others) - most):
         lines.append(f"... and {more:,} more series, in the JSON file.")
     return "\n".join([*lines, VALIDATION])

@@ -18,8 +18,9 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from chestct.errors import ChestCTError, DataError
 from chestct.files import digest, write_atomic
-from chestct.imaging.decode import sniff
-from chestct.serving.batch import File, cell, read_file
+from chestct.imaging.decode import read, sniff
+from chestct.imaging.slice_files import File
+from chestct.serving.batch import cell
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
 from chestct.serving.scan import SHOWN, Row, scans_in
@@ -31,6 +32,11 @@ MAKER = {"manufacturer": "chestct", "manufacturer_model_name": "chestct", "softw
 
 SERIES = 9900
 """Number of the series of pictures, and one below that of reports: behind a scanner's own."""
+
+
+OPTIONAL: tuple[str, ...] = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber")
+OPTIONAL += ("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName")
+"""What anonymised files leave out, and highdicom wants to copy."""
 
 
 def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) -> list[Path]:
@@ -52,9 +58,7 @@ def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) 
         raise DataError(f"{name}: no DICOM image that others can refer to; it has no {', '.join(missing)}.")
     if int(slice_.get("NumberOfFrames") or 1) > 1:
         raise DataError(f"{name}: it has several frames; DICOM for a viewer is written for single slices.")
-    for keyword in ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"):
-        slice_.setdefault(keyword, "")  # as anonymised files leave them out
-    for keyword in ("StudyDate", "StudyTime", "ReferringPhysicianName"):
+    for keyword in OPTIONAL:
         slice_.setdefault(keyword, "")
     made = {"overlay": _overlay(highdicom, slice_, prediction), "report": _report(highdicom, slice_, prediction)}
     paths = []
@@ -82,7 +86,7 @@ def export(rows: list[Row], files: Sequence[File], predictor: Predictor, folder:
     paths: list[Path] = []
     for scan in scans_in(rows):
         for row in scan.answered if scan.left_out else scan.answered[:SHOWN]:
-            data = read_file(named[row["path"]], predictor.limits)
+            data = read(named[row["path"]], predictor.limits)
             if sniff(data) == "DICOM":
                 paths += write_dicom(data, row["path"], predictor.predict(data), folder)
     return paths
@@ -131,29 +135,22 @@ def _report(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
     def concept(code: str, meaning: str) -> Any:
         return sr.CodedConcept(code, "99CHESTCT", meaning)
 
-    contains = sr.RelationshipTypeValues.CONTAINS
+    contains = {"relationship_type": sr.RelationshipTypeValues.CONTAINS}
     score = concept("SCORE", "Score between 0 and 1 of a research model")
-    no_units = sr.CodedConcept("1", "UCUM", "no units")
-    number = sr.NumContentItem(score, round(prediction.score, 6), no_units, relationship_type=contains)
+    boxes = "; ".join(" ".join(map(str, region.box)) for region in prediction.regions)
     texts = {
         "NOTICE": ("Notice", NOT_MEDICAL),
         "DECISION": ("Decision of a research model", prediction.decision),
         "REASON": ("Reason of the decision", prediction.reason),
-        "REGIONS": ("Where the model looked, pixels left top right bottom", _boxes(prediction)),
+        "REGIONS": ("Where the model looked, pixels left top right bottom", boxes),
         "CAVEAT": ("Results elsewhere", prediction.caveat),
         "MODEL": ("Model", f"chestct {__version__}, bundle {prediction.bundle}"),
     }
     root = sr.ContainerContentItem(concept("RESULT", "Research result, not a diagnosis"))
     root.ContentSequence = [
-        *(
-            sr.TextContentItem(concept(code, name), text, relationship_type=contains)
-            for code, (name, text) in texts.items()
-            if text
-        ),
-        number,
-        sr.ImageContentItem(
-            concept("SLICE", "The slice"), source.SOPClassUID, source.SOPInstanceUID, relationship_type=contains
-        ),
+        *(sr.TextContentItem(concept(code, name), text, **contains) for code, (name, text) in texts.items() if text),
+        sr.NumContentItem(score, round(prediction.score, 6), sr.CodedConcept("1", "UCUM", "no units"), **contains),
+        sr.ImageContentItem(concept("SLICE", "The slice"), source.SOPClassUID, source.SOPInstanceUID, **contains),
     ]
     return sr.EnhancedSR(
         evidence=[source],
@@ -167,7 +164,3 @@ def _report(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
         is_verified=False,
         **MAKER,
     )
-
-
-def _boxes(prediction: Prediction) -> str:
-    return "; ".join(" ".join(map(str, region.box)) for region in prediction.regions)

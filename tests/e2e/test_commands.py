@@ -135,7 +135,7 @@ def test_without_a_command_it_says_which_there_are(call):
         ("train", "learning rate of the head"),
         ("evaluate", "experiment="),
         ("serve", "max_upload_bytes"),
-        ("predict", "--every"),
+        ("predict", "--viewer"),
         ("drift", "--days"),
     ],
 )

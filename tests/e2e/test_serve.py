@@ -80,7 +80,7 @@ def test_it_serves_reloads_and_ends_well_with_a_page_open(started, files, exampl
 
 @pytest.mark.parametrize(
     ("changed", "setting", "message"),
-    [({}, "bundle=gone", "No bundle in gone"), ({"CHESTCT_TOKENS": "a"}, "bundle=packaged", "CHESTCT_PASSWORD")],
+    [({}, "bundle=gone", "No bundle in gone"), ({"CHESTCT_USERNAME": "a"}, "bundle=packaged", "CHESTCT_PASSWORD")],
 )
 def test_a_service_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, changed, setting, message) -> None:
     command = [*SERVE, setting, f"serve.port={free_port()}"]

@@ -79,16 +79,16 @@ def test_an_accelerator_computes_where_there_is_one(small_bundle, scans, tmp_pat
     devices: list[object] = []
     monkeypatch.setattr(backends, "pick_device", lambda accelerator: torch.device("meta"))
     monkeypatch.setattr(VGG16, "to", lambda net, device: devices.append(device))  # none is needed for this test
-    predict_files([scans / "b" / "s1.png"], tmp_path / "s.csv", small_bundle)
+    predict_files([scans / "b" / "s1.png"], tmp_path / "s.csv", Predictor(small_bundle))
     assert devices == [torch.device("meta")]
 
 
 def test_a_second_run_reads_only_what_changed_or_could_not_be_read(small_bundle, scans, tmp_path):
     out = tmp_path / "s.csv"
-    first, _ = predict_files(find_files([scans], out)[0], out, small_bundle)
+    first, _ = predict_files(find_files([scans], out)[0], out, Predictor(small_bundle))
     (scans / "a" / "s0.png").write_bytes(png(50))
     (scans / "a" / "new.png").write_bytes(png(51))
-    second, reused = predict_files(find_files([scans], out)[0], out, small_bundle)
+    second, reused = predict_files(find_files([scans], out)[0], out, Predictor(small_bundle))
     assert reused == 5
     assert rows(out) == [{"score": "", **dict.fromkeys(rows(out)[0], ""), **row} for row in second]
     assert [row["path"] for row in second] == [str(path) for path in sorted(scans.rglob("*.*"))]
@@ -100,28 +100,31 @@ def test_a_second_run_reads_only_what_changed_or_could_not_be_read(small_bundle,
 
 def test_another_bundle_answers_everything_anew_and_with_its_own_columns(small_bundle, scans, tmp_path):
     paths, out = [scans / "b" / "s1.png"], tmp_path / "s.csv"
-    predict_files(paths, out, small_bundle)
+    predict_files(paths, out, Predictor(small_bundle))
     make(tmp_path / "four", classes=4)
-    assert predict_files(paths, out, tmp_path / "four")[1] == 0
+    assert predict_files(paths, out, Predictor(tmp_path / "four"))[1] == 0
     assert {"probability_squamous", "probability_normal"} <= set(rows(out)[0])
 
 
 def test_a_table_without_some_of_its_columns_is_made_anew(small_bundle, scans, tmp_path):
     paths, out = [scans / "b" / "s1.png"], tmp_path / "s.csv"
-    predict_files(paths, out, small_bundle)
+    predict_files(paths, out, Predictor(small_bundle))
     whole = out.read_text("utf-8")
     out.write_text(batch._as_csv(batch.FIRST, rows(out)), "utf-8")
-    assert predict_files(paths, out, small_bundle)[1] == 0
+    assert predict_files(paths, out, Predictor(small_bundle))[1] == 0
     assert out.read_text("utf-8") == whole
 
 
-def test_every_gives_a_row_a_page_and_knows_when_only_one_was_wanted(small_bundle, tmp_path):
+def test_each_page_has_a_row_and_a_table_that_lacks_one_is_not_believed(small_bundle, tmp_path):
     pages = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (96, 96), np.uint8)) for i in range(3)]
     pages[0].save(tmp_path / "a.tiff", save_all=True, append_images=pages[1:])
-    for every, frames, kept in ((False, "0", 0), (True, "012", 0), (True, "012", 1), (False, "0", 0)):
-        found, reused = predict_files([tmp_path / "a.tiff"], tmp_path / "s.csv", small_bundle, every=every)
-        assert ("".join(row["frame"] for row in found), reused) == (frames, kept)
-        assert len({row["score"] for row in rows(tmp_path / "s.csv")}) == len(frames)
+    out, predictor = tmp_path / "s.csv", Predictor(small_bundle)
+    for kept in (0, 1):
+        found, reused = predict_files([tmp_path / "a.tiff"], out, predictor)
+        assert ("".join(row["frame"] for row in found), reused) == ("012", kept)
+        assert len({row["score"] for row in rows(out)}) == 3
+    out.write_text("".join(out.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")
+    assert predict_files([tmp_path / "a.tiff"], out, predictor)[1] == 0
 
 
 def test_own_outputs_leftovers_and_loops_are_not_looked_at(call, scans, capsys):
@@ -156,12 +159,12 @@ def test_names_of_all_kinds_stay_one_row_each_and_are_never_a_formula(small_bund
     for i, name in enumerate(plain + formulas):
         Path(name).write_bytes(png(i))
     paths, out = [Path(name) for name in plain + formulas], Path("s.csv")
-    predict_files(paths, out, small_bundle)
+    predict_files(paths, out, Predictor(small_bundle))
     written = [*plain[:3], "two\\nlines.png", "a=b", "\\udcff.png", *(f"'{name}" for name in formulas)]
     assert [row["path"] for row in rows(out)] == written
     assert out.read_bytes().count(b"\n") == len(paths) + 1
     assert all(line.startswith('"') for line in out.read_text("utf-8").splitlines())
-    assert predict_files(paths, out, small_bundle)[1] == len(paths)
+    assert predict_files(paths, out, Predictor(small_bundle))[1] == len(paths)
 
 
 @pytest.mark.slow
@@ -193,10 +196,10 @@ main()
     whole = len(rows(partial))
     assert whole == 10
     paths, _ = find_files([folder], out)
-    resumed, reused = predict_files(paths, out, small_bundle)
+    resumed, reused = predict_files(paths, out, Predictor(small_bundle))
     assert reused == whole
     assert not partial.exists()
-    straight, _ = predict_files(paths, tmp_path / "straight.csv", small_bundle)
+    straight, _ = predict_files(paths, tmp_path / "straight.csv", Predictor(small_bundle))
     assert [row["path"] for row in resumed] == [row["path"] for row in straight]
     scores = [[float(row["score"]) for row in table] for table in (resumed, straight)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)

@@ -13,9 +13,8 @@ import chestct
 from chestct.config.schema import WindowConfig
 from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import decode, decode_frames
-from chestct.imaging.slice import Limits
-from chestct.serving.batch import entries
-from chestct.serving.scan import BEST, VALIDATION, describe_scans, scans_in
+from chestct.imaging.slice_files import entries
+from chestct.serving.scan import BEST, VALIDATION, describe_scans, in_order, scans_in
 from tests.serving.conftest import Slices, rows, zipped
 
 
@@ -93,6 +92,20 @@ def test_slices_without_a_position_are_ordered_by_their_numbers(call, scan: Slic
     assert [row["position"] for row in rows(tmp_path / "s.csv")] == [f"no. {i}" for i in range(1, 7)]
 
 
+@pytest.mark.parametrize(
+    ("places", "order"),
+    [
+        ([("1", "mm", 5.0), ("1", "mm", -5.0), ("1", "mm", 0.0)], "bca"),  # along the scan
+        ([("1", "number", 1.0), ("1", "mm", 9.0), ("1", "number", -1.0)], "bca"),  # a position says more than a number
+        ([("2", "mm", 5.0), ("1", "mm", 1.0), ("2", "mm", 3.0)], "cab"),  # one series after the other
+        ([("1", "mm", 1.0), ("1", "mm", 1.0), ("1", "mm", 0.0)], "cab"),  # one place twice: as they came
+        ([("1", "mm", 3.0), None, ("1", "mm", 1.0)], "cab"),  # what has no place changes no order
+    ],
+)
+def test_a_series_is_in_the_order_of_its_places(places, order: str) -> None:
+    assert "".join(in_order("abc", dict(zip("abc", places, strict=True)).get)) == order
+
+
 def test_bad_archives_end_in_a_sentence(call, scan: Slices, tmp_path, capsys) -> None:
     out = ("--out", tmp_path / "s.csv")
     (tmp_path / "rubbish.zip").write_bytes(b"rubbish")
@@ -103,8 +116,8 @@ def test_bad_archives_end_in_a_sentence(call, scan: Slices, tmp_path, capsys) ->
     (tmp_path / "bomb.zip").write_bytes(zipped({"big": b"\0" * 3_000_000, "small": b"\0" * 100}))
     big, small = entries(tmp_path / "bomb.zip")
     with pytest.raises(DecodeError, match=r"data\.max_bytes allows 1,000"):
-        big.read(Limits(max_bytes=1000))
-    assert small.read(Limits(max_bytes=1000)) == b"\0" * 100
+        big.read(1000)
+    assert small.read(1000) == b"\0" * 100
     damaged = bytearray(zipped(scan(5), zipfile.ZIP_STORED))
     damaged[len(damaged) // 2] ^= 255
     (tmp_path / "damaged.zip").write_bytes(damaged)
