@@ -121,8 +121,7 @@ def estimate(row: dict[str, Any]) -> str:
     """`0.98 [0.97, 0.99]`, or n/a and the reason."""
     if row["auroc"] is None:
         return f"n/a ({row['reason']})"
-    interval = "(no interval)" if row["low"] is None else f"[{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['auroc']:.2f} {interval}"
+    return f"{row['auroc']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
 
 
 def _about_the_split(audit: Audit) -> Iterator[Finding]:

@@ -5,8 +5,7 @@ draws. Choosing a direction on the data, and the best of many baselines, biases 
 shortcut must therefore be both material and significant after correction.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -61,46 +60,38 @@ STATISTICS = [baseline.name for baseline in BASELINES if not baseline.model and 
 """Single numbers of a slice that stand in the manifest or follow from it."""
 
 
-def shortcuts(manifest: pd.DataFrame, splits: Mapping[str, pd.Series], images: np.ndarray, *, seed: int) -> Table:
-    """AUROC (cancer against normal) of every baseline, over all slices and on the test set of every split policy.
+def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table:
+    """AUROC (cancer against normal) of every baseline on distinct contents.
 
-    manifest: index 0..N-1; images: uint8 [M, S, S], by the manifest's `row`. One row for each baseline:
-    `auroc`, `low`, `high` (95 %, bootstrap over groups) on distinct contents, direction-free for single numbers,
-    cross-validated over groups for models; `flagged`; and `test`: for each policy the same figures on its test files,
-    with the direction or the model learned on its train files. Undefined figures are None with a `reason`.
+    images: uint8 [M, S, S], by the manifest's `row`. One row for each baseline: `auroc`, `low`, `high` (95 %, bootstrap
+    over groups), direction-free for single numbers, cross-validated over groups for models; `significant`, above 0.5
+    after correction; `flagged`. Undefined figures are None with a `reason`.
     """
-    y = (manifest["label"] == "cancer").to_numpy()
-    group = np.unique(manifest["group"], return_inverse=True)[1]
-    features = _features(manifest, images)
     # A content with two labels is no evidence either way.
     clear = manifest.groupby("content")["label"].transform("nunique").eq(1) & ~manifest.duplicated("content")
     once = np.flatnonzero(clear)
-    few = _few_groups(group[once], y[once])
-    weights = _resampled(group[once], y[once], seed)
+    y = (manifest["label"] == "cancer").to_numpy()[once]
+    group = np.unique(manifest["group"].to_numpy()[once], return_inverse=True)[1]
+    features, few = _features(manifest, images), _few_groups(group, y)
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    folds = [] if few else list(splitter.split(once, y[once], group[once]))
-    trains, tests = ({name: np.flatnonzero(s == part) for name, s in splits.items()} for part in ("train", "test"))
-    test_weights = {name: _resampled(group[test], y[test], seed) for name, test in tests.items()}
+    folds = [] if few else list(splitter.split(group, y, group))
+    # Groups are drawn within their class.
+    weights = [] if few else [part.astype(np.uint8) for part in draws(group, RESAMPLES, seed, strata=y)]
     rows = []
     for baseline in BASELINES:
-        X = features[baseline.name]
-        overall = _nothing(_undefined(X[once], y[once]) or few)
-        if not overall["reason"]:
+        X = features[baseline.name][once]
+        reason = _undefined(X, y) or few
+        row = baseline._asdict() | {"auroc": None, "low": None, "high": None, "significant": False, "reason": reason}
+        if not reason:
             if baseline.model:
                 model = _model(baseline, seed)
-                scores = cross_val_predict(model, X[once], y[once], cv=folds, method="predict_proba")[:, 1]
+                scores = cross_val_predict(model, X, y, cv=folds, method="predict_proba")[:, 1]
             else:
-                scores = _score(baseline, X[once], y[once], X[once], seed)
-            overall = _estimate(scores, y[once], weights)
-        row: dict[str, Any] = {**baseline._asdict(), **overall, "test": {}}
-        row["flagged"] = overall["significant"] and overall["low"] > MATERIAL and baseline.family != "picture"
-        for name, test in tests.items():
-            train = trains[name]
-            result = _nothing(_undefined(X[train], y[train]) or _undefined(X[test], y[test]))
-            if not result["reason"]:
-                scores = _score(baseline, X[train], y[train], X[test], seed)
-                result = _estimate(scores, y[test], test_weights[name], _few_groups(group[test], y[test]))
-            row["test"][name] = result
+                scores = _score(baseline, X, y, X, seed)
+            resampled = np.concatenate([auroc(scores, y, part.astype(float)) for part in weights])
+            low, high, corrected = np.quantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
+            row |= {"auroc": float(auroc(scores, y)[0]), "low": low, "high": high, "significant": corrected > 0.5}
+        row["flagged"] = row["significant"] and row["low"] > MATERIAL and baseline.family != "picture"
         rows.append(row)
     return rows
 
@@ -168,12 +159,6 @@ def _score(baseline: Baseline, X: np.ndarray, y: np.ndarray, new: np.ndarray, se
     return new[:, 0] if auroc(X[:, 0], y)[0] >= 0.5 else -new[:, 0]
 
 
-def _resampled(group: np.ndarray, y: np.ndarray, seed: int) -> list[np.ndarray]:
-    """How often each slice is drawn, uint8 [r, N] in blocks, RESAMPLES in all: groups are drawn within their class."""
-    group = np.unique(group, return_inverse=True)[1]
-    return [block.astype(np.uint8) for block in draws(group, RESAMPLES, seed, strata=y)] if len(group) else []
-
-
 def _undefined(X: np.ndarray, y: np.ndarray) -> str:
     """Why no AUROC can be given, or ""."""
     if not len(y):
@@ -191,17 +176,3 @@ def _few_groups(group: np.ndarray, y: np.ndarray) -> str:
         if (n := len(np.unique(group[mask]))) < MIN_GROUPS:
             return f"too few groups: {n} of {name}, needs {MIN_GROUPS}"
     return ""
-
-
-def _nothing(reason: str) -> dict[str, Any]:
-    return {"auroc": None, "low": None, "high": None, "significant": False, "reason": reason}
-
-
-def _estimate(scores: np.ndarray, y: np.ndarray, weights: list[np.ndarray], few: str = "") -> dict[str, Any]:
-    """AUROC with its 95 % percentile interval, and whether it is above 0.5 after correction."""
-    value = float(auroc(scores, y)[0])
-    if few:
-        return _nothing(few) | {"auroc": value}
-    resampled = np.concatenate([auroc(scores, y, block.astype(float)) for block in weights])
-    low, high, corrected = np.quantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
-    return {"auroc": value, "low": low, "high": high, "significant": corrected > 0.5, "reason": ""}

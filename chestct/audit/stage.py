@@ -51,7 +51,7 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
         duplicates=duplicates(manifest, pairs),
         leakage={policy: leaks(manifest, column, pairs) for policy, column in splits.items()},
         conflicts=conflicts(manifest, pairs),
-        shortcuts=shortcuts(manifest, splits, store.images, seed=seed),
+        shortcuts=shortcuts(manifest, store.images, seed=seed),
         skipped=store.skipped,
         disbelieved=store.disbelieved,
         notes=store.notes,
