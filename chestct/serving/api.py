@@ -194,8 +194,8 @@ def answer(
     predictor: Predictor, data: bytes, with_overlay: bool, on_answer: OnAnswer | None, cancelled: threading.Event
 ) -> dict[str, Any]:
     """The answer for one file as plain JSON; with_overlay: with a PNG as data URI. Raises DecodeError and BusyError."""
-    with predictor.room(data, cancelled) as ends:
-        prediction = predictor.predict(data, name="file", explain=with_overlay, cancelled=cancelled, ends=ends)
+    with predictor.room(data, cancelled) as gone:
+        prediction = predictor.predict(data, name="file", explain=with_overlay, gone=gone)
         if on_answer:
             on_answer(prediction)
         fields = prediction.as_dict()

@@ -4,7 +4,6 @@ The network takes one slice at a time: on a processor a shared pass is no faster
 fight for the same cores. Everything else happens in the caller's thread, within a budget of pixels.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +32,9 @@ SMALLEST = 64
 
 NEVER = threading.Event()
 """A request that nobody cancels."""
+
+Gone = Callable[[], bool]
+"""Whether nobody waits for an answer any more."""
 
 BUSY = "The service is busy. Try again in a few seconds."
 
@@ -69,23 +71,27 @@ class Predictor:
         self._network = threading.Lock()
 
     @contextmanager
-    def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[float]:
+    def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[Gone]:
         """Waits until there is room for a frame of this file, and holds it: predict, draw and drop the arrays within.
 
-        Gives the time (of `time.monotonic`) until which the request may wait for the network. Raises DecodeError where
-        the file's header is wrong or announces more than `limits`, and BusyError.
+        Gives whether the request was cancelled, or has waited for longer than `seconds` by now. Raises DecodeError
+        where the file's header is wrong or announces more than `limits`, and BusyError.
         """
         size = declared_size(data, self.limits, name="file")
         pixels = min(self.pixels, size.width * size.height)
         ends = time.monotonic() + self.seconds
+
+        def gone() -> bool:
+            return cancelled.is_set() or time.monotonic() > ends
+
         with self._pixels_changed:
             while self._free_pixels < pixels:
-                if cancelled.is_set() or time.monotonic() > ends:
+                if gone():
                     raise BusyError(BUSY)
                 self._pixels_changed.wait(0.1)  # who hangs up does not notify
             self._free_pixels -= pixels
         try:
-            yield ends
+            yield gone
         finally:
             with self._pixels_changed:
                 self._free_pixels += pixels
@@ -97,17 +103,15 @@ class Predictor:
         *,
         name: str | None = None,
         explain: bool = True,
-        cancelled: threading.Event = NEVER,
-        ends: float = math.inf,
+        gone: Gone = NEVER.is_set,
     ) -> Prediction:
         """The answer for a file; of one with several frames or pages, for the one that `decode` chooses.
 
-        name: of the file in errors; explain: with `heat`; cancelled: once set, no more work is done; ends: as `room`
-        gives it. DICOM is seen through the bundle's window. Raises DecodeError for whatever is wrong with the file,
-        and BusyError.
+        name: of the file in errors; explain: with `heat`; gone: as `room` gives it, then no more work is done. DICOM is
+        seen through the bundle's window. Raises DecodeError for whatever is wrong with the file, and BusyError.
         """
         bundle = self.bundle  # `reload` may come in between
-        return self._answer(bundle, decode(source, bundle.window, self.limits, name=name), explain, cancelled, ends)
+        return self._answer(bundle, decode(source, bundle.window, self.limits, name=name), explain, gone)
 
     def predict_frames(
         self, source: Path | bytes, *, name: str | None = None, explain: bool = True
@@ -115,7 +119,7 @@ class Predictor:
         """The answer for each frame or page of a file in turn, as `predict` gives it; one frame is held at a time."""
         bundle = self.bundle
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
-            yield self._answer(bundle, decoded, explain, NEVER, math.inf)
+            yield self._answer(bundle, decoded, explain, NEVER.is_set)
 
     def predict_slices(self, slices: Iterable[Slice]) -> Iterator[Prediction]:
         """The answers for decoded slices with their heat, BATCH at a time, in the same order."""
@@ -131,17 +135,14 @@ class Predictor:
         self.bundle = load_bundle(source, self.backend, self.accelerator)
         return self.bundle.id
 
-    def _answer(
-        self, bundle: Bundle, decoded: Slice, explain: bool, cancelled: threading.Event, ends: float
-    ) -> Prediction:
+    def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, gone: Gone) -> Prediction:
         square = bundle.preprocess(decoded.gray)
-        ends = min(ends, time.monotonic() + self.seconds)
-        while not self._network.acquire(timeout=0.1):
-            if cancelled.is_set() or time.monotonic() > ends:
+        held = False
+        while not held:
+            if gone():
                 raise BusyError(BUSY)
+            held = self._network.acquire(timeout=0.1)
         try:
-            if cancelled.is_set():
-                raise BusyError(BUSY)
             answer = bundle.predict(square[None], explain)
         finally:
             self._network.release()

@@ -130,13 +130,13 @@ def test_pixels_in_flight_have_a_budget(small_bundle: Path) -> None:
 def test_waiting_ends_with_its_request_or_its_deadline(small_bundle: Path) -> None:
     predictor, cancelled = Predictor(small_bundle, pixels=96 * 96), threading.Event()
     begun, gate = gated(predictor)
-    with ThreadPoolExecutor(4) as pool, predictor.room(png(0)) as ends:
+    with ThreadPoolExecutor(4) as pool, predictor.room(png(0)):
         pool.submit(predictor.predict, png(0))
         assert begun.wait(10)
         waiting = [
             pool.submit(lambda: predictor.room(png(1), cancelled).__enter__()),
-            pool.submit(predictor.predict, png(1), cancelled=cancelled, ends=ends),
-            pool.submit(predictor.predict, png(1), ends=ends - predictor.seconds),
+            pool.submit(predictor.predict, png(1), gone=cancelled.is_set),
+            pool.submit(predictor.predict, png(1), gone=lambda: True),
         ]
         time.sleep(0.3)
         cancelled.set()
