@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-serve bundle demo ui clean
+.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bundle demo ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,15 +70,12 @@ bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again (DAT
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
-bench: $(READY) ## time head training with and without cached features, as ratios
-	$(BIN)/python -m benchmarks.speed $(ARGS)
+bench: $(READY) ## time everything, twelve minutes; writes docs/benchmarks.md (ARGS="--quick", "--data FOLDER --keras PYTHON")
+	$(BIN)/python -m benchmarks --json docs/benchmarks.json --write docs/benchmarks.md $(ARGS)
 
 bench-data: $(READY) ## count what grouping finds; time it on 10k to 100k slices
 	$(BIN)/python -m benchmarks.copies
 	$(BIN)/python -m benchmarks.groups $(ARGS)
-
-bench-serve: $(READY) ## time the service: start, latency, fifty clients (ARGS="--keras PYTHON")
-	$(BIN)/python -m benchmarks.serve $(ARGS)
 
 clean: ## remove caches (not runs, data or tracking)
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -220,12 +220,13 @@ def export(cfg: Config, out: Path) -> None:
         with run_of(cfg, Path(cfg.ckpt or "")) as run:
             log_bundle(run, folder, code=bool(cfg.tracking.register))
             for name, numbers in bundle.facts.get("backends", {}).items():
-                run.metrics({f"{name}/{key}": numbers[key] for key in ("logits", "decisions", "heat")})
+                metrics = {key: numbers[key] for key in ("slices", "logits", "decisions", "heat", "calibration")}
+                run.child(f"export {name}", metrics | {"auroc_difference": numbers["auroc"]["value"]})
     _say(bundle, folder)
 
 
 def _say(bundle: "Bundle", folder: Path) -> None:
-    from chestct.models.bundle import CARD
+    from chestct.config.schema_serving import CARD
 
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"bundle {bundle.id}, {size / 1000:,.0f} kB  {folder}")

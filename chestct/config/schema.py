@@ -12,7 +12,7 @@ from typing import Any
 from chestct.config.fields import at_home as at_home
 from chestct.config.fields import leaves as leaves
 from chestct.config.fields import setting
-from chestct.config.schema_serving import MonitorConfig, ServeConfig
+from chestct.config.schema_serving import FILES, MonitorConfig, ServeConfig
 
 SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
 """Classes of `task=subtype`, in the order of the network's outputs."""
@@ -41,11 +41,8 @@ POOLS = ("gap", "mean_max_std", "flatten", "topk")
 SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 BLOCKS = r"[345](\+[345])*"
-FORMATS = ("openvino_int8", "openvino", "onnx")
-"""Backends that a bundle may have next to torch, the quickest first."""
-
 FEATURE_BACKENDS = ("torch", "openvino", "openvino_int8")
-EXPORTS = rf"torch|({'|'.join(FORMATS)})(\+({'|'.join(FORMATS)}))*"
+EXPORTS = rf"torch|({'|'.join(FILES)})(\+({'|'.join(FILES)}))*"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
 

@@ -1,10 +1,20 @@
-"""The part of the schema that the service reads: the web page, its API, and the record of what they saw."""
+"""The part of the schema that the service reads: bundles, the web page, its API, and the record of what they saw."""
 
 from dataclasses import dataclass
 
 from chestct.config.fields import setting
 
-BACKENDS = ("auto", "torch", "openvino", "openvino_int8", "onnx")
+FACTS, TENSORS, CARD = "bundle.json", "model.safetensors", "MODEL_CARD.md"
+"""What every bundle consists of."""
+
+FILES = {
+    "openvino_int8": ("openvino_int8.xml", "openvino_int8.bin"),
+    "openvino": ("openvino.xml", "openvino.bin"),
+    "onnx": ("network.onnx",),
+}
+"""Backends that a bundle may have next to torch, the quickest first, and the files of each."""
+
+BACKENDS = ("auto", "torch", *FILES)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from chestct.config.schema import FORMATS
+from chestct.config.schema_serving import FILES
 from chestct.errors import ConfigError
+from chestct.files import json_digest
 from chestct.models.vgg16 import VGG16, pick_device
 
 logger = logging.getLogger("chestct")
-
-FILES = {
-    "openvino": ("openvino.xml", "openvino.bin"),
-    "openvino_int8": ("openvino_int8.xml", "openvino_int8.bin"),
-    "onnx": ("network.onnx",),
-}
-"""The files of each backend in a bundle's folder."""
 
 PACKAGES = {"openvino": "openvino", "openvino_int8": "openvino", "onnx": "onnxruntime"}
 """What runs each."""
@@ -65,7 +60,7 @@ def choose(wanted: str, there: Collection[str], accelerator: str = "auto") -> tu
     device = pick_device(accelerator if wanted in ("auto", "torch") else "cpu")
     name = wanted
     if wanted == "auto":
-        usable = [one for one in FORMATS if one in there and importlib.util.find_spec(PACKAGES[one])]
+        usable = [one for one in FILES if one in there and importlib.util.find_spec(PACKAGES[one])]
         name = usable[0] if usable and device.type == "cpu" else "torch"
     elif wanted != "torch" and wanted not in there:
         raise ConfigError(
@@ -143,6 +138,20 @@ def _one_by_one(run: Callable[[np.ndarray], Sequence[np.ndarray]]) -> Graph:
         return logits, conv5
 
     return graph
+
+
+def pooled_by(
+    name: str, net: VGG16, contents: Sequence[str], squares: Callable[[np.ndarray], np.ndarray]
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
+    """`VGG16.pooled` through a backend, on the processor, and a digest of what INT8 was calibrated on, else "".
+
+    contents: hashes of the training slices; squares: gives uint8 [N, S, S] for positions among them.
+    """
+    chosen = calibration_slices(len(contents))
+    # Made when it is first asked, which a warm cache never does.
+    graph = cache(lambda: load_graph(name, convert(net, name, squares(chosen))))
+    quantised = json_digest([contents[i] for i in chosen]) if name == "openvino_int8" else ""
+    return lambda x: net.pooled_map(graph()(x)[1]), quantised
 
 
 def calibration_slices(count: int) -> np.ndarray:

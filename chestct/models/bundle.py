@@ -20,11 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from chestct.config.schema import ModelConfig, WindowConfig
+from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
 from chestct.config.targets import check_trusted
 from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
-from chestct.models.backends import FILES, Graph, choose, load_graph
+from chestct.models.backends import Graph, choose, load_graph
 from chestct.models.bundle_schema import check_facts
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint, Outputs
@@ -38,8 +39,6 @@ SCHEMA = 2
 
 PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
 """The bundle in the package, trained on real slices; its model card says on which."""
-
-TENSORS, FACTS, CARD = "model.safetensors", "bundle.json", "MODEL_CARD.md"
 
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
 LARGEST |= {name: 16_000_000 if "xml" in name else 2_000_000_000 for names in FILES.values() for name in names}

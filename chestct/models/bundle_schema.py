@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chestct.config.schema import BLOCKS, classes_of
-from chestct.models.backends import FILES
+from chestct.config.schema_serving import CARD, FILES, TENSORS
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -128,7 +128,7 @@ def check_facts(facts: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    names = {"model.safetensors", "MODEL_CARD.md"}.union(*(FILES[name] for name in facts.get("backends", {})))
+    names = {TENSORS, CARD}.union(*(FILES[name] for name in facts.get("backends", {})))
     if facts["files"].keys() != names:
         raise ValueError(f"files: {', '.join(facts['files'])} are not {', '.join(sorted(names))}")
     if tuple(facts["classes"]) != classes_of(facts["task"]):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
 from chestct.files import digest, json_digest, write_atomic
-from chestct.models.backends import calibration_slices, convert, load_graph
+from chestct.models.backends import pooled_by
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
 from chestct.progress import steps
@@ -39,15 +39,11 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
 
     What it holds already, of another seed on the same slices, stays.
     """
-    layer, device, quantised = net.pooled, net.mean.device, ""
+    layer: Callable[[torch.Tensor], torch.Tensor] = net.pooled
+    device, quantised = net.mean.device, ""
     if cfg.features.backend != "torch":
-        plain, device, backend = data.dataset("train"), torch.device("cpu"), cfg.features.backend
-        chosen = calibration_slices(len(plain))
-        # What INT8 rounds to depends on the slices that it was calibrated on.
-        quantised = json_digest([plain.contents[i] for i in chosen]) if backend == "openvino_int8" else ""
-        # Made when it is first asked, which a warm cache never does.
-        graph = cache(lambda: load_graph(backend, convert(net, backend, plain.images[plain.rows[chosen]])))
-        layer = lambda x: net.pooled_map(graph()(x)[1])  # noqa: E731
+        plain, device = data.dataset("train"), torch.device("cpu")
+        layer, quantised = pooled_by(cfg.features.backend, net, plain.contents, lambda at: plain.images[plain.rows[at]])
     for split in splits:
         dataset = data.dataset(split, train=split == "train")
         spaces = [

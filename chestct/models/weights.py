@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import nn
-from torchvision.models import get_model, get_model_weights
 
 from chestct.errors import ConfigError, WeightsError
 from chestct.files import digest, file_digest
@@ -43,6 +42,11 @@ def convolutions(backbone: str = "vgg16", device: str = "meta") -> nn.Sequential
 
     Raises ConfigError where torchvision has no network of that name, or it has no such part.
     """
+    if (backbone, device) == ("vgg16", "meta"):
+        with torch.device(device):
+            return _vgg16()
+    from torchvision.models import get_model
+
     try:
         with torch.device(device):
             features = getattr(get_model(backbone, weights=None), "features", None)
@@ -54,6 +58,18 @@ def convolutions(backbone: str = "vgg16", device: str = "meta") -> nn.Sequential
             "alexnet, convnext_*, densenet*, efficientnet_*, mobilenet_*, squeezenet* and vgg*."
         )
     return features
+
+
+def _vgg16() -> nn.Sequential:
+    """`features` of torchvision's vgg16, whose import would double the time until a service answers."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2, 2))
+    return nn.Sequential(*layers)
 
 
 def load_weights(name: str, backbone: str = "vgg16") -> Weights:
@@ -84,6 +100,8 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
 
 
 def _torchvision(backbone: str) -> tuple[dict[str, torch.Tensor], str]:
+    from torchvision.models import get_model_weights
+
     weights: Any = get_model_weights(backbone)
     try:
         tensors = weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)

@@ -6,8 +6,10 @@ any others: a stranger's repository runs no code. HF_TOKEN and HF_ENDPOINT in th
 
 import os
 import re
+from itertools import chain
 from pathlib import Path
 
+from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
 from chestct.errors import ConfigError
 from chestct.tracking.stores import TrackingError
 
@@ -15,9 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 SCHEME = "hf://"
-CARD = "MODEL_CARD.md"
-GRAPHS = ("openvino.xml", "openvino.bin", "openvino_int8.xml", "openvino_int8.bin", "network.onnx")
-FILES = (CARD, "bundle.json", "model.safetensors", *GRAPHS)
+NAMES = [CARD, FACTS, TENSORS, *chain(*FILES.values())]
 """What a bundle may consist of; the card goes there as README.md, too, which is where the hub looks for one."""
 
 
@@ -32,7 +32,7 @@ def fetch(source: str) -> str:
     name, _, revision = source.removeprefix(SCHEME).partition("@")
     try:
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        return str(api.snapshot_download(_checked(name), revision=revision or None, allow_patterns=list(FILES)))
+        return str(api.snapshot_download(_checked(name), revision=revision or None, allow_patterns=NAMES))
     except (OSError, ValueError) as error:  # the hub's errors are both
         raise ConfigError(
             f"{source}: {_reason(error)}. Give {SCHEME}USER/NAME or {SCHEME}USER/NAME@REVISION; a private one takes "
@@ -48,7 +48,7 @@ def push(bundle: Path, name: str, private: bool = False) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-    files = {file: bundle / file for file in FILES if (bundle / file).exists()} | {"README.md": bundle / CARD}
+    files = {file: bundle / file for file in NAMES if (bundle / file).exists()} | {"README.md": bundle / CARD}
     additions = [CommitOperationAdd(there, path) for there, path in files.items()]
     try:
         address = api.create_repo(_checked(name), private=private, exist_ok=True)

@@ -42,6 +42,7 @@ class Run:
     def __init__(self, client: "MlflowClient | None" = None, run_id: str = "", uri: str = "") -> None:
         self.client, self.run_id, self.uri = client, run_id, uri
         self.model_id: str | None = None  # of the LoggedModel that `model` made
+        self.children: list[str] = []
 
     def begin(self) -> None:
         """Records the run from here on; for a run of open_run."""
@@ -65,6 +66,19 @@ class Run:
         if self.client:
             record = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
             record(self.run_id, str(path), folder)
+
+    def child(self, name: str, metrics: Mapping[str, float]) -> None:
+        """A run of its own below this one, which has ended: something that was made of what this one left."""
+        if self.client is None:
+            return
+        from mlflow.tracking.context.registry import resolve_tags
+
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        tags = resolve_tags() | {PARENT: self.run_id}
+        child = Run(self.client, self.client.create_run(experiment, tags=tags, run_name=name).info.run_id)
+        child.metrics(metrics)
+        self.client.set_terminated(child.run_id)
+        self.children.append(child.run_id)
 
     def evaluation(self, values: Mapping[str, float | None], folder: Path) -> None:
         """The report's folder, and of the test set's numbers (None where undefined) the HEADLINE, as `test/NAME`."""
@@ -238,7 +252,7 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
         if copy and copy.client:  # waits for MLflow's threads, so that no metric is sent twice
             copy.client.set_terminated(copy.run_id)
         remote = MlflowClient(server)
-        sent = send(run.client, remote, run.run_id)
+        sent, *_ = [send(run.client, remote, one) for one in (run.run_id, *run.children)]
         print(f"MLflow copy      {sent or 'none: it was deleted there'} on {server}")
         Run(remote if sent else None, sent or "", server).register(name)
 

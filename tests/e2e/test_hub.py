@@ -26,7 +26,7 @@ from tests.e2e.loopback import free_port
 
 def test_a_bundle_goes_to_the_hub_with_its_card_and_comes_back_the_same(hub, small_bundle, small, tmp_path):
     address, commits = hub
-    assert set(bundles.FILES) == set(LARGEST)
+    assert set(bundles.NAMES) == set(LARGEST)
     assert bundles.push(small_bundle, "ada/chest") == f"{address}/ada/chest"
     assert sorted(commits["ada/chest"][-1]) == sorted([*(file.name for file in small_bundle.iterdir()), "README.md"])
     assert load_bundle(fetch_bundle("hf://ada/chest", small())).id == load_bundle(small_bundle).id

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from chestct.config.compose import CONF
-from chestct.models.bundle import FACTS
+from chestct.config.schema_serving import FACTS
 from tests.e2e.loopback import free_port
 from tests.serving.conftest import bundle_folder, examples, files
 from tests.serving.visitor import Visitor

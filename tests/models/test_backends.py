@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from chestct.config.schema import FORMATS, ModelConfig
+from chestct.config.schema import ModelConfig
+from chestct.config.schema_serving import FILES
 from chestct.errors import BundleError, ConfigError
 from chestct.files import digest
 from chestct.models import backends
-from chestct.models.backends import FILES, choose, convert, has_int8, load_graph
+from chestct.models.backends import choose, convert, has_int8, load_graph
 from chestct.models.bundle import Bundle, load_bundle, save_bundle
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
@@ -101,13 +102,13 @@ def test_openvino_answers_explains_and_refuses_as_torch_does(tmp_path: Path, cap
 def test_auto_takes_the_quickest_that_is_verified_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"openvino", "onnxruntime"}
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name if name in installed else None)
-    assert choose("auto", FORMATS, "cpu")[0] == "openvino_int8"
+    assert choose("auto", FILES, "cpu")[0] == "openvino_int8"
     assert choose("auto", ["onnx", "openvino"], "cpu")[0] == "openvino"
     assert choose("auto", [], "cpu")[0] == "torch"
     installed.remove("openvino")
-    assert choose("auto", FORMATS, "cpu")[0] == "onnx"
+    assert choose("auto", FILES, "cpu")[0] == "onnx"
     monkeypatch.setattr(backends, "pick_device", lambda accelerator: torch.device("cuda"))
-    assert choose("auto", FORMATS) == ("torch", torch.device("cuda"))
+    assert choose("auto", FILES) == ("torch", torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from chestct import experiment
 from chestct.config.compose import compose
 from chestct.config.schema import EvaluationConfig, ModelConfig
+from chestct.config.schema_serving import CARD, FACTS, TENSORS
 from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
-from chestct.models.bundle import CARD, FACTS, PACKAGED_BUNDLE, TENSORS, Bundle, load_bundle, save_bundle
+from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle, save_bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import to_scores

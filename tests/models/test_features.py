@@ -7,7 +7,7 @@ from safetensors.torch import save
 
 from chestct.config.schema import ModelConfig
 from chestct.data.datamodule import SliceModule
-from chestct.models import features
+from chestct.models import backends, features
 from chestct.models.features import Kept, attach, extract, space_folder
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
@@ -130,7 +130,7 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
             assert not torch.allclose(got, expected, rtol=1e-3)
             assert np.corrcoef(got.flatten(), expected.flatten())[0, 1] > 0.98
     # Warm, nothing is converted; evaluation looks at features as exact as a bundle's answers.
-    monkeypatch.setattr(features, "convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(backends, "convert", lambda *_: pytest.fail("converted again"))
     again = SliceModule(cfg)
     again.setup()
     attach(again, net, cfg, ["train"], 1)

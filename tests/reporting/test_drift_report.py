@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from chestct import cli
+from chestct.config.schema_serving import FACTS
 from chestct.files import json_digest
 from chestct.imaging.statistics import STATISTICS
-from chestct.models.bundle import FACTS, Bundle, load_bundle
+from chestct.models.bundle import Bundle, load_bundle
 from chestct.reporting import drift_report
 from chestct.reporting.drift_report import compare
 from chestct.serving.monitor import COLUMNS, NUMBERS

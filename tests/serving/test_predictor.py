@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chestct.config.schema_serving import FACTS
 from chestct.errors import BundleError, DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, pixel_hash
-from chestct.models.bundle import FACTS
 from chestct.serving.api import answer
 from chestct.serving.predictor import NEVER, BusyError, Predictor, why_refused
 from tests.models.test_bundle import make
@@ -162,7 +162,7 @@ def test_predicting_imports_nothing_that_trains_or_serves(small_bundle: Path, tm
     code = (
         "import sys; from pathlib import Path; from chestct.serving.predictor import Predictor; "
         f"Predictor({str(small_bundle)!r}).predict(Path({str(tmp_path / 'a.png')!r})); "
-        "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas', "
+        "print([m for m in ('lightning', 'hydra', 'mlflow', 'dvc', 'gradio', 'sklearn', 'pandas', 'torchvision', "
         "'scipy', 'matplotlib', 'pydicom') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

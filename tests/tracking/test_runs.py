@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from chestct.config.compose import CONF
 from chestct.errors import ConfigError, Interrupted
-from chestct.tracking import open_run, sole_writer
+from chestct.tracking import open_run, run_of, sole_writer
 from chestct.tracking.run import RUN_ID_FILE
 from tests.conftest import SMALL
 from tests.tracking.conftest import fit, recorded, runs
@@ -37,6 +37,19 @@ def test_a_run_keeps_settings_code_files_and_a_dozen_metrics(small, uri, tmp_pat
     assert made.data.tags["folder"] == str(tmp_path / "out")
     files = [a.path for a in MlflowClient(uri).list_artifacts(made.info.run_id, "evaluation")]
     assert files == ["evaluation/metrics.json"]
+
+
+def test_an_export_is_a_run_below_the_training_that_its_checkpoint_belongs_to(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    with recorded(cfg, tmp_path) as training:
+        pass
+    with run_of(cfg, tmp_path / "checkpoints" / "best.ckpt") as run:
+        run.child("export openvino", {"decisions": 0.01})
+    (child,) = [made for made in runs(uri) if made.info.run_id != training.run_id]
+    assert (child.info.run_name, child.info.status) == ("export openvino", "FINISHED")
+    assert child.data.tags["mlflow.parentRunId"] == training.run_id
+    assert child.data.metrics == {"decisions": 0.01}
+    assert not MlflowClient(uri).get_run(training.run_id).data.metrics
 
 
 def test_the_curves_of_a_training_are_in_its_run_and_no_variable_of_the_environment_changes(small, uri, tmp_path):
