@@ -98,7 +98,7 @@ def make_app(
         return PlainTextResponse(str(error), status, headers)  # shown on the page as it is
 
     # The last one added is the first one that a request meets.
-    app.add_middleware(CORSMiddleware, allow_origins=())  # Gradio then leaves out its own, which trusts localhost
+    app.add_middleware(CORSMiddleware, allow_origins=())  # no page elsewhere reads an answer
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HOSTS, cfg.host, *cfg.hosts], www_redirect=False)
     app.add_middleware(RequestLimits, health=Route("/healthz", health).app, cfg=cfg, uploads=uploads, login=login)
     return app

@@ -1,9 +1,10 @@
 """The process: loads, then listens; takes its bundle anew on SIGHUP, and on SIGTERM answers whoever is waiting.
 
-The port opens when model and page are ready: a health probe is refused before, which every platform takes for
-`starting`.
+The port opens when the model is ready: a health probe is refused before, which every platform takes for `starting`. The
+page follows: what makes it takes longer to import than all else together.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -14,15 +15,20 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import Counter
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chestct.config.schema import Config
@@ -33,9 +39,15 @@ from chestct.serving.limits import login_from
 from chestct.serving.prediction import Prediction
 from chestct.serving.predictor import OnAnswer, Predictor
 
+if TYPE_CHECKING:
+    from chestct.serving.examples import Example
+
 logger = logging.getLogger("chestct.serving")
 
 SLICES = Counter("chestct_slices", "Slices answered, by decision; examples are not counted", ["decision"])
+
+NO_ORIGINS = Middleware(CORSMiddleware, allow_origins=())
+"""With it, Gradio leaves out its own, which trusts localhost."""
 
 STILL_S = 15.0
 """Seconds for which a connection may wait for the head of a request, or leave an answer unread."""
@@ -76,36 +88,40 @@ def make_server(
 ) -> "PatientServer":
     """The server with API and page, not yet running. What Gradio would keep, show or open is switched off."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
-    import gradio as gr
-    from gradio.route_utils import FnIndexInferError
-
-    from chestct.serving.examples import make_examples
-    from chestct.serving.page import CSS, THEME, make_page
 
     def count(prediction: Prediction) -> None:
         SLICES.labels(prediction.decision).inc()
         if on_answer:
             on_answer(prediction)
 
-    app = make_app(predictor, cfg.serve, uploads, count, login)
-    examples, unreadable = make_examples(), (RequestValidationError, KeyError, FnIndexInferError)
-    predictor.predict(examples[-1].data)  # the first pass of a network is slower than the rest
-    gr.mount_gradio_app(
-        app,
-        make_page(predictor, cfg.serve, uploads, examples, count),
-        path="/",
-        server_name=cfg.serve.host,
-        server_port=cfg.serve.port,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        enable_monitoring=False,
-        show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
-        max_file_size=cfg.serve.max_upload_bytes,
-        app_kwargs={"exception_handlers": dict.fromkeys(unreadable, _unreadable)},
-        theme=THEME,
-        css=CSS,
-    )
+    async def made() -> FastAPI:
+        examples = await run_in_threadpool(_import_page)
+        import gradio as gr
+        from gradio.route_utils import FnIndexInferError
+
+        from chestct.serving.page import CSS, THEME, make_page
+
+        unreadable = (RequestValidationError, KeyError, FnIndexInferError)
+        return gr.mount_gradio_app(
+            FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[NO_ORIGINS]),
+            make_page(predictor, cfg.serve, uploads, examples, count),
+            path="/",
+            server_name=cfg.serve.host,
+            server_port=cfg.serve.port,
+            footer_links=[],
+            run_history=False,
+            ssr_mode=False,
+            enable_monitoring=False,
+            show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
+            max_file_size=cfg.serve.max_upload_bytes,
+            app_kwargs={"exception_handlers": dict.fromkeys(unreadable, _unreadable)},
+            theme=THEME,
+            css=CSS,
+        )
+
+    page, app = Page(made), make_app(predictor, cfg.serve, uploads, count, login)
+    app.router.lifespan_context = page.lifespan
+    app.mount("/", page)
     return PatientServer(
         uvicorn.Config(
             app,
@@ -118,8 +134,53 @@ def make_server(
             forwarded_allow_ips=cfg.serve.proxies,
             timeout_graceful_shutdown=30,  # a container's own patience after SIGTERM is often that
         ),
-        app.routes[-1].app.stop_event.set,  # type: ignore[attr-defined]
+        page.end_streams,
     )
+
+
+def _import_page() -> "list[Example]":
+    import chestct.serving.page  # noqa: F401
+    from chestct.serving.examples import make_examples
+
+    return make_examples()
+
+
+class Page:
+    """The page, an app that is made while the API answers already. Whoever asks for it before then waits."""
+
+    def __init__(self, made: Callable[[], Awaitable[FastAPI]]) -> None:
+        self.made = made
+        self.app: asyncio.Future[FastAPI] | None = None
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        """Of the app that it is mounted in."""
+        self.app, ended = asyncio.get_running_loop().create_future(), asyncio.Event()
+        living = asyncio.create_task(self._live(self.app, ended))
+        yield
+        ended.set()
+        await living
+
+    async def _live(self, future: "asyncio.Future[FastAPI]", ended: asyncio.Event) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                app = await self.made()
+                await stack.enter_async_context(app.router.lifespan_context(app))
+                future.set_result(app)
+            except Exception as error:
+                logger.exception("there is no page")
+                future.set_exception(error)
+            await ended.wait()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.app is not None
+        app = await asyncio.shield(self.app)  # who hangs up must not end it for all
+        await app(scope, receive, send)
+
+    def end_streams(self) -> None:
+        """Of open pages: the end of the service would wait for them."""
+        if self.app and self.app.done() and not self.app.exception():
+            self.app.result().routes[-1].app.stop_event.set()  # type: ignore[attr-defined]
 
 
 async def _unreadable(_: Request, error: Exception) -> Response:

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from chestct.errors import ConfigError
+from chestct.serving.examples import Example, make_examples
 from chestct.serving.limits import HEADERS
 from chestct.serving.server import QuietFormatter, bind
 from tests.serving.conftest import Served, serving
@@ -27,6 +29,30 @@ JSON = {"content-type": "application/json"}
 def form(disposition: str, content: bytes) -> bytes:
     head = f"--x\r\nContent-Disposition: form-data; {disposition}\r\n\r\n".encode()
     return head + content + b"\r\n--x--\r\n"
+
+
+@pytest.mark.parametrize("error", [None, OSError("no such font")])
+def test_the_api_answers_while_the_page_is_being_made_and_where_it_cannot_be(
+    bundle_folder: Path, files: list[bytes], monkeypatch: pytest.MonkeyPatch, error: OSError | None
+) -> None:
+    goes_on, make = threading.Event(), make_examples
+
+    def late() -> list[Example]:
+        assert goes_on.wait(60)
+        if error:
+            raise error
+        return make()
+
+    monkeypatch.setattr("chestct.serving.examples.make_examples", late)
+    with serving(bundle_folder) as one, ThreadPoolExecutor() as pool:
+        page = pool.submit(httpx.get, f"{one.url}/", timeout=60)
+        with pytest.raises(httpx.TimeoutException):
+            httpx.get(f"{one.url}/", timeout=0.5)
+        assert httpx.get(f"{one.url}/healthz").status_code == 200
+        assert httpx.post(f"{one.url}/predict", content=files[0]).status_code == 200
+        goes_on.set()
+        assert page.result().status_code == (500 if error else 200)
+        assert httpx.get(f"{one.url}/openapi.json").status_code in (404, 500)
 
 
 def test_the_answer_has_the_numbers_of_the_predictor(served: Served, files: list[bytes]) -> None:
