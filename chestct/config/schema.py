@@ -136,7 +136,7 @@ class DataConfig:
     views: int = setting(2, "augmented variants of a slice that frozen training cycles through", low=0)
     view_seed: int = setting(0, "seed of views and drawn lesions; apart from `seed`: seeds share features", low=0)
     lesions: float = setting(0.0, "share of normal training slices shown with a drawn lesion", low=0, high=0.5)
-    balance: bool = setting(False, "every source x class counts alike in the loss, large groups less than their size")
+    balance: bool = setting(False, "the classes of a source count alike in the loss, large groups less than their size")
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)

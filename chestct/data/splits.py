@@ -86,15 +86,20 @@ def balanced_weights(
 ) -> np.ndarray:
     """How much each slice counts in the loss with data.balance: float32 [N].
 
-    Every source x class has the same sum; within it a group's share grows with the square root of its slices, for they
-    are alike. manifest: of the slices of one split; target: int [N]; drawn: share of the normal slices, over all views,
-    that show a drawn lesion and are cancer: they take the place of so many others, and classes still count alike.
-    sources: what the classes of a source count, where that is not 1.
+    The classes of a source have the same sum, so that it never stands in for the label. The sum grows with the square
+    root of the source's groups of normal slices, and within a class a group's share with the square root of its slices:
+    what is alike, or of few patients, teaches less.
+
+    manifest: of the slices of one split; target: int [N]; drawn: share of the normal slices, over all views, that show
+    a drawn lesion and are cancer: they take the place of so many others, and classes still count alike. sources: what
+    the classes of a source count besides, where that is not 1.
     """
     cells = manifest[["source", "group"]].assign(target=target)
     weight = cells.groupby(["source", "target", "group"])["target"].transform("size").to_numpy(float) ** -0.5
     total = cells.assign(weight=weight).groupby(["source", "target"])["weight"].transform("sum").to_numpy()
-    weight *= len(cells) / total / cells[["source", "target"]].drop_duplicates().shape[0]
+    normal = cells["group"].where(cells["target"] == 0).groupby(cells["source"]).transform("nunique")
+    weight *= normal.clip(lower=1).to_numpy() ** 0.5 / total
+    weight *= len(cells) / weight.sum()
     weight *= manifest["source"].map(sources or {}).fillna(1).to_numpy(float)
     return np.where(target > 0, (1 - 2 * drawn) * weight, weight).astype(np.float32)
 

@@ -58,16 +58,23 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
             continue
         dataset.features, data.features[split], data.places[split] = (), [], []
         for view, (folder, contents, places) in enumerate(spaces):
-            kept = [Kept(layer, contents, folder)]
+            # What no view changes is taken from the first.
+            at = np.flatnonzero(dataset.changes) if view else np.arange(len(dataset))
+            kept = [Kept(layer, [contents[i] for i in at], folder)]
             if dataset.has_places:
                 grid = net.grid if cfg.model.pool == "topk" else (1, 1)
-                kept.append(Kept(partial(_covered, grid=grid), places, folder / "places"))
+                kept.append(Kept(partial(_covered, grid=grid), [places[i] for i in at], folder / "places"))
             label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
             run = partial(extract, batch_size=cfg.features.batch_size, label=label)
-            shown, *known = run(kept, partial(dataset.shown, view=view), device)
-            data.features[split].append(shown)
-            data.places[split] += known
+            every = run(kept, partial(_shown, dataset, at, view), device)
+            for held, values in zip((data.features[split], data.places[split]), every, strict=False):
+                held.append(values if not view else held[0].index_copy(0, torch.from_numpy(at), values))
         data.spaces[split] = spaces
+
+
+def _shown(dataset: SliceDataset, at: np.ndarray, view: int, part: Sequence[int]) -> Sequence[torch.Tensor]:
+    """A view of some of the slices at these positions, int [N]: those that `part` counts."""
+    return dataset.shown(at[part].tolist(), view)
 
 
 def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Where lesions are known: boxes and masks, through the crop, into the squares and the views."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,25 @@ def test_cached_places_are_those_of_the_masks_and_follow_them(known):
             torch.testing.assert_close(shown["places"].clamp(min=0), expected)
             assert ((shown["places"] < 0).flatten(1).all(1) <= (shown["y"] == 1)).all()
     data.features.clear(), data.places.clear()
+
+
+def test_next_to_drawn_lesions_slices_with_cancer_stay_as_they_are(known, small):
+    cfg, data = known
+    drawn = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, lesions=0.5))
+    module = SliceModule(drawn)
+    module.store, module.manifest = data.store, data.manifest
+    dataset = module.dataset("train", train=True)
+    cancer = dataset.y == 1
+    plain, changed = (in_view(dataset, view, range(len(dataset)))["x"] for view in (0, 1))
+    same = (plain == changed).flatten(1).all(1)
+    assert torch.equal(same, cancer)
+    computed = []
+    net = VGG16(cfg.model, 1, 64, load_weights("oxford")).eval()
+    net.pooled = lambda x: (computed.append(len(x)), x.half())[1]
+    attach(module, net, dataclasses.replace(drawn, cache_dir=f"{cfg.cache_dir}/drawn"), ("train",), views=2)
+    assert sum(computed) == len(dataset) + (~cancer).sum()  # nor are their features computed twice
+    for seen, features in zip((plain, changed), module.features["train"], strict=True):
+        torch.testing.assert_close(features.float(), seen, atol=1e-3, rtol=0)
 
 
 def test_an_epoch_mixes_views_and_a_cycle_shows_each_slice_once_in_each(small):
