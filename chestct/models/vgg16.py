@@ -121,11 +121,15 @@ class VGG16(nn.Module):
             if isinstance(layer, Standardise):
                 layer.fit(maps, w)
 
-    def batches(self, images: np.ndarray, size: int = 16) -> Iterator[torch.Tensor]:
-        """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device."""
-        for at in range(0, len(images), size):
+    def batches(self, images: np.ndarray, size: int = 16, rows: np.ndarray | None = None) -> Iterator[torch.Tensor]:
+        """Squares uint8 [N, S, S], or float in [0, 1], as `forward` takes them, some at a time and on its device.
+
+        rows: int [M], which of them; only a batch at a time is read of images that are mapped.
+        """
+        for at in range(0, len(images if rows is None else rows), size):
+            chosen = slice(at, at + size)
             # A copy: the store is mapped read-only.
-            part = torch.tensor(images[at : at + size], device=self.mean.device).unsqueeze(1)
+            part = torch.tensor(images[chosen if rows is None else rows[chosen]], device=self.mean.device).unsqueeze(1)
             yield part.float() / 255 if part.dtype == torch.uint8 else part.float()
 
     def first_trainable(self, freeze: bool | int) -> int:
