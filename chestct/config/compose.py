@@ -28,7 +28,7 @@ HERE += ["trainer.num_nodes", "trainer.progress", "trainer.args", "tracking"]
 
 Callbacks, loggers and arguments of the Trainer's, such as default_root_dir or a profiler, write where they like."""
 
-MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "deterministic")
+MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "compile", "deterministic")
 """What the files of conf/trainer set."""
 
 

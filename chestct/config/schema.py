@@ -201,6 +201,7 @@ class TrainerConfig:
     devices: str = setting("auto", "devices of a machine: how many (2), which ('0,1' or '1,'), or auto", form=DEVICES)
     num_nodes: int = setting(1, "machines (ddp); torchrun or srun starts the processes of several", low=1)
     precision: str = setting("32-true", "arithmetic", choices=("32-true", "bf16-mixed", "16-mixed"))
+    compile: bool = setting(False, "compile the network for the device: minutes at first, steps are shorter then")
     deterministic: bool = setting(True, "only algorithms that repeat exactly")
     progress: bool = setting(True, "show progress bars")
     args: dict[str, Any] = setting({}, "any other argument of Lightning's Trainer: {gradient_clip_val: 1.0}")

@@ -6,6 +6,7 @@ DistributedSampler does; those of valid and test without its padding, so that no
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from chestct.config.schema import Config, classes_of
-from chestct.data.augment import make_views, number_of
+from chestct.data.augment import Batch, defers, draw_changes, finish, make_views, number_of
 from chestct.data.lesions import unpack
 from chestct.data.prepare import prepare_store, prepared_folder
 from chestct.data.splits import balanced_weights, load_splits
@@ -25,8 +26,8 @@ from chestct.files import digest
 from chestct.imaging.lungs import find_lungs
 from chestct.phantom.insertion import Kind, insert
 
-Batch = dict[str, torch.Tensor]
 BatchKey = tuple[int, list[int]]
+CPU = torch.device("cpu")
 
 
 class SliceDataset(Dataset):
@@ -55,6 +56,8 @@ class SliceDataset(Dataset):
         # Next to drawn lesions, slices with cancer are shown as they are: changed ones taught nothing more, and
         # their features are a third of all (RESULTS.md).
         self.changes = ~(self.y.numpy() > 0) if train and cfg.data.lesions else np.ones(len(y), bool)
+        # Whether a batch has all that `finish` makes `x` of on the device, and whether that has the slices already.
+        self.deferred = self.resident = False
         drawn = cfg.data.lesions * cfg.data.views / (cfg.data.views + 1) if train and cfg.task == "binary" else 0.0
         weights = {name: source.weight for name, source in cfg.data.sources.items()}
         self.w = torch.from_numpy(balanced_weights(manifest, y, drawn, weights)) if cfg.data.balance else None
@@ -62,11 +65,20 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.y)
 
-    def shown(self, positions: Sequence[int], view: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def shown(
+        self, positions: Sequence[int], view: int, device: torch.device = CPU
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """A view of the slices at these positions, float32 [B, 1, S, S] in [0, 1], and the lesions in it, bool.
 
         Lesions that are known, where they count, and those that are drawn: each drawing is made here, once for both.
+        Where there are none, an accelerator `device` makes the views itself, and no masks are given.
         """
+        if defers(device) and not self.has_places:
+            batch = self.unfinished(positions, [view] * len(positions))
+            for name in {"x", "changes"} & batch.keys():
+                pinned = batch[name].pin_memory() if device.type == "cuda" else batch[name]
+                batch[name] = pinned.to(device, non_blocking=True)
+            return finish(batch, self.cfg.data.augment)["x"], torch.empty(0)
         plain = torch.from_numpy(self.images[self.rows[positions]]).unsqueeze(1).float() / 255
         masks = torch.zeros_like(plain, dtype=torch.bool)
         contents = [self.contents[i] for i in positions]
@@ -111,17 +123,31 @@ class SliceDataset(Dataset):
         views = views_of(self.cfg, epoch, at) if self.train else np.zeros_like(at)
         if self.cfg.frozen_at(epoch):
             views = np.where(self.changes[at], views, 0)
-        parts = {view: at[views == view].tolist() for view in np.unique(views).tolist()}
-        positions = [i for part in parts.values() for i in part]
-        x, places = map(torch.cat, zip(*(self._seen(part, view) for view, part in parts.items()), strict=True))
-        y = self.y[positions]
-        batch = {"x": x, "y": y, "i": torch.tensor(positions, dtype=torch.long)}
+        order = np.argsort(views, kind="stable")  # one view after the other
+        at, views = at[order], views[order]
+        positions = at.tolist()
+        batch = {"y": self.y[positions], "i": torch.tensor(positions, dtype=torch.long)}
         batch |= {} if self.w is None else {"w": self.w[positions]}
+        if self.deferred:
+            return batch | self.unfinished(positions, views.tolist())
+        parts = [(at[views == view].tolist(), view) for view in np.unique(views).tolist()]
+        batch["x"], places = map(torch.cat, zip(*(self._seen(*part) for part in parts), strict=True))
         if self.has_places and places.ndim == 4:
             shown = places.flatten(1).amax(1) > 0
             # Of other slices with cancer it is not known where; normal ones are clear, and cancer if drawn into.
-            batch["places"] = torch.where((y.bool() & ~shown)[:, None, None, None], -1.0, places.float())
-            batch["y"] = torch.where(shown, 1, y)
+            unknown = batch["y"].bool() & ~shown
+            batch["places"] = torch.where(unknown[:, None, None, None], -1.0, places.float())
+            batch["y"] = torch.where(shown, 1, batch["y"])
+        return batch
+
+    def unfinished(self, positions: Sequence[int], views: Sequence[int]) -> Batch:
+        """What `finish` makes these views of these slices of: their squares, or rows, and what is drawn for each."""
+        rows = self.rows[positions]
+        batch: Batch = {"row": torch.from_numpy(rows)} if self.resident else {"x": torch.from_numpy(self.images[rows])}
+        if any(views):
+            contents, data = [self.contents[i] for i in positions], self.cfg.data
+            changes = draw_changes(contents, views, data.view_seed, data.augment, self.images.shape[-1])
+            batch["changes"], batch["noise"] = changes
         return batch
 
     def _seen(self, positions: list[int], view: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -197,6 +223,7 @@ class SliceModule(L.LightningDataModule):
         self.features: dict[str, list[torch.Tensor]] = {}
         self.places: dict[str, list[torch.Tensor]] = {}
         self.spaces: dict[str, list[Any]] = {}  # of each split, what decides the features that are there
+        self.resident: torch.Tensor | None = None  # all slices of the store on a GPU, while it trains
         self.prepare_data_per_node = False  # machines see one cache_dir
 
     def prepare_data(self) -> None:
@@ -239,10 +266,33 @@ class SliceModule(L.LightningDataModule):
         if trainer is not None and not self.cfg.frozen_at(trainer.current_epoch):
             dataset.features = ()
         place = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        device = trainer.strategy.root_device if trainer is not None else CPU
+        dataset.deferred = defers(device) and not dataset.features and not dataset.has_places
+        dataset.resident = dataset.deferred and self._resides(device)
         return DataLoader(
             dataset,
             batch_size=None,  # a key is a batch
             sampler=Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if train else None, *place),
             num_workers=0 if dataset.features else self.cfg.data.workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",
         )
+
+    def _resides(self, device: torch.device) -> bool:
+        """Whether the slices lie on this GPU, where they are put if half of its free memory holds them all."""
+        assert self.store is not None
+        if self.resident is None and device.type == "cuda":
+            images, free = self.store.images, torch.cuda.mem_get_info(device)[0]
+            if images.nbytes > free / 2:
+                size = f"{images.nbytes / 1e9:,.1f} GB of slices are more than half of the {free / 1e9:,.1f} GB free"
+                print(f"{size} on {device}: each batch is copied there when its turn comes.", file=sys.stderr)
+                return False
+            self.resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
+            for at in range(0, len(images), 4096):
+                self.resident[at : at + 4096] = torch.from_numpy(images[at : at + 4096].copy())
+        return self.resident is not None
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return finish(batch, self.cfg.data.augment, self.resident)
+
+    def teardown(self, stage: str) -> None:
+        self.resident = None  # the GPU's memory is wanted for other things

@@ -7,7 +7,7 @@ most, and several processes can write at once; a damaged shard is never believed
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch.nn import functional
 
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.store import preprocess_of
-from chestct.files import digest, json_digest, write_atomic
+from chestct.files import digest, file_digest, json_digest, write_atomic
 from chestct.models.backends import pooled_by
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
@@ -44,6 +44,10 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
     if cfg.features.backend != "torch":
         plain, device = data.dataset("train"), torch.device("cpu")
         layer, quantised = pooled_by(cfg.features.backend, net, plain.contents, lambda at: plain.images[plain.rows[at]])
+    elif device.type == "cuda" and cfg.trainer.precision == "bf16-mixed":
+        layer, quantised = torch.autocast("cuda", torch.bfloat16)(layer), "bf16"
+    if cfg.trainer.compile and cfg.features.backend == "torch":
+        layer = torch.compile(layer)
     for split in splits:
         dataset = data.dataset(split, train=split == "train")
         spaces = [
@@ -66,15 +70,17 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
                 kept.append(Kept(partial(_covered, grid=grid), [places[i] for i in at], folder / "places"))
             label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
             run = partial(extract, batch_size=cfg.features.batch_size, label=label)
-            every = run(kept, partial(_shown, dataset, at, view), device)
+            every = run(kept, partial(_shown, dataset, at, view, device), device)
             for held, values in zip((data.features[split], data.places[split]), every, strict=False):
                 held.append(values if not view else held[0].index_copy(0, torch.from_numpy(at), values))
         data.spaces[split] = spaces
 
 
-def _shown(dataset: SliceDataset, at: np.ndarray, view: int, part: Sequence[int]) -> Sequence[torch.Tensor]:
+def _shown(
+    dataset: SliceDataset, at: np.ndarray, view: int, device: torch.device, part: Sequence[int]
+) -> Sequence[torch.Tensor]:
     """A view of some of the slices at these positions, int [N]: those that `part` counts."""
-    return dataset.shown(at[part].tolist(), view)
+    return dataset.shown(at[part].tolist(), view, device)
 
 
 def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -85,17 +91,19 @@ def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 def in_fp32(cfg: Config) -> Config:
     """The settings of features that are as exact as a bundle's answers, which evaluation measures."""
     exact = "torch" if cfg.features.backend == "openvino_int8" else cfg.features.backend
-    return replace(cfg, features=replace(cfg.features, backend=exact))
+    trainer = replace(cfg.trainer, precision="32-true")
+    return replace(cfg, features=replace(cfg.features, backend=exact), trainer=trainer)
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int, quantised: str = "") -> Path:
     """The cache folder of a feature space: named by everything, besides a slice's content, that decides features.
 
-    quantised: digest of what INT8 was calibrated on.
+    quantised: digest of what INT8 was calibrated on, or `bf16` where bfloat16 computed them.
     """
     settings = {"format": FORMAT, "weights": weights_digest, "pool": cfg.model.pool, **asdict(preprocess_of(cfg.data))}
     settings |= {"block": cfg.model.block} if cfg.model.block != "5" else {}
-    settings |= {"backend": cfg.features.backend + quantised} if cfg.features.backend != "torch" else {}
+    backend = cfg.features.backend + quantised
+    settings |= {"backend": backend} if backend != "torch" else {}
     if view:
         settings |= {"view": view, "seed": cfg.data.view_seed, "augment": asdict(cfg.data.augment)}
         settings |= {"lesions": cfg.data.lesions, "drawing": insertion.VERSION} if cfg.data.lesions else {}
@@ -133,21 +141,34 @@ def extract(
     todo = sorted(set().union(*lacking))
     shards: list[dict[str, torch.Tensor]] = [{} for _ in kept]
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
-    with ThreadPoolExecutor(1) as pool:  # the next batch is drawn while this one is computed
+
+    def keep(batch: list[int], computed: list[torch.Tensor], last: bool) -> None:
+        for one, values, wanted, held, shard in zip(kept, computed, lacking, rows, shards, strict=True):
+            at = [position for position in batch if position in wanted]
+            shard |= {one.contents[position]: row.clone() for position, row in zip(at, values, strict=True)}
+            if shard and (len(shard) >= SHARD or last):
+                raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
+                held |= _rows(write_atomic(one.folder / f"{digest(raw)}.safetensors", raw))
+                shard.clear()
+
+    # While a batch is computed, the next one is drawn and the one before it is written.
+    with ThreadPoolExecutor(2) as pool:
         following = pool.submit(slices, batches[0]) if batches else None
+        keeping: Future[None] | None = None
         for i, batch in enumerate(steps(batches, f"{label}, batches", len(batches), bool(label))):
             assert following is not None
             tensors = following.result()
             following = pool.submit(slices, batches[i + 1]) if i + 1 < len(batches) else None
-            for one, shown, wanted, held, shard in zip(kept, tensors, lacking, rows, shards, strict=False):
-                if at := [k for k, position in enumerate(batch) if position in wanted]:
-                    values = one.layer(shown[at].to(device)).cpu()
-                    shard |= {one.contents[batch[k]]: row.clone() for k, row in zip(at, values, strict=True)}
-                if shard and (len(shard) >= SHARD or following is None):
-                    raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
-                    write_atomic(one.folder / f"{digest(raw)}.safetensors", raw)
-                    held |= shard
-                    shard.clear()
+            computed = []
+            for one, shown, wanted in zip(kept, tensors, lacking, strict=False):
+                at = [k for k, position in enumerate(batch) if position in wanted]
+                shown = shown if len(at) == len(batch) else shown[at]
+                computed.append(one.layer(shown.to(device)).cpu() if at else torch.empty(0))
+            if keeping is not None:
+                keeping.result()
+            keeping = pool.submit(keep, batch, computed, following is None)
+        if keeping is not None:
+            keeping.result()
     return [torch.stack([held[content] for content in one.contents]) for one, held in zip(kept, rows, strict=True)]
 
 
@@ -159,18 +180,24 @@ def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
     rows: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, "pt") as shard:
-                contents = json.loads(shard.metadata()["contents"])
-            if wanted.isdisjoint(contents):
-                continue
-            raw = path.read_bytes()
-            if digest(raw) != path.stem:
+            of_shard = _rows(path, wanted)
+            if of_shard and file_digest(path) != path.stem:
                 raise ValueError("its checksum does not match")
-            rows |= dict(zip(contents, load(raw)["features"], strict=True))
+            rows |= of_shard
         except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
             print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
             path.unlink(missing_ok=True)
     return rows
+
+
+def _rows(path: Path, wanted: set[str] | None = None) -> dict[str, torch.Tensor]:
+    """The features in a shard by content (all, or those wanted), mapped into memory: read when they are looked at."""
+    with safe_open(path, "pt") as shard:
+        contents = json.loads(shard.metadata()["contents"])
+        if wanted is not None and wanted.isdisjoint(contents):
+            return {}
+        rows = zip(contents, shard.get_tensor("features"), strict=True)
+        return {content: row for content, row in rows if wanted is None or content in wanted}
 
 
 @torch.no_grad()
@@ -180,7 +207,7 @@ def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndar
     From the features that the dataset holds, else by the convolutions; `net` is put into eval mode.
     """
     net.eval()
-    every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images[dataset.rows], batch_size))
+    every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images, batch_size, dataset.rows))
     if dataset.features:
         every = torch.split(dataset.features[0], 1024)
     logits, pooled = [], []

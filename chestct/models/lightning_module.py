@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.optim import lr_scheduler
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics import classification as tm
 
 from chestct.config.checks import resolve
@@ -53,7 +53,7 @@ class Classifier(L.LightningModule):
         weight = counts.sum() / (len(counts) * counts) if cfg.optim.class_weights else torch.ones(len(counts))
         self.register_buffer("class_weight", weight, persistent=False)
         self.metrics = nn.ModuleDict({f"{stage}_": metric_collection(outputs, stage) for stage in ("train", "valid")})
-        self.losses = nn.ModuleDict({f"{stage}_": MeanMetric() for stage in ("train", "valid")})
+        self.losses = nn.ModuleDict({f"{stage}_": MeanLoss() for stage in ("train", "valid")})
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: slices float [B, 1, S, S] in [0, 1], or features [B, D] or [B, C, h, w]. Returns logits [B, outputs]."""
@@ -109,15 +109,19 @@ class Classifier(L.LightningModule):
             loss = self.loss(logits, batch["y"], w)
         # Batches count by what their loss was divided by: an epoch's mean is that over its slices, however dealt.
         weight = torch.ones_like(w) if w is not None else cast(torch.Tensor, self.class_weight)[batch["y"]]
-        cast(MeanMetric, self.losses[f"{stage}_"]).update(loss.detach(), weight.sum())
+        cast(MeanLoss, self.losses[f"{stage}_"]).update(loss.detach(), weight.sum())
         cast(MetricCollection, self.metrics[f"{stage}_"]).update(_scores(logits.detach().float()), batch["y"])
         return loss
 
     def _log_metrics(self, stage: str) -> None:
         # Once an epoch: logged in every step, metrics would cost more than all else that a step on features does.
         self.log_dict(cast(MetricCollection, self.metrics[f"{stage}_"]), on_step=False, on_epoch=True)
-        mean = cast(MeanMetric, self.losses[f"{stage}_"])
+        mean = cast(MeanLoss, self.losses[f"{stage}_"])
         self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, prog_bar=stage == "valid")
+
+    def on_fit_start(self) -> None:
+        if self.cfg.trainer.compile:
+            self.net.compile()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
@@ -134,10 +138,14 @@ class Classifier(L.LightningModule):
             groups.append({"params": later, "lr": cfg.lr * cfg.backbone_lr_ratio})
         if cfg.optimizer:
             optimizer = build(cfg.optimizer, torch.optim.Optimizer, "optim.optimizer", groups)
-        elif cfg.name == "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=cfg.momentum, weight_decay=cfg.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(groups, weight_decay=cfg.weight_decay)
+            # One kernel for all parameters; Lightning cannot clip gradients next to it.
+            more: dict[str, Any] = (
+                {"fused": True} if self.device.type == "cuda" and not self.trainer.gradient_clip_val else {}
+            )
+            more |= {"momentum": cfg.momentum} if cfg.name == "sgd" else {}
+            kind = torch.optim.SGD if cfg.name == "sgd" else torch.optim.AdamW
+            optimizer = kind(groups, weight_decay=cfg.weight_decay, **more)
         if cfg.scheduler:
             own = build(cfg.scheduler, lr_scheduler.LRScheduler, "optim.scheduler", optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": own, "monitor": self.cfg.trainer.monitor}}
@@ -211,6 +219,7 @@ def places_loss(evidence: torch.Tensor, covered: torch.Tensor, w: torch.Tensor |
 def metric_collection(outputs: int, stage: str) -> MetricCollection:
     """What is measured on every epoch of a stage: binary metrics of the class cancer, or macro means over classes."""
     kind: dict[str, Any] = {"task": "binary"} if outputs == 1 else {"task": "multiclass", "num_classes": outputs}
+    kind["validate_args"] = False  # looking at every batch, a GPU would have to wait for it
     parts: dict[str, Any] = {
         "accuracy": tm.Accuracy(**kind),
         "precision": tm.Precision(**kind, average="macro"),
@@ -221,6 +230,25 @@ def metric_collection(outputs: int, stage: str) -> MetricCollection:
         "average_precision": tm.AveragePrecision(**kind),
     }
     return MetricCollection(parts, prefix=f"{stage}/")
+
+
+class MeanLoss(Metric):
+    """The weighted mean of losses. torchmetrics' own looks for NaN in each, and a GPU would have to wait for that."""
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "weight"):
+            self.add_state(name, torch.zeros(()), "sum")
+
+    def update(self, loss: torch.Tensor, weight: torch.Tensor) -> None:
+        self.total += loss * weight
+        self.weight += weight
+
+    def compute(self) -> torch.Tensor:
+        return self.total / self.weight
 
 
 def load_classifier(path: Path, trust: Sequence[str] = ()) -> Classifier:

@@ -102,7 +102,8 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
                 model.net.fit_standardise(data.features["train"][0], data.dataset("train", train=True).w)
         _record(cfg, data, model, run)
 
-    phase(f"Training ({cfg.trainer.max_epochs} epochs at most)", cfg.trainer.progress and trainer.is_global_zero)
+    where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
+    phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
     with _ended_in_order(trainer, out):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from chestct.config.schema import AugmentConfig
-from chestct.data.augment import make_views
+from chestct.data.augment import change_batch, draw_changes, make_views
 
 OFF = dict.fromkeys(("flip", "rotate", "shift", "zoom", "shear", "window", "gamma", "blur", "noise"), 0.0)
 NAMES = ["a", "b", "c"]
@@ -57,3 +57,34 @@ def test_masks_are_turned_and_shifted_with_their_slices_and_stay_masks():
 def test_each_change_changes_something(slices, name):
     out = make_views(slices, NAMES, 1, 0, AugmentConfig(**OFF | {name: 0.3 if name != "rotate" else 20.0}))
     assert not torch.allclose(out, slices, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [*OFF, "all"])
+def test_whole_batches_are_changed_as_single_slices_are(slices, name):
+    strong = {
+        "flip": 0.5,
+        "rotate": 40.0,
+        "shift": 0.2,
+        "zoom": 0.3,
+        "shear": 20.0,
+        "window": 0.5,
+        "gamma": 0.5,
+        "blur": 0.05,
+    }
+    cfg = AugmentConfig(**OFF | (strong if name == "all" else {name: strong.get(name, 0.0)}))
+    for view in range(1, 6):
+        changes, seeds = draw_changes([*NAMES, "d"], [view, view, view, 0], 7, cfg, 32)
+        out = change_batch(torch.cat([slices, slices[:1]]), changes, seeds, cfg)
+        torch.testing.assert_close(out[:3], make_views(slices, NAMES, view, 7, cfg), rtol=0, atol=2e-4)
+        assert torch.equal(out[3], slices[0])
+
+
+def test_noise_of_whole_batches_is_spread_like_that_of_single_slices_and_belongs_to_its_slice():
+    grey, names = torch.full((200, 1, 32, 32), 0.5), [str(i) for i in range(200)]
+    cfg = AugmentConfig(**OFF | {"noise": 0.1})
+    changes, seeds = draw_changes(names, [1] * 200, 0, cfg, 32)
+    out = change_batch(grey, changes, seeds, cfg)
+    single = make_views(grey, names, 1, 0, cfg)
+    torch.testing.assert_close(out.std((1, 2, 3)), single.std((1, 2, 3)), rtol=0.15, atol=1e-4)
+    assert torch.equal(change_batch(grey[5:6], changes[5:6], seeds[5:6], cfg), out[5:6])
+    assert out[0, 0, 0, 0] != out[1, 0, 0, 0]
