@@ -19,6 +19,8 @@ from chestct.program import program, rank
 from chestct.progress import phase
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from chestct.data.datamodule import SliceModule
     from chestct.evaluation.evaluate import Evaluation
     from chestct.models.bundle import Bundle
@@ -153,7 +155,7 @@ def evaluate(cfg: Config, out: Path) -> None:
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
     # On its run's own data? `evaluate` divides that in the run's way alone.
-    own = evaluation.model and evaluation.model.hparams["data"]["hash"] == evaluation.about["data_hash"]
+    own = evaluation.about.get("trained_on") == evaluation.about["data_hash"]
     if own and cfg.ckpt and Path(cfg.ckpt).stem == "best":
         with run_of(cfg, Path(cfg.ckpt)) as run:
             run.evaluation(flat(evaluation).get("test", {}), out)
@@ -169,8 +171,9 @@ def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
 
     evaluation = evaluate(cfg)
 
-    def again(name: str, cfg: Config, data: "SliceModule") -> "Result":
-        return fit(cfg, out / REFITS / name, data=data)
+    def again(name: str, cfg: Config, data: "SliceModule") -> "tuple[pd.DataFrame, list[Path]]":
+        result = fit(cfg, out / REFITS / name, data=data)
+        return result.predictions, [result.best]
 
     evaluation.rows += refits(cfg, again)
     if parts := protocol(evaluation, again):
@@ -213,8 +216,6 @@ def export(cfg: Config, out: Path) -> None:
     evaluation = _evaluate_checkpoint(cfg, out)
     bundle = export(evaluation, folder, model_card(evaluation))
     if cfg.format != "torch":
-        assert evaluation.manifest is not None
-        assert evaluation.images is not None
         bundle = add_backends(bundle, folder, cfg, evaluation.manifest, evaluation.images)
     if cfg.tracking.log_model:
         with run_of(cfg, Path(cfg.ckpt or "")) as run:

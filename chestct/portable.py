@@ -16,37 +16,8 @@ from chestct.errors import ChestCTError
 from chestct.files import write_atomic
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 
-APP = '''"""The page of chestct, as a Space: `python app.py` opens it here, too."""
-
-import os
-import sys
-
-from chestct.cli import main
-
-port = os.environ.get("PORT", "7860")
-sys.argv = ["chestct", "serve", "bundle=bundle", "serve.host=0.0.0.0", f"serve.port={port}", "serve.hosts=['*']"]
-main()
-'''
-
-CARD = """---
-title: chestct
-emoji: 🫁
-colorFrom: green
-colorTo: gray
-sdk: gradio
-sdk_version: {gradio}
-python_version: "{python}"
-app_file: app.py
-license: other
-license_name: MIT AND CC-BY-4.0
-pinned: false
----
-# Cancer or normal on chest CT slices
-
-A research tool: not a medical device, not for clinical use. The model card is on the page, tab "Model".
-
-    pip install -r requirements.txt && python app.py
-"""
+SPACE = PACKAGE / "space"
+"""The app of a Space and its metadata."""
 
 
 def copy_package(folder: Path) -> Path:
@@ -89,5 +60,6 @@ def write_space(folder: Path, source: str | Path = "packaged") -> None:
     shutil.copytree(PACKAGED_BUNDLE if str(source) == "packaged" else source, folder / "bundle")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     write_atomic(folder / "requirements.txt", "\n".join(listed) + "\n")
-    write_atomic(folder / "app.py", APP)
-    write_atomic(folder / "README.md", CARD.format(gradio=version("gradio"), python=python))
+    shutil.copy(SPACE / "app.py", folder)
+    card = (SPACE / "README.md").read_text(encoding="utf-8")
+    write_atomic(folder / "README.md", card.format(gradio=version("gradio"), python=python))

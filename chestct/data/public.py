@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from chestct.config.schema import WindowConfig
 from chestct.errors import DataError
 from chestct.files import file_digest, json_digest
@@ -32,61 +34,7 @@ class PublicSet:
     also: dict[str, str] = field(default_factory=dict)  # class folder -> what the download calls it, in lower case
 
 
-MADE = (
-    "The download is DICOM. The slices here are axial ones at the lung window (-600/1500 HU), 512 x 512, as JPEG of "
-    "quality 95, in the folders cancer and normal"
-)
-
-SETS = {
-    "chest_ct": PublicSet(
-        "Chest CT-Scan images (Mohamed Hany)",
-        "https://www.kaggle.com/datasets/mohamedhanyyy/chest-ctscan-images",
-        "ODbL 1.0, as others report it; its page on Kaggle decides",
-        "Download all of it (it takes an account), and unzip it: 1000 PNG files in train, valid and test.",
-        "hospitals/chest-ct",
-        {
-            "test/adenocarcinoma": (120, "648d5515a1b14f80"),
-            "test/large.cell.carcinoma": (51, "77ffc6e1254ee28b"),
-            "test/normal": (54, "395b47d0946a734c"),
-            "test/squamous.cell.carcinoma": (90, "23c8ed36cb7c9f02"),
-            "train/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib": (195, "596d07efdd2a7cf7"),
-            "train/large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa": (115, "6c466a41ed7a0890"),
-            "train/normal": (148, "55242da044054d12"),
-            "train/squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa": (155, "1a3a235d3f7685ac"),
-            "valid/adenocarcinoma_left.lower.lobe_T2_N0_M0_Ib": (23, "e71813ce2e329fff"),
-            "valid/large.cell.carcinoma_left.hilum_T2_N2_M0_IIIa": (21, "136911d22cbc982f"),
-            "valid/normal": (13, "6cb7010c27cc8204"),
-            "valid/squamous.cell.carcinoma_left.hilum_T1_N2_M0_IIIa": (15, "5921837199449420"),
-        },
-    ),
-    "iq_oth": PublicSet(
-        "IQ-OTH/NCCD lung cancer dataset (Alyasriy and Al-Huseiny)",
-        "https://data.mendeley.com/datasets/bhmdr45bh2",
-        "CC BY 4.0",
-        "Download all of it and unzip it. Malignant and normal cases are used; benign ones are neither.",
-        "hospitals/iq-oth-nccd",
-        {"malignant": (561, "4fd1417520fddce6"), "normal": (416, "48b095cd7f580fda")},
-        also={"malignant": "malignant cases", "normal": "normal cases"},
-    ),
-    "lidc": PublicSet(
-        "LIDC-IDRI, slices of",
-        "https://www.cancerimagingarchive.net/collection/lidc-idri/",
-        "CC BY 3.0",
-        f"{MADE}. Cancer: a nodule that two or more readers marked, of median malignancy 3.5 or more (suspicion, no "
-        "pathology). Normal: no nodule marked. Names begin with the patient, as in LIDC-IDRI-0001__z-0107.50.jpg.",
-        "hospitals/lidc",
-        {"cancer": (38, "bd0bddea9dff4987"), "normal": (312, "273bcaf28e9615d9")},
-    ),
-    "lung_pet_ct_dx": PublicSet(
-        "Lung-PET-CT-Dx, slices of two patients",
-        "https://www.cancerimagingarchive.net/collection/lung-pet-ct-dx/",
-        "CC BY 4.0",
-        f"{MADE}, and boxes.csv with the boxes that readers drew (file,left,top,right,bottom in pixels).",
-        "hospitals/lung-pet-ct-dx",
-        {"cancer": (42, "a18251d46f7c3dd1"), "normal": (70, "62d5296130c8e899")},
-        {"boxes.csv": "55e6753d281d94fbd35bc5d18da1e870a0d49e9c241ab2513794c90133ff0345"},
-    ),
-}
+SETS = {str(name): PublicSet(**known) for name, known in OmegaConf.load(Path(__file__).with_suffix(".yaml")).items()}
 
 
 def describe(name: str) -> str:

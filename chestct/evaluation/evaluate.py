@@ -8,10 +8,9 @@ measured.
 import dataclasses
 import platform
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from chestct.evaluation.subgroups import subgroups
 from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import Classifier, load_classifier
-from chestct.models.novelty import NoveltyModel, fit_novelty
+from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import prediction_table
 from chestct.models.saliency import normal_cam
@@ -68,29 +67,23 @@ class Evaluation:
     """What was measured; report, model card and bundle are written from this alone."""
 
     cfg: Config
+    bundle: Bundle  # what answered; that of a checkpoint gets its facts with the export
     table: pd.DataFrame  # one row a valid or test slice; columns: docs/manifest.md
-    point: OperatingPoint
-    novelty_model: NoveltyModel
+    manifest: pd.DataFrame  # the slices that take part, with `row`, their place among
+    images: np.ndarray  # uint8 [N, S, S], squares
     metrics: dict[str, dict[str, Estimate]]  # split -> name -> estimate
     rows: list[Row]
     about: dict[str, Any]
-    model: Classifier | None = None
-    data: SliceModule | None = None
-    manifest: pd.DataFrame | None = None  # the slices that take part, with `row`, their place among
-    images: np.ndarray | None = None  # uint8 [N, S, S], squares
-    sections: dict[str, Any] = field(default_factory=dict)  # subgroups, shift, ... and what the settings ask for beyond
+    sections: dict[str, Any]  # subgroups, shift, ... and what the settings ask for beyond
+    data: SliceModule | None = None  # that a checkpoint was made for, with its features
+
+    @property
+    def point(self) -> OperatingPoint:
+        return self.bundle.point
 
     @property
     def test(self) -> pd.DataFrame:
         return self.table[self.table["split"] == "test"]
-
-    @cached_property
-    def bundle(self) -> Bundle:
-        """What answers for squares; it has no facts as yet, which come with the export."""
-        assert self.model is not None
-        assert self.data is not None
-        baseline = normal_baseline(self.model, self.data, self.cfg)
-        return Bundle(self.model.net, self.point, self.novelty_model, baseline, {})
 
     @property
     def headline(self) -> Row:
@@ -137,14 +130,41 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
     table = pd.concat(parts, ignore_index=True)
     table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
-    metrics = {str(name): measured(part, cfg, point.threshold) for name, part in table.groupby("split", sort=False)}
+    about = {
+        "data_hash": data.store.data_hash,
+        "trained_on": model.hparams["data"]["hash"],
+        # The run's folder and below: where it lies on this machine is nobody's business.
+        "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
+        "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
+    }
+    bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), {})
+    training = drift.training_facts(data.manifest, table)
+    evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
+    evaluation.sections["audit"] = kept_audit(cfg, data.store)
+    return evaluation
+
+
+def assembled(
+    cfg: Config,
+    bundle: Bundle,
+    table: pd.DataFrame,
+    manifest: pd.DataFrame,
+    images: np.ndarray,
+    about: dict[str, Any],
+    training: Mapping[str, Any],
+    data: SliceModule | None = None,
+) -> Evaluation:
+    """All that follows from a table of decisions: metrics, the headline's row, and what every report has.
+
+    training: what a bundle keeps of its training data, as `drift.training_facts` makes it.
+    """
+    threshold = bundle.point.threshold
+    metrics = {str(name): measured(part, cfg, threshold) for name, part in table.groupby("split", sort=False)}
     test = table[table["split"] == "test"]
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    columns = drift.measured(data.manifest[data.manifest["split"] == "test"], test)
+    of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {
-        "subgroups": subgroups(test, point.threshold, **settings),
-        "shift": drift.differences(drift.training_facts(data.manifest, table), columns),
-        "audit": kept_audit(cfg, data.store),
+        "subgroups": subgroups(test, threshold, resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed),
+        "shift": drift.differences(training, of_test),
         "made": made(),
     }
     about = {
@@ -153,14 +173,9 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         "split": cfg.data.split,
         "synthetic": is_synthetic(cfg.data),
         "leaked": int(table["leaked"].sum()),
-        "data_hash": data.store.data_hash,
-        # The run's folder and below: where it lies on this machine is nobody's business.
-        "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
-        "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
-    }
+    } | about
     rows = [row(cfg, cfg.data.split, test, metrics["test"], data)]
-    measures = (table, point, novelty_model, metrics, rows, about)
-    return Evaluation(cfg, *measures, model, data, data.manifest, data.store.images, sections)
+    return Evaluation(cfg, bundle, table, manifest, images, metrics, rows, about, sections, data)
 
 
 def _cached(model: Classifier, cfg: Config) -> bool:

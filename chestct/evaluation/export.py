@@ -8,7 +8,6 @@ from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.stats.calibration import reliability_table
 from chestct.stats.drift import training_facts
 from chestct.tracking import code_version
 
@@ -26,7 +25,6 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
     facts = {
         "task": cfg.task,
         "classes": list(classes_of(cfg.task)),
-        "reliability": reliability(evaluation),
         "model": model | {"trained_convolutions": not cfg.always_frozen},
         "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
@@ -40,14 +38,6 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
         "code": code_version(),
     }
     return save_bundle(folder, dataclasses.replace(evaluation.bundle, facts=facts, card=card))
-
-
-def reliability(evaluation: Evaluation) -> dict[str, list[dict[str, float]]]:
-    """Points of the reliability diagram, cancer against normal, of each split that was measured."""
-    return {
-        str(split): reliability_table(1 - rows["probability_normal"].to_numpy(), (rows["label"] == "cancer").to_numpy())
-        for split, rows in evaluation.table.groupby("split")
-    }
 
 
 def elsewhere(evaluation: Evaluation) -> list[dict[str, Any]]:

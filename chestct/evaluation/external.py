@@ -10,15 +10,13 @@ import numpy as np
 import pandas as pd
 
 from chestct.config.schema import Config, classes_of
-from chestct.data.prepare import is_synthetic, prepare_store
+from chestct.data.prepare import prepare_store
 from chestct.data.splits import load_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
-from chestct.evaluation.evaluate import Evaluation, decided, made, measured, row
-from chestct.evaluation.subgroups import subgroups
+from chestct.evaluation.evaluate import Evaluation, assembled, decided
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
-from chestct.stats import drift
 
 
 def evaluate_bundle(cfg: Config) -> Evaluation:
@@ -36,27 +34,14 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     if not manifest["subtype"].isin(bundle.classes).all():
         cfg = dataclasses.replace(cfg, task="binary")
     table = _predicted(manifest, store, bundle, cfg)
-    metrics = {"test": measured(table, cfg, bundle.point.threshold)}
-    rows = [row(cfg, cfg.data.split, table, metrics["test"], None)]
+    own = store.data_hash == bundle.facts["data"].get("data_hash")
     about = {
-        "task": cfg.task,
-        "data": cfg.data.name,
-        "split": "external" if store.data_hash != bundle.facts["data"].get("data_hash") else cfg.data.split,
-        "synthetic": is_synthetic(cfg.data),
-        "leaked": int(table["leaked"].sum()),
+        "split": cfg.data.split if own else "external",
         "data_hash": store.data_hash,
         "bundle": bundle.id,
         "left_out": left_out,
     }
-    evaluation = Evaluation(cfg, table, bundle.point, bundle.novelty_model, metrics, rows, about)
-    evaluation.manifest, evaluation.images, evaluation.bundle = manifest, store.images, bundle
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    evaluation.sections = {
-        "subgroups": subgroups(table, bundle.point.threshold, **settings),
-        "shift": drift.differences(bundle.facts, drift.measured(manifest, table)),
-        "made": made(),
-    }
-    return evaluation
+    return assembled(cfg, bundle, table, manifest, store.images, about, bundle.facts)
 
 
 def as_made(cfg: Config, bundle: Bundle) -> Config:

@@ -23,7 +23,8 @@ from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import conv5_of, normal_baseline
 from chestct.imaging.decode import decode
 from chestct.imaging.lungs import find_lungs
-from chestct.imaging.preprocess import Preprocess, as_bytes, placement
+from chestct.imaging.preprocess import as_bytes, placement
+from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import load_classifier
 from chestct.models.saliency import explained_output, heat, heat_to_square, normalised_cam
 from chestct.models.vgg16 import has_places
@@ -43,8 +44,9 @@ DRAWN = 60
 class Lesions:
     """N slices with lesions whose place is known, as the network sees them.
 
-    images: [N, S, S], uint8 or float32 in [0, 1]; masks: bool [N, S, S], none empty; reach: float [N], TOLERANCE in
-    pixels of the square; groups: unit of each; contents: a text for each that decides what is in its image.
+    images: [N, S, S], uint8 or float32 in [0, 1]; masks: bool [N, S, S], none empty; reach: float [N], TOLERANCE of the
+    original slice in pixels of the square; groups: unit of each; contents: a text for each that decides what is in its
+    image.
     """
 
     images: np.ndarray
@@ -52,12 +54,6 @@ class Lesions:
     reach: np.ndarray
     groups: np.ndarray
     contents: list[str]
-
-
-def reach(gray: np.ndarray, preprocess: Preprocess) -> float:
-    """TOLERANCE in pixels of the square that `preprocess` makes of a slice, uint8 [H, W]."""
-    place = placement(gray, preprocess)
-    return TOLERANCE * (place.target[2] - place.target[0]) / (place.source[2] - place.source[0])
 
 
 def known_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesions | None:
@@ -95,9 +91,11 @@ def _lesions(
 ) -> Lesions | None:
     if rows.empty:
         return None
-    files = (Path(root, path) for root, path in zip(rows["root"], rows["path"], strict=True))
-    allowed = [reach(as_bytes(decode(file, cfg.data.window).gray), preprocess_of(cfg.data)) for file in files]
-    return Lesions(np.stack(images), np.stack(masks), np.array(allowed), rows["group"].to_numpy(), contents)
+    preprocess, reach = preprocess_of(cfg.data), []
+    for root, path in zip(rows["root"], rows["path"], strict=True):
+        place = placement(as_bytes(decode(Path(root, path), cfg.data.window).gray), preprocess)
+        reach.append(TOLERANCE * (place.target[2] - place.target[0]) / (place.source[2] - place.source[0]))
+    return Lesions(np.stack(images), np.stack(masks), np.array(reach), rows["group"].to_numpy(), contents)
 
 
 @torch.no_grad()
@@ -154,3 +152,30 @@ def game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -
         "random place in the lungs": float(np.mean(by_chance)) if by_chance else None,
         "usual place": None if taught is None else float(hits(taught).mean()),
     }
+
+
+def check_explanation(bundle: Bundle, lesions: Lesions) -> dict[str, Any]:
+    """Whether heat maps find lesions more often than whoever looks where lesions usually are.
+
+    Returns `pointing` (see `game`) and `failure`, a sentence, empty where they do.
+    """
+    heats = bundle.predict(lesions.images, explain=True).heat
+    assert heats is not None
+    pointing, failure = game(heats, lesions, _of_other_half(lesions.masks)), ""
+    blind = max(("random place in the lungs", "usual place"), key=lambda name: pointing[name] or 0)
+    if pointing["heat map"].low <= (pointing[blind] or 0):
+        failure = (
+            f"The hottest point lies in the lesion in {pointing['heat map'].value:.0%} of {len(heats)} slices: not "
+            f"clearly more often than without looking at the slice ({blind}: {pointing[blind]:.0%})."
+        )
+    return {"pointing": pointing, "failure": failure}
+
+
+def _of_other_half(masks: np.ndarray) -> np.ndarray:
+    """Where lesions of the other half of the slices are most often, for each slice: [N, S, S].
+
+    Of the other half: all slices but one would point away from that one's lesion wherever two places are as usual.
+    """
+    half = np.arange(len(masks)) % 2
+    others = np.stack([masks[half != k].sum(0) for k in (0, 1)]).astype(float)
+    return ndimage.gaussian_filter(others, (0, masks.shape[1] / 56, masks.shape[1] / 56))[half]

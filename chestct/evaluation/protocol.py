@@ -16,9 +16,9 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
-from chestct.evaluation.source_probe import pooled_features, source_probe
 from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
 from chestct.evaluation.tables import Part, Spread, Table, believed, filled, mean_and_worst
+from chestct.models import features
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
 from chestct.models.vgg16 import VGG16
@@ -26,7 +26,7 @@ from chestct.stats.bootstrap import MIN_GROUPS
 from chestct.stats.metrics import Estimate, auroc
 
 FOLDS = 5
-"""Of cross-validation within a source."""
+"""Of cross-validation."""
 
 
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
@@ -44,10 +44,9 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
             f"evaluation.protocol measures on one source what was learned from others; of patients there "
             f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals."
         )
-    assert evaluation.model is not None
     assert evaluation.data is not None
     assert evaluation.data.store is not None
-    net, several = evaluation.model.net, averaging(train, cfg.seeds)
+    net, several = evaluation.bundle.net, averaging(train, cfg.seeds)
     parts: dict[str, Part] = {}
     if "loso" in wanted:
         parts |= _leave_one_out(cfg, net, several, real)
@@ -70,8 +69,8 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
         held = anew(cfg, split="grouped", allow_leakage=False, holdout=[source], folds=0, fold=0)
         data = SliceModule(held)
         try:
-            trained = train(f"without-{source}", held, data)
-            test, threshold = on_test(trained.predictions, held, _novelty(net, data))
+            predictions, checkpoints = train(f"without-{source}", held, data)
+            test, threshold = on_test(predictions, held, _novelty(net, data))
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
             ranked.append({"held out": source, "AUROC": None})
@@ -81,7 +80,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
         answered = test[test["decision"].isin((CANCER, NORMAL))]
         sure = {} if answered.empty else believed(of_decisions(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
-        for kind, row in pointing(held, data, trained.every).items():
+        for kind, row in pointing(held, data, checkpoints).items():
             pointed.append({"held out": source, "lesions": kind} | believed(row))
         seen = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
         ranked.append(seen | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
@@ -116,7 +115,7 @@ def _matrix(cfg: Config, train: Any, real: Sequence[str]) -> dict[str, Part]:
         row: dict[str, Any] = {"trained on": source} | {other: "–" if other == source else None for other in real}
         spread = row.copy()
         try:
-            test, threshold = on_test(train(f"only-{source}", alone, SliceModule(alone)).predictions, alone)
+            test, threshold = on_test(train(f"only-{source}", alone, SliceModule(alone))[0], alone)
             for other in (other for other in real if other != source):
                 part = test[test["source"] == other]
                 row[other] = _figures(part, alone, threshold)["auroc"]
@@ -154,20 +153,48 @@ def _within(cfg: Config, manifest: pd.DataFrame, train: Any, real: Sequence[str]
 
 
 def _probe(data: SliceModule, net: VGG16, real: Sequence[str]) -> Part:
-    """How well a linear model tells the source of normal slices from the pooled features."""
-    rows = source_probe(data, net, real)
+    """How well a linear model tells the source of *normal* slices from mean-pooled features.
+
+    Logistic regression on standardised features, tested by cross-validation over groups. A source with normal slices of
+    one group is left out: tested, there would be none to learn from.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     title = "Source of normal slices, told from the pooled features"
-    if not rows:
+    pooled = torch.cat([_pooled(net, data, split) for split in SPLITS]).numpy()
+    table = pd.concat([data.manifest[data.manifest["split"] == split] for split in SPLITS])
+    normal = (table["label"] == "normal") & table["source"].isin(real)
+    groups = table[normal].groupby("source")["group"].nunique()
+    groups = groups[groups > 1]
+    if len(groups) < 2:
         return Part(title, [], ["not available: fewer than two sources have normal slices in two groups."])
-    chance = f"Chance: {1 / len(rows):.3f}. Linear model on standardised features, grouped cross-validation."
-    balanced = float(np.mean([row["told right"] for row in rows]))
-    return Part(title, filled([*rows, {"source": "balanced accuracy", "told right": balanced}]), [chance])
+    used = (normal & table["source"].isin(groups.index)).to_numpy()
+    source, group = (table[column].to_numpy()[used] for column in ("source", "group"))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=data.cfg.data.split_seed)
+    right = cross_val_predict(model, pooled[used], source, groups=group, cv=folds) == source
+    rows: Table = [
+        {"source": name, "normal slices": int((source == name).sum()), "groups": int(count)}
+        | {"told right": float(right[source == name].mean())}
+        for name, count in groups.items()
+    ]
+    rows.append({"source": "balanced accuracy", "told right": float(np.mean([row["told right"] for row in rows]))})
+    chance = f"Chance: {1 / len(groups):.3f}. Linear model on standardised features, grouped cross-validation."
+    return Part(title, filled(rows), [chance])
 
 
 def _novelty(net: VGG16, data: SliceModule) -> np.ndarray:
     """Of valid and test slices, how unlike train they are, float [N]."""
-    train, valid, test = (pooled_features(net, data, split) for split in SPLITS)
+    train, valid, test = (_pooled(net, data, split) for split in SPLITS)
     return fit_novelty(train, valid).distance(torch.cat([valid, test])).numpy()
+
+
+def _pooled(net: VGG16, data: SliceModule, split: str) -> torch.Tensor:
+    """Mean-pooled features [N, C] of a split's plain slices, from what `data` holds, else by the convolutions."""
+    return features.outputs(net, data.dataset(split), data.cfg.data.batch_size)[1]
 
 
 def _figures(test: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:

@@ -1,23 +1,20 @@
 """The parts of a report that cost minutes and are made only where cfg.evaluation switches them on."""
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import PHANTOM
-from chestct.data.prepare import located
+from chestct.config.schema import PHANTOM, SUBTYPES
+from chestct.data.prepare import prepare_store
 from chestct.data.store import preprocess_of
-from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import Evaluation
-from chestct.evaluation.heatmap_check import check_explanation, lesion_slices
 from chestct.evaluation.novelty_check import novelty_figures
-from chestct.evaluation.pointing import game, known_lesions
+from chestct.evaluation.pointing import check_explanation, game, known_lesions
 from chestct.evaluation.robustness import robustness
 from chestct.evaluation.tables import believed
-from chestct.phantom.dataset import write
 
 OTHER_SEED = 1_000_003
 """Added to the phantoms' seed: heat maps are checked on lesions that no training has seen."""
@@ -39,12 +36,8 @@ def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def explanation(evaluation: Evaluation) -> dict[str, Any]:
-    """Heat maps of phantoms like those of the settings, but new, held against their lesions (see heatmap_check)."""
-    cfg, bundle, number = evaluation.cfg, evaluation.bundle, evaluation.cfg.evaluation.phantoms
-    try:
-        bundle.net.first_trainable(4)
-    except ConfigError:
-        raise ConfigError("evaluation.phantoms redraws VGG's last block, which this model.backbone lacks.") from None
+    """Heat maps of phantoms like those of the settings, but new, held against their lesions: `check_explanation`."""
+    cfg, number = evaluation.cfg, evaluation.cfg.evaluation.phantoms
     drawn = dataclasses.replace(
         cfg.data.phantom,
         seed=cfg.data.phantom.seed + OTHER_SEED,
@@ -52,16 +45,18 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
         cancer=0.95,
         defects=[],
     )
-    data = dataclasses.replace(cfg.data, name=PHANTOM, root=None, sources={}, phantom=drawn)
-    root = Path(located(dataclasses.replace(cfg, data=data)).root or "")
-    write(root, drawn, cfg.trainer.progress)
-    lesions = lesion_slices(root, preprocess_of(cfg.data), cfg.data.window, number)
-    return check_explanation(bundle, lesions, redrawn=2)
+    data = dataclasses.replace(cfg.data, name=PHANTOM, root=None, sources={}, store=None, phantom=drawn)
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(data, labels={name: name for name in SUBTYPES}))
+    store = prepare_store(cfg, cfg.trainer.progress)
+    rows = store.manifest[store.manifest["lesion"] != b""]
+    rows = rows.sort_values("path", key=lambda path: path.map(os.path.basename)).head(number)  # all splits in turn
+    lesions = known_lesions(rows, store.images, cfg)
+    assert lesions is not None
+    return check_explanation(evaluation.bundle, lesions)
 
 
 def pointing(evaluation: Evaluation) -> dict[str, Any]:
     """How often heat maps point into the boxes of test slices, and how often who sees nothing does."""
-    assert evaluation.images is not None
     lesions = known_lesions(_boxed(evaluation), evaluation.images, evaluation.cfg)
     assert lesions is not None
     answers = evaluation.bundle.predict(lesions.images, explain=True)
@@ -71,11 +66,10 @@ def pointing(evaluation: Evaluation) -> dict[str, Any]:
 
 def _boxed(evaluation: Evaluation) -> pd.DataFrame:
     """Rows of the manifest: test slices with boxes."""
-    manifest, sources = evaluation.manifest, evaluation.cfg.data.sources
-    if manifest is None or not any(source.boxes for source in sources.values()):
-        return pd.DataFrame()
-    boxed = manifest["source"].isin([name for name, source in sources.items() if source.boxes])
-    return manifest[boxed & (manifest["split"] == "test") & (manifest["lesion"] != b"")]
+    manifest = evaluation.manifest
+    boxed = [name for name, source in evaluation.cfg.data.sources.items() if source.boxes]
+    rows = manifest[manifest["source"].isin(boxed) & (manifest["split"] == "test")]
+    return rows[rows["lesion"] != b""] if boxed else rows
 
 
 def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -103,8 +97,6 @@ def _some(evaluation: Evaluation, number: int) -> tuple[np.ndarray, np.ndarray]:
 
     As many of each class as there are, up to half of `number`; cancer for the rest.
     """
-    assert evaluation.manifest is not None
-    assert evaluation.images is not None
     test = evaluation.manifest[evaluation.manifest["split"] == "test"]
     test = test.sample(frac=1, random_state=evaluation.cfg.data.split_seed)
     half = max(1, number // 2)

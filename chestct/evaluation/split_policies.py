@@ -6,9 +6,7 @@ has learned. With frozen convolutions a new head costs seconds, so every row get
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -24,30 +22,8 @@ from chestct.stats.metrics import Estimate, auroc, measure
 POLICIES = ("official", "official_clean", "grouped")
 
 
-class Trained(Protocol):
-    """What a training leaves."""
-
-    @property
-    def predictions(self) -> pd.DataFrame:
-        """Of its valid and test slices."""
-
-    @property
-    def best(self) -> Path:
-        """Its checkpoint."""
-
-
-Train = Callable[[str, Config, SliceModule], Trained]
-"""(name, settings, data) -> the model trained so."""
-
-
-@dataclass(frozen=True)
-class Averaged:
-    """Trainings with several seeds: predictions by their mean logits, with each seed's ranking in a column `seed_N`."""
-
-    predictions: pd.DataFrame
-    best: Path
-    every: list[Path]
-
+Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
+"""(name, settings, data) -> predictions of the valid and test slices of the model trained so, and its checkpoints."""
 
 OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1")
 
@@ -81,7 +57,7 @@ def _policy(cfg: Config, policy: str, train: Train) -> Row:
     cfg = anew(cfg, split=policy, allow_leakage=policy == "official", holdout=[], folds=0, fold=0)
     data = SliceModule(cfg)
     try:
-        test, threshold = on_test(train(policy, cfg, data).predictions, cfg)
+        test, threshold = on_test(train(policy, cfg, data)[0], cfg)
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
     return row(cfg, policy, test, measured(test, cfg, threshold), data)
@@ -110,7 +86,7 @@ def fold_tests(cfg: Config, folds: int, train: Train) -> list[pd.DataFrame]:
     tests = []
     for fold in range(folds):
         changed = anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=folds, fold=fold)
-        tests.append(on_test(train(f"fold-{fold}", changed, SliceModule(changed)).predictions, changed)[0])
+        tests.append(on_test(train(f"fold-{fold}", changed, SliceModule(changed))[0], changed)[0])
     return tests
 
 
@@ -134,27 +110,28 @@ def _permuted(cfg: Config, train: Train) -> Row:
     for split in ("train", "valid"):
         rows = data.manifest.index[data.manifest["split"] == split]
         data.manifest.loc[rows, "target"] = rng.permutation(data.manifest.loc[rows, "target"].to_numpy())
-    test, threshold = on_test(train("permuted", cfg, data).predictions, cfg)
+    test, threshold = on_test(train("permuted", cfg, data)[0], cfg)
     line = row(cfg, "permuted labels", test, measured(test, cfg, threshold), None)
     return dataclasses.replace(line, note="trained on random labels; its AUROC is chance, near 0.5")
 
 
-def averaging(train: Train, seeds: int) -> Callable[[str, Config, SliceModule], Averaged]:
-    """`train` with so many seeds from cfg.seed on, all on one split; `data` keeps the features of the last one."""
+def averaging(train: Train, seeds: int) -> Train:
+    """`train` with so many seeds from cfg.seed on, all on one split: predictions by their mean logits, with each seed's
+    ranking in a column `seed_N`. `data` keeps the features of the last one.
+    """
 
-    def run(name: str, cfg: Config, data: SliceModule) -> Averaged:
-        tables, best = [], []
+    def run(name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
+        tables, checkpoints = [], []
         for seed in range(cfg.seed, cfg.seed + seeds):
             data.cfg = dataclasses.replace(cfg, seed=seed, seeds=1)
-            trained = train(f"{name}/seed-{seed}", data.cfg, data)
-            tables.append(trained.predictions)
-            best.append(trained.best)
+            predictions, trained = train(f"{name}/seed-{seed}", data.cfg, data)
+            tables.append(predictions)
+            checkpoints += trained
         every = [logits_of(table) for table in tables]
         ranking = {f"seed_{i}": x[:, 0] if x.shape[1] == 1 else -to_scores(x)[:, 0] for i, x in enumerate(every)}
-        mean, table = np.mean(every, axis=0), tables[0].assign(**ranking)
-        for kind, values in (("logit_", mean), ("score_", to_scores(mean))):
-            table[[str(column) for column in tables[0] if str(column).startswith(kind)]] = values
-        return Averaged(table, best[0], best)
+        table = tables[0].assign(**ranking)
+        table[[str(column) for column in table if str(column).startswith("logit_")]] = np.mean(every, axis=0)
+        return table, checkpoints
 
     return run
 

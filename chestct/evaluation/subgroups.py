@@ -1,4 +1,4 @@
-"""Where a model is worse than on the whole: by source, subtype, file, size and contrast.
+"""Where a model is worse than on the whole: by source and by subtype.
 
 Each subgroup is judged by its share of right decisions, because many hold one class only and have no AUROC; a flag
 marks one whose interval leaves out the value of all slices of the same class mix.
@@ -29,19 +29,13 @@ def subgroups(test: pd.DataFrame, threshold: float, *, resamples: int, seed: int
         return {metric: estimates[metric] for metric in ("sensitivity", "specificity", "auroc")}
 
     overall, rows = measured(table), []
-    kinds = {
-        "source": table["source"],
-        "subtype": table["subtype"].str.replace("_", " "),
-        "file": (table["format"] + " " + table["mode"].where(table["mode"] != table["format"], "")).str.strip(),
-        "size, px": pd.qcut((table["width"] * table["height"]) ** 0.5, 3, precision=0, duplicates="drop"),
-        "contrast, sd": pd.qcut(table["std"], 3, precision=2, duplicates="drop"),
-    }
-    for by, names in kinds.items():
-        for name, part in table.groupby(names, observed=True) if names.nunique() > 1 else ():
+    for by in ("source", "subtype"):
+        for name, part in table.groupby(by) if table[by].nunique() > 1 else ():
             estimates = measured(part)
             counts = {"normal": int((part["target"] == 0).sum()), "cancer": int((part["target"] == 1).sum())}
             counts["groups"] = int(part["group"].nunique())
-            rows.append({"by": by, "name": str(name), **counts, **estimates, "flag": _flag(estimates, overall)})
+            about = {"by": by, "name": str(name).replace("_", " ")}
+            rows.append(about | counts | estimates | {"flag": _flag(estimates, overall)})
     return rows
 
 

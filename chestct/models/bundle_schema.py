@@ -75,14 +75,6 @@ class Metric(Part, extra="allow"):
     slices: Count
 
 
-class ReliabilityBin(Part):
-    score: Share
-    observed: Share
-    n: Count
-    low: Share
-    high: Share
-
-
 class Elsewhere(Part):
     """What the same recipe did at its threshold in a collection that was left out of training."""
 
@@ -117,7 +109,6 @@ class Facts(Part, extra="allow"):
     data: Data
     statistics: dict[str, Annotated[list[float], Field(min_length=2)]] = {}
     metrics: dict[str, dict[str, Metric]] = {}
-    reliability: dict[str, list[ReliabilityBin]] = {}
     elsewhere: list[Elsewhere] = []
 
 

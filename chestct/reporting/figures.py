@@ -16,11 +16,11 @@ from sklearn.metrics import RocCurveDisplay, roc_curve
 
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
-from chestct.evaluation.export import reliability
 from chestct.models.bundle import Bundle
 from chestct.models.saliency import blend, explained_output, heat, heat_to_square, normalised_cam
 from chestct.reporting.environment import as_text, jpeg
 from chestct.reporting.text import called
+from chestct.stats.calibration import reliability_table
 
 COLOURS = {"normal": "#8a96a3", "cancer": "#0b5cad"}
 STYLE = {
@@ -57,7 +57,7 @@ def points(evaluation: Evaluation) -> dict[str, list[dict[str, Any]]]:
         "confusion": [
             {"actual": names[a], "predicted": names[p]} for a, p in zip(target, called(evaluation), strict=True)
         ],
-        "reliability": reliability(evaluation)["test"],
+        "reliability": _bins(evaluation),
     }
 
 
@@ -86,13 +86,19 @@ def _scores(figure: Figure, evaluation: Evaluation) -> str:
 
 
 def _reliability(figure: Figure, evaluation: Evaluation) -> str:
-    axis, bins = figure.subplots(), pd.DataFrame(reliability(evaluation)["test"])
+    axis, bins = figure.subplots(), pd.DataFrame(_bins(evaluation))
     CalibrationDisplay(bins["observed"], bins["score"], None).plot(ax=axis, name="model", color=COLOURS["cancer"])
     axis.vlines(bins["score"], bins["low"], bins["high"], color=COLOURS["cancer"], linewidth=1)
     for row in bins.itertuples():
         axis.annotate(str(row.n), (row.score, row.observed), (4, -10), textcoords="offset points", fontsize=7)
     axis.set(xlabel="Calibrated P(cancer), mean of the bin", ylabel="Share that is cancer")
     return ""
+
+
+def _bins(evaluation: Evaluation) -> list[dict[str, float]]:
+    """The reliability diagram of the test slices, cancer against normal."""
+    test = evaluation.test
+    return reliability_table(1 - test["probability_normal"].to_numpy(), (test["label"] == "cancer").to_numpy())
 
 
 def _curves(figure: Figure, evaluation: Evaluation) -> str:
@@ -123,7 +129,7 @@ def gallery(evaluation: Evaluation) -> dict[str, list[dict[Any, Any]]]:
     Of each its columns, `truth`, `called`, `plain` and `heat` (JPEGs as data URIs) and `silent`: whether nothing in it
     speaks for what it was called. Nothing where there is no network.
     """
-    if evaluation.images is None or evaluation.manifest is None or not evaluation.cfg.evaluation.gallery:
+    if not evaluation.cfg.evaluation.gallery:
         return {}
     test, names, calls = evaluation.test, np.array(classes_of(evaluation.cfg.task)), called(evaluation)
     sureness = test[[f"probability_{name}" for name in names]].to_numpy()[np.arange(len(test)), calls]

@@ -157,8 +157,8 @@ def _about_the_sections(evaluation: Evaluation) -> Iterator[Finding]:
     if flagged := [row for row in sections.get("subgroups", []) if row["flag"]]:
         text = "; ".join(f"{row['by']} {row['name']}: {row['flag']}" for row in flagged)
         yield Finding("Subgroups", "warning", f"{text}.")
-    if "explanation" in sections and not sections["explanation"]["passes"]:
-        yield Finding("Heat maps", "warning", " ".join(sections["explanation"]["failures"]))
+    if "explanation" in sections and (failure := sections["explanation"]["failure"]):
+        yield Finding("Heat maps", "warning", failure)
     foreign = next(iter(sections.get("novelty", [])), None)
     if foreign and foreign["beyond"]["value"] < 1 - MANY:
         text = f"{1 - foreign['beyond']['value']:.0%} of {counted(foreign['pictures'], 'picture')}"

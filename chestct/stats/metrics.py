@@ -43,16 +43,16 @@ class Sample:
 def measure(
     table: pd.DataFrame,
     task: str,
-    scores: np.ndarray | None = None,
+    scores: np.ndarray,
     threshold: float = 0.5,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Estimate]:
     """Every metric of a table of predictions (chestct.models.predictions) that holds one split.
 
-    scores: float [N, 1] (P(cancer)) or [N, K], calibrated, in the table's order; left out: the table's own. A slice is
-    called cancer if P(cancer) >= threshold; subtypes are called by the largest score. Subtype names without a class are
-    macro means; `cancer/...` is the reduction to cancer by 1 - P(normal).
+    scores: float [N, 1] (P(cancer)) or [N, K], calibrated, in the table's order; slices are called cancer from the
+    threshold on, subtypes by the largest score. Subtype names without a class are macro means; `cancer/...` is the
+    reduction to cancer by 1 - P(normal).
 
     Intervals: shares of slices have Wilson's with their `effective_size`; all else the 2.5 and 97.5 % quantiles over
     `resamples` draws of groups, widened to `_unseen` where a class has few of them or no draw differs from another.
@@ -80,13 +80,11 @@ def measure(
     return estimates
 
 
-def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray | None, threshold: float) -> Sample:
+def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray, threshold: float) -> Sample:
     """What `measure` measures, with its decisions; arguments as there."""
     names = classes_of(task)
     if not len(table):
         raise DataError("No slices to measure: this split is empty.")
-    if scores is None:
-        scores = table[["score_cancer"] if task == "binary" else [f"score_{name}" for name in names]].to_numpy(float)
     if scores.shape != (len(table), 1 if task == "binary" else len(names)):
         raise ValueError(f"scores are {list(scores.shape)} for {len(table)} slices of task {task}")
     if strays := int((~np.isfinite(scores)).any(1).sum()):

@@ -9,9 +9,9 @@ import torch
 from chestct.config.schema import Config, classes_of
 from chestct.evaluation.evaluate import Evaluation, Row, decided, measured
 from chestct.models.bundle import Bundle
+from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.predictions import output_names
-from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import Estimate
 
 
@@ -32,9 +32,7 @@ def predictions(labels: list[str], logits: np.ndarray, task: str, split: str) ->
             "leaked": False,
         }
     )
-    for i, name in enumerate(output_names(task)):
-        table[f"logit_{name}"], table[f"score_{name}"] = logits[:, i], to_scores(logits)[:, i]
-    return table
+    return table.assign(**{f"logit_{name}": logits[:, i] for i, name in enumerate(output_names(task))})
 
 
 def draw(n: int, task: str, seed: int, strength: float = 2.0) -> tuple[list[str], np.ndarray]:
@@ -72,7 +70,9 @@ def made_up(
     slices = {name: int((tested["label"] == name).sum()) for name in ("normal", "cancer")}
     margin = Estimate(0.1, 0.05, 0.15, len(tested), len(tested))
     row = Row("grouped", metrics["test"], slices, len(tested), 0, "Width", 0.8, margin)
-    return Evaluation(cfg, table, point, None, metrics, [row], about, sections=sections)  # type: ignore[arg-type]
+    cfg.evaluation.gallery = 0
+    bundle, none = Bundle(None, point, None, None, {}), np.zeros(0)  # type: ignore[arg-type]
+    return Evaluation(cfg, bundle, table, table, none, metrics, [row], about, sections)
 
 
 def with_images(evaluation: Evaluation, net: Any, size: int) -> Evaluation:
@@ -81,6 +81,6 @@ def with_images(evaluation: Evaluation, net: Any, size: int) -> Evaluation:
     images = np.random.default_rng(0).integers(0, 256, (len(manifest), size, size), dtype=np.uint8)
     evaluation.manifest, evaluation.images = manifest, images
     zeros = torch.zeros(net.head[-1].out_features, size // 16, size // 16)
-    baseline = torch.stack([zeros, zeros + 1])
-    evaluation.bundle = Bundle(net, evaluation.point, evaluation.novelty_model, baseline, {})
+    novelty_model = fit_novelty(*torch.rand(2, 40, 512))
+    evaluation.bundle = Bundle(net, evaluation.point, novelty_model, torch.stack([zeros, zeros + 1]), {})
     return evaluation

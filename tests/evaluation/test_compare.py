@@ -5,7 +5,9 @@ import pytest
 from chestct.config.schema import classes_of
 from chestct.errors import DataError
 from chestct.evaluation.compare import compare, compare_text
-from chestct.models.predictions import output_names, to_scores
+from chestct.evaluation.evaluate import calibrated
+from chestct.models.predictions import output_names
+from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import measure
 
 
@@ -24,7 +26,6 @@ def run(n=120, noise=1.0, task="binary", power=1.0):
     frame = frame.assign(split="test", target=target, group=np.arange(n) // 2)
     probabilities = np.hstack([1 - scores, scores]) if task == "binary" else scores
     frame = frame.assign(**{f"logit_{name}": logits[:, i] for i, name in enumerate(names)})
-    frame = frame.assign(**{f"score_{name}": scores[:, i] for i, name in enumerate(names)})
     frame = frame.assign(**{f"probability_{name}": probabilities[:, i] for i, name in enumerate(classes_of(task))})
     return frame.assign(flagged=1 - probabilities[:, 0] >= 0.5**power)
 
@@ -41,7 +42,7 @@ def test_differences_are_those_of_the_shared_test_slices_in_whatever_order(task)
     compared = rows(compare(a, shuffled, resamples=50))
     tested = shuffled[shuffled["split"] == "test"]
     shared = a[a["path"].isin(tested["path"])]
-    of_a, of_b = measure(shared, task, resamples=10), measure(tested, task, resamples=10)
+    of_a, of_b = (measure(part, task, calibrated(part, task), resamples=10) for part in (shared, tested))
     assert set(compared) == set(of_a)
     for name, row in compared.items():
         assert row["difference"] == pytest.approx(row["b"] - row["a"]), name

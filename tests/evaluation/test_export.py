@@ -18,7 +18,6 @@ def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_
     folder: Path, evaluation: Evaluation, run: tuple[Config, Result]
 ) -> None:
     manifest, table, root = run[1].data.manifest, evaluation.table, Path(run[0].data.root or "")
-    assert evaluation.images is not None
     answers = load_bundle(folder).predict(evaluation.images[manifest.set_index("path").loc[table["path"], "row"]])
     assert np.abs(answers.score - table["probability_cancer"]).max() < 1e-5
     assert np.abs(answers.novelty - table["novelty"]).max() < 1e-3
@@ -39,8 +38,6 @@ def test_the_bundle_knows_what_it_was_made_from(folder: Path, evaluation: Evalua
     assert facts["data"]["data_hash"] == evaluation.about["data_hash"]
     assert sum(facts["data"]["slices"].values()) == len(evaluation.data.manifest)  # type: ignore[union-attr]
     assert facts["metrics"]["test"]["auroc"]["value"] == evaluation.metrics["test"]["auroc"].value
-    for split, rows in evaluation.table.groupby("split"):
-        assert sum(row["n"] for row in facts["reliability"][split]) == len(rows)
     for name in ("width", "std", "score", "novelty"):
         assert len(facts["statistics"][name]) == 101
     assert "not a medical device" in bundle.card.lower()

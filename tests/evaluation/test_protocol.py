@@ -20,7 +20,7 @@ from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import write
 from chestct.reporting.render import write as write_report
 from chestct.reporting.text import summary
-from chestct.training.train import Result, train
+from chestct.training.train import train
 from tests.conftest import SMALL
 
 PARTS = ["loso", "matrix", "within", "probe"]
@@ -39,11 +39,11 @@ class Trainings:
     predictions: dict[str, pd.DataFrame] = field(default_factory=dict)
     learned: dict[str, set[str]] = field(default_factory=dict)
 
-    def __call__(self, name: str, cfg: Config, data: SliceModule) -> Result:
+    def __call__(self, name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
         result = train(cfg, self.out / name, data=data)
         self.predictions[name] = result.predictions
         self.learned[name] = set(data.manifest["source"][data.manifest["split"] != "test"])
-        return result
+        return result.predictions, [result.best]
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_the_protocol_is_in_the_report_and_in_files_of_its_own(
 
 
 def test_what_cannot_be_measured_says_why(evaluation: Evaluation) -> None:
-    def impossible(name: str, cfg: Config, data: SliceModule) -> Result:
+    def impossible(name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
         raise ChestCTError("one class is missing")
 
     parts = protocol(asked(evaluation, "loso", "matrix"), impossible)

@@ -1,6 +1,8 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from chestct.config.schema import Config
@@ -14,8 +16,13 @@ def settings(cfg: Config, **evaluation: object) -> Config:
     return replace(cfg, evaluation=replace(cfg.evaluation, **evaluation))
 
 
+def again(out: Path, name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
+    result = train(cfg, out / name, data=data)
+    return result.predictions, [result.best]
+
+
 def rows_of(cfg: Config, out: Path):
-    return {row.policy: row for row in refits(cfg, lambda name, cfg, data: train(cfg, out / name, data=data))}
+    return {row.policy: row for row in refits(cfg, partial(again, out))}
 
 
 @pytest.mark.slow
@@ -48,7 +55,7 @@ def test_a_model_of_permuted_labels_is_near_chance(run: tuple[Config, Result], t
 
 
 def test_a_policy_that_the_data_do_not_admit_is_a_row_with_the_reason(run: tuple[Config, Result]) -> None:
-    def impossible(name: str, cfg: Config, data: SliceModule) -> Result:
+    def impossible(name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
         raise DataError("no test folder")
 
     rows = refits(settings(run[0], policies=True), impossible)

@@ -24,10 +24,10 @@ from chestct.files import file_digest, json_digest
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle, save_bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.predictions import to_scores
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.stats.calibration import to_scores
 
 ROOT = Path(__file__).parents[2]
 SIZE = 32

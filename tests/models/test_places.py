@@ -13,20 +13,16 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import evaluate, logits_of
 from chestct.evaluation.export import export
-from chestct.evaluation.heatmap_check import check_explanation
-from chestct.evaluation.pointing import Lesions
 from chestct.imaging.lungs import find_lungs
-from chestct.models.bundle import Bundle, load_bundle
+from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
 from chestct.models.lightning_module import places_loss
-from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normalised_cam
 from chestct.models.vgg16 import VGG16, Standardise
 from chestct.models.weights import load_weights
 from chestct.phantom.insertion import insert
 from chestct.training.train import train
 from tests.conftest import SMALL, in_view
-from tests.evaluation.evaluations import made_up
 
 PLACES = ("experiment=places", "data.size=64", "data.views=1", "trainer.max_epochs=2", "model.hidden=[8]")
 
@@ -68,17 +64,6 @@ def test_the_map_is_what_the_score_is_made_of():
     logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
     torch.testing.assert_close(logits, net(x))
     torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
-
-
-def test_the_check_of_heat_maps_redraws_the_last_block_that_there_is():
-    images = np.random.default_rng(0).integers(0, 255, (3, 64, 64), np.uint8)
-    masks = np.zeros((3, 64, 64), bool)
-    masks[:, 20:30, 20:30] = True
-    bundle = Bundle(
-        network(block="4"), made_up().point, fit_novelty(*torch.rand(2, 40, 512)), torch.ones(2, 1, 8, 8), {}
-    )
-    checked = check_explanation(bundle, Lesions(images, masks, np.ones(3), np.arange(3), list("abc")))
-    assert checked["randomisation"]["last_block"] < 0.9
 
 
 def test_the_loss_at_places_wants_lesions_where_they_are_and_nothing_elsewhere():

@@ -14,11 +14,9 @@ from chestct.stats.metrics import Estimate
 from tests.evaluation.evaluations import made_up
 
 EXPLANATION = {
-    "passes": False,
-    "failures": ["The hottest point is not in the lesion."],
-    "slices": 20,
-    "pointing": {"heat map": Estimate(0.25, 0.1, 0.5, 20, 20), "random place in the lungs": 0.1, "usual place": None},
-    "randomisation": {"head": 0.1, "last_block": 0.2},
+    "failure": "The hottest point is not in the lesion.",
+    "pointing": {"slices": 20, "heat map": Estimate(0.25, 0.1, 0.5, 20, 20), "random place in the lungs": 0.1}
+    | {"usual place": None},
 }
 AUDIT = {
     "verdict": {"severity": "error", "text": "A high score proves little here."},
@@ -87,7 +85,7 @@ def test_the_answer_its_numbers_and_the_caveats_come_first_and_nothing_is_withou
     assert first.index("not for clinical use") < first.index(answer(full)) < first.index("+0.100")
     for shown in ("+0.050 to +0.150", "normal and cancer test slices in 80 groups", "Heat maps"):
         assert shown in first
-    for shown in ("do not read them as the place of the lesion", EXPLANATION["failures"][0], FLAG, "n/a (why)",
+    for shown in ("do not read them as the place of the lesion", EXPLANATION["failure"], FLAG, "n/a (why)",
                   "0.700 [0.500, 0.800]", "not available: no &lt;train&gt; folder"):  # fmt: skip
         assert shown in text
     bare = render.html(made_up())
@@ -142,7 +140,7 @@ def test_the_card_says_what_the_report_says(task):
     assert headline(evaluation) in card
     assert all(as_text(estimate) in card for estimate in evaluation.metrics["test"].values())
     for text in ("They are not patients", "A high score proves little here.", "46 of 54 &lt;b>leak&lt;/b>.",
-                 "**The heat maps fail the checks**", "license_name: MIT AND CC-BY-4.0"):  # fmt: skip
+                 "**The heat maps fail the check**", "license_name: MIT AND CC-BY-4.0"):  # fmt: skip
         assert text in card
     assert "Not for clinical use" in card.split("## ")[0]
     tables = re.findall(r"(?:^\|.*\n)+", card, re.M)

@@ -6,10 +6,11 @@ from sklearn import metrics as sk
 
 from chestct.errors import DataError
 from chestct.models.lightning_module import metric_collection
-from chestct.models.predictions import output_names, to_scores
+from chestct.models.predictions import output_names
+from chestct.stats import metrics
 from chestct.stats.bootstrap import effective_size
-from chestct.stats.calibration import wilson
-from chestct.stats.metrics import Estimate, measure, sample_of, statistics
+from chestct.stats.calibration import to_scores, wilson
+from chestct.stats.metrics import Estimate, sample_of, statistics
 
 
 def table(targets, scores, groups=None):
@@ -17,6 +18,12 @@ def table(targets, scores, groups=None):
     names = output_names("binary" if scores.shape[1] == 1 else "subtype")
     frame = pd.DataFrame({"target": targets, "group": range(len(targets)) if groups is None else groups})
     return frame.assign(**{f"score_{name}": scores[:, i] for i, name in enumerate(names)})
+
+
+def measure(frame, task, scores=None, *args, **settings):
+    """`metrics.measure`, of the table's own scores unless others are given."""
+    scores = frame.filter(like="score_").to_numpy() if scores is None else scores
+    return metrics.measure(frame, task, scores, *args, **settings)
 
 
 def drawn(n, task="binary", seed=0, decimals=1, groups=None):
@@ -62,10 +69,11 @@ def test_metrics_equal_those_of_training_and_of_scikit_learn_with_ties(task):
 def test_a_weight_counts_a_slice_as_often_as_repeating_it(task):
     frame = drawn(150, task)
     weights = np.random.default_rng(100).integers(0, 4, (4, 150))
-    weighted = statistics(sample_of(frame, task, None, 0.4), weights.astype(float))
+    weighted = statistics(sample_of(frame, task, frame.filter(like="score_").to_numpy(), 0.4), weights.astype(float))
     for i, times in enumerate(weights):
         repeated = frame.loc[np.repeat(frame.index, times)]
-        plain = statistics(sample_of(repeated, task, None, 0.4), np.ones((1, len(repeated))))
+        scores = repeated.filter(like="score_").to_numpy()
+        plain = statistics(sample_of(repeated, task, scores, 0.4), np.ones((1, len(repeated))))
         assert {n: v[i] for n, v in weighted.items()} == pytest.approx({n: v[0] for n, v in plain.items()}, nan_ok=True)
 
 

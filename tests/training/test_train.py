@@ -14,6 +14,7 @@ from chestct.evaluation.evaluate import evaluate
 from chestct.models.lightning_module import Classifier
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import measure
 from chestct.training import callbacks, train
 from tests.conftest import SMALL
@@ -62,7 +63,8 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_pat
     names = {"recall": "sensitivity"}
     shared = ("auroc", "average_precision", "accuracy", "precision", "recall", "specificity", "f1")
     for split, part in table.groupby("split"):
-        metrics = measure(part, "binary", resamples=100)  # raw scores at 0.5, as training measures
+        scores = to_scores(part[["logit_cancer"]].to_numpy())  # raw, at 0.5, as training measures
+        metrics = measure(part, "binary", scores, resamples=100)
         for name in shared:
             ours = metrics[names.get(name, name)].value
             assert (ours or 0) == pytest.approx(result.metrics[f"{split}/{name}"], abs=1e-6), f"{split}/{name}"
