@@ -9,7 +9,6 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from chestct.config.schema import Config
@@ -251,32 +250,20 @@ def _parser(command: str, text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"chestct {command}", description=text, formatter_class=form)
 
 
-COMMANDS: dict[str, tuple[Callable[[], None], str]] = {
-    "train": (train, "train a model and test it"),
-    "evaluate": (evaluate, "measure a checkpoint or a bundle, or compare two"),
-    "predict": (predict, "score files and folders into a table"),
-    "embed": (embed, "write the features of files and folders"),
-    "serve": (serve, "open the web page"),
-    "audit": (audit, "find out what is wrong with the data"),
-    "export": (export, "write the bundle of a checkpoint"),
-    "data": (data, "check a public collection that you downloaded, and lay it out"),
-    "push": (push, "put a bundle on the Hugging Face hub"),
-    "space": (space, "write a Hugging Face Space that shows a bundle"),
-    "drift": (drift, "compare what the service saw with what the model was trained on"),
-    "sync": (sync, "copy local MLflow runs to a server"),
-    "ingest": (ingest, "decode slices into a store, and group copies"),
-}
+COMMANDS = (train, evaluate, predict, embed, serve, audit, export, data, push, space, drift, sync, ingest)
 
 
 def main() -> None:
     """The command `chestct`."""
     with errors_for_people():
+        commands = {command.__name__: command for command in COMMANDS}
         name = sys.argv[1] if len(sys.argv) > 1 else "--help"
         if name in ("-h", "--help"):
             print("chestct COMMAND [key=value ...]; COMMAND --help explains every setting.\n")
-            print("\n".join(f"  {command:15} {text}" for command, (_, text) in COMMANDS.items()))
-        elif name in COMMANDS:
+            for command in COMMANDS:
+                print(f"  {command.__name__:10}{(command.__doc__ or '').splitlines()[0]}")
+        elif name in commands:
             sys.argv[:2] = [f"{sys.argv[0]} {name}"]
-            COMMANDS[name][0]()
+            commands[name]()
         else:
-            raise ChestCTError(f"no command {name!r}. Commands: {', '.join(COMMANDS)}")
+            raise ChestCTError(f"no command {name!r}. Commands: {', '.join(commands)}")

@@ -16,7 +16,13 @@ from chestct.errors import ConfigError
 
 REMOVED = (
     *("tracking.required", "tracking.system_metrics", "serve.batch_size"),
-    *("evaluation.sources", "evaluation.prevalences", "data.phantom.format", "data.phantom.defect_rate"),
+    *(
+        "evaluation.sources",
+        "evaluation.prevalences",
+        "evaluation.permuted",
+        "data.phantom.format",
+        "data.phantom.defect_rate",
+    ),
 )
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 

@@ -225,7 +225,6 @@ class EvaluationConfig:
     policies: bool = setting(False, "train the same head under every split policy too (frozen models only)")
     folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
     protocol: list[str] = setting([], "parts of docs/protocol.md to measure, with `seeds` (frozen)", choices=PROTOCOL)
-    permuted: bool = setting(False, "train the same head on permuted labels too: has to end near 0.5 (frozen only)")
     phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
     novelty: int = setting(0, "pictures of each kind that is no chest CT on which novelty is measured; 0: none", low=0)
     robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)

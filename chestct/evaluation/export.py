@@ -17,10 +17,9 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
     card: the model card, as chestct.reporting.render.model_card makes it.
     """
-    cfg, data = evaluation.cfg, evaluation.data
-    assert data is not None
-    learned = data.manifest[data.manifest["split"] != "test"]
-    training = training_facts(data.manifest, evaluation.table)
+    cfg, manifest = evaluation.cfg, evaluation.manifest
+    learned = manifest[manifest["split"] != "test"]
+    training = training_facts(manifest, evaluation.table)
     model = {key: value for key, value in dataclasses.asdict(cfg.model).items() if key not in ("weights", "freeze")}
     facts = {
         "task": cfg.task,

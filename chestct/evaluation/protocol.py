@@ -4,7 +4,9 @@ Each figure is of heads trained anew on cached features, with `seeds` seeds: the
 seeds, and what single seeds reach stands next to it. Phantoms may be trained on; no figure is measured on them.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,6 @@ from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
 from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
-from chestct.evaluation.tables import Part, Spread, Table, believed, filled, mean_and_worst
 from chestct.models import features
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
@@ -27,6 +28,31 @@ from chestct.stats.metrics import Estimate, auroc
 
 FOLDS = 5
 """Of cross-validation."""
+
+Table = list[dict[str, Any]]
+
+FEWEST_UNITS = 3
+"""Units (groups) of a source without which an interval over them means nothing, and none is given."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table of the protocol; cells are text, numbers, Estimates and Spreads, None where a figure is not available."""
+
+    title: str
+    rows: Table
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The same figure of each single seed."""
+
+    values: list[float]
+
+    def __str__(self) -> str:
+        sd = f" ± {np.std(self.values, ddof=1):.3f}" if len(self.values) > 1 else ""
+        return f"{np.mean(self.values):.3f}{sd}"
 
 
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
@@ -59,7 +85,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     return parts
 
 
-def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> dict[str, Part]:
+def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -> dict[str, Part]:
     """Each source tested by a model, and at a threshold, of the others alone."""
     ranked: Table = []
     called: Table = []
@@ -106,7 +132,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Any, real: Sequence[str]) -> 
     }
 
 
-def _matrix(cfg: Config, train: Any, real: Sequence[str]) -> dict[str, Part]:
+def _matrix(cfg: Config, train: Train, real: Sequence[str]) -> dict[str, Part]:
     """AUROC on each source of a model that was trained on one other alone."""
     rows, single, notes = [], [], []
     for source in real:
@@ -129,7 +155,7 @@ def _matrix(cfg: Config, train: Any, real: Sequence[str]) -> dict[str, Part]:
     return {"matrix": Part(title, rows, notes)} | every
 
 
-def _within(cfg: Config, manifest: pd.DataFrame, train: Any, real: Sequence[str]) -> Part:
+def _within(cfg: Config, manifest: pd.DataFrame, train: Train, real: Sequence[str]) -> Part:
     """Cross-validation over the groups of each source that has enough of them."""
     rows, notes = [], []
     for source in real:
@@ -211,3 +237,42 @@ def _by_seed(tests: Sequence[pd.DataFrame]) -> Spread | None:
         return None
     pairs = list(zip(tests, cancer, strict=True))
     return Spread([float(np.mean([auroc(test[seed].to_numpy(), y)[0] for test, y in pairs])) for seed in columns])
+
+
+def believed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without intervals that rest on too few units."""
+    return {
+        name: dataclasses.replace(cell, low=None, high=None, reason=f"no interval over {cell.groups} groups")
+        if isinstance(cell, Estimate) and cell.low is not None and cell.groups < FEWEST_UNITS
+        else cell
+        for name, cell in row.items()
+    }
+
+
+def mean_and_worst(rows: Table) -> Table:
+    """Mean and worst of each column of figures."""
+    mean: dict[str, Any] = {"held out": "mean"}
+    worst: dict[str, Any] = {"held out": "worst"}
+    columns = dict.fromkeys(name for row in rows for name in row if name not in ("threshold", "groups"))
+    for column in columns:
+        cells = [row.get(column) for row in rows]
+        spreads = np.array([cell.values for cell in cells if isinstance(cell, Spread)])
+        values = [cell.value if isinstance(cell, Estimate) else cell for cell in cells]
+        figures = [value for value in values if isinstance(value, float)]
+        if len(spreads):
+            mean[column], worst[column] = Spread(spreads.mean(0).tolist()), Spread(spreads.min(0).tolist())
+        elif figures:
+            mean[column] = float(np.mean(figures))
+            worst[column] = max(figures) if column == "ECE" else min(figures)
+            if estimates := [cell for cell in cells if isinstance(cell, Estimate)]:
+                rests_on = sum(cell.slices for cell in estimates), sum(cell.groups for cell in estimates)
+                mean[column] = Estimate(mean[column], None, None, *rests_on)
+                worst[column] = Estimate(worst[column], None, None, *rests_on)
+    return [mean, worst]
+
+
+def filled(rows: Table) -> Table:
+    """Rows with all columns in one order; what single seeds reach is left out where there is one."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    single = {name for row in rows for name, cell in row.items() if isinstance(cell, Spread) and len(cell.values) == 1}
+    return [{name: row.get(name, "") for name in columns if name not in single} for row in rows]

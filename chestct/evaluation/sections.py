@@ -1,7 +1,6 @@
 """The parts of a report that cost minutes and are made only where cfg.evaluation switches them on."""
 
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.novelty_check import novelty_figures
 from chestct.evaluation.pointing import check_explanation, game, known_lesions
+from chestct.evaluation.protocol import believed
 from chestct.evaluation.robustness import robustness
-from chestct.evaluation.tables import believed
 
 OTHER_SEED = 1_000_003
 """Added to the phantoms' seed: heat maps are checked on lesions that no training has seen."""
@@ -49,7 +48,7 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(data, labels={name: name for name in SUBTYPES}))
     store = prepare_store(cfg, cfg.trainer.progress)
     rows = store.manifest[store.manifest["lesion"] != b""]
-    rows = rows.sort_values("path", key=lambda path: path.map(os.path.basename)).head(number)  # all splits in turn
+    rows = rows.sort_values("path", key=lambda path: path.str.rpartition("/")[2]).head(number)  # as they were drawn
     lesions = known_lesions(rows, store.images, cfg)
     assert lesions is not None
     return check_explanation(evaluation.bundle, lesions)

@@ -1,4 +1,4 @@
-"""The rows next to the headline: the same recipe under other split policies, over folds, and on permuted labels.
+"""The rows next to the headline: the same recipe under other split policies, and over folds.
 
 A model belongs to the split it was trained on; showing it on another policy's test set would show it slices that it
 has learned. With frozen convolutions a new head costs seconds, so every row gets a model of its own.
@@ -30,17 +30,13 @@ OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "
 
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
     """The rows that cfg.evaluation asks for. Raises ChestCTError unless the convolutions are frozen throughout."""
-    wanted = cfg.evaluation
-    if wanted.policies or wanted.folds or wanted.permuted:
+    policies = [policy for policy in POLICIES if cfg.evaluation.policies and policy != cfg.data.split]
+    if policies or cfg.evaluation.folds:
         frozen_only(cfg)
-    if wanted.policies:
-        for policy in POLICIES:
-            if policy != cfg.data.split:
-                yield _policy(cfg, policy, train)
-    if wanted.folds:
-        yield _folds(cfg, wanted.folds, train)
-    if wanted.permuted:
-        yield _permuted(cfg, train)
+    for policy in policies:
+        yield _policy(cfg, policy, train)
+    if cfg.evaluation.folds:
+        yield _folds(cfg, cfg.evaluation.folds, train)
 
 
 def frozen_only(cfg: Config) -> None:
@@ -48,7 +44,7 @@ def frozen_only(cfg: Config) -> None:
     if not cfg.always_frozen:
         raise ChestCTError(
             "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
-            "evaluation.policies, .folds, .permuted and .protocol, or train those runs one by one."
+            "evaluation.policies, .folds and .protocol, or train those runs one by one."
         )
 
 
@@ -95,24 +91,6 @@ def of_decisions(table: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
     settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
     binary = table.assign(target=(table["label"] == "cancer").astype(int))
     return measure(binary, "binary", table[["flagged"]].to_numpy(float), 0.5, **settings)
-
-
-def _permuted(cfg: Config, train: Train) -> Row:
-    """The recipe on labels dealt out at random within train and within valid; the labels of test are the true ones.
-
-    What it reaches is what chance, or a leak that no label explains, is worth.
-    """
-    cfg = anew(cfg)
-    data = SliceModule(cfg)
-    data.prepare_data()
-    data.setup()
-    rng = np.random.default_rng(cfg.seed)
-    for split in ("train", "valid"):
-        rows = data.manifest.index[data.manifest["split"] == split]
-        data.manifest.loc[rows, "target"] = rng.permutation(data.manifest.loc[rows, "target"].to_numpy())
-    test, threshold = on_test(train("permuted", cfg, data)[0], cfg)
-    line = row(cfg, "permuted labels", test, measured(test, cfg, threshold), None)
-    return dataclasses.replace(line, note="trained on random labels; its AUROC is chance, near 0.5")
 
 
 def averaging(train: Train, seeds: int) -> Train:

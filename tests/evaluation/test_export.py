@@ -7,7 +7,7 @@ import pytest
 from chestct.config.schema import Config
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import elsewhere
-from chestct.evaluation.tables import Part
+from chestct.evaluation.protocol import Part
 from chestct.models.bundle import load_bundle
 from chestct.serving.predictor import Predictor
 from chestct.stats.metrics import Estimate

@@ -44,16 +44,6 @@ def test_folds_score_every_slice_once(run: tuple[Config, Result], tmp_path: Path
     assert "±" in row.note
 
 
-@pytest.mark.slow
-def test_a_model_of_permuted_labels_is_near_chance(run: tuple[Config, Result], tmp_path: Path) -> None:
-    before = run[1].data.manifest["target"].copy()
-    (row,) = rows_of(settings(run[0], permuted=True), tmp_path).values()
-    estimate = row.estimates["auroc"]
-    assert estimate.low is not None
-    assert estimate.low < 0.5 < estimate.high
-    assert (run[1].data.manifest["target"] == before).all()
-
-
 def test_a_policy_that_the_data_do_not_admit_is_a_row_with_the_reason(run: tuple[Config, Result]) -> None:
     def impossible(name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
         raise DataError("no test folder")

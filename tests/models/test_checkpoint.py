@@ -25,7 +25,7 @@ def test_last_is_the_newest_run_or_job_of_a_sweep_and_never_a_refit_nor_hidden(t
     runs = tmp_path / "refits" / ".hidden" / "runs"  # what stands above does not count
     last_of(runs / "b", age=2)
     newest = last_of(runs / "a_sweep" / "3", age=1)
-    last_of(runs / "x_evaluate" / "refits" / "permuted", age=0)
+    last_of(runs / "x_evaluate" / "refits" / "fold-0", age=0)
     last_of(runs / ".trash" / "run", age=0)
     assert find_checkpoint("last", str(runs)) == newest
     later = last_of(runs / "b_sweep" / "0", age=1)  # ended in the same instant: the later name

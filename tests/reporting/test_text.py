@@ -35,12 +35,10 @@ def test_serious_caveats_come_first_then_the_answer_then_numbers_with_interval_a
 
 
 @pytest.mark.parametrize(("low", "high", "shown"), [(0.05, 0.15, True), (-0.01, 0.2, False), (None, None, False)])
-def test_a_margin_that_is_not_shown_or_a_control_that_learns_is_a_serious_caveat(low, high, shown):
+def test_a_margin_that_is_not_shown_is_a_serious_caveat(low, high, shown):
     evaluation = with_margin(Estimate(0.1, low, high, 200, 200), n=200)
     assert ("Shortcut" not in kinds(evaluation)) is shown
     assert ("better than every rule" in answer(evaluation)) is shown
-    evaluation.rows.append(Row("permuted labels", evaluation.metrics["test"], {"normal": 40, "cancer": 40}, 80, 0))
-    assert kinds(evaluation)["Control"] == "error"
 
 
 def test_what_cannot_be_told_is_said():
