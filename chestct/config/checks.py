@@ -15,14 +15,8 @@ from chestct.config.schema import Config, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
 REMOVED = (
-    *("tracking.required", "tracking.system_metrics", "serve.batch_size"),
-    *(
-        "evaluation.sources",
-        "evaluation.prevalences",
-        "evaluation.permuted",
-        "data.phantom.format",
-        "data.phantom.defect_rate",
-    ),
+    *("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources"),
+    *("evaluation.prevalences", "evaluation.permuted", "data.phantom.format", "data.phantom.defect_rate"),
 )
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 
