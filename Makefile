@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-scale bundle demo ui clean
+.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-scale bench-gpu bundle demo ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-data: $(READY) ## count what grouping finds; time it on 10k to 100k slices
 
 bench-scale: $(READY) ## what a slice costs in each stage, of 1k and 10k slices (ARGS="--sizes 1000 100000")
 	$(BIN)/python -m benchmarks.scale $(ARGS)
+
+bench-gpu: $(READY) ## what one NVIDIA GPU does: features and full fine-tuning at 224, and how busy it is
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean: ## remove caches (not runs, data or tracking)
 	rm -rf .cache .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -147,6 +147,7 @@ def embed() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("features.parquet"), metavar="PARQUET", help="(features.parquet)"
     )
+    parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="what computes (auto)")
     given = parser.parse_args()
     from chestct.config.schema import BLOCKS
 
@@ -156,8 +157,10 @@ def embed() -> None:
     from chestct.serving.embed import embed as write
     from chestct.serving.model import bundle_folder
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("chestct").setLevel(logging.INFO)
     files, _ = find_files(given.sources, given.out)
-    unread = write(files, given.out, bundle_folder(given.bundle), given.block, given.pool)
+    unread = write(files, given.out, bundle_folder(given.bundle), given.block, given.pool, given.accelerator)
     print(f"Features of {len(files) - len(unread):,} of {len(files):,} files: {given.out}")
     print("\n".join(f"Not read: {reason}" for reason in unread[:10]), file=sys.stderr, end="\n" if unread else "")
     sys.exit(2 if len(unread) == len(files) else min(len(unread), 1))

@@ -17,7 +17,7 @@ from chestct.imaging.decode import decode, read
 from chestct.imaging.slice import pixel_hash
 from chestct.imaging.slice_files import File
 from chestct.models.bundle import Bundle, load_bundle
-from chestct.models.vgg16 import VGG16, pick_device
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.serving.batch import THREADS
 
@@ -26,17 +26,26 @@ BATCH = 64
 
 
 @torch.no_grad()
-def embed(files: Sequence[File], out: Path, source: str = "packaged", block: str = "", pool: str = "mean") -> list[str]:
+def embed(
+    files: Sequence[File],
+    out: Path,
+    source: str = "packaged",
+    block: str = "",
+    pool: str = "mean",
+    accelerator: str = "auto",
+) -> list[str]:
     """Writes the features of `files`, one row each, whole or not at all; returns a sentence for each unreadable file.
 
     source: the bundle whose preprocessing and convolutions are used; block: of VGG16, 3 to 5 or several joined as in
     model.block, for a bundle on the packaged convolutions; "" is the bundle's own; pool: over the places of the map.
+    accelerator: where it computes, as `load_bundle` takes it.
+
     Columns: path, file_hash (SHA-256 of the bytes), content (`pixel_hash`, the same for lossless copies), features
     (float32 [C], or [2 C] for mean+max). The metadata of the schema say how they were made. Raises ConfigError,
     BundleError and OSError.
     """
-    bundle = load_bundle(source)
-    net = _network(bundle, block).to(pick_device())
+    bundle = load_bundle(source, "torch", accelerator)
+    net = _network(bundle, block).to(bundle.net.mean.device)
     about = {"bundle": bundle.id, "weights": net.digest, "block": "+".join(map(str, net.blocks)), "pool": pool}
     about |= {"preprocess": bundle.facts["preprocess"], "window": bundle.facts["window"]}
     width = net.channels * len(pool.split("+"))
