@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from chestct.config.schema import ModelConfig
+from chestct.config.schema import ModelConfig, WindowConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import convert, load_graph
@@ -64,7 +64,8 @@ class Plan:
     root: Path
     settings: tuple[str, ...]
     scratch: Path
-    backends: tuple[str, ...]  # of training and features; the last is the quickest
+    backends: tuple[str, ...]
+    training: tuple[str, ...]  # backends that heads are trained with
     bundle: str
     answering: tuple[str, ...]  # backends of the bundle
     keras: str  # a Python that has TensorFlow
@@ -101,7 +102,7 @@ def row(what: str, unit: str, values: list[float], **against: list[float]) -> Ro
 def features(plan: Plan) -> Iterator[Row]:
     net, rival = network()
     files = plan.files("train")[:32]
-    squares = np.stack([Preprocess(224)(decode(file).gray) for file in files])
+    squares = np.stack([Preprocess(224)(decode(file, WindowConfig()).gray) for file in files])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net.conv5(torch.zeros(1, 1, 224, 224))
     flops, square = counter.get_total_flops(), torch.rand(2048, 2048)
@@ -170,11 +171,11 @@ def training(plan: Plan) -> Iterator[Row]:
 
     what, rivals = f"`train.py`, {EPOCHS} epochs of the head, {slices} slices, ", (KERAS, EAGER)
     others: dict[str, Work] = {EAGER: eager} | ({KERAS: keras} if plan.keras else {})
-    contestants = {f"nothing cached, {name}": partial(cold, name) for name in plan.backends}
+    contestants = {f"nothing cached, {name}": partial(cold, name) for name in plan.training}
     rows = compared(what, "s", plan.passes, contestants | others, rivals)
-    warm = compared(f"{what}features cached", "s", plan.turns, {"": partial(run, "torch")}, ())
-    yield from (*rows, row(f"{what}features cached", "s", warm[0]["values"], **rows[0]["against"]))
-    run("torch", "-m", "cProfile", "-o", "profile")
+    warm = [run("torch") for _ in range(plan.turns - 1)]
+    profiled = run("torch", "-m", "cProfile", "-o", "profile")
+    yield from (*rows, row(f"{what}features cached", "s", warm or [profiled], **rows[0]["against"]))
     profile: Any = pstats.Stats(str(plan.scratch / "profile"))
     for step, function in STEPS.items():
         spent = [of[3] for (file, _, name), of in profile.stats.items() if name == function and "site-p" not in file]
@@ -222,7 +223,7 @@ def service(plan: Plan, *settings: str) -> Iterator[Service]:
 
 
 def answers(plan: Plan) -> Iterator[Row]:
-    paths = plan.files("test", "train")[: 10 * plan.turns]
+    paths = plan.files("test", "train")[: 4 * plan.turns]
     files = itertools.cycle([path.read_bytes() for path in paths])
     predictors = {name: Predictor(plan.bundle, backend=name, accelerator="cpu") for name in plan.answering}
     (_, convolutions), picture = network(), torch.rand(1, 3, 224, 224)
@@ -230,7 +231,7 @@ def answers(plan: Plan) -> Iterator[Row]:
     contestants = {name: lambda one=one: timed(one.predict, next(files)) for name, one in predictors.items()}
     yield from compared("one answer with heat map, in process, ", "s", len(paths), contestants | forward, (EAGER,))
     for name, one in predictors.items():
-        square = one.bundle.preprocess(decode(paths[0]).gray)[None]
+        square = one.bundle.preprocess(decode(paths[0], one.bundle.window).gray)[None]
         bare, whole = (partial(timed, one.bundle.predict, square, explain=explain) for explain in (False, True))
         added: Work = lambda bare=bare, whole=whole: 100 * (whole() / bare() - 1)  # noqa: E731
         yield from compared("explanation, on top of the pass without, ", "%", len(paths), {name: added}, ())
@@ -240,9 +241,9 @@ def answers(plan: Plan) -> Iterator[Row]:
         for name in plan.answering:
             one = stack.enter_context(service(plan, f"serve.backend={name}"))
             rows += [row(f"`serve.py`, /healthz answers, {name}", "s", [one.since_start("/healthz")])]
-            rows += [
-                row(f"`serve.py`, first answer, {name}", "s", [one.since_start("/predict?overlay=1", next(files))])
-            ]
+            asked = {"/healthz": None, "first answer, /predict?overlay=1": next(files), "the page, /": None}
+            for what, body in asked.items():
+                rows += [row(f"`serve.py`, {what}, {name}", "s", [one.since_start(what.split()[-1], body)])]
             contestants[name] = lambda one=one: timed(one.ask, "/predict?overlay=1", next(files))
         if plan.keras:
             words = [plan.keras, "-c", PREDICT, plan.baseline, str(PACKAGED)]
@@ -255,7 +256,7 @@ def answers(plan: Plan) -> Iterator[Row]:
     yield from rows
 
     quickest, requests = predictors[plan.answering[-1]], [next(files) for _ in range(plan.slices)]
-    squares = np.stack([quickest.bundle.preprocess(decode(file).gray) for file in requests])
+    squares = np.stack([quickest.bundle.preprocess(decode(file, quickest.bundle.window).gray) for file in requests])
     limits = ("serve.queue_size=256", "serve.max_requests_per_address=256")
     with service(plan, f"serve.backend={quickest.backend}", *limits) as one, ThreadPoolExecutor(50) as clients:
         one.since_start("/healthz")
