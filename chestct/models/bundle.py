@@ -218,7 +218,8 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
         )
         bundle.net.to(device)
         if parts:
-            bundle = replace(bundle, backend=name, graph=load_graph(name, parts))
+            novelty_model = bundle.novelty_model.marked(facts["backends"][name].get("novelty", 1.0))
+            bundle = replace(bundle, backend=name, graph=load_graph(name, parts), novelty_model=novelty_model)
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:

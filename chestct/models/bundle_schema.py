@@ -93,6 +93,7 @@ class Verified(Part):
     decisions: Share
     auroc: Metric
     heat: Annotated[float, Field(ge=-1, le=1)]
+    novelty: Annotated[float, Field(gt=0)] = 1.0
     version: str
 
 

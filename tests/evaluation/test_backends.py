@@ -48,6 +48,11 @@ def test_what_is_verified_travels_in_facts_and_card_and_answers(bundle: Path, ru
     assert "| openvino_int8 |" in made.card
     squares = run[1].data.store.images[:4]  # type: ignore[union-attr]
     quick = load_bundle(bundle, "auto")
+    valid = run[1].data.store.images[manifest.query("split == 'valid'")["row"]]  # type: ignore[union-attr]
+    marks = [np.median(one.predict(valid).novelty) for one in (before, quick)]
+    assert marks[1] == pytest.approx(marks[0], rel=1e-3)
+    assert numbers["openvino"]["novelty"] == pytest.approx(1, abs=1e-3)
+    assert numbers["openvino_int8"]["novelty"] != pytest.approx(1, abs=1e-3)
     assert quick.id == f"{made.id}-openvino_int8"
     assert not np.array_equal(quick.predict(squares).logits, before.predict(squares).logits)
 
