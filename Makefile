@@ -21,8 +21,8 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-train: $(READY) ## the main job: train and test on phantoms (ARGS="optim.lr=1e-4 ...")
-	$(BIN)/python train.py $(ARGS)
+train: $(READY) ## the main job: train and test, on 120 phantoms (ARGS="optim.lr=1e-3 ...")
+	$(BIN)/python train.py data.phantom.slices=120 $(ARGS)
 
 test: $(READY) ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" $(ARGS)

@@ -17,6 +17,7 @@ from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.experiment import evaluate, export, train
 from chestct.files import write_atomic
 from chestct.program import errors_for_people, program
+from chestct.progress import phase
 
 
 @program("serve")
@@ -115,6 +116,7 @@ def predict() -> None:
     overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
     bundle = bundle_folder(given.bundle, None, *overrides)
     predictor = Predictor(bundle, backend=given.backend, accelerator=given.accelerator)
+    phase(f"Scoring files ({len(paths):,})")
     try:
         rows, reused = predict_files(paths, given.out, predictor, progress=sys.stderr.isatty())
     except (KeyboardInterrupt, Interrupted):

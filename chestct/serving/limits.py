@@ -179,7 +179,11 @@ class RequestLimits:
         try:
             while more:
                 if max(size, int(announced)) > most:
-                    raise Refused(413, f"That is too large: one request may send {most:,} bytes.")
+                    raise Refused(
+                        413,
+                        f"That is too large: one request may send {most:,} bytes. Send less, or use the command line "
+                        "for whole scans: chestct predict.",
+                    )
                 try:
                     async with asyncio.timeout_at(began + BODY_S + size / BODY_RATE):
                         message = await receive()

@@ -67,7 +67,7 @@ def unzip(data: bytes, max_files: int, max_bytes: int) -> Files:
     found = entries(data)
     _check_count(len(found), max_files)
     if sum(entry.info.file_size for entry in found) > max_bytes:
-        raise UploadError("The zip archive holds more bytes than one request may send.")
+        raise UploadError("The zip archive holds more bytes than one request may send. Give it to chestct predict.")
     return [(entry.info.filename, entry.read(max_bytes)) for entry in found]
 
 

@@ -97,7 +97,7 @@ Image.fromarray(np.zeros((5000, 5000), np.uint8)).save(BOMB, "PNG")  # training 
         (b"no multipart at all", FORM, 400, "form"),
         (form("name=a; filename=b", b"rubbish")[:-6], FORM, 400, "cut off"),
         (form("name=a", b"text"), FORM, 400, "no file"),
-        (b"x" * 3_000_001, {}, 413, "too large"),
+        (b"x" * 3_000_001, {}, 413, "chestct predict"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_one_sentence(served: Served, content, headers, status, message) -> None:
