@@ -74,14 +74,21 @@ def _roc(figure: Figure, evaluation: Evaluation) -> str:
 
 
 def _scores(figure: Figure, evaluation: Evaluation) -> str:
-    axis = figure.subplots()
-    for name, part in evaluation.test.groupby("label"):
-        score, weights = 1 - part["probability_normal"], np.full(len(part), 1 / len(part))
-        style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "label": f"{name}, {len(part)} slices"}
-        axis.hist(score, np.linspace(0, 1, 21).tolist(), weights=weights, **style)
-    axis.axvline(evaluation.point.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-    axis.set(xlabel="Calibrated P(cancer)", ylabel="Share of the class", xlim=(0, 1))
-    axis.legend()
+    """A panel for each source below those of the others, so that a shift of one of them is seen."""
+    parts = evaluation.test.groupby("source")
+    figure.set_size_inches(4.4, max(3.5, 1.5 * len(parts)))
+    axes = figure.subplots(len(parts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axis, (source, part) in zip(axes, parts, strict=True):
+        for name, own in part.groupby("label"):
+            score, weights = 1 - own["probability_normal"], np.full(len(own), 1 / len(own))
+            style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "label": f"{name}, {len(own)} slices"}
+            axis.hist(score, np.linspace(0, 1, 21).tolist(), weights=weights, **style)
+        axis.axvline(evaluation.point.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+        axis.set_title(source, loc="left", fontsize=9)
+        above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "frameon": False}
+        axis.legend(fontsize=7, ncols=3, handlelength=1, columnspacing=1, **above)
+    axes[-1].set(xlabel="Calibrated P(cancer)", xlim=(0, 1))
+    figure.supylabel("Share of the class", fontsize=10)
     return ""
 
 

@@ -47,6 +47,21 @@ def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(
     assert figures(evaluation) == drawn
 
 
+def test_each_source_has_a_histogram_of_its_own():
+    evaluation = made_up()
+    rows = evaluation.table.index
+    evaluation.table["source"] = np.where(rows % 4 < 2, "north", np.where(rows % 4 == 2, "south", "west"))
+    drawn = figures(evaluation)["scores"]
+    shapes = ElementTree.fromstring(drawn)
+    panels = [part for part in shapes.iter() if str(part.get("id")).startswith("axes_")]
+    assert len(panels) == 3
+    texts = re.findall(r"<!-- (.*?) -->", drawn.decode())
+    for source, part in evaluation.test.groupby("source"):
+        assert source in texts
+        for label, own in part.groupby("label"):
+            assert f"{label}, {len(own)} slices" in texts
+
+
 @pytest.fixture(scope="module", params=["binary", "subtype"])
 def evaluation(request):
     torch.manual_seed(0)
