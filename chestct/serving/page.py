@@ -119,9 +119,9 @@ def make_page(
             gallery: gr.update(value=thumbs, visible=len(shown) > 1, height=height, selected_index=first),
         }
 
-    def choose(shown: list[Reading], event: gr.SelectData) -> dict[Any, Any]:
+    def choose(shown: list[Reading], event: gr.SelectData) -> Any:
         """Nothing changes where the readings are no longer kept."""
-        return show(shown[event.index]) if event.index in range(len(shown)) else {}
+        return show(shown[event.index]) if event.index in range(len(shown)) else gr.skip()
 
     def show(reading: Reading) -> dict[Any, Any]:
         answered = reading.decision not in ("refused", "unreadable")

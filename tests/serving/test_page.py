@@ -122,7 +122,8 @@ def test_many_visitors_get_what_is_theirs_and_a_bounded_number_is_kept(bundle_fo
         assert not running.left()
         for _ in range(SESSIONS):
             Visitor(running.url).choose(0)
-        gradio_app = running.server.config.app.routes[-1].app
+        page = running.server.config.app.routes[-1].app  # made behind the API, an app of its own
+        gradio_app = page.app.result().routes[-1].app
         assert 0 < len(gradio_app.state_holder.session_data) <= SESSIONS
 
 
