@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import OmegaConf
+from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from chestct.config.schema import Config
@@ -38,7 +39,7 @@ from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach, outputs
 from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
-from chestct.models.vgg16 import pick_device
+from chestct.models.vgg16 import has_places, pick_device
 from chestct.progress import phase
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
@@ -91,6 +92,11 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             )
         about = {"hash": data.store.data_hash, "leaks": int(data.manifest["leaked"].sum())}
         model = Classifier(dataclasses.asdict(cfg), list(data.class_names), data.class_counts().tolist(), about)
+        if not (cfg.model.hidden or cfg.model.head or has_places(model.net.head)):
+            # A linear head has nothing to break the symmetry of, and what it draws at random is noise that a small
+            # learning rate would take thousands of steps to forget.
+            for parameter in model.net.head[-1].parameters():
+                nn.init.zeros_(parameter)
         resume = _resumable(cfg, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]

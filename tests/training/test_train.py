@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -39,6 +40,13 @@ def test_training_learns_and_leaves_what_it_says(small, tmp_path):
         assert torch.load(path, weights_only=True)["hyper_parameters"]["settings"]["task"] == "binary"
     assert result.best.stat().st_size < 100_000  # the frozen convolutions are in the package
     assert Classifier.load_from_checkpoint(result.best, weights_only=True).class_names == ("normal", "cancer")
+
+
+def test_a_small_learning_rate_learns_too(small, tmp_path):
+    result = train(small("trainer.max_epochs=12", "optim.lr=1e-4"), tmp_path / "run")
+    losses_seen = losses(tmp_path / "run")["train/loss"]
+    assert result.metrics["valid/auroc"] > 0.8
+    assert np.log(2) + 0.01 > losses_seen.iloc[0] > losses_seen.iloc[-1]  # from knowing nothing, not from noise
 
 
 @pytest.mark.slow
