@@ -1,6 +1,8 @@
 """What several test folders share: small phantoms on disk, and settings that make a run take a second."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,17 @@ def in_view(dataset: SliceDataset, view: int, positions: list[int]) -> dict[str,
     views = dataset.cfg.data.views + 1
     parts = [dataset[(view - at) % views, [at]] for at in positions]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """A command that a test runs in this process logs to that test's streams, which are closed when others log."""
+    root, ours = logging.getLogger(), logging.getLogger("chestct")
+    handlers, level = root.handlers[:], ours.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    ours.setLevel(level)
 
 
 @pytest.fixture(scope="session")
