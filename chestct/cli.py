@@ -109,8 +109,7 @@ def predict() -> None:
     from chestct.serving.predictor import Predictor
     from chestct.serving.scan import describe_scans, scans_in
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("chestct").setLevel(logging.INFO)
+    _log_messages()
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
     overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
@@ -159,8 +158,7 @@ def embed() -> None:
     from chestct.serving.embed import embed as write
     from chestct.serving.model import bundle_folder
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("chestct").setLevel(logging.INFO)
+    _log_messages()
     files, _ = find_files(given.sources, given.out)
     unread = write(files, given.out, bundle_folder(given.bundle), given.block, given.pool, given.accelerator)
     print(f"Features of {len(files) - len(unread):,} of {len(files):,} files: {given.out}")
@@ -248,6 +246,12 @@ def drift() -> None:
     from chestct.reporting.drift_report import report
 
     sys.exit(report(given.db, given.bundle, given.days))
+
+
+def _log_messages() -> None:
+    """What the package logs, such as what computes, is said as plain lines on the standard error."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("chestct").setLevel(logging.INFO)
 
 
 def _parser(command: str, text: str | None) -> argparse.ArgumentParser:

@@ -233,7 +233,11 @@ def metric_collection(outputs: int, stage: str) -> MetricCollection:
 
 
 class MeanLoss(Metric):
-    """The weighted mean of losses. torchmetrics' own looks for NaN in each, and a GPU would have to wait for that."""
+    """The weighted mean of losses.
+
+    torchmetrics' own looks for NaN in each, for which a GPU would have to wait; told not to, by nan_strategy="disable",
+    it forgets the weights (1.9.0).
+    """
 
     total: torch.Tensor
     weight: torch.Tensor
