@@ -126,7 +126,7 @@ def evaluate(cfg: Config, out: Path) -> None:
 
       python evaluate.py ckpt=last                                 the newest run
       python evaluate.py ckpt=runs/RUN                             any run
-      python evaluate.py ckpt=last evaluation.policies=true evaluation.folds=5    with other splits and folds
+      python evaluate.py ckpt=last evaluation.policies=true evaluation.protocol=[within]    other splits, five folds
       python evaluate.py ckpt=last evaluation.protocol=[loso,matrix,within,probe] seeds=3    across hospitals
       python evaluate.py ckpt=last evaluation.phantoms=100         heat maps held against known lesions
       python evaluate.py bundle=FOLDER data.root=FOLDER            a bundle on slices that it never saw
@@ -162,7 +162,7 @@ def evaluate(cfg: Config, out: Path) -> None:
 
 
 def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
-    """The checkpoint's evaluation, with each other split, fold, permutation or check that the settings ask for."""
+    """The checkpoint's evaluation, with each other split, part of the protocol or check that the settings ask for."""
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections

@@ -16,7 +16,8 @@ from chestct.errors import ConfigError
 
 REMOVED = (
     *("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources"),
-    *("evaluation.prevalences", "evaluation.permuted", "data.phantom.format", "data.phantom.defect_rate"),
+    *("evaluation.prevalences", "evaluation.permuted", "evaluation.folds"),
+    *("data.phantom.format", "data.phantom.defect_rate"),
 )
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 
@@ -118,8 +119,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     of_head = [name for name in ("context", "standardise", "hidden", "dropout") if model.head and getattr(model, name)]
     if of_head:
         yield f"model.head is the whole head: leave out {', '.join(f'model.{name}' for name in of_head)}."
-    if 1 in (data.folds, cfg.evaluation.folds):
-        yield "data.folds, evaluation.folds: two folds at least, or 0 for none."
+    if data.folds == 1:
+        yield "data.folds: two folds at least, or 0 for none."
     if cfg.compare and len(cfg.compare) != 2:
         yield f"compare={cfg.compare}: give two evaluations, as in compare=[runs/A,runs/B]."
     if data.fold >= max(1, data.folds):

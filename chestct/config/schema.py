@@ -223,7 +223,6 @@ class EvaluationConfig:
     coverage: float = setting(0.9, "share of each class whose conformal set holds the truth", low=0.5, high=0.999)
     resamples: int = setting(2000, "bootstrap resamples over groups behind each interval", low=100, high=100_000)
     policies: bool = setting(False, "train the same head under every split policy too (frozen models only)")
-    folds: int = setting(0, "cross-validate the same head over so many folds (frozen models only)", low=0, high=50)
     protocol: list[str] = setting([], "parts of docs/protocol.md to measure, with `seeds` (frozen)", choices=PROTOCOL)
     phantoms: int = setting(0, "phantoms with known lesions on which heat maps are checked; 0: not checked", low=0)
     novelty: int = setting(0, "pictures of each kind that is no chest CT on which novelty is measured; 0: none", low=0)

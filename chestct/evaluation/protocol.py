@@ -15,6 +15,7 @@ import torch
 
 from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
+from chestct.data.sources import sources_of
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
@@ -58,17 +59,20 @@ class Spread:
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     """The parts that cfg.evaluation.protocol asks for.
 
-    Raises ChestCTError where the convolutions are trained, or where there are fewer than two sources of patients.
+    Raises ChestCTError where the convolutions are trained, or where there are fewer than two sources of patients and
+    more is asked for than `within`. Where all slices are phantoms, `within` is measured on them.
     """
     cfg, wanted = evaluation.cfg, evaluation.cfg.evaluation.protocol
     if not wanted:
         return {}
     frozen_only(cfg)
-    real = [name for name in cfg.data.sources if of_patients(name)]
-    if len(real) < 2:
+    sources = list(sources_of(cfg.data))
+    real = list(filter(of_patients, sources))
+    if len(real) < 2 and wanted != ["within"]:
         raise ChestCTError(
             f"evaluation.protocol measures on one source what was learned from others; of patients there "
-            f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals."
+            f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals. "
+            "One is enough for evaluation.protocol=[within]."
         )
     assert evaluation.data is not None
     assert evaluation.data.store is not None
@@ -79,7 +83,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     if "matrix" in wanted:
         parts |= _matrix(cfg, several, real)
     if "within" in wanted:
-        parts["within"] = _within(cfg, evaluation.data.store.manifest, several, real)
+        parts["within"] = _within(cfg, evaluation.data.store.manifest, several, real or sources)
     if "probe" in wanted:
         parts["probe"] = _probe(evaluation.data, net, real)
     return parts
@@ -162,7 +166,8 @@ def _within(cfg: Config, manifest: pd.DataFrame, train: Train, real: Sequence[st
         own = manifest[manifest["source"] == source]
         groups = [own["group"][own["label"] == label].nunique() for label in ("normal", "cancer")]
         row: dict[str, Any] = {"source": source, "groups": " / ".join(map(str, groups)), "AUROC": None}
-        alone = anew(cfg, sources={source: cfg.data.sources[source]}, store=None)
+        one_of_several = len(cfg.data.sources) > 1
+        alone = anew(cfg, sources={source: cfg.data.sources[source]}, store=None) if one_of_several else anew(cfg)
         try:
             if min(groups) < MIN_GROUPS:
                 raise ChestCTError(f"{min(groups)} groups of a class, needs {MIN_GROUPS}.")

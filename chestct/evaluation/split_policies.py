@@ -1,4 +1,4 @@
-"""The rows next to the headline: the same recipe under other split policies, and over folds.
+"""The rows next to the headline: the same recipe under other split policies; and what trains a head again.
 
 A model belongs to the split it was trained on; showing it on another policy's test set would show it slices that it
 has learned. With frozen convolutions a new head costs seconds, so every row gets a model of its own.
@@ -17,26 +17,19 @@ from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
 from chestct.models.operating_point import OperatingPoint
 from chestct.stats.calibration import to_scores
-from chestct.stats.metrics import Estimate, auroc, measure
+from chestct.stats.metrics import Estimate, measure
 
 POLICIES = ("official", "official_clean", "grouped")
-
 
 Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 """(name, settings, data) -> predictions of the valid and test slices of the model trained so, and its checkpoints."""
 
-OF_DECISIONS = ("accuracy", "balanced_accuracy", "sensitivity", "specificity", "precision", "npv", "f1")
-
 
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
-    """The rows that cfg.evaluation asks for. Raises ChestCTError unless the convolutions are frozen throughout."""
-    policies = [policy for policy in POLICIES if cfg.evaluation.policies and policy != cfg.data.split]
-    if policies or cfg.evaluation.folds:
+    """The rows of evaluation.policies. Raises ChestCTError unless the convolutions are frozen throughout."""
+    if cfg.evaluation.policies:
         frozen_only(cfg)
-    for policy in policies:
-        yield _policy(cfg, policy, train)
-    if cfg.evaluation.folds:
-        yield _folds(cfg, cfg.evaluation.folds, train)
+        yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
 
 
 def frozen_only(cfg: Config) -> None:
@@ -44,7 +37,7 @@ def frozen_only(cfg: Config) -> None:
     if not cfg.always_frozen:
         raise ChestCTError(
             "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
-            "evaluation.policies, .folds and .protocol, or train those runs one by one."
+            "evaluation.policies and .protocol, or train those runs one by one."
         )
 
 
@@ -57,21 +50,6 @@ def _policy(cfg: Config, policy: str, train: Train) -> Row:
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
     return row(cfg, policy, test, measured(test, cfg, threshold), data)
-
-
-def _folds(cfg: Config, folds: int, train: Train) -> Row:
-    """Cross-validation, all folds together; the note gives the spread over folds, which one split cannot show."""
-    tests = fold_tests(cfg, folds, train)
-    pooled = pd.concat(tests, ignore_index=True)
-    # Thresholds differ between folds, so what rests on decisions is measured on the decisions themselves.
-    estimates = measured(pooled, cfg, 0.5)
-    prefix, on_decisions = "" if cfg.task == "binary" else "cancer/", of_decisions(pooled, cfg)
-    estimates |= {prefix + name: on_decisions[name] for name in OF_DECISIONS if prefix + name in estimates}
-    single = [
-        auroc(1 - test["probability_normal"].to_numpy(), (test["label"] == "cancer").to_numpy()) for test in tests
-    ]
-    spread = f"AUROC of single folds {np.nanmean(single):.3f} ± {np.nanstd(single, ddof=1):.3f}"
-    return dataclasses.replace(row(cfg, f"{folds} folds", pooled, estimates, None), note=spread)
 
 
 def fold_tests(cfg: Config, folds: int, train: Train) -> list[pd.DataFrame]:

@@ -105,6 +105,7 @@ def test_settings_survive_a_checkpoint_and_those_that_earlier_versions_had_are_l
     cfg = compose("experiment=subtype", "model.freeze=3", "data.labels={a.b: cancer}")
     stored = dataclasses.asdict(cfg)
     stored["tracking"]["system_metrics"] = True
+    stored["evaluation"]["folds"] = 5
     assert resolve(stored) == cfg
 
 

@@ -8,6 +8,8 @@ import pytest
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError, DataError
+from chestct.evaluation.evaluate import Evaluation
+from chestct.evaluation.protocol import protocol
 from chestct.evaluation.split_policies import refits
 from chestct.training.train import Result, train
 
@@ -35,13 +37,16 @@ def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_pa
 
 
 @pytest.mark.slow
-def test_folds_score_every_slice_once(run: tuple[Config, Result], tmp_path: Path) -> None:
-    (row,) = rows_of(settings(run[0], folds=3), tmp_path).values()
-    data = run[1].data
-    assert row.policy == "3 folds"
-    assert sum(row.slices.values()) == len(data.manifest)
-    assert row.groups == data.manifest["group"].nunique()
-    assert "±" in row.note
+def test_folds_within_the_only_source_score_every_slice_once(
+    run: tuple[Config, Result], evaluation: Evaluation, tmp_path: Path
+) -> None:
+    asked = replace(evaluation, cfg=settings(run[0], protocol=["within"]))
+    (row,) = protocol(asked, partial(again, tmp_path))["within"].rows
+    manifest = run[1].data.manifest
+    assert row["source"] == run[0].data.name
+    assert (row["AUROC"].slices, row["AUROC"].groups) == (len(manifest), manifest["group"].nunique())
+    assert row["AUROC"].low < row["AUROC"].value
+    assert row["sensitivity"].slices + row["specificity"].slices == len(manifest)
 
 
 def test_a_policy_that_the_data_do_not_admit_is_a_row_with_the_reason(run: tuple[Config, Result]) -> None:
@@ -56,4 +61,4 @@ def test_nothing_is_trained_unless_it_is_asked_for_and_fine_tuned_models_never(r
     assert rows_of(run[0], tmp_path) == {}
     cfg = replace(run[0], model=replace(run[0].model, freeze=False))
     with pytest.raises(ChestCTError, match="frozen"):
-        rows_of(settings(cfg, folds=2), tmp_path)
+        rows_of(settings(cfg, policies=True), tmp_path)
