@@ -17,7 +17,7 @@ from chestct.errors import ConfigError
 REMOVED = (
     *("tracking.required", "tracking.system_metrics", "serve.batch_size", "evaluation.sources"),
     *("evaluation.prevalences", "evaluation.permuted", "evaluation.folds"),
-    *("data.phantom.format", "data.phantom.defect_rate"),
+    *("data.phantom.format", "data.phantom.defect_rate", "data.phantom.defects"),
 )
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 

@@ -32,8 +32,6 @@ def of_patients(source: str) -> bool:
     return source != PHANTOM
 
 
-COPIES = ("near", "across_splits", "label_conflict")
-DEFECTS = (*COPIES, "shortcut_window", "odd_files")
 MONITORS = ("valid/loss", "valid/auroc")
 
 FITS, CONTRASTS = ("pad", "stretch", "body", "lungs"), ("keep", "body", "lungs")
@@ -84,7 +82,6 @@ class PhantomConfig:
     size: int = setting(320, "mean side of a drawn slice in pixels; single slices vary around it", low=64, high=1024)
     difficulty: float = setting(0.4, "0: large lesions, much reaction around them; 1: small, faint ones", low=0, high=1)
     cancer: float = setting(0.6, "fraction of slices with a lesion", low=0.05, high=0.95)
-    defects: list[str] = setting([], "faults to plant", choices=DEFECTS)
 
 
 @dataclass

@@ -42,7 +42,6 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
         seed=cfg.data.phantom.seed + OTHER_SEED,
         slices=max(12, round(number / 0.9)),
         cancer=0.95,
-        defects=[],
     )
     data = dataclasses.replace(cfg.data, name=PHANTOM, root=None, sources={}, store=None, phantom=drawn)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(data, labels={name: name for name in SUBTYPES}))

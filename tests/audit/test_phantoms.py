@@ -1,9 +1,11 @@
-"""What the phantoms plant, the audit finds, and on clean ones it finds nothing: through files, decoding and store."""
+"""What is planted among phantoms, the audit finds, and on clean ones it finds nothing: through files and store."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from chestct.audit import Audit, audit
 from chestct.config.schema import SUBTYPES, DataConfig, PhantomConfig
@@ -14,9 +16,7 @@ from chestct.phantom import dataset
 pytestmark = pytest.mark.slow
 
 
-def audited(folder: Path, slices: int, *defects: str, split: str = "grouped") -> Audit:
-    cfg = PhantomConfig(slices=slices, size=128, defects=list(defects))
-    dataset.write(folder / "phantoms", cfg)
+def audited(folder: Path, split: str = "grouped") -> Audit:
     root, labels = str(folder / "phantoms"), {name: name for name in SUBTYPES}
     data = DataConfig(root=root, labels=labels, split=split, size=64, max_unreadable=9)
     store = ingest(data, folder / "store")
@@ -26,7 +26,8 @@ def audited(folder: Path, slices: int, *defects: str, split: str = "grouped") ->
 
 
 def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path):
-    audit_ = audited(tmp_path, 1000)
+    dataset.write(tmp_path / "phantoms", PhantomConfig(slices=1000, size=128))
+    audit_ = audited(tmp_path)
     assert not [row["name"] for row in audit_.shortcuts if row["flagged"]]
     # Of half a million pairs of clean phantoms, a few come as near as near-copies do; no more is made of them.
     assert not [finding for finding in audit_.findings if finding.severity == "error"]
@@ -34,22 +35,25 @@ def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path):
     assert audit_.duplicates["near_pairs"] <= 12
 
 
-def test_a_planted_shortcut_is_flagged(tmp_path: Path):
-    audit_ = audited(tmp_path, 200, "shortcut_window")
+def test_a_shortcut_copies_across_splits_conflicts_and_broken_files_are_found(tmp_path: Path):
+    root = tmp_path / "phantoms"
+    dataset.write(root, PhantomConfig(slices=200, size=128))
+    for path in root.glob("t*/normal/*.png"):
+        Image.open(path).point(lambda level: level * 0.6).save(path)
+    normal, squamous = (sorted(root.glob(f"train/{name}/*.png"))[:5] for name in ("normal", "squamous"))
+    crossing = [shutil.copy(path, root / "test" / "normal" / f"copy_{path.name}") for path in normal]
+    conflicting = [shutil.copy(path, root / "train" / "normal" / path.name) for path in squamous]
+    (root / "train" / "normal" / "broken.png").write_bytes(normal[0].read_bytes()[:500])
+    audit_ = audited(tmp_path, "official")
     assert "grey" in {row["family"] for row in audit_.shortcuts if row["flagged"]}
-    assert "shortcut" in {finding.kind for finding in audit_.findings if finding.severity == "error"}
+    assert {"leakage", "shortcut"} <= {finding.kind for finding in audit_.findings if finding.severity == "error"}
 
+    def named(*paths: Path) -> set[str]:
+        return {path.relative_to(root).as_posix() for path in paths}
 
-def test_copies_across_splits_conflicts_and_broken_files_are_found(tmp_path: Path):
-    audit_ = audited(tmp_path, 200, "across_splits", "label_conflict", "odd_files", split="official")
-    truth = dataset.read_truth(tmp_path / "phantoms")
-    assert truth is not None
-    planted = [file for file in truth["files"] if file["defect"] == "across_splits"]
-    crossing = {row[side] for row in audit_.leakage["official"]["list"] for side in ("path", "twin_path")}
-    assert {file["path"] for file in planted} <= crossing
-    conflicts = {path for row in audit_.conflicts for path in row["paths"]}
-    assert {file["path"] for file in truth["files"] if file["defect"] == "label_conflict"} <= conflicts
-    assert {row["path"] for row in audit_.unreadable} == {
-        f["path"] for f in truth["files"] if f["defect"] == "odd_files"
-    }
+    leaked = {row["path"]: row for row in audit_.leakage["official"]["list"]}
+    assert named(*crossing) <= {path for path, row in leaked.items() if row["kind"] == "copy"}
     assert not audit_.leakage["grouped"]["list"]
+    conflicts = {path for row in audit_.conflicts if row["kind"] == "copy" for path in row["paths"]}
+    assert conflicts == named(*squamous, *conflicting)
+    assert [row["path"] for row in audit_.unreadable] == ["train/normal/broken.png"]
