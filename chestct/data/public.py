@@ -59,7 +59,7 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
     if not source.is_dir():
         raise DataError(f"There is no folder {source}. Give the one that you unzipped the download into.")
     found = {folder: _find(source, folder, known.also.get(folder, folder)) for folder in known.folders}
-    slices = {folder: _slices(where) for folder, where in found.items() if where}
+    slices = {folder: [path for path, reason in walk(where) if not reason] for folder, where in found.items() if where}
     problems = [f"{folder}: there is no such folder" for folder, where in found.items() if where is None]
     for folder, paths in slices.items():
         if len(paths) != known.folders[folder][0]:
@@ -110,10 +110,3 @@ def _find(source: Path, folder: str, also: str) -> Path | None:
     folders = sorted((source, *(path for path in source.rglob("*") if path.is_dir())), key=lambda path: len(path.parts))
     matches = (path for path in folders for end in ends if tuple(map(str.lower, path.parts[-len(end) :])) == end)
     return next(matches, None)
-
-
-def _slices(folder: Path) -> list[Path]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    return [path for path, reason in walk(folder, fail) if not reason]

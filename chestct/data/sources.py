@@ -137,7 +137,7 @@ class _Source:
             self._skip(folder, "data.labels says ignore")
             return
         label = "normal" if subtype == "normal" else "cancer"
-        for path, reason in walk(folder, _fail):
+        for path, reason in walk(folder):
             self._skip(path, reason)
             if not reason:
                 name = path.relative_to(self.root).as_posix()
@@ -153,7 +153,7 @@ class _Source:
         for folder in folders:
             if label_of(folder.name, self.labels) == "ignore":
                 reasons[folder] = "data.labels says ignore"
-            elif all(reason for _, reason in walk(folder, _fail)):
+            elif all(reason for _, reason in walk(folder)):
                 reasons[folder] = "no files in it"
             self._skip(folder, reasons[folder])
         if strays := [folder.name for folder in folders if not reasons[folder]]:
@@ -210,7 +210,3 @@ def _advice(names: Iterable[str], label: str) -> str:
 def _comparable(name: str) -> str:
     """A name as names are compared: macOS takes letters and their accents apart."""
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def _fail(error: OSError) -> None:  # else folders that may not be read would be left out in silence
-    raise error

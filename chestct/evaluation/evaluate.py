@@ -23,6 +23,7 @@ from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
+from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
 from chestct.models import features
@@ -37,8 +38,6 @@ from chestct.stats import drift
 from chestct.stats.metrics import Estimate, auroc_difference, measure
 from chestct.tracking import code_version
 from chestct.version import __version__
-
-SPLITS = ("train", "valid", "test")
 
 SPLITTING = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage", "holdout")
 """Settings of `data` that decide which slices are test."""

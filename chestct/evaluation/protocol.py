@@ -16,8 +16,9 @@ import torch
 from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
 from chestct.data.sources import sources_of
+from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import SPLITS, Evaluation, measured
+from chestct.evaluation.evaluate import Evaluation, measured
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
 from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
 from chestct.models import features

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from chestct.audit.stage import POLICIES
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
@@ -18,8 +19,6 @@ from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
 from chestct.models.operating_point import OperatingPoint
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import Estimate, measure
-
-POLICIES = ("official", "official_clean", "grouped")
 
 Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 """(name, settings, data) -> predictions of the valid and test slices of the model trained so, and its checkpoints."""

@@ -75,7 +75,14 @@ def entries(source: Path | bytes) -> list[Entry]:
         raise DataError(f"{name} cannot be opened as a zip archive: {error}. Make it again, or unpack it.") from None
 
 
-def walk(folder: Path, on_error: Callable[[OSError], object], own: Collection[str] = ()) -> Iterator[tuple[Path, str]]:
+def fail(error: OSError) -> None:
+    """What becomes of a folder that cannot be listed: else its files would be left out in silence."""
+    raise error
+
+
+def walk(
+    folder: Path, on_error: Callable[[OSError], object] = fail, own: Collection[str] = ()
+) -> Iterator[tuple[Path, str]]:
     """Every file below a folder with the reason why it is skipped, or "" where it may be a slice.
 
     Names come sorted, files before folders. A folder that is skipped stands for all that is in it; links to folders

@@ -120,13 +120,9 @@ def load_graph(name: str, files: Sequence[bytes]) -> Graph:
             raise ValueError(error) from None
         entry = session.get_inputs()[0].name
         return _one_by_one(lambda x: session.run(None, {entry: x}))
-    return openvino_graph(program.Core().read_model(files[0], files[1]))
-
-
-def openvino_graph(model: Any) -> Graph:
-    """The graph that an OpenVINO model computes on the processor, in fp32 but for what was made INT8."""
+    # In fp32 but for what was made INT8.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = _program("openvino").compile_model(model, "CPU", settings)
+    compiled = program.compile_model(program.Core().read_model(files[0], files[1]), "CPU", settings)
     return _one_by_one(lambda x: compiled(x).to_tuple())
 
 
@@ -173,17 +169,10 @@ def convert(net: VGG16, name: str, squares: np.ndarray) -> list[bytes]:
                 _program(name, package, "export")
             torch.onnx.export(Exported(net), (x,), paths[0], dynamo=True, external_data=False, verbose=False)
         else:
-            model = openvino_model(net)
+            model = _program(name).convert_model(torch.export.export(Exported(net), (x,)), input=[tuple(x.shape)])
             model = quantised(model, net.batches(squares[:CALIBRATION], 1)) if name == "openvino_int8" else model
             _program(name).save_model(model, paths[0], compress_to_fp16=False)
         return [path.read_bytes() for path in paths]
-
-
-def openvino_model(net: VGG16) -> Any:
-    """A network as OpenVINO's model."""
-    x = torch.zeros(1, 1, net.size, net.size)
-    program = torch.export.export(Exported(net), (x,))
-    return _program("openvino").convert_model(program, input=[tuple(x.shape)])
 
 
 def quantised(model: Any, slices: Any) -> Any:
