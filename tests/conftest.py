@@ -4,13 +4,16 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from chestct.config.compose import compose
-from chestct.config.schema import Config, PhantomConfig
-from chestct.data.datamodule import SliceDataset
+from chestct.config.schema import Config, ModelConfig, PhantomConfig
+from chestct.data.datamodule import SliceDataset, SliceModule
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -19,6 +22,29 @@ REAL = Path(__file__).parents[2] / "shared" / "data"
 
 SMALL = ("data.size=64", "trainer.max_epochs=3", "trainer.progress=false", "tracking=off", "data.batch_size=8")
 """Overrides for quick runs: at 64 pixels VGG16's last map is 2 x 2, and a slice takes a hundredth of the time."""
+
+
+def network(outputs: int = 1, size: int = 64, **model: Any) -> VGG16:
+    """A frozen network with a head that has learned nothing, the same each time, in eval mode."""
+    torch.manual_seed(0)
+    net = VGG16(ModelConfig(**model), outputs, size, load_weights("oxford")).eval()
+    net.set_frozen(True)
+    return net
+
+
+def opened(cfg: Config) -> SliceModule:
+    """The data of these settings, set up."""
+    data = SliceModule(cfg)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+class Trap:
+    """What a pickle would run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("raise SystemExit('code ran')",)
 
 
 def in_view(dataset: SliceDataset, view: int, positions: list[int]) -> dict[str, torch.Tensor]:

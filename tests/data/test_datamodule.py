@@ -7,23 +7,16 @@ import pytest
 import torch
 
 from chestct.data import datamodule
-from chestct.data.datamodule import SliceModule
 from chestct.training import train
+from tests.conftest import opened
 
 FINE_TUNED = ("model.freeze=false", "features.cache=false", "data.size=32", "data.augment.noise=0")
-
-
-def ready(cfg):
-    data = SliceModule(cfg)
-    data.prepare_data()
-    data.setup()
-    return data
 
 
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_a_device_makes_of_a_batch_is_what_the_processor_makes(small, resident, frozen):
-    data = ready(small(*FINE_TUNED, f"model.freeze={frozen}", "data.augment.blur=0.02", "data.balance=true"))
+    data = opened(small(*FINE_TUNED, f"model.freeze={frozen}", "data.augment.blur=0.02", "data.balance=true"))
     plain, deferred = data.dataset("train", train=True), data.dataset("train", train=True)
     deferred.deferred, deferred.resident = True, resident
     data.resident = torch.from_numpy(np.array(data.store.images)) if resident else None
@@ -49,7 +42,7 @@ def test_a_training_whose_device_makes_the_views_ends_like_one_whose_processor_d
 
 
 def test_slices_that_a_gpu_has_no_room_for_stay_where_they_are_and_that_is_said(small, monkeypatch, capsys):
-    data = ready(small())
+    data = opened(small())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * data.store.images.nbytes - 1, 10**9))
     assert not data._resides(torch.device("cuda"))
     assert "are more than half of" in capsys.readouterr().err

@@ -4,15 +4,14 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from chestct.config.schema import ModelConfig, SourceConfig
+from chestct.config.schema import SourceConfig
 from chestct.evaluation.pointing import TOLERANCE, Lesions, _of_other_half, check_explanation, game
 from chestct.evaluation.sections import optional_sections
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normal_cam
-from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
 from chestct.phantom.dataset import read_truth
+from tests.conftest import network
 from tests.evaluation.evaluations import made_up, with_images
 
 SIZE = 128
@@ -42,9 +41,7 @@ def learned():
     """A network that has learned the lesions, what normal slices show, and slices that it has not seen."""
     from sklearn.linear_model import LogisticRegression
 
-    torch.manual_seed(0)
-    net = VGG16(ModelConfig(), 1, SIZE, load_weights("oxford")).eval()
-    net.set_frozen(True)
+    net = network(size=SIZE)
     normal, sick = (maps_of(net, draw(12, lesions, lesions)[0]) for lesions in (False, True))
     pooled = net.head[0](net.pool(torch.cat([normal, sick]))).numpy()
     scale = pooled.std()
@@ -122,11 +119,9 @@ def test_heat_maps_are_checked_on_new_phantoms_whose_lesions_lie_where_the_truth
 
 
 def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone(tmp_path):
-    torch.manual_seed(0)
-    net = VGG16(ModelConfig(), 1, 32, load_weights("oxford")).eval()
     evaluation = made_up()
     evaluation.cfg.data.size = 32
-    evaluation = with_images(evaluation, net, 32)
+    evaluation = with_images(evaluation, network(size=32), 32)
     whole, corner = np.ones((32, 32), bool), np.zeros((32, 32), bool)
     corner[:1, :1] = True
     manifest = evaluation.manifest

@@ -11,22 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from chestct.config.schema import ModelConfig
 from chestct.config.schema_serving import FILES
 from chestct.errors import BundleError, ConfigError
 from chestct.files import digest
 from chestct.models import backends
 from chestct.models.backends import choose, convert, has_int8, load_graph
 from chestct.models.bundle import Bundle, load_bundle, save_bundle
-from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
 from chestct.serving.predictor import Predictor
+from tests.conftest import network
 from tests.models.test_bundle import make, rewrite, squares
 from tests.serving.test_predictor import png
 
 HEADS = {
-    "means": ModelConfig(hidden=[8]),
-    "places in context": ModelConfig(pool="topk", block="3+4", context=True, standardise=True, hidden=[8]),
+    "means": {"hidden": [8]},
+    "places in context": {"pool": "topk", "block": "3+4", "context": True, "standardise": True, "hidden": [8]},
 }
 NUMBERS = {"slices": 9, "calibration": 0, "logits": 0.0, "decisions": 0.0, "heat": 1.0, "version": "x 1"}
 NUMBERS |= {"auroc": {"value": 0.0, "low": None, "high": None, "slices": 9}}
@@ -37,11 +35,6 @@ def needs(name: str) -> None:
     packages = {"openvino_int8": ("openvino", "nncf"), "onnx": ("onnxruntime", "onnxscript")}.get(name, (name,))
     if missing := [package for package in packages if not importlib.util.find_spec(package)]:
         pytest.skip(f"needs {', '.join(missing)}: pip install 'chestct[export]'")
-
-
-def network(head: str, size: int = 64) -> VGG16:
-    torch.manual_seed(0)
-    return VGG16(HEADS[head], 1, size, load_weights("oxford")).eval()
 
 
 def with_backend(folder: Path, name: str, files: list[bytes] | None = None) -> Bundle:
@@ -56,7 +49,7 @@ def with_backend(folder: Path, name: str, files: list[bytes] | None = None) -> B
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
 def test_a_graph_gives_the_logits_and_the_map_of_the_network(name: str, head: str) -> None:
     needs(name)
-    net, x = network(head), torch.rand(3, 1, 64, 64)
+    net, x = network(**HEADS[head]), torch.rand(3, 1, 64, 64)
     logits, conv5 = load_graph(name, convert(net, name, np.empty((0, 64, 64), np.uint8)))(x)
     with torch.no_grad():
         expected = net.answer(x)
@@ -67,7 +60,10 @@ def test_a_graph_gives_the_logits_and_the_map_of_the_network(name: str, head: st
 @pytest.mark.slow
 def test_int8_rounds_the_convolutions_and_leaves_the_head_alone() -> None:
     needs("openvino_int8")
-    net, x = network("places in context"), torch.from_numpy(squares(40)).float().div(255).repeat(1, 2, 2)[:, None]
+    net, x = (
+        network(**HEADS["places in context"]),
+        torch.from_numpy(squares(40)).float().div(255).repeat(1, 2, 2)[:, None],
+    )
     files = convert(net, "openvino_int8", (x[:32, 0] * 255).byte().numpy())
     assert len(files[1]) < 0.3 * len(convert(net, "openvino", np.empty(0))[1])
     logits, conv5 = load_graph("openvino_int8", files)(x[32:])

@@ -5,18 +5,15 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from chestct.config.schema import ModelConfig
-from chestct.data.datamodule import SliceModule
 from chestct.models import backends, features
 from chestct.models.features import Kept, attach, extract, space_folder
-from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
+from tests.conftest import network, opened
 from tests.models.test_backends import needs
 
 
 @pytest.fixture(scope="module")
 def net():
-    return VGG16(ModelConfig(), 1, 32, load_weights("oxford")).eval()
+    return network(size=32)
 
 
 class Slices:
@@ -98,15 +95,12 @@ def test_every_setting_that_changes_features_has_its_own_folder(small):
 
 
 def test_features_of_another_seed_are_those_that_are_there(small):
-    data, held = SliceModule(small()), {}
-    data.prepare_data()
-    data.setup()
+    data, held = opened(small()), {}
     for seed in (0, 1):
-        net = VGG16(ModelConfig(), 1, 64, load_weights("oxford")).eval()
-        attach(data, net, small(f"seed={seed}"), ("train", "valid"), views=1)
+        attach(data, network(), small(f"seed={seed}"), ("train", "valid"), views=1)
         held[seed] = data.features["train"][0]
     assert held[0] is held[1]
-    attach(data, net, small("data.fit=stretch"), ("train",), views=1)
+    attach(data, network(), small("data.fit=stretch"), ("train",), views=1)
     assert data.features["train"][0] is not held[0]
 
 
@@ -115,11 +109,8 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
     needs(backend)
     cfg = small(f"features.backend={backend}", f"cache_dir={tmp_path}", "data.views=0")
     exact = replace(cfg, features=replace(cfg.features, backend="torch"))
-    net = VGG16(cfg.model, 1, cfg.data.size, load_weights("oxford")).eval()
-    data, plain = SliceModule(cfg), SliceModule(exact)
+    net, data, plain = network(), opened(cfg), opened(exact)
     for module, settings in ((data, cfg), (plain, exact)):
-        module.prepare_data()
-        module.setup()
         attach(module, net, settings, ["train", "valid"], 1)
     assert data.spaces["train"][0][0] != plain.spaces["train"][0][0]
     for split in ("train", "valid"):
@@ -131,8 +122,7 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
             assert np.corrcoef(got.flatten(), expected.flatten())[0, 1] > 0.98
     # Warm, nothing is converted; evaluation looks at features as exact as a bundle's answers.
     monkeypatch.setattr(backends, "convert", lambda *_: pytest.fail("converted again"))
-    again = SliceModule(cfg)
-    again.setup()
+    again = opened(cfg)
     attach(again, net, cfg, ["train"], 1)
     assert torch.equal(again.features["train"][0], data.features["train"][0])
     assert features.in_fp32(cfg).features.backend == {"openvino": "openvino"}.get(backend, "torch")

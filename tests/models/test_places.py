@@ -9,33 +9,27 @@ import torch
 from chestct.config.compose import compose
 from chestct.config.schema import ModelConfig
 from chestct.data import datamodule
-from chestct.data.datamodule import SliceModule
 from chestct.errors import ConfigError
-from chestct.evaluation.evaluate import evaluate, logits_of
-from chestct.evaluation.export import export
 from chestct.imaging.lungs import find_lungs
-from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
 from chestct.models.lightning_module import places_loss
 from chestct.models.saliency import normalised_cam
 from chestct.models.vgg16 import VGG16, Standardise
 from chestct.models.weights import load_weights
 from chestct.phantom.insertion import insert
-from chestct.training.train import train
-from tests.conftest import SMALL, in_view
+from tests.conftest import SMALL, in_view, network, opened
 
 PLACES = ("experiment=places", "data.size=64", "data.views=1", "trainer.max_epochs=2", "model.hidden=[8]")
 
 
-def network(**model):
-    torch.manual_seed(0)
-    return VGG16(ModelConfig(pool="topk", standardise=True, hidden=[8], **model), 1, 64, load_weights("oxford")).eval()
+def places(**model):
+    return network(pool="topk", standardise=True, hidden=[8], **model)
 
 
 @pytest.mark.parametrize(("block", "shape"), [("5", (512, 2, 2)), ("4", (512, 4, 4)), ("3", (256, 8, 8))])
 def test_an_earlier_block_is_what_the_whole_network_gives_there(block, shape):
     x = torch.rand(2, 1, 64, 64)
-    whole, part = network(), network(block=block)
+    whole, part = places(), places(block=block)
     ends = {"5": 31, "4": 24, "3": 17}[block]
     with torch.no_grad():
         maps = part.maps(x)
@@ -45,11 +39,11 @@ def test_an_earlier_block_is_what_the_whole_network_gives_there(block, shape):
 
 @torch.no_grad()
 def test_several_blocks_lie_on_the_grid_of_the_last_one_after_another():
-    x, net = torch.rand(2, 1, 64, 64), network(block="4+3")
+    x, net = torch.rand(2, 1, 64, 64), places(block="4+3")
     maps = net.maps(x)
     assert maps.shape[1:] == (256 + 512, 4, 4) == (net.channels, 4, 4)
-    torch.testing.assert_close(maps[:, 256:], network(block="4").maps(x))
-    torch.testing.assert_close(maps[:, :256], torch.nn.functional.avg_pool2d(network(block="3").maps(x), 2))
+    torch.testing.assert_close(maps[:, 256:], places(block="4").maps(x))
+    torch.testing.assert_close(maps[:, :256], torch.nn.functional.avg_pool2d(places(block="3").maps(x), 2))
     torch.testing.assert_close(net.head(net.pooled(x)), net(x), atol=0, rtol=1e-3)  # cached in half precision
 
 
@@ -60,7 +54,7 @@ def test_blocks_are_those_of_vgg():
 
 @torch.no_grad()
 def test_the_map_is_what_the_score_is_made_of():
-    net, x = network(block="4"), torch.rand(3, 1, 64, 64)
+    net, x = places(block="4"), torch.rand(3, 1, 64, 64)
     logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
     torch.testing.assert_close(logits, net(x))
     torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
@@ -122,9 +116,7 @@ def drawn(tmp_path_factory, phantoms, cache):
     cfg = compose(
         *SMALL, f"data.root={phantoms}", f"cache_dir={cache}", *PLACES, "data.lesions=0.5", "data.balance=true"
     )
-    data = SliceModule(cfg)
-    data.prepare_data()
-    data.setup()
+    data = opened(cfg)
     data.manifest["lesion"] = b""  # as of a hospital's slices: nothing is known but what is drawn
     return cfg, data
 
@@ -152,7 +144,7 @@ def test_lesions_make_normal_slices_cancer_and_are_where_the_places_say(drawn):
 def test_cached_maps_and_places_are_those_of_one_drawing(drawn, tmp_path, monkeypatch):
     cfg, data = drawn
     dataset, drawings, searches = data.dataset("train", train=True), [], []
-    net = VGG16(cfg.model, 1, 64, load_weights("oxford")).eval()
+    net = network(**vars(cfg.model))
     monkeypatch.setattr(datamodule, "insert", lambda *args: drawings.append(args) or insert(*args))
     monkeypatch.setattr(datamodule, "find_lungs", lambda image: searches.append(image) or find_lungs(image))
     attach(data, net, replace(cfg, cache_dir=str(tmp_path)), ("train",), views=3)
@@ -169,17 +161,3 @@ def test_cached_maps_and_places_are_those_of_one_drawing(drawn, tmp_path, monkey
     torch.testing.assert_close(
         torch.nn.functional.adaptive_avg_pool2d(images["places"].clamp(min=0), 4), maps["places"].clamp(min=0)
     )
-
-
-@pytest.mark.slow
-def test_a_run_ends_in_a_bundle_that_explains_itself(small, tmp_path):
-    result = train(small(*PLACES, "data.lesions=0.4"), tmp_path / "run")
-    assert np.isfinite(list(result.metrics.values())).all()
-    evaluation = evaluate(small(*PLACES, "data.lesions=0.4", f"ckpt={result.best}"))
-    assert evaluation.table["path"].tolist() == result.predictions["path"].tolist()
-    np.testing.assert_allclose(logits_of(evaluation.table), logits_of(result.predictions), atol=1e-4)
-    bundle = export(evaluation, tmp_path / "bundle", "# A card")
-    outputs = bundle.predict(evaluation.images[:4], explain=True)
-    assert outputs.heat.shape == (4, 8, 8) or outputs.heat.shape == (4, 4, 4)
-    again = load_bundle(tmp_path / "bundle").predict(evaluation.images[:4])
-    np.testing.assert_array_equal(outputs.logits, again.logits)

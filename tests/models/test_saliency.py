@@ -4,21 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from chestct.config.schema import ModelConfig
 from chestct.imaging.preprocess import Preprocess, mask_to_square, placement
 from chestct.models import saliency
 from chestct.models.saliency import blend, class_activation_map, heat, normal_cam, normalised_cam
-from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
+from tests.conftest import network
 
 SIZE = 64
-
-
-def make(outputs=1, **model):
-    torch.manual_seed(0)
-    net = VGG16(ModelConfig(**model), outputs, SIZE, load_weights("oxford")).eval()
-    net.set_frozen(True)
-    return net
 
 
 @pytest.mark.parametrize(
@@ -36,7 +27,7 @@ def test_maps_are_those_of_the_grad_cam_package_where_gradients_are_off(outputs,
     from pytorch_grad_cam.utils.image import scale_cam_image
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    net, slices = make(outputs, **model), torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    net, slices = network(outputs, **model), torch.rand(2, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     open_copy = copy.deepcopy(net)
     open_copy.set_frozen(False)
 
@@ -61,7 +52,7 @@ def test_maps_are_those_of_the_grad_cam_package_where_gradients_are_off(outputs,
 
 
 def test_normalised_maps_are_spreads_above_normal_slices_and_each_has_its_own_output():
-    net = make(4)
+    net = network(4)
     conv5 = net.conv5(torch.rand(4, 1, SIZE, SIZE)).detach()
     outputs = np.array([0, 1, 1, 3])
     baseline = normal_cam(net, conv5)

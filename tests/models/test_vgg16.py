@@ -6,35 +6,26 @@ from chestct.config.schema import ModelConfig
 from chestct.errors import ConfigError
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED, load_weights
+from tests.conftest import network
 
 
-@pytest.fixture(scope="module")
-def oxford():
-    return load_weights("oxford")
-
-
-def make(weights, size=64, outputs=1, **model):
-    torch.manual_seed(0)
-    return VGG16(ModelConfig(**model), outputs, size, weights).eval()
-
-
-def test_convolutions_are_torchvisions(oxford):
+def test_convolutions_are_torchvisions():
     from safetensors.torch import load_file
 
     reference = vgg16().eval()
     reference.load_state_dict({k: v.float() for k, v in load_file(PACKAGED).items()}, strict=False)
     x = torch.rand(2, 1, 64, 64)
-    rgb = (x.expand(-1, 3, -1, -1) - torch.tensor(oxford.mean).view(1, 3, 1, 1)) * 255
+    rgb = (x.expand(-1, 3, -1, -1) - torch.tensor(load_weights("oxford").mean).view(1, 3, 1, 1)) * 255
     with torch.no_grad():
-        ours, theirs = make(oxford).maps(x), reference.features(rgb)
+        ours, theirs = network().maps(x), reference.features(rgb)
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize(("pool", "width"), [("gap", 512), ("flatten", 512 * 4), ("mean_max_std", 512 * 3)])
 @pytest.mark.parametrize("hidden", [[], [16, 8]])
 @pytest.mark.parametrize("outputs", [1, 4])
-def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(oxford, pool, width, hidden, outputs):
-    net = make(oxford, pool=pool, hidden=hidden, outputs=outputs)
+def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(pool, width, hidden, outputs):
+    net = network(pool=pool, hidden=hidden, outputs=outputs)
     x = torch.rand(3, 1, 64, 64)
     assert net.pooled(x).shape == (3, width)
     assert net(x).shape == (3, outputs)
@@ -45,8 +36,8 @@ def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(oxford, po
 
 
 @torch.no_grad()
-def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean(oxford):
-    net = make(oxford, pool="mean_max_std", block="3+4")
+def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean():
+    net = network(pool="mean_max_std", block="3+4")
     maps = net.maps(torch.rand(2, 1, 64, 64))
     parts = net.head[0](maps).reshape(2, 256 + 512, 3)
     torch.testing.assert_close(parts[..., 0], maps.mean((2, 3)))
@@ -55,8 +46,8 @@ def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean(oxford):
 
 
 @pytest.mark.parametrize(("freeze", "trainable"), [(True, 0), (False, 26), (3, 12), (5, 0)])
-def test_freeze_fixes_blocks_from_the_input(oxford, freeze, trainable):
-    net = make(oxford)
+def test_freeze_fixes_blocks_from_the_input(freeze, trainable):
+    net = network()
     net.set_frozen(freeze)
     open_ = [name for name, p in net.features.named_parameters() if p.requires_grad]
     assert len(open_) == trainable
@@ -65,10 +56,10 @@ def test_freeze_fixes_blocks_from_the_input(oxford, freeze, trainable):
         assert open_[-1] == "28.bias"
 
 
-def test_a_wrong_shape_is_named(oxford):
+def test_a_wrong_shape_is_named():
     for shape in ((1, 3, 64, 64), (1, 1, 32, 64), (1, 64, 64), (1, 1, 224, 224)):
         with pytest.raises(ValueError, match=r"expected slices \[B, 1, 64, 64\]"):
-            make(oxford)(torch.rand(shape))
+            network()(torch.rand(shape))
 
 
 def test_other_convolutions_of_torchvision_take_the_place_of_vgg16():
