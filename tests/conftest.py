@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from chestct.cli import main
 from chestct.config.compose import compose
 from chestct.config.schema import Config, ModelConfig, PhantomConfig
 from chestct.data.datamodule import SliceDataset, SliceModule
@@ -52,6 +54,15 @@ def in_view(dataset: SliceDataset, view: int, positions: list[int]) -> dict[str,
     views = dataset.cfg.data.views + 1
     parts = [dataset[(view - at) % views, [at]] for at in positions]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def command(*arguments: object) -> int:
+    """The exit status of `chestct ARGUMENTS`, run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["chestct", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    return int(stop.value.code or 0)
 
 
 @pytest.fixture(autouse=True)

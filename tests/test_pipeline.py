@@ -1,8 +1,8 @@
 """dvc.yaml against the code: a stage depends on what it imports, on what it reads, and on the settings that it uses."""
 
-import ast
 from pathlib import Path
 
+import grimp
 import pytest
 import yaml
 
@@ -12,30 +12,15 @@ from chestct.config.schema import Config, leaves
 ROOT = CONF.parent
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 STAGES = PIPELINE["stages"]
+EVALUATED = ("evaluation.sections", "evaluation.split_policies", "reporting.render")
 ENTRIES = {
-    "ingest": ["data/prepare.py"],
-    "validate": ["audit/stage.py", "reporting/audit_report.py"],
-    "train": ["training/train.py"],
-    "evaluate": [
-        "evaluation/evaluate.py",
-        "evaluation/protocol.py",
-        "evaluation/sections.py",
-        "evaluation/split_policies.py",
-        "reporting/render.py",
-    ],
-    "export": ["evaluation/export.py", "reporting/render.py", "evaluation/sections.py", "evaluation/split_policies.py"],
+    "ingest": ["data.prepare"],
+    "validate": ["audit.stage", "reporting.audit_report"],
+    "train": ["training.train"],
+    "evaluate": ["evaluation.evaluate", "evaluation.protocol", *EVALUATED],
+    "export": ["evaluation.export", *EVALUATED],
 }
-NO_RESULT = (
-    "config",
-    "errors.py",
-    "files.py",
-    "progress.py",
-    "pyfunc.py",
-    "tracking",
-    "sweep.py",
-    "version.py",
-    "__init__.py",
-)
+NO_RESULT = {"config", "errors", "files", "progress", "pyfunc", "tracking", "sweep", "version"}
 """What passes settings on or keeps records: it decides no output."""
 
 NOT_THE_PIPELINES = (
@@ -59,33 +44,20 @@ def upstream(name):
     return found
 
 
-def imported(path, seen):
-    """Files of the package that a file imports, at its top or anywhere, and what those import."""
-    if path in seen:
-        return seen
-    seen.add(path)
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            place = ROOT.joinpath(*name.split("."))
-            for file in (place.with_suffix(".py"), place / "__init__.py"):
-                if name.startswith("chestct") and file.is_file():
-                    imported(file, seen)
-    return seen
+@pytest.fixture(scope="module")
+def imports():
+    return grimp.build_graph("chestct", cache_dir=None)
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_a_stage_runs_again_when_a_module_that_it_uses_changes(stage):
+def test_a_stage_runs_again_when_a_module_that_it_uses_changes(stage, imports):
     deps = {ROOT / path for name in upstream(stage) for path in paths(STAGES[name]["deps"])}
-    unseen = {
-        str(path.relative_to(ROOT))
-        for path in set().union(*(imported(ROOT / "chestct" / entry, set()) for entry in ENTRIES[stage]))
-        if not deps & {path, *path.parents}
-        and not set(path.relative_to(ROOT / "chestct").parts[:1]) & set(NO_RESULT)
-        and path.name != "__init__.py"
+    used = {f"chestct.{entry}" for entry in ENTRIES[stage]}  # and what these import, at the top or in a function:
+    used |= {name for entry in used for name in imports.find_upstream_modules(entry)}
+    files = {
+        ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in used if not NO_RESULT & {*name.split(".")[1:2]}
     }
+    unseen = [path for path in files if path.exists() and not deps & {path, *path.parents}]
     assert not unseen
 
 

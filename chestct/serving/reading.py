@@ -21,7 +21,7 @@ from chestct.serving.api import UploadError
 from chestct.serving.prediction import Prediction, jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.scan import BEST, FEWEST, VALIDATION, scan_score
-from chestct.serving.sentences import UNREADABLE, explanation, headline, plain, score_name, verdict
+from chestct.serving.sentences import explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
 
@@ -98,8 +98,6 @@ class Reading:
     name: str
     decision: str  # as in Prediction, or unreadable
     verdict: str
-    headline: str = UNREADABLE
-    score_name: str = ""
     why: str = ""
     score: float = 0.0
     threshold: float = 0.0
@@ -141,8 +139,6 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
         name,
         prediction.decision,
         verdict(prediction, bundle),
-        headline(prediction.decision, bundle),
-        score_name(bundle),
         explanation(prediction, bundle),
         prediction.score,
         bundle.point.threshold,

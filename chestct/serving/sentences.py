@@ -12,12 +12,13 @@ from chestct.serving.prediction import NOT_MEDICAL, Prediction
 NOTICE = "**{}.** {}".format(*NOT_MEDICAL.split(". ", 1))
 
 HEADLINES = {
-    "cancer": "The model sees signs of cancer",
-    "normal": "The model sees no signs of cancer",
+    "cancer": "Possible cancer",
+    "normal": "No sign of cancer",
     "uncertain": "The model cannot tell",
     "refused": "No answer for this image",
+    "unreadable": "This file was not read",
 }
-UNREADABLE = "This file was not read"
+"""The decision in a few words; a score is never called a probability, since calibration does not travel."""
 
 KNOWN_WARNING = (
     "**This very slice was used to train or tune the model.** The answer is no evidence of how well it does on slices "
@@ -28,20 +29,6 @@ HEAT = (
     "Coloured areas are those whose texture speaks for cancer, from dark violet (little) to yellow (the most in this "
     "slice). The map is coarse and relative: it shows where the network looked, not where a tumour ends."
 )
-
-
-SIGNS = {"cancer": "Possible cancer", "normal": "No sign of cancer"}
-"""What stands in the place of these headlines where the bundle knows that its probabilities do not travel."""
-
-
-def headline(decision: str, bundle: Bundle) -> str:
-    """The decision in a few words."""
-    return (SIGNS if bundle.elsewhere else {}).get(decision, HEADLINES[decision])
-
-
-def score_name(bundle: Bundle) -> str:
-    """What the score is called: a probability of cancer only where nothing is known against that."""
-    return "Score" if bundle.elsewhere else "Probability of cancer"
 
 
 def plain(text: str) -> str:
@@ -57,24 +44,22 @@ def percent(share: float) -> str:
 
 
 def verdict(prediction: Prediction, bundle: Bundle) -> str:
-    """What stands below the headline: the score and its side of the threshold, or the reason for another decision."""
+    """What stands below the headline: score and threshold, or the reason of another decision; what both are worth."""
     if prediction.decision == "refused":
         return plain(prediction.reason)
-    point, away = bundle.point, bundle.elsewhere
-    side = "at or above" if prediction.decision == "cancer" else "below"
-    if prediction.decision == "uncertain":
-        lines = [plain(prediction.reason)]
-    elif away:
+    point, counts = bundle.point, bundle.point.validation
+    lines = [plain(prediction.reason)]
+    if prediction.decision != "uncertain":
+        side = "at or above" if prediction.decision == "cancer" else "below"
         score, threshold = (f"{100 * share:.0f}" for share in (prediction.score, point.threshold))
         lines = [f"The score is **{score}** of 100, {side} the threshold of {threshold}."]
-    else:
-        lines = [f"The probability of cancer is **{percent(prediction.score)}**, {side} the threshold."]
-    lines += [away or f"From {percent(point.threshold)} on, the model calls a slice cancer."]
-    counts = point.validation
-    if not away and counts.get("cancers") and counts.get("normals"):
-        lines[-1] += (
-            f" At this threshold {counts['found']:,} of {counts['cancers']:,} cancers in the validation set were "
-            f"found, and {counts['flagged']:,} of {counts['normals']:,} normal slices were flagged by mistake."
+    if bundle.elsewhere:
+        lines.append(bundle.elsewhere)
+    elif counts.get("cancers") and counts.get("normals"):
+        lines.append(
+            f"At this threshold {counts['found']:,} of {counts['cancers']:,} cancers in the validation set were "
+            f"found, and {counts['flagged']:,} of {counts['normals']:,} normal slices were flagged by mistake. How it "
+            "does in other collections is not known."
         )
     return "\n\n".join([*lines, KNOWN_WARNING] if prediction.known else lines)
 
@@ -87,17 +72,10 @@ def explanation(prediction: Prediction, bundle: Bundle) -> str:
         return (
             "**This score means nothing reliable.** The model gives a number for any picture, a photograph of a cat "
             "included. This image was refused because it is not what the model was made for.\n\n"
-            f"{score_name(bundle)}: {percent(prediction.score)}. Distance to the training slices: {distance}."
+            f"Score: {100 * prediction.score:.0f} of 100. Distance to the training slices: {distance}."
         )
-    share, coverage = prediction.score, f"{100 * bundle.point.coverage:.0f} %"
-    lines = {}
-    if bundle.elsewhere:
-        lines["The score"] = "It ranks slices. How probable cancer is at a given score differs between hospitals."
-    elif prediction.decision != "uncertain":  # where calibration does not hold
-        number = "hardly any" if share < 0.01 else "almost all" if share > 0.99 else f"about {100 * share:.0f}"
-        lines["The score"] = (
-            f"It was calibrated on validation slices, so that of 100 slices with this probability {number} show cancer."
-        )
+    coverage = f"{100 * bundle.point.coverage:.0f} %"
+    lines = {"The score": "It ranks slices. How probable cancer is at a given score differs between hospitals."}
     if len(bundle.classes) > 2:
         kinds = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
         lines["Which kind"] = plain(", ".join(f"{kind} {percent(share)}" for kind, share in kinds).replace("_", " "))

@@ -2,13 +2,11 @@
 
 import json
 import sqlite3
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from chestct import cli
 from chestct.config.schema_serving import FACTS
 from chestct.files import json_digest
 from chestct.imaging.statistics import STATISTICS
@@ -17,6 +15,7 @@ from chestct.reporting import drift_report
 from chestct.reporting.drift_report import compare
 from chestct.serving.monitor import COLUMNS, NUMBERS
 from chestct.stats.drift import MEASURED, QUANTILES
+from tests.conftest import command
 from tests.models.test_bundle import make
 
 
@@ -118,20 +117,11 @@ def test_slices_of_other_bundles_and_of_the_training_data_are_counted_and_left_o
     assert "30 of other bundles, 30 of the training data" in drift_report.summary(drift)
 
 
-def call(*arguments: object) -> int:
-    """The exit status of `chestct drift report`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["chestct", "drift", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    return int(stop.value.code or 0)
-
-
 @pytest.mark.parametrize(("change", "n", "status"), [(0.0, 200, 0), (0.2, 200, 1), (0.2, 49, 3), (0, 0, 3)])
 def test_the_exit_status_tells_the_verdict(bundle, folder, tmp_path, capsys, change, n, status):
     window = records(bundle, 4, n)
     window["mean"] += change
-    assert call("--db", write(tmp_path / "m.db", window), "--bundle", folder) == status
+    assert command("drift", "report", "--db", write(tmp_path / "m.db", window), "--bundle", folder) == status
     printed = capsys.readouterr().out
     assert bundle.id in printed
     for shift in compare(bundle, window).shifts:
@@ -145,5 +135,5 @@ def test_errors_end_with_2_and_say_the_way_out(bundle, folder, tmp_path, capsys)
         ("--db", tmp_path / "none", "--bundle", folder): "monitor.enabled=true",
         ("--db", db, "--bundle", tmp_path / "plain"): "no statistics",
     }.items():
-        assert call(*arguments) == 2
+        assert command("drift", "report", *arguments) == 2
         assert message in capsys.readouterr().err

@@ -5,7 +5,6 @@ import csv
 import io
 import os
 import socket
-import sys
 import threading
 import time
 import zipfile
@@ -22,7 +21,6 @@ import uvicorn
 from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
-from chestct.cli import main
 from chestct.config.schema import Config, EvaluationConfig, ModelConfig, PhantomConfig, WindowConfig
 from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
@@ -37,6 +35,7 @@ from chestct.phantom.thorax import draw
 from chestct.serving.examples import PHANTOMS, make_examples
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import PatientServer, bind, make_server, predictor_for, upload_folder
+from tests.conftest import command
 from tests.imaging.files import dicom
 
 SIZE = 64
@@ -181,18 +180,9 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def call(monkeypatch, small_bundle):
+def call(small_bundle):
     """call(*arguments): the exit status of `chestct predict`, with a small bundle unless one is given."""
-
-    def run(*arguments: object) -> int:
-        given = [str(argument) for argument in arguments]
-        bundle = [] if "--bundle" in given else ["--bundle", str(small_bundle)]
-        monkeypatch.setattr(sys, "argv", ["chestct", "predict", *given, *bundle])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0)
-
-    return run
+    return lambda *given: command("predict", *given, *(() if "--bundle" in given else ("--bundle", small_bundle)))
 
 
 Slices = Callable[..., dict[str, bytes]]

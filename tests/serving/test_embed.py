@@ -1,7 +1,6 @@
 """Features as a table: what is in it, and how they were made."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,23 +8,16 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from chestct.cli import main
 from chestct.files import digest
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import pixel_hash
 from chestct.models.bundle import load_bundle
+from tests.conftest import command
 
 
 @pytest.fixture
-def embed(monkeypatch, bundle_folder: Path):
-    def run(*arguments: object) -> int:
-        given = [str(argument) for argument in ("chestct", "embed", *arguments, "--bundle", bundle_folder)]
-        monkeypatch.setattr(sys, "argv", given)
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0)
-
-    return run
+def embed(bundle_folder: Path):
+    return lambda *given: command("embed", *given, "--bundle", bundle_folder)
 
 
 def test_each_file_has_the_pooled_maps_of_its_square_and_its_hashes(embed, phantoms, bundle_folder, tmp_path) -> None:

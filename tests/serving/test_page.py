@@ -11,7 +11,7 @@ from PIL import Image
 
 from chestct.serving.page import SESSIONS
 from chestct.serving.prediction import NOT_MEDICAL
-from chestct.serving.sentences import headline, score_name
+from chestct.serving.sentences import HEADLINES
 from tests.serving.conftest import Served, make_bundle, serving, zipped
 from tests.serving.visitor import Visitor
 
@@ -37,9 +37,7 @@ def test_a_slice_gets_its_decision_its_reasons_and_its_pictures(visitor, served,
     assert "mine\\.png" in values["verdict"]
     assert "Distance to the training slices" in values["why"]
     bars = {bar["label"]: bar["confidence"] for bar in values["score"]["confidences"]}
-    assert bars[score_name(served.predictor.bundle)] == pytest.approx(
-        min(0.99, max(0.01, predictions[i].score)), abs=1e-3
-    )
+    assert bars["Score"] == pytest.approx(min(0.99, max(0.01, predictions[i].score)), abs=1e-3)
     assert visible["slice"]
     assert np.abs(picture(values["slice"]) - predictions[i].gray).mean() < 5
     assert bool(values["heat"]["url"]) == (decision == "cancer")  # never on a slice called normal
@@ -51,9 +49,7 @@ def test_a_slice_gets_its_decision_its_reasons_and_its_pictures(visitor, served,
 
 def test_examples_are_answered_and_one_that_is_no_ct_is_refused(visitor: Visitor, served, examples) -> None:
     visitor.example(0)
-    assert visitor.headline == headline(
-        served.predictor.predict(examples["large-lesion.png"]).decision, served.predictor.bundle
-    )
+    assert visitor.headline == HEADLINES[served.predictor.predict(examples["large-lesion.png"]).decision]
     visitor.example(3)
     assert visitor.headline == "No answer for this image"
     assert "colour image" in visitor.values["verdict"]
@@ -61,7 +57,7 @@ def test_examples_are_answered_and_one_that_is_no_ct_is_refused(visitor: Visitor
     assert not visitor.visible["score"]
     assert not visitor.values["heat"]["url"]
     text = visitor.values["why"]  # behind "Show the score anyway"
-    assert text.index("means nothing") < text.index(score_name(served.predictor.bundle))
+    assert text.index("means nothing") < text.index("Score")
 
 
 def test_a_series_is_in_order_with_the_most_suspicious_slice_shown_and_a_bad_file_spoils_no_other(

@@ -19,13 +19,6 @@ from tests.serving.conftest import zipped
 MANY, MUCH = 10, 1_000_000
 
 
-def test_an_archive_gives_its_slices_and_nothing_else() -> None:
-    data = zipped({"a/1.png": b"1", "a/": b"", ".hidden": b"x", "__MACOSX/1.png": b"x", "DICOMDIR": b"x", "2": b"2"})
-    assert unzip(data, MANY, MUCH) == [("a/1.png", b"1"), ("2", b"2")]
-    data = zipped({"scan\\1.png": b"1", "scan\\": b"", "scan\\Thumbs.db": b"x"})  # as some Windows tools write them
-    assert [content for _, content in unzip(data, MANY, MUCH)] == [b"1"]
-
-
 def test_a_bomb_is_cut_off_whatever_it_announces() -> None:
     data = zipped({"bomb": b"\0" * 5_000_000})
     liar = data.replace(struct.pack("<L", 5_000_000), struct.pack("<L", 10))  # its directory says it is tiny
