@@ -98,7 +98,6 @@ def predict() -> None:
     parser = _parser("predict", predict.__doc__)
     parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, and folders to look through")
     parser.add_argument("--bundle", default="packaged", help="folder, models:/NAME@champion or runs:/ID (packaged)")
-    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store or server that knows such a name")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
     parser.add_argument("--viewer", type=Path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
@@ -112,9 +111,7 @@ def predict() -> None:
     _log_messages()
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
-    overrides = [f"tracking.uri={given.tracking_uri}"] if given.tracking_uri else []
-    bundle = bundle_folder(given.bundle, None, *overrides)
-    predictor = Predictor(bundle, backend=given.backend, accelerator=given.accelerator)
+    predictor = Predictor(bundle_folder(given.bundle), backend=given.backend, accelerator=given.accelerator)
     phase(f"Scoring files ({len(paths):,})")
     try:
         rows, reused = predict_files(paths, given.out, predictor, progress=sys.stderr.isatty())

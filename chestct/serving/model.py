@@ -28,10 +28,8 @@ Source = str | Path | bytes | np.ndarray
 class Model:
     """A bundle that is ready to answer, on this machine's accelerator where there is one; any thread may ask it."""
 
-    def __init__(self, source: str | Path = "packaged", *, tracking_uri: str = "") -> None:
-        overrides = [f"tracking.uri={tracking_uri}"] if tracking_uri else []
-        self.bundle_folder = bundle_folder(str(source), None, *overrides)
-        self.predictor = Predictor(self.bundle_folder)
+    def __init__(self, source: str | Path = "packaged") -> None:
+        self.predictor = Predictor(bundle_folder(str(source)))
 
     @property
     def bundle(self) -> Bundle:
@@ -102,7 +100,7 @@ def _slice(source: Source, window: WindowConfig, spacing: tuple[float, float] | 
     return Slice(source, "array", str(source.dtype), spacing=spacing)
 
 
-def bundle_folder(source: str, cfg: Config | None = None, *overrides: str) -> str:
+def bundle_folder(source: str, cfg: Config | None = None) -> str:
     """The bundle's folder; MLflow, which takes seconds to import, only for a name elsewhere. Raises ConfigError."""
     if not source.startswith(("models:/", "runs:/", "hf://")):
         return source
@@ -110,6 +108,6 @@ def bundle_folder(source: str, cfg: Config | None = None, *overrides: str) -> st
         from chestct.config.compose import compose
         from chestct.tracking.registry import fetch_bundle
 
-        return fetch_bundle(source, cfg or compose(*overrides))
+        return fetch_bundle(source, cfg or compose())
     except ModuleNotFoundError as error:  # as in the image
         raise ConfigError(f"bundle={source} needs {error.name}, which is not installed. Give a folder.") from None

@@ -195,9 +195,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     run(bob, "python", "evaluate.py", f"bundle={name}", shared, "hydra.run.dir=named")
     assert metrics(bob / "named")["test"]["auroc"] == pytest.approx(baseline["test"]["auroc"], abs=1e-6)
     slices = next((ada / ".cache/phantom").glob("[!.]*")) / "test"
-    printed = run(
-        bob, "python", "-m", "chestct", "predict", str(slices), "--bundle", name, "--tracking-uri", server.uri
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    printed = run(bob, "python", "-m", "chestct", "predict", str(slices), "--bundle", name)
     assert f"Scored by bundle {load_bundle(ada / 'runs/a/bundle').id}" in printed
     assert not [path for root in (ada, bob) for path in root.rglob("*") if _holds(path, PASSWORDS["writer"])]
 

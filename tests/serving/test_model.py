@@ -26,9 +26,9 @@ def test_importing_the_package_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_path_bytes_and_a_list_get_the_answers_of_the_service(model: Model, phantoms: Path) -> None:
+def test_a_path_bytes_and_a_list_get_the_answers_of_the_service(model: Model, bundle_folder, phantoms: Path) -> None:
     paths = sorted(phantoms.glob("test/*/*.png"))
-    service = Predictor(model.bundle_folder)
+    service = Predictor(bundle_folder)
     expected = [service.predict(path).score for path in paths]
     assert [answer.score for answer in model.predict(paths)] == pytest.approx(expected, abs=1e-5)
     assert model.predict(str(paths[0])).score == pytest.approx(expected[0], abs=1e-6)
@@ -67,14 +67,15 @@ def test_regions_enclose_the_hottest_places_and_know_their_size(model: Model, ex
 
 
 def test_mistakes_are_answered_in_a_sentence_and_whatever_is_printed_is_no_medical_advice(
-    model: Model, examples: dict[str, bytes], tmp_path: Path
+    model: Model, examples: dict[str, bytes], tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'none.db'}")
     answer = model.predict(examples["hills.png"])
     assert answer.decision == "refused"
     assert answer.reason in repr(answer)
     assert all(NOT_MEDICAL in repr(one) for one in (answer, model))
     with pytest.raises(ConfigError, match="models:/nobody@champion"):
-        chestct.load("models:/nobody@champion", tracking_uri=f"sqlite:///{tmp_path / 'none.db'}")
+        chestct.load("models:/nobody@champion")
     with pytest.raises(DecodeError, match=r"missing\.png"):
         model.predict([str(tmp_path / "missing.png")])
     with pytest.raises(DataError, match="spacing belongs to arrays"):
