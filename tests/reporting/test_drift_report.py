@@ -1,16 +1,15 @@
 """The drift report on simulated windows: when it speaks, when it is silent, and what it shows."""
 
-import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from chestct.config.schema_serving import FACTS
-from chestct.files import json_digest
 from chestct.imaging.statistics import STATISTICS
-from chestct.models.bundle import Bundle, load_bundle
+from chestct.models.bundle import Bundle, load_bundle, save_bundle
 from chestct.reporting import drift_report
 from chestct.reporting.drift_report import compare
 from chestct.serving.monitor import COLUMNS, NUMBERS
@@ -44,15 +43,13 @@ def records(bundle: Bundle, seed: int, n: int, refused: int = 0) -> dict[str, np
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the statistics of one draw."""
     folder = tmp_path_factory.mktemp("bundles") / "one"
-    make(folder)
+    made = make(folder)
     rng = np.random.default_rng(1000)
     train, valid = draw(rng, 500), draw(rng, 120)
-    facts = json.loads((folder / FACTS).read_text())
     both = valid | {name: train[name] for name in STATISTICS}
-    facts["statistics"] = {name: np.quantile(both[name], QUANTILES).tolist() for name in NUMBERS}
-    facts["data"]["slices"] = {"train": 500, "valid": 120, "test": 100}
-    del facts["digest"]
-    (folder / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}))
+    made.facts["statistics"] = {name: np.quantile(both[name], QUANTILES).tolist() for name in NUMBERS}
+    made.facts["data"]["slices"] = {"train": 500, "valid": 120, "test": 100}
+    save_bundle(folder, made)
     return folder
 
 
@@ -62,10 +59,8 @@ def bundle(folder: Path) -> Bundle:
 
 
 def write(path: Path, window: dict[str, np.ndarray]) -> Path:
-    with sqlite3.connect(path) as database:
-        database.execute(f"CREATE TABLE answers ({', '.join(COLUMNS)})")
-        rows = zip(*(window[name].tolist() for name in COLUMNS), strict=True)
-        database.executemany(f"INSERT INTO answers VALUES ({', '.join('?' * len(COLUMNS))})", rows)
+    with closing(sqlite3.connect(path)) as database:
+        pd.DataFrame(window)[list(COLUMNS)].to_sql("answers", database, index=False)
     return path
 
 
@@ -128,12 +123,11 @@ def test_the_exit_status_tells_the_verdict(bundle, folder, tmp_path, capsys, cha
         assert shift.change in printed
 
 
-def test_errors_end_with_2_and_say_the_way_out(bundle, folder, tmp_path, capsys):
+def test_errors_end_with_2_and_say_the_way_out(bundle, folder, small_bundle, tmp_path, capsys):
     db = write(tmp_path / "m.db", records(bundle, 0, 60))
-    make(tmp_path / "plain")
-    for arguments, message in {
-        ("--db", tmp_path / "none", "--bundle", folder): "monitor.enabled=true",
-        ("--db", db, "--bundle", tmp_path / "plain"): "no statistics",
-    }.items():
-        assert command("drift", "report", *arguments) == 2
+    for records_of, model, message in (
+        (tmp_path / "none", folder, "monitor.enabled=true"),
+        (db, small_bundle, "no statistics"),
+    ):
+        assert command("drift", "report", "--db", records_of, "--bundle", model) == 2
         assert message in capsys.readouterr().err

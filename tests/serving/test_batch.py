@@ -1,9 +1,6 @@
 """The batch command: what lands in the table, what a killed run leaves, and what strangers' files can do to it."""
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -136,39 +133,28 @@ def test_names_of_all_kinds_stay_one_row_each_and_are_never_a_formula(small_bund
     assert predict_files(paths, out, Predictor(small_bundle))[1] == len(paths)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_is_stopped_goes_on_where_it_ended(small_bundle, tmp_path, stop):
-    """The run stops itself with its tenth file, however quick the machine is."""
-    folder, out, partial = tmp_path / "d", tmp_path / "s.csv", tmp_path / "s.csv.partial"
-    folder.mkdir()
-    for i in range(30):
-        (folder / f"{i:03}.png").write_bytes(png(i))
-    code = f"""
-import os, sys
-from chestct.cli import main
-from chestct.serving import batch
-write, written = batch._as_csv, []
-def stopping(columns, rows, header=True):
-    written.append(rows)
-    if len(written) == 12:  # the head, ten files, and this one
-        os.kill(os.getpid(), {int(stop)})
-    return write(columns, rows, header)
-batch._as_csv = stopping
-sys.argv = ["chestct", "predict", {str(folder)!r}, "--bundle", {str(small_bundle)!r}, "--out", {str(out)!r}]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == (-9 if stop == signal.SIGKILL else 130), done.stderr
-    assert stop == signal.SIGKILL or "s.csv.partial" in done.stderr
+def test_a_run_that_is_stopped_goes_on_where_it_ended(call, scans, tmp_path, monkeypatch, capsys):
+    out, partial, killed = tmp_path / "s.csv", tmp_path / "s.csv.partial", tmp_path / "killed"
+    write, written = batch._as_csv, []
+
+    def stop(columns, rows, header=True):
+        written.append(rows)
+        if len(written) == 6:  # the head, four files, and this one
+            killed.write_bytes(partial.read_bytes() + b'"torn')  # what a kill would leave at this moment
+            raise KeyboardInterrupt
+        return write(columns, rows, header)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "_as_csv", stop)
+        assert call(scans, "--out", out) == 130
+    assert f"The same command goes on from {partial}" in capsys.readouterr().err
     assert not out.exists()
-    whole = len(rows(partial))
-    assert whole == 10
-    paths, _ = find_files([folder], out)
-    resumed, reused = predict_files(paths, out, Predictor(small_bundle))
-    assert reused == whole
+    killed.replace(partial)
+    assert call(scans, "--out", out) == 1
+    assert "3 scored before" in capsys.readouterr().out  # of four files one is no slice
     assert not partial.exists()
-    straight, _ = predict_files(paths, tmp_path / "straight.csv", Predictor(small_bundle))
+    assert call(scans, "--out", tmp_path / "straight.csv") == 1
+    resumed, straight = rows(out), rows(tmp_path / "straight.csv")
     assert [row["path"] for row in resumed] == [row["path"] for row in straight]
-    scores = [[float(row["score"]) for row in table] for table in (resumed, straight)]
+    scores = [[float(row["score"] or 0) for row in table] for table in (resumed, straight)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)

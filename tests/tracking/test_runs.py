@@ -2,10 +2,8 @@
 
 import multiprocessing
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -103,22 +101,6 @@ def test_a_run_that_is_gone_is_replaced_with_a_message(small, uri, tmp_path, cap
         assert run.run_id != gone.run_id
     assert "or was deleted; a new one" in capsys.readouterr().out
     assert (tmp_path / "out" / "checkpoints" / RUN_ID_FILE).read_text().strip() == run.run_id
-
-
-def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_store, tmp_path, monkeypatch):
-    home, copy = tmp_path / "home", tmp_path / "copy"
-    for folder in (home, copy):
-        folder.mkdir()
-    shutil.copy(empty_store, home / "mlflow.db")
-    monkeypatch.chdir(copy)
-    monkeypatch.setenv("DVC_ROOT", str(home))  # what DVC tells the stages of a queued experiment
-    cfg = small("tracking=mlflow", "cache_dir=.cache")
-    with recorded(cfg, copy / "out") as run:
-        run.artifacts(Path(__file__))
-    assert cfg.cache == home / ".cache"
-    (made,) = runs(f"sqlite:///{home}/mlflow.db")
-    assert made.info.artifact_uri.startswith(f"{home}/mlruns/chestct/")
-    assert list(copy.iterdir()) == [copy / "out"]
 
 
 def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
