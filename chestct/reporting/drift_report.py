@@ -33,12 +33,8 @@ class Shift:
 
     name: str
     change: str  # then and now, and the size of the change
-    large: bool
     p: float
-
-    @property
-    def drifted(self) -> bool:
-        return self.large and self.p < SIGNIFICANT
+    drifted: bool
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,6 @@ class Drift:
         if self.slices < FEWEST:
             return "few"
         return "drift" if any(shift.drifted for shift in self.shifts) else "same"
-
-    @property
-    def sentence(self) -> str:
-        """The verdict, in a sentence."""
-        names = ", ".join(shift.name for shift in self.shifts if shift.drifted)
-        return {
-            "few": f"{self.slices} slices are too few to judge: {FEWEST} are needed.",
-            "drift": f"Of {len(self.shifts)} things compared these have drifted: {names}.",
-            "same": f"No drift in {self.slices:,} slices: nothing compared has changed by much.",
-        }[self.verdict]
 
 
 def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
@@ -99,14 +85,23 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
         slices=slices,
         others=int((~own).sum()),
         known=int((own & ~fresh).sum()),
-        shifts=[Shift(*what, p) for what, p in zip(compared, holm(np.array(p)).tolist(), strict=True)],
+        shifts=[
+            Shift(name, change, p, large and p < SIGNIFICANT)
+            for (name, change, large), p in zip(compared, holm(np.array(p)).tolist(), strict=True)
+        ],
         decisions=dict(Counter(records["decision"][fresh].tolist()).most_common()),
     )
 
 
 def summary(drift: Drift) -> str:
     """The report for a terminal, one line for each thing compared."""
-    lines = [f"Bundle {drift.bundle}, {drift.period}. {drift.sentence}"]
+    names = ", ".join(shift.name for shift in drift.shifts if shift.drifted)
+    verdict = {
+        "few": f"{drift.slices} slices are too few to judge: {FEWEST} are needed.",
+        "drift": f"Of {len(drift.shifts)} things compared these have drifted: {names}.",
+        "same": f"No drift in {drift.slices:,} slices: nothing compared has changed by much.",
+    }[drift.verdict]
+    lines = [f"Bundle {drift.bundle}, {drift.period}. {verdict}"]
     lines += [f"  {'DRIFT' if s.drifted else 'same':<7}{s.name:<13}{s.change}, p {s.p:.2g}" for s in drift.shifts]
     lines += [f"  {count:,} {decision}" for decision, count in drift.decisions.items()]
     return "\n".join([*lines, f"  Left out: {drift.others:,} of other bundles, {drift.known:,} of the training data."])

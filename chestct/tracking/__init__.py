@@ -14,12 +14,9 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # an epoch of a head is shorter than a write
 
-from chestct.tracking.registry import fetch_bundle as fetch_bundle
-from chestct.tracking.run import Run as Run
-from chestct.tracking.run import code_version as code_version
-from chestct.tracking.run import open_run as open_run
-from chestct.tracking.run import run_of as run_of
-from chestct.tracking.run import sole_writer as sole_writer
-from chestct.tracking.stores import TrackingError as TrackingError
-from chestct.tracking.stores import probe as probe
-from chestct.tracking.sync import sync as sync
+from chestct.tracking.registry import fetch_bundle
+from chestct.tracking.run import Run, code_version, open_run, run_of, sole_writer
+from chestct.tracking.stores import TrackingError, probe
+from chestct.tracking.sync import sync
+
+__all__ = ["Run", "TrackingError", "code_version", "fetch_bundle", "open_run", "probe", "run_of", "sole_writer", "sync"]

@@ -9,7 +9,7 @@ from chestct.serving import batch
 from chestct.serving.batch import find_files, predict_files
 from chestct.serving.predictor import Predictor
 from tests.models.test_bundle import make
-from tests.serving.conftest import rows
+from tests.serving.conftest import rows, zipped
 from tests.serving.test_predictor import png, tiff
 
 ROOT = Path(__file__).parents[2]
@@ -56,10 +56,14 @@ def test_the_exit_status_and_errors_say_what_went_wrong(call, scans, tmp_path, c
     assert call(scans / "b" / "s1.png", "--out", out) == 0
     assert call(scans / "a" / "notes.txt", "--out", out) == 2
     (tmp_path / "empty").mkdir()
+    (tmp_path / "rubbish.zip").write_bytes(b"rubbish")
+    (tmp_path / "empty.zip").write_bytes(zipped({"DICOMDIR": b""}))
     (tmp_path / "patients.csv").write_text("name,age\nA,1\n")
     for arguments, message in {
         (tmp_path / "nowhere",): "No such file or folder",
         (tmp_path / "empty",): "No files in",
+        (tmp_path / "rubbish.zip",): "rubbish.zip",
+        (tmp_path / "empty.zip",): "empty.zip",
         (scans, "--bundle", tmp_path / "nowhere"): "No bundle in",
         (scans, "--out", tmp_path / "patients.csv"): "no table of this program",
         (scans, "--out", tmp_path / "patients.csv" / "s.csv"): "--out",
