@@ -163,10 +163,11 @@ def check_explanation(bundle: Bundle, lesions: Lesions) -> dict[str, Any]:
     assert heats is not None
     pointing, failure = game(heats, lesions, _of_other_half(lesions.masks)), ""
     blind = max(("random place in the lungs", "usual place"), key=lambda name: pointing[name] or 0)
-    if pointing["heat map"].low <= (pointing[blind] or 0):
+    chance = pointing[blind] or 0  # no slice may show lungs
+    if pointing["heat map"].low <= chance:
         failure = (
             f"The hottest point lies in the lesion in {pointing['heat map'].value:.0%} of {len(heats)} slices: not "
-            f"clearly more often than without looking at the slice ({blind}: {pointing[blind]:.0%})."
+            f"clearly more often than without looking at the slice ({blind}: {chance:.0%})."
         )
     return {"pointing": pointing, "failure": failure}
 

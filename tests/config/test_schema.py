@@ -97,6 +97,7 @@ def test_settings_survive_a_checkpoint_and_those_that_earlier_versions_had_are_l
     stored = dataclasses.asdict(cfg)
     stored["tracking"]["system_metrics"] = True
     stored["evaluation"]["folds"] = 5
+    stored["data"]["phantom"]["defects"] = []
     assert resolve(stored) == cfg
 
 
