@@ -1,15 +1,24 @@
-"""Every command of README and docs: they compose, and what they name exists."""
+"""Every command of README and docs: run by the installed wheel or, where that cannot be, composed."""
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
+import nibabel
+import numpy as np
 import pytest
 
 from chestct.config.compose import compose
 from chestct.config.schema import Config, leaves
+from tests.conftest import SMALL
 from tests.e2e.test_commands import ROOT
+from tests.serving.conftest import examples as examples
+from tests.serving.conftest import scan as scan
+from tests.serving.conftest import zipped
 
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND = re.compile(
@@ -17,19 +26,67 @@ COMMAND = re.compile(
 )
 CODE = re.compile(r"^( *)```\w*\n(.*?)^\1```", re.M | re.S)
 
+ELSEWHERE = {
+    r"^chestct serve|^python serve.py": "a service: test_serve, test_browser",
+    r"launcher=(slurm|ray)|^torchrun|^srun|trainer=(ddp|gpu)": "several processes or a GPU: training/test_ddp",
+    r"tracking\.(uri|owner|register)|^chestct sync": "a server: test_servers, test_registry",
+    r"^chestct push": "a hub: test_hub",
+    r"data=hospitals|data fetch \w+|\.\./shared": "real data: data/test_public, audit/test_real",
+    r"format=|\.backend=": "minutes of verification: evaluation/test_backends",
+    r"sweep=": "many trainings: test_sweep",
+    r"_target_=|model\.backbone=|trust=": "code and weights of one's own: test_extend",
+    r"ckpt=runs/four|evaluation\.protocol": "minutes: evaluation/test_protocol",
+    r"drift report": "records of a service: reporting/test_drift_report",
+    r"bundle=packaged": "a second for each slice: models/test_packaged_bundle",
+    r"^chestct (predict|space)$": "no command, named in passing",
+}
+"""What is composed and not run, why, and the tests that run it."""
+
 FILLED = {
     r"bundle=(FOLDER|\.\.\.)": "bundle=runs/A/bundle",
     r"(--viewer|space) FOLDER": r"\1 new\1",
     r"data\.root=\.\.\.": "data.root=FOLDER",
     r"data=\.\.\.": "data=chest_ct",
+    r"data=chest_ct data\.root=FOLDER$": r"\g<0> 'data.labels={large_cell: large_cell, squamous: squamous}'",
     r"\{\.\.\.\}": "{healthy: normal, tumour: cancer}",
     r"\$\w+": "torch",
     r" > .*|\"$": "",
 }
 """What stands for dots and variables; files and folders of the names in capitals are there."""
 
+EXTRA = {
+    "python train.py": ["hydra.run.dir=runs/A", "evaluation.report=true"],
+    "python train.py model.freeze=true optim.lr=1e-4": ["hydra.run.dir=runs/B", "evaluation.report=true"],
+    "python train.py experiment=two_stage": ["trainer.unfreeze_epoch=1"],
+}
+QUICK = [
+    *SMALL,
+    "data.phantom.slices=60",
+    "data.phantom.size=96",
+    "evaluation.resamples=100",
+    "evaluation.report=false",
+]
 PROGRAMS = {"train": "train", "evaluate": "evaluate", "export": "evaluate", "serve": "serve"}
 """The file of conf/ that a command with settings starts from; "stage" for the others."""
+
+RUNNER = """
+import json, os, runpy, sys
+import chestct.evaluation.export, chestct.experiment, chestct.pyfunc, chestct.reporting.render, chestct.training
+
+program, jobs = sys.argv[1], json.load(sys.stdin)
+status = []
+for n, (name, *arguments) in enumerate(jobs):
+    if not os.fork():  # all that takes seconds to import is there
+        for stream in (1, 2):
+            os.dup2(os.open(f"{n}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        sys.argv = [program, *arguments]
+        if name == "python":
+            exec(arguments[1])
+            sys.exit()
+        runpy.run_path(program, run_name="__main__")
+    status.append(os.waitstatus_to_exitcode(os.wait()[1]))
+print(json.dumps(status))
+"""
 
 
 def documented() -> list[str]:
@@ -53,6 +110,16 @@ def filled(command: str) -> list[str]:
         command = re.sub(pattern, value, command)
     words = shlex.split(re.sub(r"^(torchrun|srun) .*(?=train\.py)|^python (?=\w+\.py)", "", command))
     return ["chestct", words[0].removesuffix(".py"), *words[1:]] if words[0].endswith(".py") else words
+
+
+def quick(command: str) -> list[str]:
+    """The same with small phantoms and few epochs, where it does not say otherwise."""
+    words = filled(command)
+    given = {word.split("=")[0] for word in words}
+    wanted = QUICK if words[1] in ("train", "audit", "ingest") and "--cfg" not in words else []
+    if words[1] == "evaluate" and "compare" not in given:
+        wanted = ["evaluation.resamples=100"]
+    return [*words, *(item for item in wanted if item.split("=")[0] not in given), *EXTRA.get(command, [])]
 
 
 def test_every_setting_that_is_named_exists():
@@ -83,3 +150,43 @@ def test_every_command_composes():
         if "-m" in words:  # the first of the values, the lower end of the range
             settings = [re.sub(r"(\[.*?\]|[^=,(\[]+),\S+$", r"\1", word.replace("interval(", "")) for word in settings]
         compose(*settings, config_name=PROGRAMS.get(name, "stage"))
+
+
+@pytest.fixture
+def place(tmp_path, scan, phantoms, empty_store):
+    """A folder with all that the commands name: slices, a scan, runs/..."""
+    for name in ("train", "valid", "test"):
+        shutil.copytree(phantoms / name, tmp_path / "FOLDER" / name)
+    series = scan(5)
+    for name, content in series.items():
+        (tmp_path / "SERIES_FOLDER" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "SERIES_FOLDER" / name).write_bytes(content)
+    (tmp_path / "scans").symlink_to("SERIES_FOLDER")
+    (tmp_path / "slice.dcm").write_bytes(content)
+    (tmp_path / "study.zip").write_bytes(zipped(series))
+    volume = np.full((64, 64, 2), -800, np.int16)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "ct.nii.gz")
+    (tmp_path / "runs").mkdir()
+    for name, other in {"RUN": "A", "torch": "A", "winner": "B", "openvino_int8": "B"}.items():
+        (tmp_path / "runs" / name).symlink_to(other)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "artifacts" / "evaluation").symlink_to("../runs/A/evaluation")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.skipif(sys.platform == "darwin", reason="forks after torch was loaded, which macOS does not bear")
+def test_the_others_run_from_an_installed_wheel(installed, place):
+    commands = [command for command in documented() if not any(re.search(p, command) for p in ELSEWHERE)]
+    jobs = json.dumps([quick(command) for command in commands])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    runner = [str(installed / "python"), "-c", RUNNER, str(installed / "chestct")]
+    done = subprocess.run(runner, cwd=place, env=environment, input=jobs, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr
+    failed = {
+        command: (place / f"{n}.log").read_text(encoding="utf-8")
+        for n, (command, status) in enumerate(zip(commands, json.loads(done.stdout), strict=True))
+        if status
+    }
+    assert not failed

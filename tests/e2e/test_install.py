@@ -2,13 +2,9 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
-import venv
-from pathlib import Path
 
 import pytest
 
@@ -20,28 +16,6 @@ def test_every_package_is_in_the_wheel():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     there = {f"chestct.{path.parent.name}" for path in (ROOT / "chestct").glob("*/__init__.py")}
     assert there | {"chestct", "chestct.conf"} == {name for name in listed if name.startswith("chestct")}
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that holds the wheel, and the dependencies of this one; returns its folder of programs."""
-    folder = tmp_path_factory.mktemp("installed")
-    files = subprocess.check_output(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, text=True).splitlines()
-    for name in files:
-        if (ROOT / name).is_file():
-            (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / "source" / name)
-    pip = [sys.executable, "-m", "pip"]
-    build = [*pip, *["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", "./source"]]
-    subprocess.run(build, cwd=folder, check=True)
-    (wheel,) = (folder / "wheels").glob("*.whl")
-    venv.create(folder / "env", with_pip=False)
-    (site,) = (folder / "env").glob("lib/python*/site-packages")
-    # A path alone: the editable installation of this environment stays out of it.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    python = folder / "env" / "bin" / "python"
-    subprocess.run([*pip, "--python", str(python), "install", "-q", "--no-deps", str(wheel)], check=True)
-    return python.parent
 
 
 @pytest.mark.slow

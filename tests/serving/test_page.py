@@ -2,6 +2,7 @@
 
 import base64
 import io
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chestct.serving.page import PICTURES
 from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.sentences import HEADLINES
 from tests.serving.conftest import Served, make_bundle, serving, zipped
@@ -132,3 +134,20 @@ def test_a_scan_is_a_strip_of_scores_with_the_most_suspicious_slices_first(visit
     assert "Not validated for patients" in visitor.values["status"]
     visitor.look(list(files.items())[:2])
     assert not visitor.visible["strip"]
+
+
+def test_a_whole_scan_is_within_the_limits_of_a_request_and_in_order(bundle_folder, scan) -> None:
+    plain = np.zeros((512, 512), np.int16)  # as large as those of a scanner: 168 MB in all
+    files = scan(320, Rows=512, Columns=512, BitsAllocated=16, BitsStored=16, HighBit=15, PixelData=plain.tobytes())
+    files |= {name: data for name, data in scan(320).items() if name.endswith("7")}  # 32 that show a thorax
+    with serving(bundle_folder) as service:
+        visitor = Visitor(service.url)
+        visitor.look([("scan.zip", zipped(files, zipfile.ZIP_STORED))])
+        points = visitor.values["strip"]["data"]
+        expected = {i + 1: service.predictor.predict(files[f"1.2.3/IM{320 - i:03}"]).score for i in range(3, 320, 10)}
+    places = [place for place, _, _ in points]
+    assert places == sorted(places)
+    found = {place: score for place, score, _ in points}
+    assert found.keys() >= expected.keys()
+    assert [found[place] for place in expected] == pytest.approx(list(expected.values()), abs=1e-5)
+    assert len(visitor.values["slices"]) == PICTURES
