@@ -106,6 +106,43 @@ def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, command, s
         assert not list(tmp_path.glob("runs/*"))
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train data.root=gone",
+        "train data.sources={a:{root:gone}}",
+        "train ckpt=gone",
+        "train data.labels_file=gone",
+        "evaluate ckpt=gone",
+        "evaluate bundle=gone",
+        "evaluate bundle=packaged data.root=gone",
+        "evaluate compare=[gone,gone]",
+        "export ckpt=gone bundle=new",
+        "export bundle=gone format=onnx",
+        "serve bundle=gone",
+        "audit data.root=gone",
+        "ingest data.root=gone",
+        "predict gone",
+        "predict a.png --bundle gone",
+        "embed gone",
+        "embed a.png --bundle gone",
+        "data fetch chest_ct gone",
+        "push gone user/name",
+        "space new --bundle gone",
+        "drift report --db gone",
+        "drift report --bundle gone",
+    ],
+)
+def test_a_misspelt_path_is_named_and_leaves_no_run(call, tmp_path, command):
+    (tmp_path / "a.png").write_bytes(b"")
+    status, out, err = call("chestct", *command.split(), small=False)
+    assert status == 2
+    assert "gone" in err
+    assert "Traceback" not in out + err
+    left = {path.name for path in tmp_path.rglob("*")} - {"a.png"}
+    assert left <= {"runs", ".cache", "mlflow.db", "mlflow.db.lock"}  # with nothing in them
+
+
 @pytest.mark.slow
 def test_data_commands_ingest_and_audit(call, tmp_path, phantoms, cache):
     settings = ("data.size=64", f"data.root={phantoms}", f"cache_dir={cache}", "trainer.progress=false")

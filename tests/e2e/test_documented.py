@@ -44,10 +44,10 @@ ELSEWHERE = {
 
 FILLED = {
     r"bundle=(FOLDER|\.\.\.)": "bundle=runs/A/bundle",
+    r"(predict|embed) FOLDER": r"\1 FOLDER/valid",  # a second a slice
     r"(--viewer|space) FOLDER": r"\1 new\1",
     r"data\.root=\.\.\.": "data.root=FOLDER",
     r"data=\.\.\.": "data=chest_ct",
-    r"data=chest_ct data\.root=FOLDER$": r"\g<0> 'data.labels={large_cell: large_cell, squamous: squamous}'",
     r"\{\.\.\.\}": "{healthy: normal, tumour: cancer}",
     r"\$\w+": "torch",
     r" > .*|\"$": "",
@@ -60,7 +60,8 @@ EXTRA = {
     "python train.py experiment=two_stage": ["trainer.unfreeze_epoch=1"],
 }
 QUICK = [
-    *SMALL,
+    *(setting for setting in SMALL if "max_epochs" not in setting),
+    "trainer.max_epochs=2",
     "data.phantom.slices=60",
     "data.phantom.size=96",
     "evaluation.resamples=100",
@@ -114,12 +115,12 @@ def filled(command: str) -> list[str]:
 
 def quick(command: str) -> list[str]:
     """The same with small phantoms and few epochs, where it does not say otherwise."""
-    words = filled(command)
+    words = [*filled(command), *EXTRA.get(command, [])]
     given = {word.split("=")[0] for word in words}
     wanted = QUICK if words[1] in ("train", "audit", "ingest") and "--cfg" not in words else []
     if words[1] == "evaluate" and "compare" not in given:
         wanted = ["evaluation.resamples=100"]
-    return [*words, *(item for item in wanted if item.split("=")[0] not in given), *EXTRA.get(command, [])]
+    return [*words, *(item for item in wanted if item.split("=")[0] not in given)]
 
 
 def test_every_setting_that_is_named_exists():
@@ -155,8 +156,11 @@ def test_every_command_composes():
 @pytest.fixture
 def place(tmp_path, scan, phantoms, empty_store):
     """A folder with all that the commands name: slices, a scan, runs/..."""
-    for name in ("train", "valid", "test"):
-        shutil.copytree(phantoms / name, tmp_path / "FOLDER" / name)
+    for path in phantoms.rglob("*/*/*.png"):
+        kind = path.parent.name if path.parent.name == "normal" else "adenocarcinoma"  # all settings know these two
+        target = tmp_path / "FOLDER" / path.parts[-3] / kind / f"{path.parent.name}-{path.name}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     series = scan(5)
     for name, content in series.items():
         (tmp_path / "SERIES_FOLDER" / name).parent.mkdir(parents=True, exist_ok=True)

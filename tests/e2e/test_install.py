@@ -18,6 +18,13 @@ def test_every_package_is_in_the_wheel():
     assert there | {"chestct", "chestct.conf"} == {name for name in listed if name.startswith("chestct")}
 
 
+def test_uv_takes_the_tested_versions():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["uv"]
+    assert listed["constraint-dependencies"] == pins, f"pyproject.toml should have: {json.dumps(pins)}"
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_evaluates_and_predicts_anywhere(installed, tmp_path, phantoms):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
