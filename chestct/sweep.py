@@ -69,8 +69,10 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
             raise Interrupted(f"The sweep was stopped. {again}") from None
         finally:
             _report(study, cfg.trainer.monitor, fixed, folder, run)
-    if errors := [f"job {number}: {error}" for number, error in _errors(study).items()]:
-        raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *errors]))
+    if errors := _errors(study):
+        jobs_of = {text: [str(job) for job in sorted(errors) if errors[job] == text] for text in errors.values()}
+        lines = [f"job {', '.join(numbers)}: {text}" for text, numbers in jobs_of.items()]
+        raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *lines]))
 
 
 def _settings(overrides: list[Override], config: DictConfig, loader: ConfigLoader) -> Config:

@@ -14,7 +14,6 @@ import pytest
 
 from chestct.config.compose import compose
 from chestct.config.schema import Config, leaves
-from tests.conftest import SMALL
 from tests.e2e.test_commands import ROOT
 from tests.serving.conftest import examples as examples
 from tests.serving.conftest import scan as scan
@@ -60,8 +59,11 @@ EXTRA = {
     "python train.py experiment=two_stage": ["trainer.unfreeze_epoch=1"],
 }
 QUICK = [
-    *(setting for setting in SMALL if "max_epochs" not in setting),
+    "data.size=32",
+    "data.batch_size=8",
     "trainer.max_epochs=2",
+    "trainer.progress=false",
+    "tracking=off",
     "data.phantom.slices=60",
     "data.phantom.size=96",
     "evaluation.resamples=100",
