@@ -20,6 +20,7 @@ from chestct.config.schema import Config, classes_of
 from chestct.data.augment import Batch, defers, draw_changes, finish, make_views, number_of
 from chestct.data.lesions import unpack
 from chestct.data.prepare import prepare_store, prepared_folder
+from chestct.data.rows import Rows
 from chestct.data.splits import balanced_weights, load_splits
 from chestct.data.store import Store, open_store
 from chestct.files import digest
@@ -40,8 +41,8 @@ class SliceDataset(Dataset):
         y: np.ndarray,
         cfg: Config,
         train: bool = False,
-        features: Sequence[torch.Tensor] = (),
-        places: Sequence[torch.Tensor] = (),
+        features: Sequence[Rows] = (),
+        places: Sequence[Rows] = (),
     ) -> None:
         self.images, self.cfg, self.train, self.features, self.places = images, cfg, train, features, places
         self.rows = manifest["row"].to_numpy()
@@ -211,8 +212,8 @@ class SliceModule(L.LightningDataModule):
     how much of each place a lesion covers, -1 where that is not known.
 
     After `setup`: `store`; `manifest`, the slices that take part, one row each, with the columns split, target and
-    leaked (docs/manifest.md has the others); `class_names`. `features` may then hold, for each split, one tensor
-    [N, D] a view, in the manifest's order; they stand in for images while the convolutions are frozen.
+    leaked (docs/manifest.md has the others); `class_names`. `features` may then hold, for each split, the rows
+    of [N, D] a view, in the manifest's order; they stand in for images while the convolutions are frozen.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -220,8 +221,8 @@ class SliceModule(L.LightningDataModule):
         self.cfg = cfg
         self.class_names = classes_of(cfg.task)
         self.store: Store | None = None
-        self.features: dict[str, list[torch.Tensor]] = {}
-        self.places: dict[str, list[torch.Tensor]] = {}
+        self.features: dict[str, list[Rows]] = {}
+        self.places: dict[str, list[Rows]] = {}
         self.spaces: dict[str, list[Any]] = {}  # of each split, what decides the features that are there
         self.resident: torch.Tensor | None = None  # all slices of the store on a GPU, while it trains
         self.prepare_data_per_node = False  # machines see one cache_dir

@@ -209,7 +209,7 @@ def conv5_of(model: Classifier, images: np.ndarray, contents: Sequence[str], cfg
         def squares(positions: Sequence[int]) -> list[torch.Tensor]:
             return list(net.batches(images[positions], len(positions)))
 
-        (maps,) = features.extract([kept], squares, net.mean.device, batch_size=batch_size)
+        maps = features.extract([kept], squares, net.mean.device, batch_size=batch_size)[0][:]
     else:
         maps = torch.cat([layer(x).cpu() for x in net.batches(images, batch_size)])
     return maps.to(net.mean.device).float()

@@ -113,7 +113,7 @@ def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str
     heads = [load_classifier(path, cfg.trust).eval() for path in models]
     first, shown = heads[0], {}
     baselines = [None if has_places(head.net.head) else normal_baseline(head, data, cfg) for head in heads]
-    taught = [places.sum((0, 1)) for places in data.places.get("train", []) if places.shape[-1] > 1]
+    taught = [held[:].sum((0, 1)) for held in data.places.get("train", []) if held.rows[0].shape[-1] > 1]
     usual = torch.stack(taught).sum(0).numpy() if taught else None
     for kind, lesions in every.items():
         if lesions is not None:

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceDataset, SliceModule
+from chestct.data.rows import Rows
 from chestct.data.store import preprocess_of
 from chestct.files import digest, file_digest, json_digest, write_atomic
 from chestct.models.backends import pooled_by
@@ -72,7 +73,8 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
             run = partial(extract, batch_size=cfg.features.batch_size, label=label)
             every = run(kept, partial(_shown, dataset, at, view, device), device)
             for held, values in zip((data.features[split], data.places[split]), every, strict=False):
-                held.append(values if not view else held[0].index_copy(0, torch.from_numpy(at), values))
+                rows = dict(enumerate(held[0].rows)) if view else {}
+                held.append(Rows([*(rows | dict(zip(at.tolist(), values.rows, strict=True))).values()]))
         data.spaces[split] = spaces
 
 
@@ -90,7 +92,7 @@ def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def in_fp32(cfg: Config) -> Config:
     """The settings of features that are as exact as a bundle's answers, which evaluation measures."""
-    exact = "torch" if cfg.features.backend == "openvino_int8" else cfg.features.backend
+    exact = cfg.features.backend.removesuffix("_int8")
     trainer = replace(cfg.trainer, precision="32-true")
     return replace(cfg, features=replace(cfg.features, backend=exact), trainer=trainer)
 
@@ -127,7 +129,7 @@ def extract(
     *,
     batch_size: int,
     label: str = "",
-) -> list[torch.Tensor]:
+) -> list[Rows]:
     """What is kept of N slices, [N, ...] each, on the CPU: from the cache where it is there, else computed and cached.
 
     slices: gives for positions what each layer takes, as images float [B, 1, S, S] and masks [B, 1, S, S]; equal hashes
@@ -169,7 +171,7 @@ def extract(
             keeping = pool.submit(keep, batch, computed, following is None)
         if keeping is not None:
             keeping.result()
-    return [torch.stack([held[content] for content in one.contents]) for one, held in zip(kept, rows, strict=True)]
+    return [Rows([held[content] for content in one.contents]) for one, held in zip(kept, rows, strict=True)]
 
 
 def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
@@ -209,7 +211,7 @@ def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndar
     net.eval()
     every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images, batch_size, dataset.rows))
     if dataset.features:
-        every = torch.split(dataset.features[0], 1024)
+        every = (dataset.features[0][at : at + 256] for at in range(0, len(dataset), 256))
     logits, pooled = [], []
     for maps in every:
         logits.append(net.head(maps.to(net.mean.device)).float().cpu())

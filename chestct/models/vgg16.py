@@ -8,6 +8,7 @@ place, `model.head` another head.
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from chestct.config.schema import ModelConfig
 from chestct.config.targets import build
 from chestct.errors import ConfigError
 from chestct.models.weights import Weights, convolutions
+
+if TYPE_CHECKING:
+    from chestct.data.rows import Rows
 
 
 class VGG16(nn.Module):
@@ -115,7 +119,7 @@ class VGG16(nn.Module):
         parts = features.reshape(len(features), self.channels, -1)
         return parts[..., 0] if features.ndim == 2 and self.head[0].pool == "mean_max_std" else parts.mean(2)
 
-    def fit_standardise(self, maps: torch.Tensor, w: torch.Tensor | None) -> None:
+    def fit_standardise(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None) -> None:
         """Fixes how a head that judges places standardises, by the cached maps of train and what each slice counts."""
         for layer in self.head:
             if isinstance(layer, Standardise):
@@ -219,7 +223,7 @@ class Standardise(nn.BatchNorm2d):
         self.fitted = False
 
     @torch.no_grad()
-    def fit(self, maps: torch.Tensor, w: torch.Tensor | None = None) -> None:
+    def fit(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None = None) -> None:
         """Takes means and spreads from maps [N, C, h, w], weighted by w [N], for good: not batch by batch.
 
         A batch's own would depend on what else is in it, and count phantoms or a large source by their slices.
@@ -228,8 +232,8 @@ class Standardise(nn.BatchNorm2d):
         assert self.running_var is not None
         w = torch.ones(len(maps)) if w is None else w
         mean, square = torch.zeros(2, maps.shape[1], dtype=torch.float64)
-        for part, weight in zip(torch.split(maps, 64), torch.split(w.double() / w.sum(), 64), strict=True):
-            places = part.float().flatten(2)
+        for at, weight in zip(range(0, len(maps), 64), torch.split(w.double() / w.sum(), 64), strict=True):
+            places = maps[at : at + 64].float().flatten(2)
             mean += weight @ places.mean(2).double()
             square += weight @ places.square().mean(2).double()
         self.running_mean.copy_(mean)

@@ -132,7 +132,7 @@ def test_cached_places_are_those_of_the_masks_and_follow_them(known):
         every = list(range(len(cached)))
         for view in (0, 1):
             expected = torch.nn.functional.adaptive_avg_pool2d(cached.shown(every, view)[1].float(), 4)
-            torch.testing.assert_close(data.places["train"][view], expected)
+            torch.testing.assert_close(data.places["train"][view][:], expected)
             shown = in_view(cached, view, every)
             torch.testing.assert_close(shown["places"].clamp(min=0), expected)
             assert ((shown["places"] < 0).flatten(1).all(1) <= (shown["y"] == 1)).all()
@@ -155,7 +155,7 @@ def test_next_to_drawn_lesions_slices_with_cancer_stay_as_they_are(known, small)
     attach(module, net, dataclasses.replace(drawn, cache_dir=f"{cfg.cache_dir}/drawn"), ("train",), views=2)
     assert sum(computed) == len(dataset) + (~cancer).sum()  # nor are their features computed twice
     for seen, features in zip((plain, changed), module.features["train"], strict=True):
-        torch.testing.assert_close(features.float(), seen, atol=1e-3, rtol=0)
+        torch.testing.assert_close(features[:].float(), seen, atol=1e-3, rtol=0)
 
 
 def test_an_epoch_mixes_views_and_a_cycle_shows_each_slice_once_in_each(small):

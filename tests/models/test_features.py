@@ -1,3 +1,4 @@
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ from safetensors.torch import save
 
 from chestct.models import backends, features
 from chestct.models.features import Kept, attach, extract, space_folder
+from chestct.program import errors_for_people
 from tests.conftest import network, opened
 from tests.models.test_backends import needs
 
@@ -31,7 +33,7 @@ class Slices:
 
 
 def run(net, slices, names, folder):
-    return extract([Kept(net.pooled, names, folder / "f")], slices, torch.device("cpu"), batch_size=4)[0]
+    return extract([Kept(net.pooled, names, folder / "f")], slices, torch.device("cpu"), batch_size=4)[0][:]
 
 
 def test_features_are_what_the_convolutions_give_and_are_computed_once(net, tmp_path):
@@ -42,6 +44,13 @@ def test_features_are_what_the_convolutions_give_and_are_computed_once(net, tmp_
     again = Slices(6)
     assert torch.equal(run(net, again, list("fedcba"), tmp_path), result.flip(0))
     assert again.computed == []
+
+
+def test_rows_are_those_of_the_mapped_shard_and_no_copies_in_memory(net, tmp_path):
+    kept = [Kept(net.pooled, list("abc"), tmp_path / "f")]
+    for _ in ("computed", "read"):
+        (rows,) = extract(kept, Slices(3), torch.device("cpu"), batch_size=4)
+        assert len({row.untyped_storage().data_ptr() for row in rows.rows}) == 1
 
 
 def test_only_what_is_new_is_computed_and_copies_once(net, tmp_path):
@@ -81,6 +90,29 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
     assert len(list((tmp_path / "f").iterdir())) == 2  # no half-written one
 
 
+@pytest.mark.parametrize("room", [0, 2_000])
+def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(net, tmp_path, capsys, room):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(SystemExit), errors_for_people():
+            run(net, Slices(4), list("abcd"), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in (message := capsys.readouterr().err)
+    assert "cache_dir=FOLDER" in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(run(net, Slices(4), list("abcd"), tmp_path)) == 4
+
+
+def test_a_cache_that_cannot_be_written_ends_in_one_sentence(net, tmp_path, capsys):
+    (tmp_path / "f").write_text("in the way")
+    with pytest.raises(SystemExit), errors_for_people():
+        run(net, Slices(4), list("abcd"), tmp_path)
+    assert f"Cannot use {tmp_path / 'f'}" in (message := capsys.readouterr().err)
+    assert "cache_dir=FOLDER" in message
+
+
 def test_every_setting_that_changes_features_has_its_own_folder(small):
     cfg = small()
     changed = ("model.pool=flatten", "data.fit=body", "data.size=96")
@@ -114,7 +146,7 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
         attach(module, net, settings, ["train", "valid"], 1)
     assert data.spaces["train"][0][0] != plain.spaces["train"][0][0]
     for split in ("train", "valid"):
-        got, expected = data.features[split][0], plain.features[split][0]
+        got, expected = data.features[split][0][:], plain.features[split][0][:]
         if backend == "openvino":
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
         else:
@@ -124,5 +156,5 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
     monkeypatch.setattr(backends, "convert", lambda *_: pytest.fail("converted again"))
     again = opened(cfg)
     attach(again, net, cfg, ["train"], 1)
-    assert torch.equal(again.features["train"][0], data.features["train"][0])
-    assert features.in_fp32(cfg).features.backend == {"openvino": "openvino"}.get(backend, "torch")
+    assert torch.equal(again.features["train"][0][:], data.features["train"][0][:])
+    assert features.in_fp32(cfg).features.backend == "openvino"
