@@ -231,7 +231,7 @@ class Standardise(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         w = torch.ones(len(maps)) if w is None else w
-        mean, square = torch.zeros(2, maps.shape[1], dtype=torch.float64)
+        mean, square = torch.zeros(2, self.num_features, dtype=torch.float64)
         for at, weight in zip(range(0, len(maps), 64), torch.split(w.double() / w.sum(), 64), strict=True):
             places = maps[at : at + 64].float().flatten(2)
             mean += weight @ places.mean(2).double()
