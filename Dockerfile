@@ -83,5 +83,5 @@ USER 10001
 VOLUME /data
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-c", \
-    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/healthz', timeout=4)"]
+    "import urllib.request; urllib.request.urlopen('http://127.0.0.1:7860/readyz', timeout=4)"]
 ENTRYPOINT ["python", "serve.py", "serve.host=0.0.0.0", "monitor.path=/data/monitor.sqlite"]

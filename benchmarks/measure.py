@@ -241,7 +241,7 @@ def answers(plan: Plan) -> Iterator[Row]:
         for name in plan.answering:
             one = stack.enter_context(service(plan, f"serve.backend={name}"))
             rows += [row(f"`serve.py`, /healthz answers, {name}", "s", [one.since_start("/healthz")])]
-            asked = {"/healthz": None, "first answer, /predict?overlay=1": next(files), "the page, /": None}
+            asked = {"first answer, /predict?overlay=1": next(files), "the page, /": None}
             for what, body in asked.items():
                 rows += [row(f"`serve.py`, {what}, {name}", "s", [one.since_start(what.split()[-1], body)])]
             contestants[name] = lambda one=one: timed(one.ask, "/predict?overlay=1", next(files))
@@ -259,7 +259,7 @@ def answers(plan: Plan) -> Iterator[Row]:
     squares = np.stack([quickest.bundle.preprocess(decode(file, quickest.bundle.window).gray) for file in requests])
     limits = ("serve.queue_size=256", "serve.max_requests_per_address=256")
     with service(plan, f"serve.backend={quickest.backend}", *limits) as one, ThreadPoolExecutor(50) as clients:
-        one.since_start("/healthz")
+        one.since_start("/predict", requests[0])
         at_once: Work = lambda: [*clients.map(lambda file: one.ask("/predict", file), requests)]  # noqa: E731
         pair: dict[str, Work] = {
             quickest.backend: lambda: plan.slices / timed(at_once),

@@ -32,13 +32,20 @@ def serve(cfg: Config, out: Path) -> None:
     CHESTCT_USERNAME and CHESTCT_PASSWORD in the environment ask visitors for them. SIGHUP loads the bundle again, and
     asks MLflow where its name points by now; SIGTERM ends the service when requests under way are answered.
     """
-    from chestct.serving.model import bundle_folder
-    from chestct.serving.monitor import Monitor
     from chestct.serving.server import serve
 
-    monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days) if cfg.monitor.enabled else None
+    def locate() -> str:
+        from chestct.serving.model import bundle_folder  # torch with it, so not before the port is open
+
+        return bundle_folder(cfg.bundle or "packaged", cfg)
+
+    monitor = None
+    if cfg.monitor.enabled:
+        from chestct.serving.monitor import Monitor
+
+        monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days)
     try:
-        serve(cfg, lambda: bundle_folder(cfg.bundle or "packaged", cfg), monitor.record if monitor else None)
+        serve(cfg, locate, monitor.record if monitor else None)
     finally:
         if monitor:
             monitor.close()

@@ -37,5 +37,12 @@ class BundleError(ChestCTError):
     """A bundle that is missing, altered, unsafe, or of a newer version."""
 
 
+class BusyError(ChestCTError):
+    """More is asked of the service than can be answered in time, or whoever asked has gone."""
+
+    def __init__(self, message: str = "The service is busy. Try again in a few seconds.") -> None:
+        super().__init__(message)
+
+
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, after what had to be kept was kept. Not an Exception, so that nothing swallows it."""

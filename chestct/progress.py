@@ -4,14 +4,14 @@ import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
-from rich.progress import track
-
 T = TypeVar("T")
 
 
 def steps(items: Iterable[T], text: str, total: int, show: bool = True) -> Iterable[T]:
     """The items, with what comes of them shown; `total` is how many they are. Nothing is shown where there are none."""
     if total and show and sys.stdout.isatty():
+        from rich.progress import track  # only where it is seen
+
         return track(items, text, total)
     phase(f"{text} ({total})", show=bool(total) and show)
     return items

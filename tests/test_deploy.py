@@ -112,7 +112,7 @@ def test_the_images_run_as_nobody_and_the_service_is_probed():
     stages = [dict(DOCKERFILE[start:end]) for start, end in zip(starts, [*starts[1:], None], strict=True)]
     assert all(int(stage["USER"]) > 999 for stage in stages if "ENTRYPOINT" in stage)
     stage, last = DOCKERFILE[starts[-1] :], stages[-1]  # what is built when no stage is named
-    assert "/healthz" in last["HEALTHCHECK"]
+    assert "/readyz" in last["HEALTHCHECK"]
     assert json.loads(last["ENTRYPOINT"])[:2] == ["python", "serve.py"]
     assert not any(re.search(r"apt|build-essential|gcc|pip", rest) for keyword, rest in stage if keyword == "RUN")
 

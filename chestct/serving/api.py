@@ -1,6 +1,7 @@
-"""The HTTP side as one FastAPI app: POST /predict, /metrics, uploads for the page, and room for the page itself.
+"""The HTTP side as one Starlette app: POST /predict, /metrics, uploads for the page, and room for the page itself.
 
-Host names and CORS are Starlette's middleware; what it has nothing for stands in `limits`.
+Host names and CORS are Starlette's middleware; what it has nothing for stands in `limits`. The app listens before the
+predictor is there, so nothing that takes long to import is imported here.
 """
 
 import asyncio
@@ -9,17 +10,18 @@ import re
 import secrets
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
-from PIL import Image
 from prometheus_client import generate_latest
 from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -27,11 +29,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from chestct.config.schema_serving import ServeConfig
-from chestct.errors import ChestCTError, DecodeError
+from chestct.errors import BusyError, ChestCTError, DecodeError
 from chestct.serving.limits import SOON, RequestLimits
-from chestct.serving.prediction import data_uri
-from chestct.serving.predictor import BUSY, BusyError, OnAnswer, Predictor
 from chestct.version import __version__
+
+if TYPE_CHECKING:
+    from chestct.serving.predictor import OnAnswer, Predictor
 
 logger = logging.getLogger("chestct.serving")
 
@@ -49,32 +52,42 @@ class UploadError(ChestCTError):
 
 
 def make_app(
-    predictor: Predictor, cfg: ServeConfig, uploads: Path, on_answer: OnAnswer | None = None, login: bytes = b""
-) -> FastAPI:
-    """The app with every route but the page's. uploads: folder for the page's uploads; login: from `login_from`."""
-    app = FastAPI(title="chestct", docs_url=None, redoc_url=None, openapi_url=None)
+    loading: "Future[Predictor]",
+    cfg: ServeConfig,
+    uploads: Path,
+    on_answer: "OnAnswer | None" = None,
+    login: bytes = b"",
+) -> Starlette:
+    """The app with every route but the page's. A request for an answer waits for the predictor.
+
+    loading: running, so that no waiting request can cancel it; a BusyError in it is what waiting requests are told.
+    uploads: folder for the page's uploads; login: from `login_from`.
+    """
     slots = asyncio.Semaphore(cfg.queue_size)
 
-    async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "bundle": predictor.bundle.id, "version": __version__})
+    async def health(request: Request) -> Response:
+        """Alive is at once, /healthz; ready is when the predictor is there, /readyz."""
+        ready = loading.done() and not loading.exception()
+        bundle = loading.result().bundle.id if ready else None
+        status = 200 if ready or request.url.path == "/healthz" else 503
+        about = {"status": "ok" if ready else "starting", "bundle": bundle, "version": __version__}
+        return JSONResponse(about, status)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         return Response(generate_latest(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.post("/predict")
     async def predict(request: Request) -> Response:
         with_overlay = request.query_params.get("overlay", "").lower() in ("1", "true", "yes")
         data = await run_in_threadpool(
             _file_in, await request.body(), request.headers.get("content-type", ""), cfg.max_slices
         )
+        predictor = await asyncio.wrap_future(loading)
         if slots.locked():  # only now: a slow body holds none
-            raise BusyError(BUSY)
+            raise BusyError
         async with slots, _cancelled_with(request) as cancelled:
             work = run_in_threadpool(answer, predictor, data, with_overlay, on_answer, cancelled)
             return JSONResponse(await work)
 
-    @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
         """What Gradio's page and clients expect of its own route, which this one stands before."""
         body, content_type = await request.body(), request.headers.get("content-type", "")
@@ -84,12 +97,10 @@ def make_app(
             asyncio.get_running_loop().call_later(2 * cfg.request_timeout_s, (uploads / name).unlink, True)
         return JSONResponse(names)
 
-    @app.get("/gradio_api/upload_progress")
-    async def upload_progress() -> Response:
+    async def upload_progress(_: Request) -> Response:
         return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")  # the page waits for that much
 
-    @app.exception_handler(ChestCTError)
-    async def explain(request: Request, error: ChestCTError) -> Response:
+    async def explain(request: Request, error: Exception) -> Response:
         if isinstance(error, DecodeError):
             return JSONResponse({"error": f"This file cannot be read: {error.reason}."}, 422)
         status, headers = (400, None) if isinstance(error, UploadError) else (503, SOON)
@@ -97,11 +108,20 @@ def make_app(
             return JSONResponse({"error": str(error)}, status, headers)
         return PlainTextResponse(str(error), status, headers)  # shown on the page as it is
 
-    # The last one added is the first one that a request meets.
-    app.add_middleware(CORSMiddleware, allow_origins=())  # no page elsewhere reads an answer
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HOSTS, cfg.host, *cfg.hosts], www_redirect=False)
-    app.add_middleware(RequestLimits, health=Route("/healthz", health).app, cfg=cfg, uploads=uploads, login=login)
-    return app
+    return Starlette(
+        routes=[
+            Route("/metrics", metrics),
+            Route("/predict", predict, methods=["POST"]),
+            Route("/gradio_api/upload", upload, methods=["POST"]),
+            Route("/gradio_api/upload_progress", upload_progress),
+        ],
+        exception_handlers={ChestCTError: explain},
+        middleware=[
+            Middleware(RequestLimits, health=Route("/", health).app, cfg=cfg, uploads=uploads, login=login),
+            Middleware(TrustedHostMiddleware, allowed_hosts=[*HOSTS, cfg.host, *cfg.hosts], www_redirect=False),
+            Middleware(CORSMiddleware, allow_origins=()),  # no page elsewhere reads an answer
+        ],
+    )
 
 
 @asynccontextmanager
@@ -191,9 +211,13 @@ def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
 
 
 def answer(
-    predictor: Predictor, data: bytes, with_overlay: bool, on_answer: OnAnswer | None, cancelled: threading.Event
+    predictor: "Predictor", data: bytes, with_overlay: bool, on_answer: "OnAnswer | None", cancelled: threading.Event
 ) -> dict[str, Any]:
     """The answer for one file as plain JSON; with_overlay: with a PNG as data URI. Raises DecodeError and BusyError."""
+    from PIL import Image
+
+    from chestct.serving.prediction import data_uri
+
     with predictor.room(data, cancelled) as gone:
         prediction = predictor.predict(data, name="file", explain=with_overlay, gone=gone)
         if on_answer:

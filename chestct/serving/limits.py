@@ -50,6 +50,7 @@ ROUTES = {
 """Paths that exist; a `*` stands for whatever follows. Gradio opens many more (files by path, proxies, code editors),
 and a later Gradio may add some: they stay shut."""
 
+HEALTH = ("/healthz", "/readyz")
 WITH_FILES = ("/predict", "/gradio_api/upload")
 SOON = {"retry-after": "5"}
 HEADERS = {
@@ -96,7 +97,7 @@ def route_of(method: str, path: str) -> str:
 
 
 class RequestLimits:
-    """ASGI middleware; see the module. health: answers /healthz, to which no limit applies; uploads: their folder."""
+    """ASGI middleware; see the module. health: answers HEALTH, to which no limit applies; uploads: their folder."""
 
     def __init__(self, app: ASGIApp, health: ASGIApp, cfg: ServeConfig, uploads: Path, login: bytes = b"") -> None:
         self.app, self.health, self.cfg, self.uploads, self.login = app, health, cfg, uploads, login
@@ -106,7 +107,7 @@ class RequestLimits:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif scope["type"] == "http" and scope["path"] == "/healthz":
+        elif scope["type"] == "http" and scope["path"] in HEALTH:
             await self.health(scope, receive, send)
         elif scope["type"] == "http":  # nothing here speaks websocket
             await self._request(scope, receive, send)
@@ -177,13 +178,17 @@ class RequestLimits:
         half = self.cfg.max_upload_bytes
         most = half if route in WITH_FILES else MAX_JSON
         try:
-            while more:
+            while True:
                 if max(size, int(announced)) > most:
                     raise Refused(
                         413,
                         f"That is too large: one request may send {most:,} bytes. Send less, or use the command line "
                         "for whole scans: chestct predict.",
                     )
+                if self.bytes[client] > half or self.bytes.total() > 2 * half:
+                    raise Refused(503, "Too much is being sent at the moment. Try again.", **SOON)
+                if not more:
+                    break
                 try:
                     async with asyncio.timeout_at(began + BODY_S + size / BODY_RATE):
                         message = await receive()
@@ -196,8 +201,6 @@ class RequestLimits:
                 size += len(parts[-1])
                 self.bytes[client] += max(0, size - UNCOUNTED) - counted
                 counted = max(0, size - UNCOUNTED)
-                if self.bytes[client] > half or self.bytes.total() > 2 * half:
-                    raise Refused(503, "Too much is being sent at the moment. Try again.", **SOON)
             body = b"".join(parts)
             parts.clear()
             yield body

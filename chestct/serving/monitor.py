@@ -11,13 +11,15 @@ import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from chestct.errors import ChestCTError
 from chestct.imaging.statistics import STATISTICS, image_statistics
-from chestct.serving.prediction import Prediction
+
+if TYPE_CHECKING:
+    from chestct.serving.prediction import Prediction
 
 logger = logging.getLogger("chestct.serving")
 
@@ -43,7 +45,7 @@ class Monitor:
         self._thread = threading.Thread(target=self._work, name="monitor", daemon=True)
         self._thread.start()
 
-    def record(self, prediction: Prediction) -> None:
+    def record(self, prediction: "Prediction") -> None:
         """Notes an answer. Returns at once and never raises for what is wrong with the disk."""
         numbers = {"score": prediction.score, "novelty": prediction.novelty, **image_statistics(prediction.slice.gray)}
         what = (int(time.time()), prediction.bundle, prediction.decision, int(prediction.known))

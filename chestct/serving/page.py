@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from gradio.route_utils import FnIndexInferError
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ChestCTError
@@ -56,6 +63,9 @@ THEME = gr.themes.Base(
     stat_background_fill_dark="*primary_400",
 )
 
+NO_ORIGINS = Middleware(CORSMiddleware, allow_origins=())
+"""With it, Gradio leaves out its own, which trusts localhost."""
+
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 GREY = jpeg_uri(Image.new("L", (1, 1), 128))
@@ -67,6 +77,35 @@ START = """## Drop a slice, or try an example
 
 Files are read once and deleted at once. Nothing leaves the machine that this page runs on. Programs send a slice to
 `/predict` and get JSON: `curl --data-binary @slice.png ADDRESS/predict`."""
+
+
+def make_page_app(
+    predictor: Predictor, cfg: ServeConfig, uploads: Path, examples: list[Example], on_answer: OnAnswer | None = None
+) -> FastAPI:
+    """The app of the page. What Gradio would keep, show or open is switched off."""
+    return gr.mount_gradio_app(
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[NO_ORIGINS]),
+        make_page(predictor, cfg, uploads, examples, on_answer),
+        path="/",
+        server_name=cfg.host,
+        server_port=cfg.port,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
+        max_file_size=cfg.max_upload_bytes,
+        app_kwargs={
+            "exception_handlers": dict.fromkeys((RequestValidationError, KeyError, FnIndexInferError), _unreadable)
+        },
+        theme=THEME,
+        css=CSS,
+    )
+
+
+async def _unreadable(_: Request, error: Exception) -> Response:
+    """Gradio's own answers quote the request, which fails over NaN, and an unknown function is a failure to it."""
+    return JSONResponse({"error": "The request cannot be understood: no such function, or a wrong value."}, 422)
 
 
 def make_page(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chestct.errors import ChestCTError
+from chestct.errors import BusyError
 from chestct.imaging.decode import declared_size, decode, decode_frames
 from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.models.bundle import Bundle, load_bundle
@@ -35,13 +35,6 @@ NEVER = threading.Event()
 
 Gone = Callable[[], bool]
 """Whether nobody waits for an answer any more."""
-
-BUSY = "The service is busy. Try again in a few seconds."
-
-
-class BusyError(ChestCTError):
-    """More is asked than can be answered in time, or whoever asked has gone."""
-
 
 OnAnswer = Callable[[Prediction], None]
 
@@ -87,7 +80,7 @@ class Predictor:
         with self._pixels_changed:
             while self._free_pixels < pixels:
                 if gone():
-                    raise BusyError(BUSY)
+                    raise BusyError
                 self._pixels_changed.wait(0.1)  # who hangs up does not notify
             self._free_pixels -= pixels
         try:
@@ -140,7 +133,7 @@ class Predictor:
         held = False
         while not held:
             if gone():
-                raise BusyError(BUSY)
+                raise BusyError
             held = self._network.acquire(timeout=0.1)
         try:
             answer = bundle.predict(square[None], explain)

@@ -1,7 +1,8 @@
-"""The process: loads, then listens; takes its bundle anew on SIGHUP, and on SIGTERM answers whoever is waiting.
+"""The process: listens, then loads; takes its bundle anew on SIGHUP, and on SIGTERM answers whoever is waiting.
 
-The port opens when the model is ready: a health probe is refused before, which every platform takes for `starting`. The
-page follows: what makes it takes longer to import than all else together.
+The server has a thread of its own and answers health probes from the first second; whoever asks for more waits for the
+predictor, which the main thread loads, where signals interrupt it. The page follows: what makes it takes longer to
+import than all else together. Nothing of either is imported before the port is open.
 """
 
 import asyncio
@@ -11,43 +12,35 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 import time
 import traceback
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
 from prometheus_client import Counter
+from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chestct.config.schema import Config
-from chestct.errors import ChestCTError, ConfigError
-from chestct.imaging.slice import Limits
+from chestct.errors import BusyError, ChestCTError, ConfigError
 from chestct.serving.api import make_app
 from chestct.serving.limits import login_from
-from chestct.serving.prediction import Prediction
-from chestct.serving.predictor import OnAnswer, Predictor
 
 if TYPE_CHECKING:
     from chestct.serving.examples import Example
+    from chestct.serving.prediction import Prediction
+    from chestct.serving.predictor import OnAnswer, Predictor
 
 logger = logging.getLogger("chestct.serving")
 
 SLICES = Counter("chestct_slices", "Slices answered, by decision; examples are not counted", ["decision"])
-
-NO_ORIGINS = Middleware(CORSMiddleware, allow_origins=())
-"""With it, Gradio leaves out its own, which trusts localhost."""
 
 STILL_S = 15.0
 """Seconds for which a connection may wait for the head of a request, or leave an answer unread."""
@@ -56,7 +49,7 @@ MAX_CONNECTIONS = 700
 """Of all clients together. A process may usually open 1,024 files, sockets included."""
 
 
-def serve(cfg: Config, locate: Callable[[], str], on_answer: OnAnswer | None = None) -> None:
+def serve(cfg: Config, locate: Callable[[], str], on_answer: "OnAnswer | None" = None) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises ConfigError, BundleError and what else a user can mend.
 
     locate: where the bundle lies, called at the start and at each SIGHUP, since a name may have moved on; on_answer:
@@ -65,18 +58,43 @@ def serve(cfg: Config, locate: Callable[[], str], on_answer: OnAnswer | None = N
     _log_to_stderr()
     login = login_from(os.environ)
     listening = bind(cfg.serve.host, cfg.serve.port)
+    loading: Future[Predictor] = Future()
+    loading.set_running_or_notify_cancel()
     with upload_folder() as uploads:
-        predictor = predictor_for(cfg, locate())
-        server = make_server(cfg, predictor, uploads, on_answer, login)
-        # uvicorn handles the signal, then puts this handler back and raises it again: that end was a good one
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=reload, args=(predictor, locate)).start())
-        logger.info("ready: http://%s:%s bundle %s", cfg.serve.host, cfg.serve.port, predictor.bundle.id)
-        server.run(sockets=[listening])
+        server = make_server(cfg, loading, uploads, on_answer, login)
+        with running(server, listening) as thread:
+            try:
+                predictor = predictor_for(cfg, locate())
+                signal.signal(signal.SIGTERM, server.handle_exit)
+                signal.signal(signal.SIGHUP, lambda *_: Thread(target=reload, args=(predictor, locate)).start())
+                loading.set_result(predictor)
+                logger.info("ready: http://%s:%s bundle %s", cfg.serve.host, cfg.serve.port, predictor.bundle.id)
+                thread.join()
+            finally:
+                if not loading.done():
+                    loading.set_exception(BusyError("The service could not start: its log says why."))
+                signal.signal(signal.SIGINT, server.handle_exit)  # a second Ctrl-C waits for nobody
 
 
-def predictor_for(cfg: Config, bundle: str) -> Predictor:
+@contextlib.contextmanager
+def running(server: uvicorn.Server, listening: socket.socket) -> Iterator[Thread]:
+    """A server in its thread, answering; it ends when requests under way are answered."""
+    thread = Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+        while thread.is_alive() and not server.started:
+            time.sleep(0.01)
+        yield thread
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def predictor_for(cfg: Config, bundle: str) -> "Predictor":
     """The service's predictor, with its limits."""
+    from chestct.imaging.slice import Limits
+    from chestct.serving.predictor import Predictor
+
     serve = cfg.serve
     limits = Limits(min(cfg.data.max_bytes, serve.max_upload_bytes), min(cfg.data.max_pixels, serve.max_pixels))
     computing = {"backend": serve.backend, "accelerator": cfg.trainer.accelerator}
@@ -84,42 +102,28 @@ def predictor_for(cfg: Config, bundle: str) -> Predictor:
 
 
 def make_server(
-    cfg: Config, predictor: Predictor, uploads: Path, on_answer: OnAnswer | None = None, login: bytes = b""
+    cfg: Config,
+    loading: "Future[Predictor]",
+    uploads: Path,
+    on_answer: "OnAnswer | None" = None,
+    login: bytes = b"",
 ) -> "PatientServer":
-    """The server with API and page, not yet running. What Gradio would keep, show or open is switched off."""
+    """The server with API and page, not yet running. loading: as `make_app` takes it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
 
-    def count(prediction: Prediction) -> None:
+    def count(prediction: "Prediction") -> None:
         SLICES.labels(prediction.decision).inc()
         if on_answer:
             on_answer(prediction)
 
-    async def made() -> FastAPI:
+    async def made() -> Starlette:
+        predictor = await asyncio.wrap_future(loading)
         examples = await run_in_threadpool(_import_page)
-        import gradio as gr
-        from gradio.route_utils import FnIndexInferError
+        from chestct.serving.page import make_page_app
 
-        from chestct.serving.page import CSS, THEME, make_page
+        return make_page_app(predictor, cfg.serve, uploads, examples, count)
 
-        unreadable = (RequestValidationError, KeyError, FnIndexInferError)
-        return gr.mount_gradio_app(
-            FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[NO_ORIGINS]),
-            make_page(predictor, cfg.serve, uploads, examples, count),
-            path="/",
-            server_name=cfg.serve.host,
-            server_port=cfg.serve.port,
-            footer_links=[],
-            run_history=False,
-            ssr_mode=False,
-            enable_monitoring=False,
-            show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
-            max_file_size=cfg.serve.max_upload_bytes,
-            app_kwargs={"exception_handlers": dict.fromkeys(unreadable, _unreadable)},
-            theme=THEME,
-            css=CSS,
-        )
-
-    page, app = Page(made), make_app(predictor, cfg.serve, uploads, count, login)
+    page, app = Page(made), make_app(loading, cfg.serve, uploads, count, login)
     app.router.lifespan_context = page.lifespan
     app.mount("/", page)
     return PatientServer(
@@ -148,12 +152,12 @@ def _import_page() -> "list[Example]":
 class Page:
     """The page, an app that is made while the API answers already. Whoever asks for it before then waits."""
 
-    def __init__(self, made: Callable[[], Awaitable[FastAPI]]) -> None:
+    def __init__(self, made: Callable[[], Awaitable[Starlette]]) -> None:
         self.made = made
-        self.app: asyncio.Future[FastAPI] | None = None
+        self.app: asyncio.Future[Starlette] | None = None
 
     @contextlib.asynccontextmanager
-    async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Of the app that it is mounted in."""
         self.app, ended = asyncio.get_running_loop().create_future(), asyncio.Event()
         living = asyncio.create_task(self._live(self.app, ended))
@@ -161,15 +165,17 @@ class Page:
         ended.set()
         await living
 
-    async def _live(self, future: "asyncio.Future[FastAPI]", ended: asyncio.Event) -> None:
+    async def _live(self, future: "asyncio.Future[Starlette]", ended: asyncio.Event) -> None:
         async with contextlib.AsyncExitStack() as stack:
             try:
                 app = await self.made()
                 await stack.enter_async_context(app.router.lifespan_context(app))
                 future.set_result(app)
             except Exception as error:
-                logger.exception("there is no page")
+                if not isinstance(error, BusyError):  # of which the command tells
+                    logger.exception("there is no page")
                 future.set_exception(error)
+                future.exception()  # or asyncio reports it, where nobody asks for the page
             await ended.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -181,11 +187,6 @@ class Page:
         """Of open pages: the end of the service would wait for them."""
         if self.app and self.app.done() and not self.app.exception():
             self.app.result().routes[-1].app.stop_event.set()  # type: ignore[attr-defined]
-
-
-async def _unreadable(_: Request, error: Exception) -> Response:
-    """Gradio's own answers quote the request, which fails over NaN, and an unknown function is a failure to it."""
-    return JSONResponse({"error": "The request cannot be understood: no such function, or a wrong value."}, 422)
 
 
 class PatientServer(uvicorn.Server):
@@ -219,7 +220,7 @@ class PatientServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def reload(predictor: Predictor, locate: Callable[[], str]) -> None:
+def reload(predictor: "Predictor", locate: Callable[[], str]) -> None:
     """Takes the bundle anew from where it lies by now; where that fails, the old one goes on."""
     try:
         logger.info("bundle reloaded: %s", predictor.reload(locate()))
@@ -228,11 +229,12 @@ def reload(predictor: Predictor, locate: Callable[[], str]) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that nobody else can listen on; connections are refused until the server runs. Raises ConfigError."""
+    """A socket that listens; connections wait until the server runs. Raises ConfigError."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
+        bound.listen()
     except OSError as error:
         bound.close()
         raise ConfigError(

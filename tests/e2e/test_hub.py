@@ -102,7 +102,7 @@ def test_a_space_lists_what_it_needs_and_refuses_a_folder_that_holds_something(t
 def test_a_space_runs_as_it_is(elsewhere, tmp_path):
     write_space(tmp_path / "space")
     url = f"http://127.0.0.1:{free_port()}"
-    process = started([str(elsewhere), "app.py"], tmp_path / "space", f"{url}/healthz")
+    process = started([str(elsewhere), "app.py"], tmp_path / "space", f"{url}/readyz")
     try:
         assert httpx.get(f"{url}/healthz", timeout=60).json()["bundle"] == load_bundle("packaged").id
     finally:

@@ -1,8 +1,10 @@
 """`python serve.py` as a process: how it starts, what it prints, and how it ends."""
 
+import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,6 +24,18 @@ __all__ = ["bundle_folder", "examples", "files"]  # fixtures
 SERVE = [sys.executable, str(CONF.parent / "serve.py")]
 
 
+def answer(process: subprocess.Popen, url: str, statuses: tuple[int, ...]) -> httpx.Response:
+    """The first answer with one of these."""
+    deadline = time.monotonic() + 120
+    while True:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        with contextlib.suppress(httpx.TransportError):
+            if (answer := httpx.get(url, timeout=60)).status_code in statuses:
+                return answer
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def started(bundle_folder: Path, tmp_path: Path):
     """(process, URL, bundle) of a service in an empty folder `here`, ready to answer."""
@@ -31,16 +45,8 @@ def started(bundle_folder: Path, tmp_path: Path):
     command = [*SERVE, f"bundle={bundle}", f"serve.port={url.rsplit(':', 1)[1]}"]
     environment = os.environ | {"TMPDIR": str(here), "PYTHONPATH": str(CONF.parent)}
     running = subprocess.Popen(command, cwd=here, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
     try:
-        while True:
-            assert running.poll() is None, running.communicate()[0]
-            assert time.monotonic() < deadline
-            try:
-                assert httpx.get(f"{url}/healthz", timeout=60).status_code == 200
-                break
-            except httpx.TransportError:
-                time.sleep(0.2)
+        answer(running, f"{url}/readyz", (200,))
         yield running, url, bundle
     finally:
         running.kill()
@@ -76,6 +82,27 @@ def test_it_serves_reloads_and_ends_well_with_a_page_open(started, files, exampl
     assert running.returncode == 0, printed
     assert not [text for text in ("Traceback", "Jane", "JD") if text in printed]
     assert not list((tmp_path / "here").iterdir())  # neither runs nor uploads nor anything else
+
+
+@pytest.mark.slow
+def test_a_service_is_alive_while_it_waits_for_its_bundle_and_can_be_stopped_then(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # a server that takes the question and never answers
+        url, store = (f"http://127.0.0.1:{port}" for port in (free_port(), silent.getsockname()[1]))
+        settings = ["bundle=models:/m@champion", f"tracking.uri={store}", f"serve.port={url.rsplit(':', 1)[1]}"]
+        environment = os.environ | {"PYTHONPATH": str(CONF.parent), "MLFLOW_HTTP_REQUEST_TIMEOUT": "600"}
+        running = subprocess.Popen(
+            [*SERVE, *settings], cwd=tmp_path, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True
+        )
+        try:
+            assert answer(running, f"{url}/healthz", (200,)).json()["status"] == "starting"
+            assert httpx.get(f"{url}/readyz", timeout=60).status_code == 503
+            silent.accept()
+            running.send_signal(signal.SIGTERM)
+            printed = running.communicate(timeout=60)[0]
+        finally:
+            running.kill()
+            running.communicate()
+    assert (running.returncode, "Terminated" in printed, "Traceback" in printed) == (130, True, False), printed
 
 
 @pytest.mark.parametrize(

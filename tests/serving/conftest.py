@@ -4,11 +4,9 @@ import contextlib
 import csv
 import io
 import os
-import socket
-import threading
-import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -17,7 +15,6 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-import uvicorn
 from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
@@ -34,7 +31,7 @@ from chestct.models.weights import load_weights
 from chestct.phantom.thorax import draw
 from chestct.serving.examples import PHANTOMS, make_examples
 from chestct.serving.predictor import Predictor
-from chestct.serving.server import PatientServer, bind, make_server, predictor_for, upload_folder
+from chestct.serving.server import PatientServer, bind, make_server, predictor_for, running, upload_folder
 from tests.conftest import command
 from tests.imaging.files import dicom
 
@@ -106,31 +103,17 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(bundle: Path, on_answer=None, login=b"", **settings) -> Iterator[Served]:
-    """settings: of ServeConfig."""
+def serving(bundle: Path, on_answer=None, login=b"", loading=None, **settings) -> Iterator[Served]:
+    """settings: of ServeConfig; loading: what gives the server its predictor, by default one that has it."""
     cfg = Config(bundle=str(bundle), serve=ServeConfig(**settings))
     listening = bind("127.0.0.1", 0)
     with mock.patch.dict(os.environ), upload_folder() as uploads:  # Gradio looks there for the folder of uploads
         predictor = predictor_for(cfg, str(bundle))
-        server = make_server(cfg, predictor, uploads, on_answer, login)
-        with in_thread(server, listening):
+        if loading is None:
+            loading = Future()
+            loading.set_result(predictor)
+        with running(server := make_server(cfg, loading, uploads, on_answer, login), listening):
             yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", uploads, predictor, server)
-
-
-@contextlib.contextmanager
-def in_thread(server: uvicorn.Server, listening: socket.socket) -> Iterator[None]:
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-        deadline = time.monotonic() + 60
-        while not server.started and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert server.started
-        yield
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.errors import ConfigError
+from chestct.errors import BusyError, ConfigError
 from chestct.serving.examples import Example, make_examples
 from chestct.serving.limits import HEADERS
+from chestct.serving.predictor import Predictor
 from chestct.serving.server import QuietFormatter, bind
 from tests.serving.conftest import Served, serving
 
@@ -53,6 +54,43 @@ def test_the_api_answers_while_the_page_is_being_made_and_where_it_cannot_be(
         goes_on.set()
         assert page.result().status_code == (500 if error else 200)
         assert httpx.get(f"{one.url}/openapi.json").status_code in (404, 500)
+
+
+def test_probes_are_answered_before_there_is_a_predictor_and_others_wait_for_it(
+    bundle_folder: Path, files: list[bytes]
+) -> None:
+    loading: Future[Predictor] = Future()
+    loading.set_running_or_notify_cancel()
+    with serving(bundle_folder, loading=loading) as one, ThreadPoolExecutor() as pool:
+        url = one.url
+        alive = httpx.get(f"{url}/healthz")
+        assert (alive.status_code, alive.json()["status"], alive.json()["bundle"]) == (200, "starting", None)
+        assert httpx.get(f"{url}/readyz").status_code == 503
+        assert httpx.get(f"{url}/metrics").status_code == 200
+        assert httpx.post(f"{url}/predict").status_code == 400  # no file: known without a network
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{url}/predict", content=files[0], timeout=0.5)  # whose end ends nothing for others
+        waiting = pool.submit(httpx.post, f"{url}/predict", content=files[0], timeout=60)
+        page = pool.submit(httpx.get, f"{url}/", timeout=60)
+        loading.set_result(one.predictor)
+        assert waiting.result().status_code == page.result().status_code == 200
+        ready = httpx.get(f"{url}/readyz")
+        assert (ready.status_code, ready.json()["status"]) == (200, "ok")
+
+
+def test_who_waits_for_a_service_that_cannot_start_is_told_and_nothing_is_logged(
+    bundle_folder: Path, files: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    loading: Future[Predictor] = Future()
+    loading.set_running_or_notify_cancel()
+    with serving(bundle_folder, loading=loading) as one, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(httpx.post, f"{one.url}/predict", content=files[0], timeout=60)
+        httpx.get(f"{one.url}/healthz")
+        loading.set_exception(BusyError("not today"))
+        assert (waiting.result().status_code, waiting.result().json()) == (503, {"error": "not today"})
+        assert httpx.get(f"{one.url}/").status_code == 503
+        assert httpx.get(f"{one.url}/readyz").status_code == 503
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_the_answer_has_the_numbers_of_the_predictor(served: Served, files: list[bytes]) -> None:
@@ -151,7 +189,7 @@ def test_metrics_count_requests_and_decisions(served: Served, files: list[bytes]
 
 
 def test_uploads_have_random_names_a_budget_and_an_end(bundle_folder: Path, files: list[bytes]) -> None:
-    with serving(bundle_folder, request_timeout_s=1, max_upload_bytes=1_000_000, max_slices=3) as running:
+    with serving(bundle_folder, request_timeout_s=2, max_upload_bytes=1_000_000, max_slices=3) as running:
 
         def upload(content: bytes) -> httpx.Response:
             return httpx.post(f"{running.url}/gradio_api/upload", files={"files": ("Jane Doe.png", content)})

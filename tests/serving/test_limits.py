@@ -21,8 +21,7 @@ from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ConfigError
 from chestct.serving import limits, server
 from chestct.serving.limits import HEADERS, RequestLimits, login_from, route_of
-from chestct.serving.server import PatientServer, bind
-from tests.serving.conftest import in_thread
+from chestct.serving.server import PatientServer, bind, running
 
 PASSWORD = "correct horse battery staple"
 LOGIN = {"CHESTCT_USERNAME": "ann", "CHESTCT_PASSWORD": PASSWORD}
@@ -72,9 +71,9 @@ def listening(app=echo, login: bytes = b"", **settings) -> Iterator[Listening]:
         timeout_graceful_shutdown=1,
     )
     bound = bind("127.0.0.1", 0)
-    running = PatientServer(config)
-    with in_thread(running, bound):
-        yield Listening(bound.getsockname(), running)
+    service = PatientServer(config)
+    with running(service, bound):
+        yield Listening(bound.getsockname(), service)
 
 
 @pytest.fixture(scope="module")
