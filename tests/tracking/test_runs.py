@@ -17,25 +17,6 @@ from tests.tracking.conftest import fit, recorded, runs
 ROOT = CONF.parent
 
 
-def test_a_run_keeps_settings_code_files_and_a_dozen_metrics(small, uri, tmp_path, monkeypatch):
-    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
-    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "data.labels={a.b: cancer}")
-    with recorded(cfg, tmp_path / "out") as run:
-        run.tags({"data.split": "grouped"})
-        (tmp_path / "report").mkdir()
-        (tmp_path / "report" / "metrics.json").write_bytes(b"x")
-        run.evaluation({"auroc": 0.9, "auroc_low": 0.8, "margin": None, "f1": 0.7}, tmp_path / "report")
-    (made,) = runs(uri)
-    assert made.info.status == "FINISHED"
-    assert made.info.run_name == "brave-fox"
-    assert made.data.params["data.augment.flip"] == "0.5"
-    assert made.data.metrics == {"test/auroc": 0.9, "test/auroc_low": 0.8}
-    assert {"git.commit", "mlflow.user", "mlflow.source.name"} <= made.data.tags.keys()
-    assert made.data.tags["folder"] == str(tmp_path / "out")
-    files = [a.path for a in MlflowClient(uri).list_artifacts(made.info.run_id, "evaluation")]
-    assert files == ["evaluation/metrics.json"]
-
-
 def test_an_export_is_a_run_below_the_training_that_its_checkpoint_belongs_to(small, uri, tmp_path):
     cfg = small("tracking=mlflow", f"tracking.uri={uri}")
     with recorded(cfg, tmp_path) as training:
