@@ -98,6 +98,7 @@ def _reliability(figure: Figure, evaluation: Evaluation) -> str:
     axis.vlines(bins["score"], bins["low"], bins["high"], color=COLOURS["cancer"], linewidth=1)
     for row in bins.itertuples():
         axis.annotate(str(row.n), (row.score, row.observed), (4, -10), textcoords="offset points", fontsize=7)
+    axis.legend(loc="upper left")
     axis.set(xlabel="Calibrated P(cancer), mean of the bin", ylabel="Share that is cancer")
     return ""
 

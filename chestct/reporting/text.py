@@ -55,7 +55,7 @@ def comparison(evaluation: Evaluation) -> list[dict[str, Any]]:
         {
             "split": row.policy,
             "AUROC": as_text(cancer(row.estimates, "auroc")) if row.estimates else "n/a",
-            "best rule, no lesion": as_text(row.shortcut_auroc) + (f" ({row.shortcut})" if row.shortcut else ""),
+            "best rule, no lesion": as_text(row.shortcut_auroc) + (f", {row.shortcut}" if row.shortcut else ""),
             "margin over it": as_text(row.margin, signed=True),
             "accuracy": as_text(row.estimates.get("accuracy")),
             "normal / cancer": f"{row.slices.get('normal', 0)} / {row.slices.get('cancer', 0)}",
