@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay, roc_curve
@@ -17,7 +16,7 @@ from sklearn.metrics import RocCurveDisplay, roc_curve
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.models.bundle import Bundle
-from chestct.models.saliency import blend, explained_output, heat, heat_to_square, normalised_cam
+from chestct.models.saliency import blend, heat_to_square
 from chestct.reporting.environment import as_text, jpeg
 from chestct.reporting.text import called
 from chestct.stats.calibration import reliability_table
@@ -135,7 +134,7 @@ def gallery(evaluation: Evaluation) -> dict[str, list[dict[Any, Any]]]:
     """cfg.evaluation.gallery test slices, one of a group: `errors`, the surest first, and `right` ones at random.
 
     Of each its columns, `truth`, `called`, `plain` and `heat` (JPEGs as data URIs) and `silent`: whether nothing in it
-    speaks for what it was called. Nothing where there is no network.
+    speaks for cancer. Nothing where there is no network.
     """
     if not evaluation.cfg.evaluation.gallery:
         return {}
@@ -153,20 +152,13 @@ def gallery(evaluation: Evaluation) -> dict[str, list[dict[Any, Any]]]:
         shown[kind] = part.drop_duplicates("group").head(evaluation.cfg.evaluation.gallery).to_dict("records")
         for row in shown[kind]:
             square = np.array(evaluation.images[places[row["source"], row["path"]]])
-            row |= _pictures(square, row["called"], evaluation.bundle)
+            row |= _pictures(square, evaluation.bundle)
     return shown
 
 
-@torch.no_grad()
-def _pictures(gray: np.ndarray, called: str, bundle: Bundle) -> dict[str, Any]:
-    """A square uint8 [S, S] without and with the heat of what speaks for what it was called."""
-    conv5 = bundle.net.conv5(next(bundle.net.batches(gray[None])))
-    output, names = np.zeros(1, int), classes_of("subtype")
-    if bundle.baseline.shape[1] > 1:  # subtypes, maybe reduced to cancer and normal: then the likeliest kind of cancer
-        logits = bundle.net.head(bundle.net.pool(conv5)).cpu().numpy()
-        output = np.array([names.index(called)]) if called in names else explained_output(logits)
-    against = bundle.baseline.shape[1] == 1 and called == "normal"
-    cam = normalised_cam(bundle.net, conv5, output, bundle.baseline)[1]
-    shown = heat(-cam if against else cam)[0].cpu()
-    over = blend(gray, heat_to_square(shown, len(gray)))
-    return {"plain": jpeg(gray, 192), "heat": jpeg(over, 192), "silent": not shown.any()}
+def _pictures(gray: np.ndarray, bundle: Bundle) -> dict[str, Any]:
+    """A square uint8 [S, S] without and with the heat of what speaks for cancer, which is also what the page shows."""
+    heat = bundle.predict(gray[None], explain=True).heat
+    assert heat is not None
+    over = blend(gray, heat_to_square(heat[0], len(gray)))
+    return {"plain": jpeg(gray, 192), "heat": jpeg(over, 192), "silent": not heat.any()}
