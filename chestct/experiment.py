@@ -105,7 +105,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.reporting.render import flat, model_card, write
     from chestct.reporting.text import summary
 
-    phase("Measuring the best checkpoint, writing its report and bundle\n", cfg.trainer.progress)
+    phase("Measuring the best checkpoint, writing its report and bundle", cfg.trainer.progress)
     own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
     trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
     evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)
@@ -117,6 +117,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
         if cfg.tracking.log_model:
             log_bundle(run, out / "bundle", code=bool(cfg.tracking.register))
     run.evaluation(flat(evaluation).get("test", {}), out / "evaluation")
+    phase("", cfg.trainer.progress)  # the result stands apart from the phases
     return f"{summary(evaluation)}\n\nreport           {out / 'evaluation' / 'report.html'}\n{bundle}\n"
 
 
