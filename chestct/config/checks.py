@@ -176,7 +176,7 @@ OTHER_NAMES = {
     "model.backbone": ("arch", "architecture", "model.name"),
     "model.dropout": ("dropout_rate",),
     "task": ("num_classes", "classes"),
-    "evaluation.protocol": ("sources", "loso"),
+    "evaluation.protocol": ("sources", "loso", "evaluation.folds"),
     "tracking.uri": ("tracking_uri", "mlflow_uri"),
     "tracking.experiment": ("experiment_name",),
     "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir", "log_dir"),
