@@ -1,4 +1,4 @@
-"""Where lesions are known: a radiologist's boxes in a CSV file, the masks that phantoms are drawn with.
+"""Where lesions are known: a radiologist's boxes in a CSV file, masks as phantoms have them.
 
 They go through the same crop as their slice and end as one mask of the square, the manifest's column `lesion`: what a
 head that judges places learns from, and what an evaluation points at.
@@ -12,7 +12,7 @@ import pandas as pd
 from PIL import Image
 
 from chestct.config.schema import SourceConfig
-from chestct.data.sources import SliceFile
+from chestct.data.sources import MASKS, SliceFile
 from chestct.errors import DataError
 from chestct.imaging.preprocess import Box, Preprocess, mask_to_square, placement
 
@@ -25,16 +25,17 @@ COLUMNS = ["file", "left", "top", "right", "bottom"]
 def known_lesions(name: str, source: SourceConfig, files: Sequence[SliceFile]) -> dict[str, Known]:
     """What is known of the slices of a source: path below its root -> boxes, or mask.
 
-    files: the slices of this source. Raises DataError where its boxes cannot be read, name no slice or a normal one, or
-    are empty.
+    files: the slices of this source; `masks/PATH` below the root is the mask of the slice PATH. Raises DataError where
+    its boxes cannot be read, name no slice or a normal one, or are empty.
     """
-    root, known = Path(source.root), {}
-    if (root / "truth.json").is_file():
-        from chestct.phantom.dataset import read_truth
-
-        entries = (read_truth(root) or {"files": []})["files"]
-        known = {entry["path"]: root / entry["mask"] for entry in entries if entry["mask"]}
-    return known | _boxes(root / source.boxes, f"data.sources.{name}.boxes", files) if source.boxes else known
+    root = Path(source.root)
+    known: dict[str, Known] = {}
+    if (root / MASKS).is_dir():
+        masks = {file.path: root / MASKS / file.path for file in files}
+        known |= {path: mask for path, mask in masks.items() if mask.is_file()}
+    if source.boxes:
+        known |= _boxes(root / source.boxes, f"data.sources.{name}.boxes", files)
+    return known
 
 
 def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, list[Box]]:
@@ -67,9 +68,10 @@ def lesion_of(known: Known, gray: np.ndarray, preprocess: Preprocess, name: str)
     gray: uint8 [H, W]. Raises DataError for a box that lies outside, and for a mask of another size.
     """
     if isinstance(known, Path):
-        mask = np.asarray(Image.open(known).convert("1"))
-        if mask.shape != gray.shape:
-            raise DataError(f"{known} has {mask.shape} pixels, but {name} has {gray.shape}. Draw the phantoms anew.")
+        with Image.open(known) as image:
+            if image.size != gray.shape[::-1]:
+                raise DataError(f"{known} is of another size than its slice {name}. Remove the mask, or mend it.")
+            mask = np.asarray(image.convert("L")) > 127
     else:
         mask = np.zeros(gray.shape, bool)
         for left, top, right, bottom in known:

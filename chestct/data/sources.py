@@ -21,7 +21,7 @@ from chestct.imaging.slice_files import walk, why_skipped
 # Folder names, in lower case, that say which split their slices belong to
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_FOLDERS |= dict.fromkeys(("valid", "val", "validation"), "valid")
-MASKS = "masks"  # folder next to split folders with the lesions of phantoms
+MASKS = "masks"  # folder next to split folders with the masks of lesions
 DEPTH = 4  # how many folders below a root that holds no class folders are searched for them
 # Words after a label that turn it into something else, as in `cancer free`
 NEGATIONS = {"free", "negative", "no", "non", "not", "or", "versus", "vs", "without"}

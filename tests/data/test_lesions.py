@@ -1,6 +1,8 @@
 """Where lesions are known: boxes and masks, through the crop, into the squares and the views."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +93,14 @@ def test_a_box_that_the_crop_leaves_out_is_not_known_and_that_is_said(root, tmp_
     assert made.manifest["path"][made.manifest["lesion"] != b""].tolist() == ["cancer/4.png"]
     (note,) = made.notes
     assert "In 1 slices of s the lesion lies outside" in note
+
+
+def test_a_mask_of_another_size_than_its_slice_is_named(phantoms, tmp_path):
+    root = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    mask = next(root.glob("masks/train/*/*.png"))
+    Image.new("1", (9, 9)).save(mask)
+    with pytest.raises(DataError, match=f"{mask.name} is of another size"):
+        ingest(compose(f"data.root={root}", "data.size=64").data, tmp_path / "store")
 
 
 @pytest.fixture(scope="module")
