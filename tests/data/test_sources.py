@@ -130,7 +130,6 @@ def test_no_label_is_suggested_and_the_advice_works_for_any_name_when_it_is_comp
         ("no: normal", "names are text"),
         ("a: ${oc.env:HOME}", r"\[a\]='\${oc.env:HOME}' is not one of"),
         ("healthy: [normal]", "names are text"),
-        ("healthy: {}", "names are text"),
         (None, "No such file"),
     ],
 )

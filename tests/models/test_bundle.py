@@ -135,18 +135,13 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "classes: Field required": lambda facts: facts.pop("classes"),
     "files: .* are not": lambda facts: facts["files"].pop(CARD),
     r"files: .*run\.sh": lambda facts: facts["files"].update({"run.sh": "0" * 64}),
-    r"preprocess\.size: .* integer": lambda facts: facts["preprocess"].update(size="32"),
     r"preprocess\.size: .* 1024": lambda facts: facts["preprocess"].update(size=100_000),
     r"preprocess\.fit: .*'pad'": lambda facts: facts["preprocess"].update(fit="crop"),
-    r"preprocess\.resize: ": lambda facts: facts["preprocess"].update(resize=1),
     "size mismatch|Missing key": lambda facts: facts["model"].update(hidden=[50_000, 50_000]),
     "classes=.* are not those of task=binary": lambda facts: facts.update(classes=["normal", "benign"]),
     "cannot be used": lambda facts: facts["operating_point"].update(quantiles=[0.1, 0.2, 0.3]),
     r"operating_point\.threshold: ": lambda facts: facts["operating_point"].update(threshold=None),
     r"statistics\.mean\.1: ": lambda facts: facts.update(statistics={"mean": [0.1, "<b>"]}),
-    r"auroc\.value: ": lambda facts: facts.update(
-        metrics={"test": {"auroc": {"value": "high", "low": None, "high": None, "slices": 1}}}
-    ),
 }
 
 
