@@ -63,6 +63,15 @@ def test_another_optimiser_and_schedule(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_fine_tuning_keeps_averaged_weights(run, tmp_path):
+    (averaged,) = commands("EMAWeightAveraging")
+    run(*averaged, "trainer.max_epochs=2", "trainer.unfreeze_epoch=1", "data.size=32")
+    saved = last(tmp_path)
+    for part in ("net.head.2.weight", "net.features.28.weight"):
+        assert not torch.equal(saved["state_dict"][part], saved["current_model_state"][part])
+
+
+@pytest.mark.slow
 def test_a_callback_and_a_logger(run, tmp_path):
     (tmp_path / "mine.py").write_text(code("class Noisy"), encoding="utf-8")
     (callback,), (board,) = commands("Noisy"), commands("TensorBoardLogger")
