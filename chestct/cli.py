@@ -26,6 +26,7 @@ def serve(cfg: Config, out: Path) -> None:
 
       python serve.py                                   the model in the package
       python serve.py bundle=FOLDER                     another bundle
+      python serve.py bundle=hf://USER/NAME             one on the Hugging Face hub
       python serve.py bundle=models:/NAME@champion      one that is registered in MLflow
       python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
 
@@ -104,7 +105,7 @@ def predict() -> None:
     """
     parser = _parser("predict", predict.__doc__)
     parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, and folders to look through")
-    parser.add_argument("--bundle", default="packaged", help="folder, models:/NAME@champion or runs:/ID (packaged)")
+    parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
     parser.add_argument("--viewer", type=Path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
@@ -200,7 +201,7 @@ def push() -> None:
     A token that may write is read from HF_TOKEN, or where `hf auth login` left it; HF_ENDPOINT names another server.
     """
     parser = _parser("push", push.__doc__)
-    parser.add_argument("bundle", help="folder, packaged, models:/NAME@champion or runs:/ID")
+    parser.add_argument("bundle", help="folder, packaged, models:/ or runs:/ name")
     parser.add_argument("name", metavar="USER/NAME", help="repository, made where there is none")
     parser.add_argument("--private", action="store_true", help="a new one is for its owner alone")
     given = parser.parse_args()
@@ -215,14 +216,14 @@ def push() -> None:
 
 
 def space() -> None:
-    """Writes a Hugging Face Space that shows a bundle on chestct's page, and runs as it is:
+    """Writes a Hugging Face Space that shows a bundle on chestct's page, and runs as it is.
 
     chestct space FOLDER && cd FOLDER && pip install -r requirements.txt && python app.py
     hf upload USER/NAME FOLDER --repo-type space
     """
     parser = _parser("space", space.__doc__)
     parser.add_argument("folder", type=Path, help="a new folder")
-    parser.add_argument("--bundle", default="packaged", help="folder, models:/NAME@champion or runs:/ID (packaged)")
+    parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
     given = parser.parse_args()
     from chestct.portable import write_space
     from chestct.serving.model import bundle_folder

@@ -251,7 +251,7 @@ class Config:
     seed: int = setting(0, "seed of initial weights, order and views", low=0)
     ckpt: str | None = setting(None, "a .ckpt file, a run folder, or `last` for the newest run")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
-    bundle: str | None = setting(None, "bundle: a folder, `packaged`, models:/NAME@champion or runs:/RUN_ID")
+    bundle: str | None = setting(None, "bundle: a folder, `packaged`, hf://USER/NAME, models:/NAME@champion, runs:/ID")
     format: str = setting("torch", "export: backends that the bundle gets, one or several: openvino+onnx", form=EXPORTS)
     compare: list[str] = setting([], "two evaluations to compare, slice by slice: run folders or predictions.parquet")
     callbacks: dict[str, Any] = setting({}, "callbacks of Lightning's or your own: {NAME: {_target_: CLASS, ...}}")
