@@ -7,14 +7,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from chestct.config.schema import ModelConfig
-from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
 from chestct.reporting.figures import figures, gallery, points
+from tests.conftest import network
 from tests.evaluation.evaluations import made_up, with_images
 
 
@@ -62,32 +59,23 @@ def test_each_source_has_a_histogram_of_its_own():
             assert f"{label}, {len(own)} slices" in texts
 
 
-@pytest.fixture(scope="module", params=["binary", "subtype"])
-def evaluation(request):
-    torch.manual_seed(0)
-    net = VGG16(ModelConfig(), 1 if request.param == "binary" else 4, 32, load_weights("oxford")).eval()
-    evaluation = with_images(made_up(request.param), net, 32)
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_the_gallery_shows_the_surest_errors_and_some_that_were_right_with_their_heat(outputs):
+    evaluation = with_images(made_up("binary" if outputs == 1 else "subtype"), network(outputs, 32), 32)
     evaluation.cfg.evaluation.gallery = 2
-    return evaluation
-
-
-def test_the_gallery_shows_the_surest_errors_and_some_that_were_right(evaluation):
-    pictures = gallery(evaluation)
-    assert 0 < len(pictures["errors"]) <= 2
-    assert len(pictures["right"]) == 2
-    assert all(picture["truth"] != picture["called"] for picture in pictures["errors"])
-    assert all(picture["truth"] == picture["called"] for picture in pictures["right"])
-    sure = [picture["sureness"] for picture in pictures["errors"]]
+    shown = gallery(evaluation)
+    assert 0 < len(shown["errors"]) <= 2
+    assert len(shown["right"]) == 2
+    for kind, pictures in shown.items():
+        assert all((picture["truth"] == picture["called"]) == (kind == "right") for picture in pictures)
+    sure = [picture["sureness"] for picture in shown["errors"]]
     assert sure == sorted(sure, reverse=True)
-    evaluation.table["group"] = 0  # slices of one group would show the same again
-    assert {len(shown) for shown in gallery(evaluation).values()} <= {0, 1}
-
-
-def test_pictures_are_the_slices_and_the_heat_colours_them(evaluation):
-    picture = gallery(evaluation)["right"][0]
-    encoded = [picture[name].split(",")[1] for name in ("plain", "heat")]
+    first = shown["right"][0]
+    encoded = [first[name].split(",")[1] for name in ("plain", "heat")]
     plain, heat = (Image.open(io.BytesIO(base64.b64decode(part))) for part in encoded)
     assert (plain.mode, heat.mode) == ("L", "RGB")
-    square = evaluation.images[evaluation.manifest.set_index("path")["row"][picture["path"]]]
+    square = evaluation.images[evaluation.manifest.set_index("path")["row"][first["path"]]]
     assert np.corrcoef(np.asarray(plain.resize((32, 32))).ravel(), square.ravel())[0, 1] > 0.9
+    evaluation.table["group"] = 0  # slices of one group would show the same again
+    assert {len(pictures) for pictures in gallery(evaluation).values()} <= {0, 1}
     assert gallery(made_up()) == {}  # without a network

@@ -18,7 +18,7 @@ import torch
 from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
-from chestct.config.schema import Config, EvaluationConfig, ModelConfig, PhantomConfig, WindowConfig
+from chestct.config.schema import Config, EvaluationConfig, PhantomConfig, WindowConfig
 from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
@@ -26,14 +26,13 @@ from chestct.models.bundle import Bundle, save_bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
-from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
 from chestct.phantom.thorax import draw
 from chestct.serving.examples import PHANTOMS, make_examples
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import PatientServer, bind, make_server, predictor_for, running, upload_folder
-from tests.conftest import command
+from tests.conftest import command, network
 from tests.imaging.files import dicom
+from tests.models.test_bundle import make
 
 SIZE = 64
 
@@ -49,33 +48,25 @@ Trying things out.
 """
 
 
-def make_bundle(folder: Path, phantoms: Path, classes: tuple[str, ...] = ("normal", "cancer")) -> None:
-    """Fits a head on mean-pooled features of phantoms, by ridge regression."""
+def make_bundle(folder: Path, phantoms: Path, classes: int = 2) -> None:
+    """Fits a head on mean-pooled features of phantoms, by ridge regression. classes: 2 or 4."""
     paths = [path for path in sorted(phantoms.glob("*/*/*.png")) if path.parts[-3] != "masks"]
     preprocess = Preprocess(SIZE, "pad")
     squares = np.stack([preprocess(decode(path, WindowConfig()).gray) for path in paths])
-    labels = [path.parent.name for path in paths]
-    targets = np.array([classes.index(name) if name in classes else int(name != "normal") for name in labels])
-    outputs = 1 if len(classes) == 2 else len(classes)
-    net = VGG16(ModelConfig(), outputs, SIZE, load_weights("oxford")).eval()
+    facts = make(folder, classes=classes).facts | {"preprocess": {"size": SIZE, "fit": "pad"}}
+    names, outputs = facts["classes"], 1 if classes == 2 else classes
+    targets = np.array([names.index(name) if name in names else 1 for name in (path.parent.name for path in paths)])
+    net = network(outputs, SIZE)
     with torch.no_grad():
-        x = torch.from_numpy(squares).unsqueeze(1).float() / 255
-        maps = net.maps(x)
-        pooled = maps.mean((2, 3))
+        conv5 = net.conv5(next(net.batches(squares, len(squares))))
+        maps = net.pool(conv5)
+        pooled = net.channel_means(maps)
         ridge = Ridge(alpha=0.3 * float(pooled.var(0).sum()))
-        ridge.fit(pooled.numpy(), (6 * np.eye(len(classes))[targets] - 3)[:, -outputs:])
+        ridge.fit(pooled.numpy(), (6 * np.eye(classes)[targets] - 3)[:, -outputs:])
         linear = next(layer for layer in net.head if isinstance(layer, torch.nn.Linear))
         linear.weight.copy_(torch.from_numpy(ridge.coef_.reshape(outputs, -1)))
         linear.bias.copy_(torch.from_numpy(np.atleast_1d(ridge.intercept_)))
-        logits, baseline = net.head(maps).numpy(), normal_cam(net, net.conv5(x))
-    facts = {
-        "task": "binary" if outputs == 1 else "subtype",
-        "classes": list(classes),
-        "model": {"pool": "gap", "hidden": [], "dropout": 0.0, "trained_convolutions": False},
-        "preprocess": {"size": SIZE, "fit": "pad"},
-        "window": {"center": -600.0, "width": 1500.0, "from_file": False},
-        "data": {"seen": []},
-    }
+        logits, baseline = net.head(maps).numpy(), normal_cam(net, conv5)
     point = OperatingPoint.fit(logits, targets, EvaluationConfig())
     save_bundle(folder, Bundle(net, point, fit_novelty(pooled, pooled), baseline, facts, CARD))
 

@@ -94,7 +94,7 @@ def test_nothing_of_a_request_stays_on_disk_and_no_path_of_this_machine_is_in_an
 
 
 def test_answers_are_recorded_but_for_examples_and_kinds_of_cancer_are_listed(phantoms, tmp_path: Path, files) -> None:
-    make_bundle(tmp_path / "four", phantoms, ("normal", "adenocarcinoma", "large_cell", "squamous"))
+    make_bundle(tmp_path / "four", phantoms, 4)
     seen: list[str] = []
     with serving(tmp_path / "four", on_answer=lambda prediction: seen.append(prediction.decision)) as running:
         visitor = Visitor(running.url)
