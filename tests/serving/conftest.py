@@ -18,6 +18,7 @@ import torch
 from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
+import chestct
 from chestct.config.schema import Config, EvaluationConfig, PhantomConfig, WindowConfig
 from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
@@ -28,6 +29,7 @@ from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
 from chestct.phantom.thorax import draw
 from chestct.serving.examples import PHANTOMS, make_examples
+from chestct.serving.model import Model
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import PatientServer, bind, make_server, predictor_for, running, upload_folder
 from tests.conftest import command, network
@@ -77,6 +79,12 @@ def bundle_folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> P
     folder = tmp_path_factory.mktemp("served") / "bundle"
     make_bundle(folder, phantoms)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model(bundle_folder: Path) -> Model:
+    """The same in Python."""
+    return chestct.load(str(bundle_folder))
 
 
 @dataclass

@@ -16,11 +16,6 @@ from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.predictor import Predictor
 
 
-@pytest.fixture(scope="module")
-def model(bundle_folder: Path) -> Model:
-    return chestct.load(str(bundle_folder))
-
-
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, chestct; chestct.load; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

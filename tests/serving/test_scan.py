@@ -9,10 +9,10 @@ import nibabel
 import numpy as np
 import pytest
 
-import chestct
 from chestct.config.schema import WindowConfig
 from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import decode, decode_frames
+from chestct.serving.model import Model
 from chestct.serving.scan import BEST, VALIDATION, describe_scans, in_order, scans_in
 from tests.serving.conftest import Slices, rows, zipped
 
@@ -45,8 +45,7 @@ def test_a_zip_is_read_by_position_whatever_else_is_in_it(call, scan: Slices, bu
     assert VALIDATION in printed
 
 
-def test_the_order_is_the_same_from_a_folder_and_in_python(scan: Slices, bundle_folder: Path, tmp_path: Path) -> None:
-    model = chestct.load(str(bundle_folder))
+def test_the_order_is_the_same_from_a_folder_and_in_python(scan: Slices, model: Model, tmp_path: Path) -> None:
     for name, data in scan(6).items():
         path = tmp_path / "folder" / "deep" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def test_the_order_is_the_same_from_a_folder_and_in_python(scan: Slices, bundle_
 
 
 def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(
-    scan: Slices, bundle_folder: Path, tmp_path: Path
+    scan: Slices, model: Model, tmp_path: Path
 ) -> None:
     kinds = {
         "1.1": (scan(6, "1.1", ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial"),
@@ -75,7 +74,7 @@ def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(
         for name, data in files.items():
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_bytes(data)
-    found = chestct.load(str(bundle_folder)).predict_scan(tmp_path)
+    found = model.predict_scan(tmp_path)
     assert len(found) == len(kinds)
     for one in found:
         reason = kinds[one.series][1]

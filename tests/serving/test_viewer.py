@@ -9,7 +9,6 @@ import numpy as np
 import pydicom
 import pytest
 
-import chestct
 from chestct.errors import DataError
 from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.viewer import write_dicom
@@ -26,10 +25,10 @@ def check(path: Path) -> None:
     assert done.returncode == 0
 
 
-def test_overlay_and_report_are_valid_and_refer_to_their_slice(bundle_folder, examples, tmp_path) -> None:
+def test_overlay_and_report_are_valid_and_refer_to_their_slice(model, examples, tmp_path) -> None:
     data = examples["large-lesion.dcm"]
     (tmp_path / "slice.dcm").write_bytes(data)
-    source, answer = pydicom.dcmread(tmp_path / "slice.dcm"), chestct.load(str(bundle_folder)).predict(data)
+    source, answer = pydicom.dcmread(tmp_path / "slice.dcm"), model.predict(data)
     overlay, report = (pydicom.dcmread(path) for path in write_dicom(data, "slice.dcm", answer, tmp_path / "out"))
     for made in (overlay, report):
         assert (made.StudyInstanceUID, made.PatientID) == (source.StudyInstanceUID, source.PatientID)
@@ -55,18 +54,18 @@ def test_overlay_and_report_are_valid_and_refer_to_their_slice(bundle_folder, ex
         check(path)
 
 
-def test_the_overlay_of_a_patient_who_lies_face_down_says_so(bundle_folder, examples, tmp_path) -> None:
+def test_the_overlay_of_a_patient_who_lies_face_down_says_so(model, examples, tmp_path) -> None:
     source, file = pydicom.dcmread(io.BytesIO(examples["large-lesion.dcm"])), io.BytesIO()
     source.ImageOrientationPatient = [-1, 0, 0, 0, -1, 0]
     source.save_as(file)
-    answer = chestct.load(str(bundle_folder)).predict(file.getvalue())
+    answer = model.predict(file.getvalue())
     overlay = pydicom.dcmread(write_dicom(file.getvalue(), "slice.dcm", answer, tmp_path)[0])
     assert list(overlay.PatientOrientation) == ["R", "A"]
 
 
-def test_real_slices_get_valid_files(bundle_folder: Path, tmp_path: Path) -> None:
+def test_real_slices_get_valid_files(model, tmp_path: Path) -> None:
     path = sorted(real("dicom").glob("*.dcm"))[0]
-    for made in write_dicom(path.read_bytes(), path.name, chestct.load(str(bundle_folder)).predict(path), tmp_path):
+    for made in write_dicom(path.read_bytes(), path.name, model.predict(path), tmp_path):
         check(made)
 
 
@@ -80,7 +79,7 @@ def test_a_scan_gets_files_for_its_most_suspicious_slices(call, scan: Slices, bu
     assert "10 DICOM files" in capsys.readouterr().out
 
 
-def test_what_nothing_can_refer_to_is_refused(bundle_folder: Path, examples: dict[str, bytes], tmp_path: Path) -> None:
-    answer = chestct.load(str(bundle_folder)).predict(examples["hills.png"])
+def test_what_nothing_can_refer_to_is_refused(model, examples: dict[str, bytes], tmp_path: Path) -> None:
+    answer = model.predict(examples["hills.png"])
     with pytest.raises(DataError, match=r"hills\.png: no DICOM image"):
         write_dicom(examples["hills.png"], "hills.png", answer, tmp_path)
