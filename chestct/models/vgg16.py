@@ -18,7 +18,7 @@ from torch.nn import functional
 from chestct.config.schema import ModelConfig
 from chestct.config.targets import build
 from chestct.errors import ConfigError
-from chestct.models.weights import Weights, convolutions
+from chestct.models.weights import BLOCKS, Weights, convolutions
 
 if TYPE_CHECKING:
     from chestct.data.rows import Rows
@@ -39,7 +39,10 @@ class VGG16(nn.Module):
         layers = convolutions(weights.backbone).eval()
         if self.blocks != [5]:
             layers = layers[: self._block_ends(layers)[self.block]]
-        self.channels, *grid = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
+        if weights.backbone == "vgg16":  # a pass on the meta device imports torch's compiler: a third of a start
+            self.channels, grid = sum(BLOCKS[block - 1][0] for block in self.blocks), [size >> self.block] * 2
+        else:
+            self.channels, *grid = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
         self.grid: tuple[int, int] = (grid[0], grid[1])  # of the maps that the head gets
         if weights.tensors is None:
             layers = convolutions(weights.backbone, "cpu").eval()[: len(layers)]

@@ -37,6 +37,10 @@ class Weights:
     backbone: str = "vgg16"  # the name of torchvision's network
 
 
+BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+"""Channels and number of the convolutions in each block of VGG16; a max pool of stride 2 ends it."""
+
+
 def convolutions(backbone: str = "vgg16", device: str = "meta") -> nn.Sequential:
     """`features` of a network of torchvision's; on the meta device they have shapes without numbers.
 
@@ -64,7 +68,7 @@ def _vgg16() -> nn.Sequential:
     """`features` of torchvision's vgg16, whose import would double the time until a service answers."""
     layers: list[nn.Module] = []
     channels = 3
-    for width, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+    for width, count in BLOCKS:
         for _ in range(count):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width

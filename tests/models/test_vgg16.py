@@ -36,6 +36,13 @@ def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(pool, widt
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("block", ["3", "5", "3+5"])
+def test_maps_have_the_shape_that_the_network_says(block):
+    net = network(size=72, block=block)  # which halves to odd sides
+    assert net.maps(torch.rand(1, 1, 72, 72)).shape[1:] == (net.channels, *net.grid)
+
+
+@torch.no_grad()
 def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean():
     net = network(pool="mean_max_std", block="3+4")
     maps = net.maps(torch.rand(2, 1, 64, 64))
