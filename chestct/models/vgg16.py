@@ -125,7 +125,7 @@ class VGG16(nn.Module):
     def fit_standardise(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None) -> None:
         """Fixes how a head that judges places standardises, by the cached maps of train and what each slice counts."""
         for layer in self.head:
-            if isinstance(layer, Standardise):
+            if isinstance(layer, Standardise) and layer.places:
                 layer.fit(maps, w)
 
     def batches(self, images: np.ndarray, size: int = 16, rows: np.ndarray | None = None) -> Iterator[torch.Tensor]:
@@ -187,7 +187,7 @@ def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
     layers: list[nn.Module] = [Pool(cfg.pool)]
     places = cfg.pool == "topk"
     if cfg.standardise:
-        layers.append(Standardise(width) if places else nn.BatchNorm1d(width, affine=False))
+        layers.append(Standardise(width, places))
     for i, out in enumerate((*cfg.hidden, outputs)):
         if cfg.context and places and not i:
             layers += [InContext(width, out, cfg.dropout), nn.ReLU()]
@@ -216,14 +216,14 @@ class Pool(nn.Module):
 
 
 class Standardise(nn.BatchNorm2d):
-    """Each channel less its mean, over its spread, and cut at CUT spreads: a scanner that training has not seen may
-    light a channel up as no slice there did, and must not decide alone."""
+    """Each channel less its mean, over its spread; of places cut at CUT spreads: a scanner that training has not seen
+    may light a channel up as no slice there did, and must not decide alone."""
 
     CUT = 5.0
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, places: bool = True) -> None:
         super().__init__(channels, affine=False)
-        self.fitted = False
+        self.places, self.fitted = places, False
 
     @torch.no_grad()
     def fit(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None = None) -> None:
@@ -244,9 +244,9 @@ class Standardise(nn.BatchNorm2d):
         self.fitted = True
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        batches = self.training and not self.fitted
+        batches = self.training and not self.fitted and maps[:, 0].numel() > 1  # one value has no spread
         out = functional.batch_norm(maps, self.running_mean, self.running_var, training=batches, eps=self.eps)
-        return out.clamp(-self.CUT, self.CUT)
+        return out.clamp(-self.CUT, self.CUT) if self.places else out
 
 
 class InContext(nn.Conv2d):

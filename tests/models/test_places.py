@@ -110,6 +110,14 @@ def test_means_and_spreads_are_of_training_as_its_slices_count_whatever_a_batch_
     torch.testing.assert_close(standardise.eval()(maps[:2]), out[:2])
 
 
+def test_pooled_features_are_standardised_batch_by_batch_and_a_last_slice_alone_like_those_before_it():
+    own, torchs = Standardise(3, places=False).train(), torch.nn.BatchNorm1d(3, affine=False).train()
+    batches = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0)) * 50
+    for batch in batches:
+        torch.testing.assert_close(own(batch), torchs(batch))
+    torch.testing.assert_close(own(batches[0, :1]), torchs.eval()(batches[0, :1]))
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, phantoms, cache):
     """(settings, set up data) with lesions drawn into half of the normal training slices."""
