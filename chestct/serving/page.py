@@ -207,8 +207,9 @@ def make_page(
                         color_map=TONES,
                         y_lim=[0, 1.05],
                         x_axis_format="d",
-                        height=220,
-                        label="Scores in the order of the scan",
+                        height=260,
+                        title="Scores in the order of the scan",  # a label would push the legend out of the frame
+                        show_label=False,
                         visible=False,
                         elem_id="strip",
                     )
