@@ -5,8 +5,10 @@ bundle's own checks hold when it is loaded. That is true of models saved here: `
 code a foreign model names, so for a bundle of unknown origin use `bundle=models:/NAME@ALIAS`, which runs none.
 """
 
+import json
 import logging
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from chestct.config.schema_serving import FACTS
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.portable import copy_package, is_installed, requirements
 from chestct.version import __version__
@@ -37,23 +40,29 @@ class Scorer:
         images = np.asarray(images, np.uint8)
         if images.ndim != 3:
             raise ValueError(f"Slices are uint8 [N, H, W]; got an array of shape {list(images.shape)}.")
-        columns = ["score", "decision", "novelty", *(f"probability_{name}" for name in self.bundle.classes)]
         answers = [self.bundle.predict(self.bundle.preprocess(image)[None]) for image in images]
         rows = [[a.score[0], a.decision[0], a.novelty[0], *a.probabilities[0]] for a in answers]
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows, columns=columns(self.bundle.classes))
+
+
+def columns(classes: Iterable[str]) -> list[str]:
+    """Of a table of answers."""
+    return ["score", "decision", "novelty", *(f"probability_{name}" for name in classes)]
 
 
 def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
-    """Writes the bundle in a folder as an MLflow model with its signature.
+    """Writes the bundle in a folder, as `save_bundle` left it there, as an MLflow model with its signature.
 
     code: the package goes along (30 MB), so that `mlflow models serve` needs nothing but what indexes have.
     """
     from mlflow import pyfunc
-    from mlflow.models.signature import ModelSignature, infer_signature
-    from mlflow.types import Schema, TensorSpec
+    from mlflow.models.signature import ModelSignature
+    from mlflow.types import ColSpec, Schema, TensorSpec
 
-    example = np.zeros((1, 64, 64), np.uint8)
-    answer = Scorer(load_bundle(bundle)).predict(example)
+    # Stated, since MLflow would infer it from an answer: the bundle loaded once more, and the network's time.
+    classes = json.loads((bundle / FACTS).read_text(encoding="utf-8"))["classes"]
+    types = {"decision": "string", "novelty": "float"}
+    answers = Schema([ColSpec(types.get(name, "double"), name) for name in columns(classes)])
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])  # any number of slices, of any one size
     logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)  # it would tell of the example, in every run
     with tempfile.TemporaryDirectory() as package:
@@ -61,8 +70,8 @@ def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
             folder,
             loader_module=__name__,
             data_path=str(bundle),
-            signature=ModelSignature(images, infer_signature(answer).inputs),
-            input_example=example,
+            signature=ModelSignature(images, answers),
+            input_example=np.zeros((1, 64, 64), np.uint8),
             code_paths=[str(copy_package(Path(package)))] if code else None,
             # MLflow would look for them in a process of its own.
             pip_requirements=requirements() if code else [f"chestct=={__version__}"],

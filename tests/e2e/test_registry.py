@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from mlflow import MlflowClient, pyfunc
+from mlflow.models import infer_signature
 
 from chestct.config.compose import CONF
 from chestct.errors import ConfigError
@@ -44,7 +45,9 @@ def images():
 
 def test_an_mlflow_model_answers_as_the_bundle_does_and_holds_no_pickle(made, images):
     bundle = load_bundle("packaged")
-    answers = pyfunc.load_model(str(made / "model")).predict(images)
+    model = pyfunc.load_model(str(made / "model"))
+    answers = model.predict(images)
+    assert model.metadata.get_output_schema() == infer_signature(answers).inputs
     expected = bundle.predict(np.stack([bundle.preprocess(image) for image in images]))
     assert answers["score"].to_numpy() == pytest.approx(expected.score, abs=1e-6)  # one by one, not in a batch
     assert list(answers["decision"]) == list(expected.decision)
