@@ -98,7 +98,8 @@ def _near(thumbs: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray,
     usable = np.flatnonzero(arrays[1].mean((1, 2)) >= 0.1)
     if (n := len(usable)) < 2:
         return usable[:0], usable[:0], np.zeros(0)
-    thumbs, arrays, detail = thumbs[usable], [array[usable] for array in arrays], detail[usable]
+    if n < len(thumbs):  # else all of it would be there twice
+        thumbs, arrays, detail = thumbs[usable], [array[usable] for array in arrays], detail[usable]
     pyramid: list[Level] = list(zip(arrays[::2], arrays[1::2], strict=True))
 
     def compare(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray]:
@@ -180,11 +181,12 @@ def _candidates(code: np.ndarray, component: np.ndarray) -> np.ndarray:
         likeness = code[query] @ code[members].T
         likeness[component[query][:, None] == component[members]] = -2
         best = np.argpartition(likeness, -k)[:, -k:]
-        other = np.take_along_axis(likeness, best, 1) > -2
-        a, b = np.repeat(query, k)[other.ravel()], members[best[other]]
-        return (np.minimum(a, b) * n + np.maximum(a, b),)
+        a, b = query[:, None], members[best]
+        pairs = np.minimum(a, b) * n + np.maximum(a, b)
+        return (np.where(np.take_along_axis(likeness, best, 1) > -2, pairs, -1),)
 
-    return np.unique(_in_threads(nearest, members)[0])
+    pairs = np.unique(_in_threads(nearest, members)[0])
+    return pairs[pairs >= 0]
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
@@ -196,8 +198,13 @@ def _take(level: Level, index: np.ndarray) -> Level:
 
 
 def _in_threads(function: Callable[..., tuple[np.ndarray, ...]], *arrays: np.ndarray) -> list[np.ndarray]:
-    """function over parts of the arrays, on all cores, its results joined; numpy lets go of the interpreter lock."""
-    starts = range(0, max(1, len(arrays[0])), PART)
+    """function over parts of the arrays, on all cores, row by row; numpy lets go of the interpreter lock."""
+    parts = [slice(at, at + PART) for at in range(0, max(1, len(arrays[0])), PART)]
+    whole: list[np.ndarray] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda at: function(*(array[at : at + PART] for array in arrays)), starts)
-        return [np.concatenate(column) for column in zip(*results, strict=True)]
+        results = pool.map(lambda part: function(*(array[part] for array in arrays)), parts)
+        for part, result in zip(parts, results, strict=True):
+            whole = whole or [np.empty((len(arrays[0]), *of_part.shape[1:]), of_part.dtype) for of_part in result]
+            for array, of_part in zip(whole, result, strict=True):
+                array[part] = of_part
+    return whole
