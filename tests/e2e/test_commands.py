@@ -133,8 +133,9 @@ def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, command, s
         "drift report --bundle gone",
     ],
 )
-def test_a_misspelt_path_is_named_and_leaves_no_run(call, tmp_path, command):
+def test_a_misspelt_path_is_named_and_leaves_no_run(call, tmp_path, monkeypatch, command):
     (tmp_path / "a.png").write_bytes(b"")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")  # a relative one is the first test's
     status, out, err = call("chestct", *command.split(), small=False)
     assert status == 2
     assert "gone" in err

@@ -31,7 +31,7 @@ ELSEWHERE = {
     r"tracking\.(uri|owner|register)|^chestct sync": "a server: test_servers, test_registry",
     r"^chestct push": "a hub: test_hub",
     r"data=hospitals|data fetch \w+|\.\./shared": "real data: data/test_public, audit/test_real",
-    r"format=|\.backend=": "minutes of verification: evaluation/test_backends",
+    r"format=|\.backend=|openvino_int8": "minutes of verification: evaluation/test_backends",
     r"sweep=": "many trainings: test_sweep",
     r"_target_=|model\.backbone=|trust=": "code and weights of one's own: test_extend",
     r"ckpt=runs/four|evaluation\.protocol": "minutes: evaluation/test_protocol",
