@@ -231,16 +231,14 @@ class Standardise(nn.BatchNorm2d):
 
         A batch's own would depend on what else is in it, and count phantoms or a large source by their slices.
         """
-        assert self.running_mean is not None
-        assert self.running_var is not None
         w = torch.ones(len(maps)) if w is None else w
         mean, square = torch.zeros(2, self.num_features, dtype=torch.float64)
         for at, weight in zip(range(0, len(maps), 64), torch.split(w.double() / w.sum(), 64), strict=True):
             places = maps[at : at + 64].float().flatten(2)
             mean += weight @ places.mean(2).double()
             square += weight @ places.square().mean(2).double()
-        self.running_mean.copy_(mean)
-        self.running_var.copy_(square - mean.square())
+        self.get_buffer("running_mean").copy_(mean)
+        self.get_buffer("running_var").copy_(square - mean.square())
         self.fitted = True
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
