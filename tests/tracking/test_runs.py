@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -12,9 +14,29 @@ from chestct.config.compose import CONF
 from chestct.errors import ConfigError, Interrupted
 from chestct.tracking import open_run, run_of, sole_writer
 from chestct.tracking.run import RUN_ID_FILE
+from tests.conftest import SMALL
 from tests.tracking.conftest import fit, recorded, runs
 
 ROOT = CONF.parent
+
+
+def test_a_run_keeps_settings_code_files_and_a_dozen_metrics(small, uri, tmp_path, monkeypatch):
+    monkeypatch.setenv("DVC_EXP_NAME", "brave-fox")
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", "data.labels={a.b: cancer}")
+    with recorded(cfg, tmp_path / "out") as run:
+        run.tags({"data.split": "grouped"})
+        (tmp_path / "report").mkdir()
+        (tmp_path / "report" / "metrics.json").write_bytes(b"x")
+        run.evaluation({"auroc": 0.9, "auroc_low": 0.8, "margin": None, "f1": 0.7}, tmp_path / "report")
+    (made,) = runs(uri)
+    assert made.info.status == "FINISHED"
+    assert made.info.run_name == "brave-fox"
+    assert made.data.params["data.augment.flip"] == "0.5"
+    assert made.data.metrics == {"test/auroc": 0.9, "test/auroc_low": 0.8}
+    assert {"git.commit", "mlflow.user", "mlflow.source.name"} <= made.data.tags.keys()
+    assert made.data.tags["folder"] == str(tmp_path / "out")
+    files = [a.path for a in MlflowClient(uri).list_artifacts(made.info.run_id, "evaluation")]
+    assert files == ["evaluation/metrics.json"]
 
 
 def test_an_export_is_a_run_below_the_training_that_its_checkpoint_belongs_to(small, uri, tmp_path):
@@ -44,12 +66,19 @@ def test_the_curves_of_a_training_are_in_its_run_and_no_variable_of_the_environm
     assert dict(os.environ) == before
 
 
+def log_and_end(logger):
+    """What a process that Lightning spawned does."""
+    for step in range(3):
+        logger.log_metrics({"m": float(step)}, step)
+    logger.finalize("success")
+
+
 def test_no_metric_of_a_spawned_process_is_lost_when_it_ends(small, uri, tmp_path):
     with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
-        process = multiprocessing.get_context("spawn").Process(target=run.loggers()[0].log_metrics, args=({"m": 1.0},))
+        process = multiprocessing.get_context("spawn").Process(target=log_and_end, args=run.loggers())
         process.start()
         process.join()
-    assert [metric.value for metric in MlflowClient(uri).get_metric_history(run.run_id, "m")] == [1.0]
+    assert [metric.value for metric in MlflowClient(uri).get_metric_history(run.run_id, "m")] == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -73,15 +102,53 @@ def test_a_resumed_run_is_the_same_run_and_one_that_begins_anew_another(small, u
     assert [(made.data.params["optim.lr"], made.data.metrics["m"]) for made in runs(uri)] == kept
 
 
-def test_a_run_that_is_gone_is_replaced_with_a_message(small, uri, tmp_path, capsys):
+@pytest.mark.parametrize("deleted", [True, False])
+def test_a_run_that_is_gone_is_replaced_with_a_message(small, uri, tmp_path, capsys, deleted):
     cfg = small("tracking=mlflow", f"tracking.uri={uri}", "ckpt=last.ckpt")
-    with recorded(cfg, tmp_path / "out") as gone:
+    note = tmp_path / "out" / "checkpoints" / RUN_ID_FILE
+    with recorded(cfg, tmp_path / "out"):
         pass
-    MlflowClient(uri).delete_run(gone.run_id)
+    gone = note.read_text().strip()
+    if deleted:
+        MlflowClient(uri).delete_run(gone)
+    else:
+        note.write_text("0123456789abcdef0123456789abcdef")
     with recorded(cfg, tmp_path / "out") as run:
-        assert run.run_id != gone.run_id
+        assert run.run_id != gone
     assert "or was deleted; a new one" in capsys.readouterr().out
-    assert (tmp_path / "out" / "checkpoints" / RUN_ID_FILE).read_text().strip() == run.run_id
+    assert note.read_text().strip() == run.run_id
+
+
+def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_store, tmp_path, monkeypatch):
+    home, copy = tmp_path / "home", tmp_path / "copy"
+    for folder in (home, copy):
+        folder.mkdir()
+    shutil.copy(empty_store, home / "mlflow.db")
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("DVC_ROOT", str(home))  # what DVC tells the stages of a queued experiment
+    cfg = small("tracking=mlflow", "cache_dir=.cache")
+    with recorded(cfg, copy / "out") as run:
+        run.artifacts(Path(__file__))
+    assert cfg.cache == home / ".cache"
+    (made,) = runs(f"sqlite:///{home}/mlflow.db")
+    assert made.info.artifact_uri.startswith(f"{home}/mlruns/chestct/")
+    assert list(copy.iterdir()) == [copy / "out"]
+
+
+def train(tmp_path, phantoms, cache, *settings, before=""):
+    """train.py in a process of its own, on the small phantoms; `before` is Python that it runs first."""
+    code = f"import runpy, sys\n{before}\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    given = {setting.split("=")[0] for setting in settings}
+    more = [s for s in (*SMALL, f"data.root={phantoms}", f"cache_dir={cache}") if s.split("=")[0] not in given]
+    command = [sys.executable, "-c", code, *more, *settings]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_off_needs_no_mlflow(tmp_path, phantoms, cache):
+    done = train(tmp_path, phantoms, cache, "trainer.max_epochs=1", before="sys.modules['mlflow'] = None")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("runs/*/bundle/bundle.json"))
 
 
 def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
