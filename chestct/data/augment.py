@@ -73,9 +73,9 @@ def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:
     if cfg.window:
         steps.append(v2.ColorJitter(brightness=cfg.window, contrast=cfg.window))
     if cfg.gamma:
-        steps.append(Levels("gamma", cfg.gamma))
+        steps.append(Gamma(cfg.gamma))
     if cfg.noise:
-        steps.append(Levels("sigma", cfg.noise))
+        steps.append(Noise(cfg.noise))
     return v2.Compose(steps or [v2.Identity()])
 
 
@@ -83,21 +83,32 @@ def _blur_size(cfg: AugmentConfig, side: int) -> int:
     return 2 * min(math.ceil(3 * cfg.blur * side), side - 1) + 1
 
 
-class Levels(v2.Transform):
-    """A power whose logarithm is drawn from [-most, most] (gamma), or noise of a deviation in [0, most] (sigma);
-    masks stay."""
+class Gamma(v2.Transform):
+    """The power of a slice whose logarithm is drawn from [-most, most]; masks stay."""
 
-    def __init__(self, name: str, most: float) -> None:
+    def __init__(self, most: float) -> None:
         super().__init__()
-        self.name, self.most = name, most
+        self.most = most
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, float]:
-        drawn = float(torch.empty(1).uniform_(-self.most if self.name == "gamma" else 0, self.most))
-        return {self.name: math.exp(drawn) if self.name == "gamma" else drawn}
+        return {"gamma": math.exp(_uniform(-self.most, self.most))}
 
     def transform(self, inpt: torch.Tensor, params: dict[str, float]) -> torch.Tensor:
-        change = functional.adjust_gamma if self.name == "gamma" else functional.gaussian_noise
-        return inpt if isinstance(inpt, tv_tensors.Mask) else change(inpt, **params)
+        return inpt if isinstance(inpt, tv_tensors.Mask) else functional.adjust_gamma(inpt, **params)
+
+
+class Noise(v2.Transform):
+    """Noise whose standard deviation is drawn from [0, most]; masks stay."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, float]:
+        return {"sigma": _uniform(0, self.most)}
+
+    def transform(self, inpt: torch.Tensor, params: dict[str, float]) -> torch.Tensor:
+        return inpt if isinstance(inpt, tv_tensors.Mask) else functional.gaussian_noise(inpt, **params)
 
 
 NEUTRAL = {
@@ -139,7 +150,7 @@ def _drawn(step: v2.Transform, image: list[torch.Tensor], side: int) -> dict[str
         order = drawn["fn_idx"].tolist()
         values = {name: drawn[f"{name}_factor"] for name in ("brightness", "contrast")}
         return values | {"contrast_first": float(order.index(1) < order.index(0))}
-    return {"noise": drawn["sigma"]} if "sigma" in drawn else drawn
+    return {"noise": drawn["sigma"]} if isinstance(step, Noise) else drawn
 
 
 def _origin(
@@ -210,3 +221,7 @@ def _bright(x: torch.Tensor, of: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def _contrast(x: torch.Tensor, of: dict[str, torch.Tensor]) -> torch.Tensor:
     return (x * of["contrast"] + (1 - of["contrast"]) * x.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
+
+
+def _uniform(low: float, high: float) -> float:
+    return float(torch.empty(1).uniform_(low, high))
