@@ -73,8 +73,10 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
             run = partial(extract, batch_size=cfg.features.batch_size, label=label)
             every = run(kept, partial(_shown, dataset, at, view, device), device)
             for held, values in zip((data.features[split], data.places[split]), every, strict=False):
-                rows = dict(enumerate(held[0].rows)) if view else {}
-                held.append(Rows([*(rows | dict(zip(at.tolist(), values.rows, strict=True))).values()]))
+                rows = [*(held[0] if view else values).rows]
+                for position, row in zip(at.tolist(), values.rows, strict=True):
+                    rows[position] = row
+                held.append(Rows(rows))
         data.spaces[split] = spaces
 
 
