@@ -2,10 +2,12 @@
 
 import http.server
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 
 import pytest
@@ -16,70 +18,139 @@ from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError
 from chestct.tracking import TrackingError, open_run, probe
 from chestct.tracking.stores import local_uri, prepare, refuse_elsewhere, server_uri
+from tests.tracking.conftest import recorded, runs
+
+PREPARE = "import sys\nfrom chestct.tracking.stores import prepare\nprepare(sys.argv[1])"
+MLFLOW = "import sys\nfrom mlflow import MlflowClient\nMlflowClient(sys.argv[1]).search_experiments()"
+
+
+def started(code, uri):
+    environment = os.environ | {"PYTHONPATH": str(CONF.parent)}
+    return subprocess.Popen([sys.executable, "-c", code, uri], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def killed_when_there_is(process, file, size):
+    """SIGKILL once the file has so many bytes, which it passes while it is migrated."""
+    while not file.is_file() or file.stat().st_size < size:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def assert_usable(uri):
+    client = MlflowClient(uri)
+    run = client.create_run(client.create_experiment("new"))
+    client.log_metric(run.info.run_id, "m", 1.0)
+    assert client.get_run(run.info.run_id).data.metrics == {"m": 1.0}
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_make_one_store_over_what_a_kill_left(tmp_path):
+@pytest.mark.parametrize(
+    ("code", "file", "size"), [(PREPARE, "mlflow.db.making", 1), (MLFLOW, "mlflow.db", 300_000)], ids=["ours", "mlflow"]
+)
+def test_a_kill_while_the_store_is_made_leaves_none_or_one_that_is_recognised(tmp_path, code, file, size):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    (tmp_path / "mlflow.db.making").write_bytes(b"half a store")
-    command = [sys.executable, "-c", f"from chestct.tracking.stores import prepare; prepare({uri!r})"]
-    started = [subprocess.Popen(command, cwd=CONF.parent, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in started:
+    killed_when_there_is(started(code, uri), tmp_path / file, size)
+    if (tmp_path / "mlflow.db").exists():
+        _, errors = started(PREPARE, uri).communicate()  # in this process MLflow would hold on to the file
+        assert "move it away" in errors
+        (tmp_path / "mlflow.db").unlink()
+    prepare(uri)
+    assert_usable(uri)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_make_one_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for process in [started(PREPARE, uri) for _ in range(2)]:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    client = MlflowClient(uri)
-    assert client.create_run(client.create_experiment("new")).info.status == "RUNNING"
+    assert_usable(uri)
     assert not (tmp_path / "mlflow.db.making").exists()
 
 
-SPOILT = {
-    "of another version": "UPDATE alembic_version SET version_num = 'gone'",
-    "half made by MLflow": "DROP TABLE alembic_version; DROP TABLE metrics",
-}
-
-
-@pytest.mark.parametrize("place", ["no database", "a folder", "in a file", *SPOILT])
+@pytest.mark.parametrize("place", ["not a database", "a folder", "in a file", "of another version"])
 def test_a_place_that_cannot_hold_a_store_is_one_error_and_no_retries(tmp_path, place, monkeypatch, empty_store):
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
     file = tmp_path / "mlflow.db"
     if place == "a folder":
         file.mkdir()
     else:
-        file.write_bytes(empty_store.read_bytes() if place in SPOILT else b"no database at all, " * 50)
-    if place in SPOILT:
+        file.write_bytes(empty_store.read_bytes() if place == "of another version" else b"no database at all, " * 50)
+    if place == "of another version":
         with closing(sqlite3.connect(file)) as database, database:
-            database.executescript(SPOILT[place])
-    with pytest.raises(TrackingError, match=r"mlflow db upgrade.*move it away.*tracking\.local=sqlite:///FILE"):
+            database.execute("UPDATE alembic_version SET version_num = 'gone'")
+    with pytest.raises(TrackingError, match=r"mlflow db upgrade.*tracking\.local=sqlite:///FILE"):
         prepare(f"sqlite:///{file / 'below' if place == 'in a file' else file}")
 
 
-class Page(http.server.BaseHTTPRequestHandler):
-    """Answers at /STATUS/... with this status and a page."""
-
-    def do_POST(self):
-        self.send_response(int(self.path.split("/")[1]))
-        self.end_headers()
-        self.wfile.write(b"<html>")
-
-    do_GET = do_POST  # noqa: N815
-
-
-@pytest.mark.parametrize(
-    ("status", "says"),
-    [(200, "not in a valid JSON format"), (401, "error code 401"), (404, "error code 404"), (None, "no answer")],
-)
-def test_probe_tells_what_is_wrong_with_a_server(status, says, monkeypatch):
-    monkeypatch.setattr("chestct.tracking.stores.PROBE_SECONDS", 1.0)
+@pytest.fixture
+def server(monkeypatch):
+    """Answers every request with the status and text that `answers` has for it, or never (None)."""
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret-word")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        if status:  # else it takes connections and is silent
-            threading.Thread(target=server.serve_forever).start()
-        problem = probe(f"http://127.0.0.1:{server.server_port}/{status}")
-        if status:
-            server.shutdown()
-    assert says in problem
-    assert "secret-word" not in problem
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.server.auth = self.headers.get("Authorization")
+            status, text = self.server.answers.get(self.path.split("/")[-1].split("?")[0], (404, "<html>"))
+            if status is None:
+                self.server.ended.wait(30)
+                return
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_GET = do_POST  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    made = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.uri = f"http://127.0.0.1:{made.server_port}"
+    made.ended, made.answers, made.auth = threading.Event(), {}, None
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.ended.set()
+    made.shutdown()
+    made.server_close()
+
+
+EXISTS = {"create": (400, '{"error_code": "RESOURCE_ALREADY_EXISTS"}')}
+KNOWN = EXISTS | {"get-by-name": (200, '{"experiment": {"experiment_id": "1", "lifecycle_stage": "active"}}')}
+DELETED = EXISTS | {"get-by-name": (200, '{"experiment": {"experiment_id": "1", "lifecycle_stage": "deleted"}}')}
+ANSWERS = {
+    "new experiment": ({"create": (200, '{"experiment_id": "1"}'), "set-experiment-tag": (200, "{}")}, None),
+    "known experiment": (KNOWN | {"set-experiment-tag": (200, "{}")}, None),
+    "password": ({"create": (401, "no"), "get-by-name": (401, "no")}, "error code 401"),
+    "no right to write": (KNOWN | {"set-experiment-tag": (403, "Permission denied")}, "Permission denied"),
+    "a page": ({"create": (200, "<html>"), "get-by-name": (200, "<html>")}, "not in a valid JSON format"),
+    "another server": ({}, "error code 404"),
+    "deleted": (DELETED, "was deleted"),
+    "silent": ({"create": (None, "")}, "no answer within 1 s"),
+}
+
+
+@pytest.mark.parametrize("case", list(ANSWERS))
+def test_probe_tells_what_is_wrong_with_a_server(server, case, monkeypatch):
+    monkeypatch.setattr("chestct.tracking.stores.PROBE_SECONDS", 1.0)
+    server.answers, says = ANSWERS[case]
+    problem = probe(server.uri)
+    assert problem is None if says is None else says in problem
+    assert "secret-word" not in str(problem)
+    assert server.auth == "Basic bWU6c2VjcmV0LXdvcmQ="
+
+
+def test_an_unreachable_server_is_one_sentence_and_the_run_goes_on_locally(small, uri, tmp_path, capsys):
+    cfg = small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}")
+    with recorded(cfg, tmp_path) as run:
+        assert run.uri == uri
+        assert len(run.loggers()) == 1
+    printed = capsys.readouterr().out
+    assert "http://127.0.0.1:9 cannot be written to: Connection refused" in printed
+    assert f"chestct sync tracking.uri=http://127.0.0.1:9 tracking.local={uri}" in printed
+    assert len(runs(uri)) == 1
 
 
 @pytest.mark.parametrize(
