@@ -40,6 +40,17 @@ def test_dicom_without_preamble_and_file_meta_is_read(syntax: str) -> None:
             np.testing.assert_allclose(decode(headless, LUNG).gray, windowed(stored - 1024), atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(24, 40), (3, 5), (3, 3, 5)], ids=["even", "odd", "odd frames"])
+def test_eight_bits_in_big_endian_words_are_put_in_order(shape: tuple[int, ...]) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    padded = np.append(stored.ravel(), np.zeros(stored.size % 2, np.uint8))
+    swapped = padded.view("<u2").byteswap().tobytes()
+    plain = dicom(stored, uid.ExplicitVRBigEndian, RescaleSlope="8", RescaleIntercept="-1000")
+    data = plain.replace(b"\x7f\xe0\0\x10OB", b"\x7f\xe0\0\x10OW")[: -len(swapped)] + swapped
+    frames = [frame.gray for frame in decode_frames(data, LUNG)]
+    np.testing.assert_allclose(np.squeeze(frames), windowed(stored * 8.0 - 1000), atol=1e-5)
+
+
 def test_bits_beyond_bits_stored_are_ignored_and_monochrome1_is_inverted() -> None:
     stored = np.array([[5, 4095], [5 | 0xF000, 0x8000]], np.uint16)
     gray = decode(dicom(stored, BitsStored=12), LUNG).gray

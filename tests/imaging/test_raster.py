@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from chestct.errors import DecodeError
 from chestct.imaging.decode import declared_size, decode, decode_frames
@@ -44,10 +44,15 @@ def test_hash_depends_on_every_level_and_on_the_shape() -> None:
     assert pixel_hash(fine) == pixel_hash(fine / np.float32(65535))
 
 
-def test_one_bit_and_colour_become_grey() -> None:
-    assert np.array_equal(decode(encoded(RAMP > 100, "PNG"), LUNG).gray, (RAMP > 100).astype(np.float32))
+def test_one_bit_colour_and_ink_become_grey() -> None:
+    for format in ("PNG", "BMP", "TIFF"):
+        assert np.array_equal(decode(encoded(RAMP > 100, format), LUNG).gray, (RAMP > 100).astype(np.float32))
     gray = decode(encoded(COLORS, "PNG"), LUNG).gray
     np.testing.assert_allclose(gray, COLORS @ [0.299, 0.587, 0.114] / 255, atol=0.6 / 255)
+    cmyk = np.zeros((8, 8, 4), np.uint8)
+    cmyk[:4, :, 3] = 255
+    gray = decode(encoded(Image.fromarray(cmyk, "CMYK"), "TIFF"), LUNG).gray
+    assert np.array_equal(gray, np.repeat([[0.0], [1.0]], 4, axis=0) * np.ones((1, 8)))
 
 
 def test_transparent_parts_are_put_on_black() -> None:
@@ -114,6 +119,41 @@ def test_webp_headers_are_read_as_the_decoder_reads_them(mode: str, options: dic
     image.putpixel((0, 0), (1, 2, 3, 4)[: len(mode)])
     more = {"append_images": [other]} if "save_all" in options else {}
     assert webp_size(encoded(image, "WEBP", **options, **more)) == (40, 24)
+
+
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def png_with_text(keyword: str, text: str, itxt: bool = False) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(keyword, text) if itxt else info.add_text(keyword, text, zip=True)
+    return encoded(RAMP, "PNG", pnginfo=info)
+
+
+def imagemagick_profile() -> str:
+    exif = Image.Exif()
+    exif[274] = 6
+    data = exif.tobytes()
+    lines = [data.hex()[at : at + 72] for at in range(0, 2 * len(data), 72)]
+    return "\n".join(["", "exif", f"{len(data):8}", *lines, ""])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_with_text("Raw profile type exif", imagemagick_profile()),
+        png_with_text("XML:com.adobe.xmp", XMP, itxt=True),
+        encoded(RAMP, "TIFF", tiffinfo={700: XMP.encode()}),
+        encoded(RAMP, "JPEG", xmp=XMP.encode(), quality=100),
+        encoded(RAMP, "WEBP", xmp=XMP.encode(), lossless=True),
+    ],
+    ids=["ImageMagick", "PNG", "TIFF", "JPEG", "WEBP"],
+)
+def test_orientation_stated_elsewhere_than_in_exif_is_applied(data: bytes) -> None:
+    np.testing.assert_allclose(decode(data, LUNG).gray, np.rot90(RAMP, -1) / 255, atol=2.01 / 255)
 
 
 def test_what_a_file_will_cost_is_known_from_its_header() -> None:

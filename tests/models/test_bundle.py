@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from chestct import experiment
 from chestct.config.compose import compose
-from chestct.config.schema import EvaluationConfig
+from chestct.config.schema import EvaluationConfig, ModelConfig
 from chestct.config.schema_serving import CARD, FACTS, TENSORS
 from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
@@ -25,8 +25,9 @@ from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle, save_bun
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
 from chestct.stats.calibration import to_scores
-from tests.conftest import Trap, network
 
 ROOT = Path(__file__).parents[2]
 SIZE = 32
@@ -36,8 +37,13 @@ def squares(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE), np.uint8)
 
 
+def network(classes: int = 2, pool: str = "gap") -> VGG16:
+    torch.manual_seed(0)
+    return VGG16(ModelConfig(pool=pool), 1 if classes == 2 else classes, SIZE, load_weights("oxford")).eval()
+
+
 def make(folder: Path, *, trained: bool = False, classes: int = 2, pool: str = "gap") -> Bundle:
-    net = network(1 if classes == 2 else classes, SIZE, pool=pool)
+    net = network(classes, pool)
     with torch.no_grad():
         conv5 = net.conv5(next(net.batches(squares(24), 24)))
         maps = net.pool(conv5)
@@ -67,8 +73,7 @@ def test_a_loaded_bundle_answers_as_the_network_did_in_batches_or_one_by_one(
     make(tmp_path / "b", classes=classes, pool=pool)
     assert {path.name for path in (tmp_path / "b").iterdir()} == {TENSORS, FACTS, CARD}
     assert sum(path.stat().st_size for path in (tmp_path / "b").iterdir()) < 200_000  # without the convolutions
-    loaded, images = load_bundle(tmp_path / "b"), squares(5, seed=1)
-    net = network(1 if classes == 2 else classes, SIZE, pool=pool)
+    loaded, net, images = load_bundle(tmp_path / "b"), network(classes, pool), squares(5, seed=1)
     with torch.no_grad():
         logits = torch.cat(list(map(net, net.batches(images)))).numpy()
     answers = loaded.predict(images, explain=True)
@@ -135,13 +140,18 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "classes: Field required": lambda facts: facts.pop("classes"),
     "files: .* are not": lambda facts: facts["files"].pop(CARD),
     r"files: .*run\.sh": lambda facts: facts["files"].update({"run.sh": "0" * 64}),
+    r"preprocess\.size: .* integer": lambda facts: facts["preprocess"].update(size="32"),
     r"preprocess\.size: .* 1024": lambda facts: facts["preprocess"].update(size=100_000),
     r"preprocess\.fit: .*'pad'": lambda facts: facts["preprocess"].update(fit="crop"),
+    r"preprocess\.resize: ": lambda facts: facts["preprocess"].update(resize=1),
     "size mismatch|Missing key": lambda facts: facts["model"].update(hidden=[50_000, 50_000]),
     "classes=.* are not those of task=binary": lambda facts: facts.update(classes=["normal", "benign"]),
     "cannot be used": lambda facts: facts["operating_point"].update(quantiles=[0.1, 0.2, 0.3]),
     r"operating_point\.threshold: ": lambda facts: facts["operating_point"].update(threshold=None),
     r"statistics\.mean\.1: ": lambda facts: facts.update(statistics={"mean": [0.1, "<b>"]}),
+    r"auroc\.value: ": lambda facts: facts.update(
+        metrics={"test": {"auroc": {"value": "high", "low": None, "high": None, "slices": 1}}}
+    ),
 }
 
 
@@ -171,11 +181,16 @@ def test_tensors_of_other_shapes_are_refused(folder: Path, name: str) -> None:
         load_bundle(folder)
 
 
-def test_a_pickle_is_never_run(folder: Path) -> None:
+def test_a_pickle_is_never_run(folder: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "sprung",)
+
     (folder / TENSORS).write_bytes(pickle.dumps(Trap()))
     rewrite(folder, lambda facts: facts["files"].update({TENSORS: file_digest(folder / TENSORS)}))
     with pytest.raises(BundleError, match="cannot be used"):
         load_bundle(folder)
+    assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("stage", ["new.mkdir", "new.replace"])

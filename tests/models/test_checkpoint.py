@@ -11,7 +11,6 @@ import torch
 from chestct.errors import ConfigError, WeightsError
 from chestct.models.checkpoint import find_checkpoint, read_checkpoint, sealed
 from chestct.models.lightning_module import load_classifier
-from tests.conftest import Trap
 
 
 def last_of(folder, age):
@@ -56,6 +55,11 @@ def saved(value):
     return buffer.getvalue()
 
 
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code ran')",)
+
+
 SETTINGS = {"settings": {}, "data": {}}
 CONTENT = {
     "chestct": {"weights": "x"},
@@ -87,11 +91,12 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
         (b"hello", "damaged"),
         (saved(CONTENT), "no checksum"),
         (sealed(saved(CONTENT))[:-100], "damaged"),
-        (sealed(saved(CONTENT | {"evil": Trap()})), "more than plain data"),
+        (sealed(saved(CONTENT | {"evil": Evil()})), "more than plain data"),
         *(
             (sealed(saved(value)), "is not a checkpoint of this project")
             for value in (
                 ["chestct"],
+                {"state_dict": {}},
                 CONTENT | {"state_dict": []},
                 CONTENT | {"hyper_parameters": {"data": {}}},
                 CONTENT | {"hyper_parameters": SETTINGS | {"settings": "model: {head: {_target_: os.system}}"}},
@@ -99,7 +104,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
         ),
         (sealed(saved(CONTENT | {"hyper_parameters": SETTINGS | {"settings": {"a": "${oc.env:HOME}"}}})), "sets a="),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_what_is_no_checkpoint_is_one_clear_error_and_runs_nothing(tmp_path, content, says):
     path = tmp_path / "x.ckpt"

@@ -3,12 +3,11 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchvision.models import VGG16_Weights
+from torchvision.models import VGG16_Weights, vgg16
 
 from chestct.errors import ConfigError, WeightsError
 from chestct.models import weights
 from chestct.models.weights import PACKAGED, load_weights
-from tests.conftest import Trap
 
 
 def test_packaged_weights_are_the_released_ones():
@@ -43,6 +42,11 @@ def test_a_file_of_the_same_tensors_gives_the_same_convolutions(tmp_path, name):
     assert (renamed.digest != loaded.digest) == ("imagenet1k" in name)
 
 
+class Evil:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code ran')",)
+
+
 @pytest.mark.parametrize(
     "name", ["gone.pth", "text.safetensors", "text.pth", "other.safetensors", "list.pth", "evil.pth", "raw.pth"]
 )
@@ -54,9 +58,9 @@ def test_a_file_that_is_not_vgg16_is_one_clear_error_and_runs_nothing(tmp_path, 
     elif kind == "other":
         save_file({"features.0.weight": torch.zeros(64, 1, 3, 3)}, path)
     elif kind == "raw":
-        path.write_bytes(pickle.dumps({"features.0.weight": Trap()}))
+        path.write_bytes(pickle.dumps({"features.0.weight": Evil()}))
     elif kind != "gone":
-        torch.save([1, 2] if kind == "list" else {"features.0.weight": Trap()}, path)
+        torch.save([1, 2] if kind == "list" else {"features.0.weight": Evil()}, path)
     with pytest.raises(WeightsError, match=r"model\.weights=" + (".*could run code" if kind == "evil" else "")):
         load_weights(str(path))
 
@@ -68,6 +72,13 @@ def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", unreachable)
     with pytest.raises(WeightsError, match=r"cannot be reached.*model\.weights=oxford"):
         load_weights("imagenet1k_v1")
+
+
+def test_the_convolutions_are_those_of_torchvision():
+    with torch.device("meta"):
+        theirs, own = vgg16().features, weights.convolutions()
+    assert str(own) == str(theirs)
+    assert {k: v.shape for k, v in own.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 def test_a_backbone_without_features_is_refused_with_those_that_have_them():

@@ -172,8 +172,16 @@ def test_torchrun_leaves_one_folder_and_one_run(phantoms, tmp_path, empty_store)
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once_and_ends_all(cache, tmp_path):
-    done = torchrun(*arguments("nowhere", cache, "data=chest_ct", "tracking=off"), cwd=tmp_path)
-    assert done.returncode != 0
+@pytest.mark.parametrize("launch", ["torchrun", "alone"])
+def test_a_mistake_is_told_once_and_ends_all(cache, tmp_path, launch):
+    given = arguments("nowhere", cache, "data=chest_ct", "tracking=off")
+    if launch == "torchrun":
+        done = torchrun(*given, cwd=tmp_path)
+        assert done.returncode != 0
+    else:
+        command = [sys.executable, *given, "trainer.devices=2"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
     assert done.stderr.count("error: ") == 1, done.stderr
     assert "nowhere" in done.stderr

@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from chestct.config.compose import CONF
+from chestct.config.schema import ModelConfig
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
 from chestct.evaluation.evaluate import evaluate
 from chestct.models.lightning_module import Classifier
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import load_weights
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import measure
 from chestct.training import callbacks, train
-from tests.conftest import SMALL, network
+from tests.conftest import SMALL
 
 ROOT = CONF.parent
 
@@ -110,7 +113,8 @@ def test_two_stage_training_moves_the_last_blocks_and_nothing_else(small, tmp_pa
     result = train(small("trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1", "optim.lr=0.05"), tmp_path)
     assert len(losses(tmp_path)) == 3
     saved = torch.load(result.last, weights_only=True)["state_dict"]
-    for name, tensor in network().features.named_parameters():
+    original = VGG16(ModelConfig(), 1, 64, load_weights("oxford"))
+    for name, tensor in original.features.named_parameters():
         moved = not torch.equal(saved[f"net.features.{name}"], tensor)
         assert moved == (int(name.split(".")[0]) >= 24), name
 
@@ -172,6 +176,24 @@ def wait_for_an_epoch(process, folder):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no epoch in 15 minutes"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cache, tmp_path):
+    settings = ("data.size=64", "data.batch_size=8", "tracking=off", "trainer.progress=false", "trainer.patience=0")
+    settings += ("trainer.max_epochs=60", "model.dropout=0.3", f"data.root={phantoms}", f"cache_dir={cache}")
+    whole = train(small(*settings), tmp_path / "whole")
+    run = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={run}", "evaluation.report=false"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_an_epoch(process, run)
+    process.kill()
+    process.wait()
+    assert len(losses(run)) < 60
+    subprocess.run([*command, f"ckpt={run}"], cwd=tmp_path, check=True, capture_output=True)
+    assert losses(run).to_numpy() == pytest.approx(losses(whole.folder).to_numpy(), abs=1e-6)
+    first, second = (torch.load(f / "checkpoints" / "best.ckpt", weights_only=True) for f in (run, whole.folder))
+    assert first["epoch"] == second["epoch"]
 
 
 @pytest.mark.slow
