@@ -13,6 +13,7 @@ from chestct.errors import ConfigError
     [
         ("lrr=1", "Did you mean optim.lr?"),
         ("data.splt=grouped", "Did you mean data.split?"),
+        ("batch_size=8", "Did you mean data.batch_size?"),
         ("trainer.gradient_clip_val=1", "Did you mean trainer.args.gradient_clip_val?"),
         ("evaluation.folds=5", "Did you mean evaluation.protocol?"),
         ("banana=1", "There is no setting 'banana'. All settings: --help."),

@@ -67,6 +67,8 @@ def test_boxes_lie_in_the_square_where_the_lesion_does(root, tmp_path, fit):
         ("file,left,top,right\n", "it has no column bottom"),
         ("", "cannot be read"),
         (HEAD + "cancer/2.png,1,x,3,4\n", "cannot be read"),
+        (HEAD + "cancer/2.png,1,,3,4\n", "cannot be read"),
+        (HEAD + "cancer/2.png,-1,0,5,5\n", "lies outside"),
         (HEAD + "cancer/2.png,1,2,3,4\ncancer/77.png,1,2,3,4\n", "line 3: cancer/77.png is no slice of this source"),
         (HEAD + "normal/1.png,1,2,3,4\n", "normal/1.png is a normal slice"),
         (HEAD + "cancer/2.png,5,2,5,4\n", "has an empty box"),
@@ -122,6 +124,14 @@ def test_places_of_known_lesions_turn_with_their_views(known, small):
         inside = batch["places"][cancer] > 0
         assert inside.flatten(1).any(1).all()
         assert torch.equal(dataset.shown(every, view)[1][cancer], inside)
+    painted = np.zeros((dataset.rows.max() + 1, 64, 64), np.uint8)
+    for row, lesion in zip(dataset.rows, dataset.lesions, strict=True):
+        painted[row] = 255 * unpack(lesion, 64) if lesion else 0
+    dataset.images = painted  # slices that are their lesions: what is bright in a view is where its places are
+    for view in (0, 1):
+        shown, inside = dataset.shown(every, view)
+        bright = shown > 0.45
+        assert (bright & inside).sum() > 0.8 * (bright | inside).sum() > 0
     assert (dataset.shown(every, 1)[1] != dataset.shown(every, 0)[1]).any()
     assert not data.dataset("valid").has_places
     assert not opened(small()).dataset("train", train=True).has_places  # a head on means has no use for them

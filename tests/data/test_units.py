@@ -25,6 +25,7 @@ def table(**columns: list[str]) -> pd.DataFrame:
     [
         (["id"] * 6, [""] * 6),
         (["normal"] * 3 + ["cancer"] * 3, [""] * 6),
+        (["健康"] * 3 + ["Krebs"] * 3, [""] * 6),
         (["only this"] * 5 + [""], [""] * 6),
         (["Patient ID", "none", "N/A", "xxx", "", "Anonymized"], [""] * 6),
         (["p1", "p2", "id", "p3", "ANONYMOUS", "p3"], ["p1", "p2", "", "p3", "", "p3"]),

@@ -10,7 +10,7 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.vgg16 import pick_device
+from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
 
 
@@ -33,6 +33,25 @@ def test_two_stage_runs_are_measured_on_the_network_that_they_end_with(small, tm
     cfg = replace(cfg, ckpt=str(tmp_path / "checkpoints" / "last.ckpt"))
     after, fresh = evaluate(cfg, result.data), evaluate(cfg)
     assert (after.table["logit_cancer"] - fresh.table["logit_cancer"]).abs().max() < 1e-5
+
+
+def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Config, Result], tmp_path, monkeypatch):
+    cfg = replace(run[0], cache_dir=str(tmp_path))
+    batches: list[int] = []
+    plain = VGG16.conv5
+
+    def counted(net: VGG16, x: torch.Tensor) -> torch.Tensor:
+        batches.append(len(x))
+        return plain(net, x)
+
+    monkeypatch.setattr(VGG16, "conv5", counted)
+    first = evaluate(cfg)
+    normals = int((first.manifest.query("split == 'train'")["label"] == "normal").sum())
+    assert sum(batches) == len(first.manifest) + normals
+    assert len(batches) < len(first.manifest) / 4
+    batches.clear()
+    assert torch.equal(evaluate(cfg).bundle.baseline, first.bundle.baseline)
+    assert batches == []
 
 
 @pytest.mark.skipif(pick_device().type == "cpu", reason="needs an accelerator")

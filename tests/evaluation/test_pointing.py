@@ -2,17 +2,36 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
+from sklearn.linear_model import LogisticRegression
 
 from chestct.config.schema import SourceConfig
 from chestct.evaluation.pointing import TOLERANCE, Lesions, _of_other_half, check_explanation, game
 from chestct.evaluation.sections import optional_sections
+from chestct.models.bundle import Bundle
+from chestct.models.novelty import fit_novelty
+from chestct.models.saliency import normal_cam
 from chestct.phantom.dataset import read_truth
 from tests.conftest import network
 from tests.evaluation.evaluations import made_up, with_images
 
 SIZE = 128
+
+
+def draw(n, lesions, seed):
+    """Discs of grey, with a chequered lesion somewhere in each or without; and the lesions' masks."""
+    rng = np.random.default_rng(seed)
+    y, x = np.indices((SIZE, SIZE))
+    body = np.hypot(y - 64, x - 64) < 60
+    images = np.where(body, 90 + 8 * rng.standard_normal((n, SIZE, SIZE)), 0)
+    masks = np.zeros((n, SIZE, SIZE), bool)
+    for i in range(n if lesions else 0):
+        angle, radius = rng.uniform(0, 2 * np.pi), rng.uniform(20, 44)
+        masks[i] = np.hypot(y - 64 - radius * np.sin(angle), x - 64 - radius * np.cos(angle)) < 14
+        images[i][masks[i]] = np.where((x // 4 + y // 4) % 2, 250, 30)[masks[i]]
+    return np.clip(images, 0, 255).astype(np.uint8), masks
 
 
 def known(images, masks, reach=8.0):
@@ -34,6 +53,25 @@ def test_heat_on_the_lesions_passes_and_heat_elsewhere_fails_with_a_sentence():
         assert bool(result["failure"]) == bool(failure)
         assert failure in result["failure"]
         assert result["pointing"]["heat map"].value == (not failure)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_maps_of_a_network_that_learned_the_lesions_find_those_of_other_slices_and_no_other_place():
+    net = network(size=SIZE)
+    normal, sick = (net.conv5(next(net.batches(draw(12, lesions, lesions)[0], 12))) for lesions in (False, True))
+    pooled = net.channel_means(net.pool(torch.cat([normal, sick]))).numpy()
+    scale = pooled.std()
+    fitted = LogisticRegression(C=0.1).fit(pooled / scale, [0] * 12 + [1] * 12)
+    net.head[-1].weight.copy_(torch.tensor(fitted.coef_ / scale))
+    net.head[-1].bias.copy_(torch.tensor(fitted.intercept_))
+    bundle = Bundle(net, made_up().point, fit_novelty(*torch.rand(2, 40, 512)), normal_cam(net, normal), {})
+    images, masks = draw(12, True, 7)
+    result = check_explanation(bundle, known(images, masks))
+    assert result["failure"] == ""
+    assert result["pointing"]["heat map"].value > max(0.6, 2 * result["pointing"]["usual place"])
+    elsewhere = check_explanation(bundle, known(images, np.roll(masks, 64, axis=2)))
+    assert "hottest point lies in the lesion" in elsewhere["failure"]
 
 
 def spot(row, column, side=224):

@@ -10,13 +10,17 @@ from chestct.config.compose import compose
 from chestct.config.schema import ModelConfig
 from chestct.data import datamodule
 from chestct.errors import ConfigError
+from chestct.evaluation.evaluate import evaluate, logits_of
+from chestct.evaluation.export import export
 from chestct.imaging.lungs import find_lungs
+from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
 from chestct.models.lightning_module import places_loss
 from chestct.models.saliency import normalised_cam
 from chestct.models.vgg16 import VGG16, Standardise
 from chestct.models.weights import load_weights
 from chestct.phantom.insertion import insert
+from chestct.training.train import train
 from tests.conftest import SMALL, in_view, network, opened
 
 PLACES = ("experiment=places", "data.size=64", "data.views=1", "trainer.max_epochs=2", "model.hidden=[8]")
@@ -169,3 +173,18 @@ def test_cached_maps_and_places_are_those_of_one_drawing(drawn, tmp_path, monkey
     torch.testing.assert_close(
         torch.nn.functional.adaptive_avg_pool2d(images["places"].clamp(min=0), 4), maps["places"].clamp(min=0)
     )
+
+
+@pytest.mark.slow
+def test_a_run_ends_in_a_bundle_that_explains_itself(small, tmp_path):
+    settings = (*PLACES, "data.lesions=0.4")
+    result = train(small(*settings), tmp_path / "run")
+    assert np.isfinite(list(result.metrics.values())).all()
+    evaluation = evaluate(small(*settings, f"ckpt={result.best}"))
+    assert evaluation.table["path"].tolist() == result.predictions["path"].tolist()
+    np.testing.assert_allclose(logits_of(evaluation.table), logits_of(result.predictions), atol=1e-4)
+    bundle = export(evaluation, tmp_path / "bundle", "# A card")
+    outputs = bundle.predict(evaluation.images[:4], explain=True)
+    assert outputs.heat.shape == (4, 4, 4)
+    again = load_bundle(tmp_path / "bundle").predict(evaluation.images[:4])
+    np.testing.assert_array_equal(outputs.logits, again.logits)

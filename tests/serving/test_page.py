@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.serving.page import PICTURES
+from chestct.serving.page import PICTURES, SESSIONS
 from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.sentences import HEADLINES
 from tests.serving.conftest import Served, make_bundle, serving, zipped
@@ -104,7 +104,7 @@ def test_answers_are_recorded_but_for_examples_and_kinds_of_cancer_are_listed(ph
     assert len(seen) == 1
 
 
-def test_many_visitors_get_what_is_theirs_and_nothing_of_theirs_is_left(bundle_folder: Path, files) -> None:
+def test_many_visitors_get_what_is_theirs_and_a_bounded_number_is_kept(bundle_folder: Path, files) -> None:
     with serving(bundle_folder) as running:
         expected = [running.predictor.predict(data).gray for data in files]
 
@@ -117,6 +117,11 @@ def test_many_visitors_get_what_is_theirs_and_nothing_of_theirs_is_left(bundle_f
         with ThreadPoolExecutor(12) as pool:
             assert all(pool.map(visit, range(24)))
         assert not running.left()
+        for _ in range(SESSIONS):
+            Visitor(running.url).choose(0)
+        page = running.server.config.app.routes[-1].app  # made behind the API, an app of its own
+        gradio_app = page.app.result().routes[-1].app
+        assert 0 < len(gradio_app.state_holder.session_data) <= SESSIONS
 
 
 def test_a_scan_is_a_strip_of_scores_with_the_most_suspicious_slices_first(visitor, served, scan) -> None:

@@ -63,6 +63,13 @@ def test_a_file_gets_the_numbers_that_the_bundle_gives_its_square(predictor: Pre
     assert result.bundle == predictor.bundle.id
 
 
+def test_concurrent_callers_get_their_own_answers(predictor: Predictor) -> None:
+    expected = [predictor.predict(png(seed), explain=False).score for seed in range(6)]
+    with ThreadPoolExecutor(6) as pool:
+        result = list(pool.map(lambda i: predictor.predict(png(i % 6)).score, range(24)))
+    assert result == pytest.approx([expected[i % 6] for i in range(24)], abs=1e-5)
+
+
 def test_a_file_that_ends_in_rubbish_is_answered_up_to_there(predictor: Predictor) -> None:
     answers = predictor.predict_frames(tiff(6)[:-20_000], name="scan.tiff")
     assert next(answers).slice.frame == 0

@@ -12,6 +12,7 @@ import pytest
 from chestct.config.schema import WindowConfig
 from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import decode, decode_frames
+from chestct.imaging.slice_files import entries
 from chestct.serving.model import Model
 from chestct.serving.scan import BEST, VALIDATION, describe_scans, in_order, scans_in
 from tests.serving.conftest import Slices, rows, zipped
@@ -102,6 +103,19 @@ def test_slices_without_a_position_are_ordered_by_their_numbers(call, scan: Slic
 )
 def test_a_series_is_in_the_order_of_its_places(places, order: str) -> None:
     assert "".join(in_order("abc", dict(zip("abc", places, strict=True)).get)) == order
+
+
+def test_bad_archives_end_in_a_sentence(call, tmp_path, capsys) -> None:
+    (tmp_path / "rubbish.zip").write_bytes(b"rubbish")
+    (tmp_path / "empty.zip").write_bytes(zipped({"DICOMDIR": b""}))
+    for name in ("rubbish.zip", "empty.zip"):
+        assert call(tmp_path / name, "--out", tmp_path / "s.csv") == 2
+        assert name in capsys.readouterr().err
+    (tmp_path / "bomb.zip").write_bytes(zipped({"big": b"\0" * 3_000_000, "small": b"\0" * 100}))
+    big, small = entries(tmp_path / "bomb.zip")
+    with pytest.raises(DecodeError, match=r"data\.max_bytes allows 1,000"):
+        big.read(1000)
+    assert small.read(1000) == b"\0" * 100
 
 
 def test_of_a_damaged_archive_the_other_slices_are_scored(call, scan: Slices, tmp_path) -> None:
