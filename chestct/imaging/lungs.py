@@ -38,8 +38,6 @@ def find_lungs(gray: np.ndarray) -> Lungs | None:
     A part counts if it is dark, lies inside the body, and covers at least 0.4 % of the picture; parts below a tenth of
     the largest are bowel or trachea. Together they must cover at least 2 % of the body.
     """
-    from scipy import ndimage
-
     height, width = gray.shape
     scale = SIDE / max(gray.shape)
     side = max(1, round(width * scale)), max(1, round(height * scale))
@@ -53,7 +51,7 @@ def find_lungs(gray: np.ndarray) -> Lungs | None:
         return None
     air, tissue = float(np.percentile(small[dark], 25)), float(np.median(small[body & (small > threshold)]))
     # A tumour or a vessel at the edge belongs to the lungs, though it is not dark.
-    mask = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(dark, 16), iterations=6)[16:-16, 16:-16])
+    mask = _filled(_closed(dark, 6))
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
     # As wide to both sides of the body's middle: a lung that is filled or collapsed is not dark, and is what matters.
     middle = np.flatnonzero(body.any(0)).mean()
@@ -71,22 +69,50 @@ def find_lungs(gray: np.ndarray) -> Lungs | None:
 
 def _dark_in_body(small: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """Masks of the body and of the large dark parts in it; both empty where there are none."""
-    from scipy import ndimage  # here, as slices that are not cropped to the lungs are answered without it
-
-    bright = _largest(ndimage.binary_opening(small > threshold), 1.0)
-    body = ndimage.binary_fill_holes(ndimage.binary_closing(np.pad(bright, 8), iterations=3)[8:-8, 8:-8])
-    dark = _largest(ndimage.binary_opening(body & (small <= threshold), iterations=2), 0.1, 0.004 * small.size)
+    body = _filled(_closed(_largest(_opened(small > threshold, 1), 1.0), 3))
+    dark = _largest(_opened(body & (small <= threshold), 2), 0.1, 0.004 * small.size)
     return body, dark if dark.sum() >= 0.02 * body.sum() else np.zeros_like(dark)
 
 
 def _largest(mask: np.ndarray, share: float, least: float = 0) -> np.ndarray:
     """The connected parts of a mask with at least `share` of the largest one's pixels, and at least `least`."""
-    from scipy import ndimage
+    from scipy import ndimage  # here, as slices that are not cropped to the lungs are answered without it
 
     parts, count = ndimage.label(mask)
     sizes = np.bincount(parts.ravel(), minlength=count + 1)
     sizes[0] = 0
     return (sizes >= max(share * sizes.max(), least, 1))[parts]
+
+
+def _opened(mask: np.ndarray, times: int) -> np.ndarray:
+    """Without what is thinner than so many pixels to each side; outside the picture nothing is set."""
+    gone = _grown(np.pad(~mask, 1, constant_values=True), times)[1:-1, 1:-1]
+    return _grown(~gone, times)
+
+
+def _closed(mask: np.ndarray, times: int) -> np.ndarray:
+    """With gaps filled that are thinner than so many pixels to each side."""
+    return ~_grown(~_grown(np.pad(mask, times + 1), times), times)[times + 1 : -times - 1, times + 1 : -times - 1]
+
+
+def _grown(mask: np.ndarray, times: int) -> np.ndarray:
+    """With the four neighbours of each pixel, so many times over; a fifth of the time that scipy's dilation takes."""
+    for _ in range(times):
+        grown = mask.copy()
+        grown[1:] |= mask[:-1]
+        grown[:-1] |= mask[1:]
+        grown[:, 1:] |= mask[:, :-1]
+        grown[:, :-1] |= mask[:, 1:]
+        mask = grown
+    return mask
+
+
+def _filled(mask: np.ndarray) -> np.ndarray:
+    """With every hole in it: scipy's own dilates the outside step by step."""
+    from scipy import ndimage
+
+    outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    return (outside != outside[0, 0])[1:-1, 1:-1]
 
 
 def otsu(gray: np.ndarray) -> float:

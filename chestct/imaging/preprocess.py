@@ -31,10 +31,14 @@ class Preprocess:
 
     def __call__(self, gray: np.ndarray) -> np.ndarray:
         """gray: float32 [H, W] in [0, 1], or uint8 with 255 for 1. Returns uint8 [size, size]; 255 is 1."""
+        return self.placed(gray)[0]
+
+    def placed(self, gray: np.ndarray) -> "tuple[np.ndarray, Placement]":
+        """The same, and where the slice lies in it."""
         levels = as_bytes(gray)
         box, table = self.region(levels)
-        image = Image.fromarray(levels)
-        return _drawn(image if table is None else image.point(table), self.place(box))
+        image, place = Image.fromarray(levels), self.place(box)
+        return _drawn(image if table is None else image.point(table), place), place
 
     def place(self, box: Box) -> "Placement":
         """Where a part of a slice lies in the square."""

@@ -132,7 +132,7 @@ def colors(values: np.ndarray) -> np.ndarray:
     """uint8 RGB [..., 3] for values [...] in [0, 1]; dark blue, purple, orange, yellow."""
     levels = (np.asarray(values) * 255 + 0.5).astype(np.uint8)
     table = np.stack([np.interp(np.arange(256), np.linspace(0, 255, len(ANCHORS)), c) for c in ANCHORS.T], -1)
-    return table.round().astype(np.uint8)[levels]
+    return table.round().astype(np.uint8).take(levels, 0)
 
 
 def blend(gray: np.ndarray, heat: np.ndarray, opacity: float = 0.6) -> np.ndarray:

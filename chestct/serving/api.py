@@ -213,7 +213,7 @@ def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
 def answer(
     predictor: "Predictor", data: bytes, with_overlay: bool, on_answer: "OnAnswer | None", cancelled: threading.Event
 ) -> dict[str, Any]:
-    """The answer for one file as plain JSON; with_overlay: with a PNG as data URI. Raises DecodeError and BusyError."""
+    """The answer for one file as plain JSON; with_overlay: with a JPEG. Raises DecodeError and BusyError."""
     from PIL import Image
 
     from chestct.serving.prediction import data_uri
@@ -225,5 +225,5 @@ def answer(
         fields = prediction.as_dict()
         if with_overlay:
             image = prediction.overlay() or Image.fromarray(prediction.gray)
-            fields["overlay"] = data_uri(image, "PNG", compress_level=1)
+            fields["overlay"] = data_uri(image, "JPEG", quality=95, subsampling=0)  # PNG takes ten times as long
         return fields

@@ -2,14 +2,14 @@
 
 import base64
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from chestct.imaging.preprocess import Preprocess, placement
+from chestct.imaging.preprocess import Placement
 from chestct.imaging.slice import Slice
 from chestct.models.operating_point import UNCERTAIN
 from chestct.models.saliency import blend, heat_to_slice
@@ -41,14 +41,14 @@ class Prediction:
     slice: Slice
     bundle: str  # id of the bundle that answered
     caveat: str = ""  # how the recipe did in collections that it had not seen, "" where that is not known
-    preprocess: Preprocess = field(default_factory=Preprocess)  # how the grid lies over the slice
+    place: Placement | None = None  # where the slice lies under the grid; None without one
 
     @cached_property
     def heat(self) -> np.ndarray | None:
         """Evidence for cancer over the slice, float32 [H, W] in [0, 1]; all zero where there is none."""
-        if self.heat_grid is None:
+        if self.heat_grid is None or self.place is None:
             return None
-        return heat_to_slice(self.heat_grid, self.gray.shape, placement(self.gray, self.preprocess))
+        return heat_to_slice(self.heat_grid, self.gray.shape, self.place)
 
     @cached_property
     def regions(self) -> tuple[Region, ...]:

@@ -1,7 +1,8 @@
 """From a file to an answer and its pictures: decode, preprocess, network, decision, heat. Imports nothing that trains.
 
-The network takes one slice at a time: on a processor a shared pass is no faster a slice, and two passes at once would
-fight for the same cores. Everything else happens in the caller's thread, within a budget of pixels.
+The network takes a slice at a time: on a processor a shared pass is no faster a slice, and more passes at once than the
+backend has streams would fight for the same cores. Everything else happens in the caller's thread, within a budget of
+pixels.
 """
 
 import threading
@@ -15,7 +16,9 @@ import numpy as np
 
 from chestct.errors import BusyError
 from chestct.imaging.decode import declared_size, decode, decode_frames
+from chestct.imaging.preprocess import Placement
 from chestct.imaging.slice import Limits, Slice, pixel_hash
+from chestct.models.backends import at_once
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN, Outputs
@@ -61,7 +64,7 @@ class Predictor:
         self.backend, self.accelerator = backend, accelerator
         self.bundle = load_bundle(source, backend, accelerator)
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
-        self._network = threading.Lock()
+        self._network = threading.Semaphore(at_once(self.bundle.backend))
 
     @contextmanager
     def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[Gone]:
@@ -118,31 +121,32 @@ class Predictor:
         """The answers for decoded slices with their heat, BATCH at a time, in the same order."""
         bundle, rest = self.bundle, iter(slices)
         while batch := list(islice(rest, BATCH)):
-            squares = np.stack([bundle.preprocess(decoded.gray) for decoded in batch])
+            squares, places = zip(*(bundle.preprocess.placed(decoded.gray) for decoded in batch), strict=True)
             with self._network:
-                answer = bundle.predict(squares, explain=True)
-            yield from (_prediction(bundle, decoded, answer, i) for i, decoded in enumerate(batch))
+                answer = bundle.predict(np.stack(squares), explain=True)
+            yield from (_prediction(bundle, *part, answer, i) for i, part in enumerate(zip(batch, places, strict=True)))
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
         self.bundle = load_bundle(source, self.backend, self.accelerator)
+        self._network = threading.Semaphore(at_once(self.bundle.backend))
         return self.bundle.id
 
     def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, gone: Gone) -> Prediction:
-        square = bundle.preprocess(decoded.gray)
-        held = False
+        square, place = bundle.preprocess.placed(decoded.gray)
+        network, held = self._network, False  # `reload` replaces it
         while not held:
             if gone():
                 raise BusyError
-            held = self._network.acquire(timeout=0.1)
+            held = network.acquire(timeout=0.1)
         try:
             answer = bundle.predict(square[None], explain)
         finally:
-            self._network.release()
-        return _prediction(bundle, decoded, answer)
+            network.release()
+        return _prediction(bundle, decoded, place, answer)
 
 
-def _prediction(bundle: Bundle, decoded: Slice, answer: Outputs, i: int = 0) -> Prediction:
+def _prediction(bundle: Bundle, decoded: Slice, place: Placement, answer: Outputs, i: int = 0) -> Prediction:
     """The i-th of a bundle's answers as that for a slice."""
     novelty = float(answer.novelty[i])
     sets = bundle.point.sets(answer.probabilities[i : i + 1])[0]
@@ -162,7 +166,7 @@ def _prediction(bundle: Bundle, decoded: Slice, answer: Outputs, i: int = 0) -> 
         slice=decoded,
         bundle=bundle.id,
         caveat=bundle.elsewhere,
-        preprocess=bundle.preprocess,
+        place=place,
     )
 
 

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from chestct.imaging import lungs as module
 from chestct.imaging.lungs import AIR, TISSUE, find_lungs, levels_of
 from tests.conftest import real
 
@@ -64,6 +66,17 @@ def test_small_and_large_slices():
         factor = small.shape[1] / gray.shape[1]
         box = np.array(find_lungs(small).box) / factor
         np.testing.assert_allclose(box, find_lungs(gray).box, atol=5)
+
+
+@pytest.mark.parametrize("times", [1, 2, 6])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_masks_are_those_of_scipy(times: int, share: float) -> None:
+    coarse = np.random.default_rng(times).random((23, 31)) < share
+    mask = np.kron(coarse, np.ones((3, 3), bool)) & (np.random.default_rng(9).random((69, 93)) < 0.97)
+    np.testing.assert_array_equal(module._opened(mask, times), ndimage.binary_opening(mask, iterations=times))
+    closed = ndimage.binary_closing(np.pad(mask, 16), iterations=times)[16:-16, 16:-16]
+    np.testing.assert_array_equal(module._closed(mask, times), closed)
+    np.testing.assert_array_equal(module._filled(mask), ndimage.binary_fill_holes(mask))
 
 
 def test_real_slices_have_lungs():

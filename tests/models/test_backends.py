@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ def test_openvino_answers_explains_and_refuses_as_torch_does(tmp_path: Path, cap
     slow = Predictor(tmp_path / "b", backend="torch")
     assert slow.bundle.id == bundle.id
     assert slow.predict(png(0)).heat is not None
+
+
+def test_slices_at_once_get_the_answers_that_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs("openvino")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    net = network()
+    graph = load_graph("openvino", convert(net, "openvino", np.empty(0)))
+    x = torch.rand(12, 1, 64, 64)
+    alone = [graph(one[None]) for one in x]
+    together = graph(x)
+    with ThreadPoolExecutor(4) as pool:
+        at_once = list(pool.map(lambda one: graph(one[None]), x))
+    for i, answers in enumerate(zip(*alone, strict=True)):
+        torch.testing.assert_close(together[i], torch.cat(answers), rtol=0, atol=0)
+        torch.testing.assert_close(torch.cat([answer[i] for answer in at_once]), torch.cat(answers), rtol=0, atol=0)
 
 
 def test_auto_takes_the_quickest_that_is_verified_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:
