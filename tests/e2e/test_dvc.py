@@ -1,4 +1,4 @@
-"""`dvc exp run -S` against settings that somebody wrote into params.yaml by hand."""
+"""DVC itself: what a fresh clone is told, and `dvc exp run -S` against settings written into params.yaml by hand."""
 
 import os
 import shutil
@@ -38,3 +38,32 @@ def test_an_experiment_keeps_the_settings_that_were_edited_by_hand(tmp_path, mon
     used = yaml.safe_load((tmp_path / "out.yaml").read_text(encoding="utf-8"))
     assert used["data"]["name"] == "clinic"
     assert used["optim"]["lr"] == 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", ["pull", "pull data.dvc", "push data.dvc"])
+def test_in_a_fresh_clone_dvc_says_where_its_files_come_from_and_a_remote_of_ones_own_ends_that(tmp_path, arguments):
+    def dvc(*words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "dvc", *words]
+        return subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
+
+    clone = tmp_path / "clone"
+    environment = os.environ | {"DVC_NO_ANALYTICS": "1", "DVC_SITE_CACHE_DIR": str(tmp_path / "site")}
+    subprocess.run(["git", "init", "-q", str(clone)], check=True)
+    for name in ("data.dvc", ".dvc/config", ".dvcignore"):
+        (clone / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, clone / name)
+    if arguments.startswith("push"):
+        (clone / "data").mkdir()
+        (clone / "data/slice.png").write_bytes(b"slice")
+        dvc("add", "data")
+    told = dvc(*arguments.split())
+    assert told.returncode != 0
+    for advice in ("chestct data fetch", "make repro", "docs/dagshub.md"):
+        assert advice in told.stderr
+    assert dvc("data", "status").returncode == 0  # which needs no remote
+
+    dvc("remote", "add", "--default", "ours", str(tmp_path / "store"))
+    told = dvc(*arguments.split())
+    assert "public copy" not in told.stderr
+    assert (told.returncode == 0) == arguments.startswith("push")
