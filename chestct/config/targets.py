@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from chestct.errors import ConfigError
 
-TRUSTED = ("torch.nn", "torch.optim", "torchvision.models", "chestct.models.vgg16")
+TRUSTED = ("torch.nn", "torch.optim", "torchvision.models", "chestct.models.head")
 """Packages whose classes a file may name."""
 
 T = TypeVar("T")

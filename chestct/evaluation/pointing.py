@@ -25,9 +25,9 @@ from chestct.imaging.decode import decode
 from chestct.imaging.lungs import find_lungs
 from chestct.imaging.preprocess import as_bytes, placement
 from chestct.models.bundle import Bundle
+from chestct.models.head import has_places
 from chestct.models.lightning_module import load_classifier
 from chestct.models.saliency import explained_output, heat, heat_to_square, normalised_cam
-from chestct.models.vgg16 import has_places
 from chestct.phantom import insertion
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson

@@ -22,7 +22,8 @@ from chestct.config.checks import resolve
 from chestct.config.targets import build, check_trusted
 from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
-from chestct.models.vgg16 import VGG16, has_places
+from chestct.models.head import has_places
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
 Batch = dict[str, torch.Tensor]

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.nn import functional
 
 from chestct.imaging.preprocess import Placement
-from chestct.models.vgg16 import VGG16, has_places
+from chestct.models.head import has_places
+from chestct.models.vgg16 import VGG16
 
 SMOOTHING = 1 / 9
 """Standard deviation of the smoothing as a share of the side; a lesion and its surroundings take about a fifth."""

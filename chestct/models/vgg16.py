@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from chestct.config.schema import ModelConfig
-from chestct.config.targets import build
 from chestct.errors import ConfigError
+from chestct.models.head import Standardise, make_head
 from chestct.models.weights import BLOCKS, Weights, convolutions
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class VGG16(nn.Module):
         # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
         self.features = layers.to(memory_format=torch.channels_last)
         places = {"flatten": math.prod(self.grid), "mean_max_std": 3}.get(cfg.pool, 1)
-        self.head = _head(cfg, self.channels * places, outputs)
+        self.head = make_head(cfg, self.channels * places, outputs)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
         for name, values in (("mean", weights.mean), ("scale", weights.scale)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)
@@ -176,113 +176,6 @@ class VGG16(nn.Module):
     def frozen(self) -> bool:
         """Whether no convolution can change, so that features may be computed once."""
         return not any(p.requires_grad for p in self.features.parameters())
-
-
-def _head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
-    """Pooling, then linear layers with ReLU and dropout between them, or a head of the user's own."""
-    if cfg.head:
-        return nn.Sequential(
-            Pool(cfg.pool), build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
-        )
-    layers: list[nn.Module] = [Pool(cfg.pool)]
-    places = cfg.pool == "topk"
-    if cfg.standardise:
-        layers.append(Standardise(width, places))
-    for i, out in enumerate((*cfg.hidden, outputs)):
-        if cfg.context and places and not i:
-            layers += [InContext(width, out, cfg.dropout), nn.ReLU()]
-        else:
-            # Of places whole channels are dropped: it costs less, and neighbours would give away what is missing.
-            drop = (nn.Dropout2d if places else nn.Dropout)(cfg.dropout)
-            layers += [drop, nn.Conv2d(width, out, 1) if places else nn.Linear(width, out), nn.ReLU()]
-        width = out
-    return nn.Sequential(*layers[:-1], *([BestPlaces()] if places else []))
-
-
-class Pool(nn.Module):
-    """[B, C, h, w] -> [B, C] (gap), [B, C * 3], [B, C * h * w] (flatten) or as it is (topk); what is pooled passes."""
-
-    def __init__(self, pool: str) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        if maps.ndim == 2 or self.pool == "topk":
-            return maps.float()
-        if self.pool == "mean_max_std":
-            spread = (maps.var((2, 3), correction=0) + 1e-6).sqrt()  # with a gradient where nothing varies
-            return torch.stack([maps.mean((2, 3)), maps.amax((2, 3)), spread], 2).flatten(1)
-        return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
-
-
-class Standardise(nn.BatchNorm2d):
-    """Each channel less its mean, over its spread; of places cut at CUT spreads: a scanner that training has not seen
-    may light a channel up as no slice there did, and must not decide alone."""
-
-    CUT = 5.0
-
-    def __init__(self, channels: int, places: bool = True) -> None:
-        super().__init__(channels, affine=False)
-        self.places, self.fitted = places, False
-
-    @torch.no_grad()
-    def fit(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None = None) -> None:
-        """Takes means and spreads from maps [N, C, h, w], weighted by w [N], for good: not batch by batch.
-
-        A batch's own would depend on what else is in it, and count phantoms or a large source by their slices.
-        """
-        w = torch.ones(len(maps)) if w is None else w
-        mean, square = torch.zeros(2, self.num_features, dtype=torch.float64)
-        for at, weight in zip(range(0, len(maps), 64), torch.split(w.double() / w.sum(), 64), strict=True):
-            places = maps[at : at + 64].float().flatten(2)
-            mean += weight @ places.mean(2).double()
-            square += weight @ places.square().mean(2).double()
-        self.get_buffer("running_mean").copy_(mean)
-        self.get_buffer("running_var").copy_(square - mean.square())
-        self.fitted = True
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        batches = self.training and not self.fitted and maps[:, 0].numel() > 1  # one value has no spread
-        out = functional.batch_norm(maps, self.running_mean, self.running_var, training=batches, eps=self.eps)
-        return out.clamp(-self.CUT, self.CUT) if self.places else out
-
-
-class InContext(nn.Conv2d):
-    """A 1 x 1 convolution of each place and of its difference to the mean of its slice: [B, C, h, w] -> [B, K, h, w].
-
-    How bright, sharp or noisy a place is says little unless it is known what it is to be compared with. Dropout takes
-    away whole channels, of the place or of the difference.
-    """
-
-    def __init__(self, channels: int, out: int, dropout: float) -> None:
-        super().__init__(2 * channels, out, 1)
-        self.dropout = dropout
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        # W x + V (x - m) = (W + V) x - V m, which takes a third of the time of a convolution of both.
-        batch, channels, height, width = maps.shape
-        kept = functional.dropout(maps.new_ones(batch, 1, 2 * channels), self.dropout, self.training)
-        place, difference = (self.weight.flatten(1) * kept).chunk(2, 2)  # (B, K, C) each
-        mean = maps.mean((2, 3)).unsqueeze(2)
-        out = (place + difference) @ maps.flatten(2) - difference @ mean + self.get_parameter("bias")[:, None]
-        return out.reshape(batch, -1, height, width)
-
-
-def has_places(head: nn.Sequential) -> bool:
-    """Whether a head judges places one by one, so that `head[:-1]` gives the explanation (model.pool=topk)."""
-    return isinstance(head[-1], BestPlaces)
-
-
-class BestPlaces(nn.Module):
-    """Evidence [B, K, h, w] -> logits [B, K]: the mean over the BEST places of each slice and output.
-
-    One place is noise, and the mean over all of them is what a small lesion drowns in.
-    """
-
-    BEST = 3
-
-    def forward(self, evidence: torch.Tensor) -> torch.Tensor:
-        return evidence.flatten(2).topk(self.BEST, 2).values.mean(2)
 
 
 def pick_device(accelerator: str = "auto") -> torch.device:

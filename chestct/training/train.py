@@ -37,9 +37,10 @@ from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach, outputs
+from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, check_fits
 from chestct.models.predictions import prediction_table
-from chestct.models.vgg16 import has_places, pick_device
+from chestct.models.vgg16 import pick_device
 from chestct.progress import phase
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run

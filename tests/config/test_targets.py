@@ -34,7 +34,7 @@ def test_a_bad_target_is_named_with_its_setting(spec, says):
 def test_a_file_may_name_parts_of_models_and_runs():
     for name in ("torch.optim.Adam", "torch.optim.lr_scheduler.StepLR", "torchvision.models.VGG"):
         check_trusted({"model": {"head": {"_target_": name}}}, "x.ckpt")
-    check_trusted({"_target_": "chestct.models.vgg16.Pool"}, "x.ckpt")
+    check_trusted({"_target_": "chestct.models.head.Pool"}, "x.ckpt")
 
 
 BAD = (

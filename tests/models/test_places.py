@@ -15,9 +15,10 @@ from chestct.evaluation.export import export
 from chestct.imaging.lungs import find_lungs
 from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
+from chestct.models.head import Standardise
 from chestct.models.lightning_module import places_loss
 from chestct.models.saliency import normalised_cam
-from chestct.models.vgg16 import VGG16, Standardise
+from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.phantom.insertion import insert
 from chestct.training.train import train
