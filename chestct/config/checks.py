@@ -112,11 +112,13 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "data.lesions draws cancer of no subtype: it works with task=binary."
     if data.lesions and not data.views:
         yield f"data.lesions={data.lesions} draws into augmented views alone: set data.views=1 or more."
-    if model.context and model.pool != "topk":
-        yield f"model.context compares places, and model.pool={model.pool} leaves none: set model.pool=topk."
+    for name, does in (("context", "compares"), ("smooth", "averages")):
+        if getattr(model, name) and model.pool != "topk":
+            yield f"model.{name} {does} places, and model.pool={model.pool} leaves none: set model.pool=topk."
     if cfg.optim.places != OptimConfig.places and (model.pool, cfg.task) != ("topk", "binary"):
         yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
-    of_head = [name for name in ("context", "standardise", "hidden", "dropout") if model.head and getattr(model, name)]
+    parts = ("context", "smooth", "standardise", "hidden", "dropout")
+    of_head = [name for name in parts if model.head and getattr(model, name)]
     if of_head:
         yield f"model.head is the whole head: leave out {', '.join(f'model.{name}' for name in of_head)}."
     if data.folds == 1:

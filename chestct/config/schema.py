@@ -151,6 +151,7 @@ class ModelConfig:
     )
     block: str = setting("5", "which of VGG's blocks the head sees, one or several, as in 3+4", form=BLOCKS)
     context: bool = setting(False, "with pool=topk: a place is also compared with the mean of its slice")
+    smooth: float = setting(0.0, "with pool=topk: over how many places evidence is averaged (spread)", low=0, high=4)
     standardise: bool = setting(False, "features less their mean, over their spread, as training shows them")
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")

@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from chestct.data.rows import Rows
 
 
-def make_head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
-    """Pooling, then linear layers with ReLU and dropout between them, or a head of the user's own."""
+def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int]) -> nn.Sequential:
+    """Pooling, then linear layers with ReLU and dropout between them, or a head of the user's own.
+
+    width: features, as they are pooled; grid: height and width of the maps.
+    """
     if cfg.head:
         return nn.Sequential(
             Pool(cfg.pool), build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
@@ -31,7 +34,10 @@ def make_head(cfg: ModelConfig, width: int, outputs: int) -> nn.Sequential:
             drop = (nn.Dropout2d if places else nn.Dropout)(cfg.dropout)
             layers += [drop, nn.Conv2d(width, out, 1) if places else nn.Linear(width, out), nn.ReLU()]
         width = out
-    return nn.Sequential(*layers[:-1], *([BestPlaces()] if places else []))
+    if not places:
+        return nn.Sequential(*layers[:-1])
+    smooth = [Smooth(cfg.smooth, grid)] if cfg.smooth else []
+    return nn.Sequential(*layers[:-1], *smooth, BestPlaces())
 
 
 class Pool(nn.Module):
@@ -106,6 +112,24 @@ class InContext(nn.Conv2d):
 def has_places(head: nn.Sequential) -> bool:
     """Whether a head judges places one by one, so that `head[:-1]` gives the explanation (model.pool=topk)."""
     return isinstance(head[-1], BestPlaces)
+
+
+class Smooth(nn.Module):
+    """Evidence [B, K, h, w], each place averaged with its neighbours by a Gaussian of `spread` places.
+
+    A lesion lights up places that touch, the end of a vessel one alone; and the middle of a large lesion, which looks
+    like the chest wall, gets its share of the rim.
+    """
+
+    def __init__(self, spread: float, grid: tuple[int, int]) -> None:
+        super().__init__()
+        for name, side in zip(("rows", "columns"), grid, strict=True):
+            places = torch.arange(side, device="cpu")
+            weights = torch.exp(-0.5 * ((places[:, None] - places) / spread) ** 2)
+            self.register_buffer(name, weights / weights.sum(1, keepdim=True), persistent=False)  # outside lies none
+
+    def forward(self, evidence: torch.Tensor) -> torch.Tensor:
+        return self.get_buffer("rows") @ evidence @ self.get_buffer("columns").T
 
 
 class BestPlaces(nn.Module):

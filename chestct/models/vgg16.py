@@ -53,7 +53,7 @@ class VGG16(nn.Module):
         # 1.5 to 2 times as fast as NCHW on CPUs, and faster on GPUs with tensor cores.
         self.features = layers.to(memory_format=torch.channels_last)
         places = {"flatten": math.prod(self.grid), "mean_max_std": 3}.get(cfg.pool, 1)
-        self.head = make_head(cfg, self.channels * places, outputs)
+        self.head = make_head(cfg, self.channels * places, outputs, self.grid)
         # Buffers, so that they move with the network; not saved, as they belong to the weights.
         for name, values in (("mean", weights.mean), ("scale", weights.scale)):
             self.register_buffer(name, torch.tensor(values, device="cpu").view(1, 3, 1, 1), persistent=False)

@@ -30,6 +30,7 @@ from chestct.errors import ConfigError
         ("data.holdout=[elsewhere]", "there is no source elsewhere"),
         ("data.holdout=[phantom]", "leaves no source to train on"),
         ("model.context=true", "model.pool=gap leaves none: set model.pool=topk"),
+        ("model.smooth=1", "model.smooth averages places, and model.pool=gap leaves none"),
         ("optim.places=10", "works with model.pool=topk and task=binary"),
         ("data.fold=1", "fold counts from 0"),
         ("data.sources={a: {root: /x, weight: 0.1}}", "works with data.balance=true"),

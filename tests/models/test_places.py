@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from chestct.config.compose import compose
 from chestct.config.schema import ModelConfig
@@ -15,7 +16,7 @@ from chestct.evaluation.export import export
 from chestct.imaging.lungs import find_lungs
 from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
-from chestct.models.head import Standardise
+from chestct.models.head import Smooth, Standardise
 from chestct.models.lightning_module import places_loss
 from chestct.models.saliency import normalised_cam
 from chestct.models.vgg16 import VGG16
@@ -58,11 +59,21 @@ def test_blocks_are_those_of_vgg():
 
 
 @torch.no_grad()
-def test_the_map_is_what_the_score_is_made_of():
-    net, x = places(block="4"), torch.rand(3, 1, 64, 64)
+@pytest.mark.parametrize("smooth", [0, 0.7])
+def test_the_map_is_what_the_score_is_made_of(smooth):
+    net, x = places(block="4", smooth=smooth), torch.rand(3, 1, 64, 64)
     logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
     torch.testing.assert_close(logits, net(x))
     torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
+
+
+def test_neighbours_share_their_evidence_and_outside_the_slice_there_is_none():
+    smooth = Smooth(0.7, (11, 13))
+    torch.testing.assert_close(smooth(torch.ones(2, 1, 11, 13)), torch.ones(2, 1, 11, 13))
+    evidence = torch.zeros(1, 1, 11, 13)
+    evidence[0, 0, 5, 6] = 1
+    expected = gaussian_filter(evidence[0, 0].numpy(), 0.7, truncate=9, mode="constant")
+    torch.testing.assert_close(smooth(evidence)[0, 0], torch.from_numpy(expected))
 
 
 def test_the_loss_at_places_wants_lesions_where_they_are_and_nothing_elsewhere():
