@@ -35,7 +35,7 @@ def of_patients(source: str) -> bool:
 MONITORS = ("valid/loss", "valid/auroc")
 
 FITS, CONTRASTS = ("pad", "stretch", "body", "lungs"), ("keep", "body", "lungs")
-POOLS = ("gap", "mean_max_std", "flatten", "topk")
+POOLS = ("gap", "max", "mean_max_std", "flatten", "topk")
 SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 BLOCKS = r"[345](\+[345])*"
@@ -147,7 +147,7 @@ class ModelConfig:
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting(
-        "gap", "mean over places; with maximum and spread; every place; or each is judged", choices=POOLS
+        "gap", "mean over places; maximum; both and spread; every place; or each is judged", choices=POOLS
     )
     block: str = setting("5", "which of VGG's blocks the head sees, one or several, as in 3+4", form=BLOCKS)
     context: bool = setting(False, "with pool=topk: a place is also compared with the mean of its slice")

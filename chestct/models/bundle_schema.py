@@ -23,7 +23,7 @@ class Part(BaseModel):
 
 
 class Network(Part):
-    pool: Literal["gap", "mean_max_std", "flatten", "topk"]
+    pool: Literal["gap", "max", "mean_max_std", "flatten", "topk"]
     block: Annotated[int, Field(ge=3, le=5)] | Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
     context: bool = False
     standardise: bool = False

@@ -18,11 +18,10 @@ def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int])
 
     width: features, as they are pooled; grid: height and width of the maps.
     """
+    layers: list[nn.Module] = [Pool(cfg.pool), *([Maximum()] if cfg.pool == "max" else [])]
     if cfg.head:
-        return nn.Sequential(
-            Pool(cfg.pool), build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
-        )
-    layers: list[nn.Module] = [Pool(cfg.pool)]
+        own = build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
+        return nn.Sequential(*layers, own)
     places = cfg.pool == "topk"
     if cfg.standardise:
         layers.append(Standardise(width, places))
@@ -41,7 +40,10 @@ def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int])
 
 
 class Pool(nn.Module):
-    """[B, C, h, w] -> [B, C] (gap), [B, C * 3], [B, C * h * w] (flatten) or as it is (topk); what is pooled passes."""
+    """[B, C, h, w] -> [B, C] (gap), [B, C * 2] (max), [B, C * 3], [B, C * h * w] (flatten) or as it is (topk).
+
+    What is pooled passes. The mean comes first in all of them: novelty is judged by it, whatever the head reads.
+    """
 
     def __init__(self, pool: str) -> None:
         super().__init__()
@@ -50,10 +52,21 @@ class Pool(nn.Module):
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         if maps.ndim == 2 or self.pool == "topk":
             return maps.float()
+        if self.pool == "flatten":
+            return maps.flatten(1)
+        parts = [maps.mean((2, 3))]
+        if self.pool != "gap":
+            parts.append(maps.amax((2, 3)))
         if self.pool == "mean_max_std":
-            spread = (maps.var((2, 3), correction=0) + 1e-6).sqrt()  # with a gradient where nothing varies
-            return torch.stack([maps.mean((2, 3)), maps.amax((2, 3)), spread], 2).flatten(1)
-        return maps.mean((2, 3)) if self.pool == "gap" else maps.flatten(1)
+            parts.append((maps.var((2, 3), correction=0) + 1e-6).sqrt())  # with a gradient where nothing varies
+        return torch.stack(parts, 2).flatten(1)
+
+
+class Maximum(nn.Module):
+    """[B, C * 2] of `Pool("max")` -> the maxima [B, C]."""
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        return pooled[:, 1::2]
 
 
 class Standardise(nn.BatchNorm2d):

@@ -120,7 +120,7 @@ class VGG16(nn.Module):
     def channel_means(self, features: torch.Tensor) -> torch.Tensor:
         """Mean-pooled features [N, C] from what the head gets: maps [N, C, h, w], or as `pooled` gives them."""
         parts = features.reshape(len(features), self.channels, -1)
-        return parts[..., 0] if features.ndim == 2 and self.head[0].pool == "mean_max_std" else parts.mean(2)
+        return parts[..., 0] if features.ndim == 2 and self.head[0].pool in ("max", "mean_max_std") else parts.mean(2)
 
     def fit_standardise(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None) -> None:
         """Fixes how a head that judges places standardises, by the cached maps of train and what each slice counts."""

@@ -25,7 +25,14 @@ from tests.serving.test_predictor import png
 
 HEADS = {
     "means": {"hidden": [8]},
-    "places in context": {"pool": "topk", "block": "3+4", "context": True, "standardise": True, "hidden": [8]},
+    "places in context": {
+        "pool": "topk",
+        "block": "3+4",
+        "context": True,
+        "smooth": 0.7,
+        "standardise": True,
+        "hidden": [8],
+    },
 }
 NUMBERS = {"slices": 9, "calibration": 0, "logits": 0.0, "decisions": 0.0, "heat": 1.0, "version": "x 1"}
 NUMBERS |= {"auroc": {"value": 0.0, "low": None, "high": None, "slices": 9}}

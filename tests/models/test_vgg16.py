@@ -21,7 +21,9 @@ def test_convolutions_are_torchvisions():
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * theirs.abs().max().item())
 
 
-@pytest.mark.parametrize(("pool", "width"), [("gap", 512), ("flatten", 512 * 4), ("mean_max_std", 512 * 3)])
+@pytest.mark.parametrize(
+    ("pool", "width"), [("gap", 512), ("max", 512 * 2), ("flatten", 512 * 4), ("mean_max_std", 512 * 3)]
+)
 @pytest.mark.parametrize("hidden", [[], [16, 8]])
 @pytest.mark.parametrize("outputs", [1, 4])
 def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(pool, width, hidden, outputs):
@@ -50,6 +52,15 @@ def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean():
     torch.testing.assert_close(parts[..., 0], maps.mean((2, 3)))
     torch.testing.assert_close(parts[..., 1], maps.amax((2, 3)))
     torch.testing.assert_close(parts[..., 2], maps.std((2, 3), correction=0), atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_a_head_on_maxima_sees_nothing_else():
+    net = network(pool="max")
+    maps = net.maps(torch.rand(2, 1, 64, 64))
+    linear = torch.nn.Linear(512, 1)
+    linear.load_state_dict(net.head[-1].state_dict())
+    torch.testing.assert_close(net.head(maps), linear(maps.amax((2, 3))))
 
 
 @pytest.mark.parametrize(("freeze", "trainable"), [(True, 0), (False, 26), (3, 12), (5, 0)])
