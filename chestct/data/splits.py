@@ -86,7 +86,7 @@ def balanced_weights(
 ) -> np.ndarray:
     """How much each slice counts in the loss with data.balance: float32 [N].
 
-    The classes of a source have the same sum, so that it never stands in for the label. The sum grows with the square
+    The classes of a source have the same sum, so that it never stands in for the label. The sum grows with the fourth
     root of the source's groups of normal slices, and within a class a group's share with the square root of its slices:
     what is alike, or of few patients, teaches less.
 
@@ -98,7 +98,7 @@ def balanced_weights(
     weight = cells.groupby(["source", "target", "group"])["target"].transform("size").to_numpy(float) ** -0.5
     total = cells.assign(weight=weight).groupby(["source", "target"])["weight"].transform("sum").to_numpy()
     normal = cells["group"].where(cells["target"] == 0).groupby(cells["source"]).transform("nunique")
-    weight *= normal.clip(lower=1).to_numpy() ** 0.5 / total
+    weight *= normal.clip(lower=1).to_numpy() ** 0.25 / total
     weight *= len(cells) / weight.sum()
     weight *= manifest["source"].map(sources or {}).fillna(1).to_numpy(float)
     return np.where(target > 0, (1 - 2 * drawn) * weight, weight).astype(np.float32)

@@ -176,7 +176,7 @@ def test_another_class_that_is_full_does_not_send_a_large_group_elsewhere():
     assert part[1] == part[2] == 0
 
 
-def test_classes_of_a_source_count_alike_and_sources_and_groups_by_square_roots():
+def test_classes_of_a_source_count_alike_and_sources_and_groups_by_roots():
     sizes = {("a", 1): [81, 9], ("a", 0): [10], ("b", 1): [5] + [1] * 5, ("b", 0): [30] * 3}  # slices of each group
     rows = [(s, y, f"{s}{y}{g}") for (s, y), groups in sizes.items() for g, n in enumerate(groups) for _ in range(n)]
     table = pd.DataFrame(rows, columns=["source", "target", "group"]).sample(frac=1, random_state=0)
@@ -184,7 +184,7 @@ def test_classes_of_a_source_count_alike_and_sources_and_groups_by_square_roots(
     assert table["w"].mean() == pytest.approx(1)
     sums = table.groupby(["source", "target"])["w"].sum().unstack()
     np.testing.assert_allclose(sums[0], sums[1], rtol=1e-5)
-    assert sums[0]["b"] / sums[0]["a"] == pytest.approx(3**0.5)  # three groups of normal slices to one
+    assert sums[0]["b"] / sums[0]["a"] == pytest.approx(3**0.25)  # three groups of normal slices to one
     share = table.groupby("group")["w"].sum()
     assert share["a10"] / share["a11"] == pytest.approx(3)  # 81 slices to 9
     assert share["b00"] == pytest.approx(share["b01"])
