@@ -28,8 +28,8 @@ WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--p
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
 """Hydra's own options; everything else is a setting, `key=value`."""
 
-HYDRAS_FILES = {".hydra", ".lock", "settings.yaml", "train.log", "evaluate.log"}
-"""What lies in a run folder before anything was computed."""
+FIRST_FILES = {".lock", "settings.yaml", "train.log", "evaluate.log"}
+"""What lies in a run folder, beside Hydra's own, before anything was computed."""
 
 Task = Callable[[Config, Path], Any]
 
@@ -150,11 +150,12 @@ def _run(task: Task, config_name: str) -> None:
         try:
             return task(resolve(composed), out)
         except ChestCTError as error:
+            written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
+            if out != Path.cwd() and written <= FIRST_FILES:
+                shutil.rmtree(out)  # a mistake leaves no empty run
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweep, maybe in another process, reports it
             failures.append(error)  # Hydra would print a line of its own
-            if out != Path.cwd() and {path.name for path in out.iterdir()} <= HYDRAS_FILES:
-                shutil.rmtree(out)  # a mistake leaves no empty run
             return None
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()

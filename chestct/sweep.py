@@ -22,6 +22,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from chestct.config.schema import Config
+from chestct.data.sources import check_roots
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.tracking import Run, open_run, sole_writer
@@ -53,6 +54,7 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     if options.trials and not swept:
         raise ConfigError("Nothing to search: give ranges, as in 'optim.lr=interval(1e-4,1e-1)', or take a sweep=...")
     cfg = _settings(list(overrides.values()), config, loader)
+    check_roots(cfg.data)  # else every job would fail on it
     space = {key: _distribution(override) for key, override in swept.items()}
     facts = [{key: str(value) for key, value in space.items()}, sorted(fixed), options.seed]
     with sole_writer(folder), open_run(cfg, folder, sweep=True) as run:

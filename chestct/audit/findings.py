@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain, product
 from typing import Any, NamedTuple
 
-from chestct.config.schema import FINDINGS
+from chestct.config.schema import FINDINGS, of_patients
 from chestct.imaging.slice_files import describe_skipped
 
 SEVERITIES = ("error", "warning", "info")
@@ -87,11 +87,13 @@ class Audit:
     def verdict(self) -> Verdict:
         """How bad it is and what that means for a score."""
         worst = self.findings[0] if self.findings else None
+        drawn = self.counts and not any(of_patients(row["source"]) for row in self.counts)
+        first = "Phantoms, of which no score says anything about patients. " if drawn else ""
         if worst is None or worst.severity == "info":
-            return Verdict("clean", "Nothing here would make a score on this split misleading.")
+            return Verdict("clean", f"{first}Nothing here would make a score on this split misleading.")
         if worst.severity == "warning":
-            return Verdict("warning", "Usable, with reservations that belong next to every score.")
-        return Verdict("error", VERDICTS[worst.kind])
+            return Verdict("warning", f"{first}Usable, with reservations that belong next to every score.")
+        return Verdict("error", f"{first}{VERDICTS[worst.kind]}")
 
     def to_json(self) -> str:
         """The audit and its verdict; undefined numbers are None with a reason next to them."""

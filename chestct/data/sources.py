@@ -55,6 +55,7 @@ def list_slices(cfg: DataConfig) -> Listing:
     holds no file, for a folder that cannot be listed, and for names that are no text.
     """
     listing = Listing()
+    check_roots(cfg)
     try:
         for name, source in sources_of(cfg).items():
             _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing, source).read()
@@ -71,6 +72,16 @@ def sources_of(cfg: DataConfig) -> dict[str, SourceConfig]:
     return cfg.sources or {cfg.name: SourceConfig(cfg.root or "")}
 
 
+def check_roots(cfg: DataConfig) -> None:
+    """Raises DataError for a source whose folder is not there; phantoms that are yet to be drawn have none."""
+    for name, source in sources_of(cfg).items():
+        if source.root and not Path(source.root).is_dir():
+            raise DataError(
+                f"No folder {source.root} for the source '{name}'. Give its place with data.root=FOLDER. "
+                "Your team's data: `dvc pull`; public collections: `chestct data fetch`; or phantoms with data=phantom."
+            )
+
+
 @dataclass
 class _Source:
     """One collection; `read` adds what lies under its root to the listing."""
@@ -82,11 +93,6 @@ class _Source:
     source: SourceConfig
 
     def read(self) -> None:
-        if not self.root.is_dir():
-            raise DataError(
-                f"No folder {self.root} for the source '{self.name}'. Give its place with data.root=FOLDER. "
-                "Your team's data: `dvc pull`; public collections: `chestct data fetch`; or phantoms with data=phantom."
-            )
         before = len(self.listing.slices)
         folders = self._folders(self.root)
         splits = {folder: split for folder in folders if (split := SPLIT_FOLDERS.get(folder.name.lower()))}

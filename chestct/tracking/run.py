@@ -45,7 +45,7 @@ class Run:
         self.children: list[str] = []
 
     def begin(self) -> None:
-        """Records the run from here on; for a run of open_run."""
+        """Records the run from here on; for a run of open_run. Raises TrackingError as that does."""
 
     def loggers(self) -> "list[Logger]":
         """For Lightning's Trainer: write what modules log into this run, here and on the server."""
@@ -140,6 +140,7 @@ class _OpenRun(Run):
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
+        prepare(self.uri)
         client, resumed = MlflowClient(self.uri), noted_run(self.folder)
         if resumed and (self.sweep or self.cfg.ckpt or self.parent):
             try:
@@ -189,15 +190,15 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
     """The run that belongs to the folder `out`: the one noted there if it is resumed, else a new one; see Run.begin.
 
     A training is resumed with cfg.ckpt or by its sweep; a sweep (whose jobs have folders in `out`) always.
-
-    Ends as FINISHED, as KILLED when it was interrupted, as FAILED on any error. Raises TrackingError where the local
-    store cannot be used; a server that cannot is reported, and misses nothing that `sync` does not send later.
+    Ends as FINISHED, as KILLED when interrupted, as FAILED on any error. Raises TrackingError where the local store
+    cannot be used; a server that cannot is reported, and misses nothing that `sync` does not send later.
     """
     if cfg.tracking.name == "off":
         yield Run()
         return
     run = _OpenRun(cfg, out, sweep)
-    prepare(run.uri)
+    if (file := store_file(run.uri)) and file.exists():
+        prepare(run.uri)  # a new one is made when the run begins
     status = "FINISHED"
     try:
         yield run

@@ -33,8 +33,16 @@ def test_findings_come_worst_first_and_only_the_policy_in_force_can_be_in_error_
 
 def test_a_large_clean_set_has_no_finding_but_notes(make_data):
     audit = run(make_data(500, cancer=0.5))
-    assert audit.verdict.severity == "clean"
+    assert audit.verdict == ("clean", "Nothing here would make a score on this split misleading.")
     assert all(finding.severity == "info" for finding in audit.findings)
+
+
+def test_the_first_sentence_about_phantoms_alone_says_that_they_are_no_patients(make_data):
+    data = make_data(60)
+    data.manifest.loc[0, "source"] = "phantom"
+    assert "hantoms" not in run(data).verdict.text
+    data.manifest["source"] = "phantom"
+    assert run(data).verdict.text.startswith("Phantoms, of which no score says anything about patients.")
 
 
 def test_imbalance_and_few_groups_in_test_are_judged_by_groups(make_data):

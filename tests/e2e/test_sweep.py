@@ -77,6 +77,7 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
     assert (folder / "1" / "history.csv").stat().st_mtime_ns == before
     assert second[1].splitlines()[-6:] == first[1].splitlines()[-6:]
     assert dict(table(folder).set_index("optim.lr")["state"]) == {-1: "failed", 0.01: "done"}
+    assert not (folder / "0").exists()  # a mistake leaves no empty run
     for other in ("seed=1", "optim.lr=0.1,0.2"):
         status, _, err = call(*command, other)
         assert status == 2
