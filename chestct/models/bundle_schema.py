@@ -26,6 +26,7 @@ class Network(Part):
     pool: Literal["gap", "max", "mean_max_std", "flatten", "topk"]
     block: Annotated[int, Field(ge=3, le=5)] | Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
     context: bool = False
+    smooth: Annotated[float, Field(ge=0, le=4)] = 0.0
     standardise: bool = False
     hidden: Annotated[list[Annotated[int, Field(ge=1, le=65536)]], Field(max_length=16)]
     dropout: Annotated[float, Field(ge=0, le=0.95)]

@@ -22,6 +22,7 @@ from chestct.config.schema_serving import CARD, FACTS, TENSORS
 from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle, save_bundle
+from chestct.models.bundle_schema import Network
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
@@ -35,6 +36,11 @@ SIZE = 32
 
 def squares(n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, SIZE, SIZE), np.uint8)
+
+
+def test_a_bundle_may_say_whatever_export_writes_of_the_network() -> None:
+    of_training_alone = {"weights", "freeze"}
+    assert vars(ModelConfig()).keys() - of_training_alone == Network.model_fields.keys() - {"trained_convolutions"}
 
 
 def network(classes: int = 2, pool: str = "gap") -> VGG16:
