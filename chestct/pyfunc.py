@@ -6,7 +6,8 @@ code a foreign model names, so for a bundle of unknown origin use `bundle=models
 """
 
 import json
-import logging
+import platform
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
 
     code: the package goes along (30 MB), so that `mlflow models serve` needs nothing but what indexes have.
     """
+    from mlflow import __version__ as mlflow_version
     from mlflow import pyfunc
+    from mlflow.models import Model
     from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
@@ -64,18 +67,18 @@ def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
     types = {"decision": "string", "novelty": "float"}
     answers = Schema([ColSpec(types.get(name, "double"), name) for name in columns(classes)])
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])  # any number of slices, of any one size
-    logging.getLogger("mlflow.models.model").setLevel(logging.ERROR)  # it would tell of the example, in every run
-    with tempfile.TemporaryDirectory() as package:
-        pyfunc.save_model(
-            folder,
-            loader_module=__name__,
-            data_path=str(bundle),
-            signature=ModelSignature(images, answers),
-            input_example=np.zeros((1, 64, 64), np.uint8),
-            code_paths=[str(copy_package(Path(package)))] if code else None,
-            # MLflow would look for them in a process of its own.
-            pip_requirements=requirements() if code else [f"chestct=={__version__}"],
-        )
+    # By parts: `pyfunc.save_model` reads the file lists of all installed packages, a second.
+    shutil.copytree(bundle, folder / "data" / bundle.name)
+    if code:
+        copy_package(folder / "code")
+    needed = dict.fromkeys([f"mlflow=={mlflow_version}", *(requirements() if code else [f"chestct=={__version__}"])])
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+    environment = f"python: {platform.python_version()}\nbuild_dependencies: [pip, setuptools, wheel]\n"
+    (folder / "python_env.yaml").write_text(f"{environment}dependencies: [-r requirements.txt]\n", encoding="utf-8")
+    model = Model(signature=ModelSignature(images, answers))
+    parts = {"data": f"data/{bundle.name}", "python_env": "python_env.yaml"} | ({"code": "code"} if code else {})
+    pyfunc.add_to_model(model, __name__, **parts)
+    model.save(folder / "MLmodel")
 
 
 def log_bundle(run: "Run", bundle: Path, code: bool = False) -> None:

@@ -117,6 +117,10 @@ class Keeper(ModelCheckpoint):
     Lightning keeps absolute paths; where they differ, it forgets what was best, and the next epoch would replace it.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Before "fit" Lightning would ask whether the folder is empty, and import clients of cloud storage to do so.
+        super().setup(trainer, pl_module, "validate")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         path = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
         if path.is_file():
