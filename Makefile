@@ -7,7 +7,7 @@ ARGS ?=
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-data bench-scale bench-gpu bundle demo ui clean
+.PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-scale bench-gpu bundle demo ui clean
 
 help: ## list these
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -72,10 +72,6 @@ ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 
 bench: $(READY) ## time everything, twelve minutes; writes docs/benchmarks.md (ARGS="--quick", "--data FOLDER --keras PYTHON")
 	$(BIN)/python -m benchmarks --json docs/benchmarks.json --write docs/benchmarks.md $(ARGS)
-
-bench-data: $(READY) ## count what grouping finds; time it on 10k to 100k slices
-	$(BIN)/python -m benchmarks.copies
-	$(BIN)/python -m benchmarks.groups $(ARGS)
 
 bench-scale: $(READY) ## what a slice costs in each stage, of 1k and 10k slices (ARGS="--sizes 1000 100000")
 	$(BIN)/python -m benchmarks.scale $(ARGS)

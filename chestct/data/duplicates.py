@@ -6,8 +6,9 @@ descriptor are candidates; each candidate pair is registered to each other and c
 done in the order of the content keys, so that the groups do not depend on the order of the files.
 
 Of 1,500 near-copies planted among 2,000 different phantoms 1,498 join their originals, alike by 0.906 and more, and no
-false pair appears; of 635 among the 847 different slices of the public set 632 do (`python -m benchmarks.copies`). What
-is alike there besides, down to THRESHOLD, are neighbouring slices of one patient, which must not be in two splits.
+false pair appears; of 635 among the 847 different slices of the public set 632 do (tests/data/test_duplicates.py counts
+fewer). What is alike there besides, down to THRESHOLD, are neighbouring slices of one patient, which must not be in two
+splits.
 """
 
 import os

@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from benchmarks.copies import CHANGES, phantom
+from chestct.config.schema import PhantomConfig
 from chestct.data import duplicates
 from chestct.data.duplicates import group, link
 from chestct.imaging.preprocess import thumbnail
+from chestct.phantom.thorax import display, draw
+from tests.data.changes import CHANGES
 
 SIDE = 112
 
@@ -45,6 +47,12 @@ def blob(seed: int) -> np.ndarray:
     return np.uint8(255 * np.clip(image, 0, 1))
 
 
+def phantom(index: int) -> np.ndarray:
+    subtype = ("normal", "adenocarcinoma", "large_cell", "squamous")[index % 4]
+    drawn = draw(np.random.default_rng([21, index]), subtype, PhantomConfig())
+    return display(drawn.hu, drawn.window)
+
+
 @pytest.fixture(scope="module")
 def drawn() -> list[np.ndarray]:
     """24 phantoms that no two share a body."""
@@ -53,13 +61,27 @@ def drawn() -> list[np.ndarray]:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_copies_are_found_and_nothing_else(drawn: list[np.ndarray], change: str) -> None:
-    """All but one in 50 shifts of 5 % both ways, the hardest change (`python -m benchmarks.copies`)."""
+    """All but one in 50 shifts of 5 % both ways, the hardest change."""
     changed = [CHANGES[change](Image.fromarray(drawn[i]), np.random.default_rng([22, i])) for i in range(10)]
     images = [*drawn, *(np.asarray(image.convert("L")) for image in changed)]
     pairs = find_pairs(images, [digest(image) for image in images])
     found = set(zip(pairs["a"], pairs["b"], strict=True))
     assert found <= {(i, 24 + i) for i in range(10)}
     assert len(found) >= (9 if "5 % both ways" in change else 10)
+
+
+@pytest.mark.slow
+def test_of_copies_planted_among_many_slices_one_in_two_hundred_is_missed_at_most() -> None:
+    slices, makers = [phantom(i) for i in range(800)], list(CHANGES.values())
+    order = np.random.default_rng(0).permutation(800)[:600]
+    copies = [
+        makers[k % len(makers)](Image.fromarray(slices[i]), np.random.default_rng([22, int(i)])).convert("L")
+        for k, i in enumerate(order)
+    ]
+    images = [*slices, *map(np.asarray, copies)]
+    groups = group(len(images), find_pairs(images, [digest(image) for image in images]))
+    assert (groups[800:] == groups[order]).sum() >= 597
+    assert len(set(groups[:800].tolist())) == 800  # no two of different bodies are joined
 
 
 def test_equal_content_is_chained_in_order_and_compared_once() -> None:
