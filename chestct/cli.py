@@ -119,7 +119,9 @@ def predict() -> None:
     _log_messages()
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
-    predictor = Predictor(bundle_folder(given.bundle), backend=given.backend, accelerator=given.accelerator)
+    predictor = Predictor(
+        bundle_folder(given.bundle), backend=given.backend, accelerator=given.accelerator, whole_process=True
+    )
     phase(f"Scoring files ({len(paths):,})")
     try:
         rows, reused = predict_files(paths, given.out, predictor, progress=sys.stderr.isatty())

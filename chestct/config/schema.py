@@ -39,7 +39,7 @@ POOLS = ("gap", "max", "mean_max_std", "flatten", "topk")
 SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 BLOCKS = r"[345](\+[345])*"
-FEATURE_BACKENDS = ("torch", "openvino", "openvino_int8")
+FEATURE_BACKENDS = ("auto", "torch", "openvino", "openvino_int8")
 EXPORTS = rf"torch|({'|'.join(FILES)})(\+({'|'.join(FILES)}))*"
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
@@ -163,7 +163,7 @@ class FeaturesConfig:
     """The frozen convolutions' outputs, computed once."""
 
     cache: bool = setting(True, "keep them on disk and train the head on them; false: run the convolutions every step")
-    backend: str = setting("torch", "what computes them; openvino_int8: for training only", choices=FEATURE_BACKENDS)
+    backend: str = setting("torch", "what computes them; auto: the quickest exact one here", choices=FEATURE_BACKENDS)
     batch_size: int = setting(16, "slices a forward pass while they are computed", low=1)
 
 

@@ -224,6 +224,7 @@ class SliceModule(L.LightningDataModule):
         self.features: dict[str, list[Rows]] = {}
         self.places: dict[str, list[Rows]] = {}
         self.spaces: dict[str, list[Any]] = {}  # of each split, what decides the features that are there
+        self.programs: dict[str, Any] = {}  # that compute features in torch's place, by backend and network
         self.resident: torch.Tensor | None = None  # all slices of the store on a GPU, while it trains
         self.prepare_data_per_node = False  # machines see one cache_dir
 

@@ -135,7 +135,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
-    }
+    } | ({"features": cfg.features.backend} if cfg.features.backend == "openvino_int8" else {})
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), {})
     training = drift.training_facts(data.manifest, table)
     evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
@@ -189,27 +189,31 @@ def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
     contents = [dataset.contents[i] for i in chosen]
-    return normal_cam(model.net, conv5_of(model, dataset.images[dataset.rows[chosen]], contents, cfg)).cpu()
+    return normal_cam(model.net, conv5_of(model, data, dataset.images[dataset.rows[chosen]], contents, cfg)).cpu()
 
 
 @torch.no_grad()
-def conv5_of(model: Classifier, images: np.ndarray, contents: Sequence[str], cfg: Config) -> torch.Tensor:
+def conv5_of(
+    model: Classifier, data: SliceModule, images: np.ndarray, contents: Sequence[str], cfg: Config
+) -> torch.Tensor:
     """`net.conv5` of squares [N, S, S], float32 on the network's device; rounded to float16.
 
-    Cached like frozen features, by `contents`: they take as long as all else in a warm run.
+    Computed and cached like frozen features, by `contents`: they take as long as all else in a warm run.
     """
     net, batch_size = model.net, cfg.features.batch_size
+    cfg = features.settled(cfg, net.mean.device)
+    conv5, device, quantised = features.convolutions(data, net, cfg) if _cached(model, cfg) else (net.conv5, None, "")
 
     def layer(x: torch.Tensor) -> torch.Tensor:
-        return net.conv5(x).half()  # half the space
+        return conv5(x).half()  # half the space
 
-    if _cached(model, cfg):
-        kept = features.Kept(layer, contents, features.space_folder(cfg, net.digest, 0) / "conv5")
+    if device:
+        kept = features.Kept(layer, contents, features.space_folder(cfg, net.digest, 0, quantised) / "conv5")
 
         def squares(positions: Sequence[int]) -> list[torch.Tensor]:
             return list(net.batches(images[positions], len(positions)))
 
-        maps = features.extract([kept], squares, net.mean.device, batch_size=batch_size)[0][:]
+        maps = features.extract([kept], squares, device, batch_size=batch_size)[0][:]
     else:
         maps = torch.cat([layer(x).cpu() for x in net.batches(images, batch_size)])
     return maps.to(net.mean.device).float()

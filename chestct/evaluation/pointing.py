@@ -117,7 +117,7 @@ def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str
     usual = torch.stack(taught).sum(0).numpy() if taught else None
     for kind, lesions in every.items():
         if lesions is not None:
-            conv5 = conv5_of(first, lesions.images, lesions.contents, cfg)
+            conv5 = conv5_of(first, data, lesions.images, lesions.contents, cfg)
             maps = first.net.pool(conv5)
             outputs = explained_output(torch.stack([head.net.head(maps) for head in heads]).mean(0).numpy())
             pairs = zip(heads, baselines, strict=True)

@@ -111,14 +111,14 @@ def version_of(name: str) -> str:
 
 
 def load_graph(name: str, files: Sequence[bytes]) -> Graph:
-    """The graph in the files of a backend, FILES[name]; uses as many threads as torch. Any thread may call it.
+    """The graph in the files of a backend, FILES[name], which uses `threads`. Any thread may call it.
 
     Raises ConfigError where its program is not installed; of damaged files, RuntimeError or ValueError.
     """
     program = _program(name)
     if name == "onnx":
         options = program.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads()
         options.log_severity_level = 4
         try:
             session = program.InferenceSession(files[0], options, providers=["CPUExecutionProvider"])
@@ -127,16 +127,17 @@ def load_graph(name: str, files: Sequence[bytes]) -> Graph:
         entry = session.get_inputs()[0].name
         return lambda x: _joined([session.run(None, {entry: one}) for one in x.cpu().numpy()[:, None]])
     # In fp32 but for what was made INT8.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads()}
     model = program.Core().read_model(files[0], files[1])
     passes = Passes(lambda streams: program.compile_model(model, "CPU", settings | {"NUM_STREAMS": streams}))
     passes.compiled(1)  # whatever is wrong with the files shows here
-    return passes.graph
+    return passes
 
 
-def at_once(name: str) -> int:
-    """How many slices a backend computes at once: more fight for the same cores."""
-    return min(STREAMS, torch.get_num_threads()) if name.startswith("openvino") else 1
+@cache
+def threads() -> int:
+    """As many as torch had when this was first asked, also where `Predictor` has left it one."""
+    return torch.get_num_threads()
 
 
 class Passes:
@@ -150,18 +151,19 @@ class Passes:
         self.compiled = cache(compile)
         self.idle: dict[int, list[Any]] = defaultdict(list)  # requests, which keep their memory
         self.running, self.lock = 0, threading.Lock()
+        self.at_once = min(STREAMS, threads())  # more passes would fight for the same cores
 
-    def graph(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        slices, streams = x.cpu().numpy()[:, None], at_once("openvino")
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        slices = x.cpu().numpy()[:, None]
         if len(slices) == 1:
-            return _joined([self.one(streams, slices[0])])
-        with ThreadPoolExecutor(streams) as pool:
-            return _joined(list(pool.map(partial(self.one, streams, several=True), slices)))
+            return _joined([self.one(slices[0])])
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return _joined(list(pool.map(partial(self.one, several=True), slices)))
 
-    def one(self, streams: int, x: np.ndarray, several: bool = False) -> list[np.ndarray]:
+    def one(self, x: np.ndarray, several: bool = False) -> list[np.ndarray]:
         """The answer for one slice, float32 [1, 1, S, S]; several: others are about to be asked for, too."""
         with self.lock:
-            streams = streams if several or self.running else 1
+            streams = self.at_once if several or self.running else 1
             self.running += 1
             idle = self.idle[streams]
             request = idle.pop() if idle else self.compiled(streams).create_infer_request()
@@ -178,10 +180,15 @@ def _joined(answers: Sequence[Sequence[np.ndarray]]) -> tuple[torch.Tensor, torc
     return logits, conv5
 
 
-def pooled_by(
+def best_for_features(device: torch.device) -> str:
+    """What features.backend=auto stands for, the quickest exact one: OpenVINO on a processor where it is installed."""
+    return "openvino" if device.type == "cpu" and importlib.util.find_spec("openvino") else "torch"
+
+
+def conv5_by(
     name: str, net: VGG16, contents: Sequence[str], squares: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:
-    """`VGG16.pooled` through a backend, on the processor, and a digest of what INT8 was calibrated on, else "".
+    """`VGG16.conv5` through a backend, on the processor, and a digest of what INT8 was calibrated on, else "".
 
     contents: hashes of the training slices; squares: gives uint8 [N, S, S] for positions among them.
     """
@@ -189,7 +196,7 @@ def pooled_by(
     # Made when it is first asked, which a warm cache never does.
     graph = cache(lambda: load_graph(name, convert(net, name, squares(chosen))))
     quantised = json_digest([contents[i] for i in chosen]) if name == "openvino_int8" else ""
-    return lambda x: net.pooled_map(graph()(x)[1]), quantised
+    return lambda x: graph()(x)[1], quantised
 
 
 def calibration_slices(count: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.rows import Rows
 from chestct.data.store import preprocess_of
 from chestct.files import digest, file_digest, json_digest, write_atomic
-from chestct.models.backends import pooled_by
+from chestct.models.backends import best_for_features, conv5_by
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
 from chestct.progress import steps
@@ -35,16 +35,19 @@ FORMAT = 3
 """Version of shards and of how views are made; part of the name of a cache folder."""
 
 
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
 def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], views: int) -> None:
     """Gives the data module the frozen features of these splits: of train so many views, of others the plain slices.
 
     What it holds already, of another seed on the same slices, stays.
     """
-    layer: Callable[[torch.Tensor], torch.Tensor] = net.pooled
-    device, quantised = net.mean.device, ""
+    cfg = settled(cfg, net.mean.device)
+    layer: Layer = net.pooled
+    conv5, device, quantised = convolutions(data, net, cfg)
     if cfg.features.backend != "torch":
-        plain, device = data.dataset("train"), torch.device("cpu")
-        layer, quantised = pooled_by(cfg.features.backend, net, plain.contents, lambda at: plain.images[plain.rows[at]])
+        layer = lambda x: net.pooled_map(conv5(x))  # noqa: E731
     elif device.type == "cuda" and cfg.trainer.precision == "bf16-mixed":
         layer, quantised = torch.autocast("cuda", torch.bfloat16)(layer), "bf16"
     if cfg.trainer.compile and cfg.features.backend == "torch":
@@ -80,6 +83,26 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
         data.spaces[split] = spaces
 
 
+def convolutions(data: SliceModule, net: VGG16, cfg: Config) -> tuple[Layer, torch.device, str]:
+    """`VGG16.conv5` by the backend of the (`settled`) settings, what it computes on, and a digest of what INT8 was
+    calibrated on, else ""; the program of another backend is made when it is first asked, once for `data`."""
+    backend = cfg.features.backend
+    if backend == "torch":
+        return net.conv5, net.mean.device, ""
+    key = f"{backend} {net.digest} {net.blocks}"
+    if key not in data.programs:
+        plain = data.dataset("train")
+        data.programs[key] = conv5_by(backend, net, plain.contents, lambda at: plain.images[plain.rows[at]])
+    conv5, quantised = data.programs[key]
+    return conv5, torch.device("cpu"), quantised
+
+
+def settled(cfg: Config, device: torch.device) -> Config:
+    """The settings with the backend that features.backend=auto is on a device."""
+    backend = best_for_features(device) if cfg.features.backend == "auto" else cfg.features.backend
+    return replace(cfg, features=replace(cfg.features, backend=backend))
+
+
 def _shown(
     dataset: SliceDataset, at: np.ndarray, view: int, device: torch.device, part: Sequence[int]
 ) -> Sequence[torch.Tensor]:
@@ -93,10 +116,8 @@ def _covered(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def in_fp32(cfg: Config) -> Config:
-    """The settings of features that are as exact as a bundle's answers, which evaluation measures."""
-    exact = cfg.features.backend.removesuffix("_int8")
-    trainer = replace(cfg.trainer, precision="32-true")
-    return replace(cfg, features=replace(cfg.features, backend=exact), trainer=trainer)
+    """The settings of features that evaluation measures: bfloat16 is for training, INT8 for both."""
+    return replace(cfg, trainer=replace(cfg.trainer, precision="32-true"))
 
 
 def space_folder(cfg: Config, weights_digest: str, view: int, quantised: str = "") -> Path:
@@ -118,7 +139,7 @@ def space_folder(cfg: Config, weights_digest: str, view: int, quantised: str = "
 class Kept:
     """What is kept of N slices: what `layer` gives for them, in `folder`, by `contents`, the hash of each."""
 
-    layer: Callable[[torch.Tensor], torch.Tensor]
+    layer: Layer
     contents: Sequence[str]
     folder: Path
 

@@ -119,6 +119,9 @@ def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     if about["leaked"]:
         text = f"{about['leaked']} validation and test slices of the split {about['split']} have copies in an earlier"
         yield Finding("Leaky split", "error", f"{text} one; these numbers are too good.")
+    if about.get("features"):
+        text = "Measured on features in INT8, and the bundle answers in fp32; features.backend=torch measures that."
+        yield Finding("Rounded features", "warning", text)
     for name, metric in (("normal", "specificity"), ("cancer", "sensitivity")):
         part = evaluation.test[evaluation.test["label"] == name]
         groups = part["group"].nunique()

@@ -13,12 +13,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from chestct.errors import BusyError
 from chestct.imaging.decode import declared_size, decode, decode_frames
 from chestct.imaging.preprocess import Placement
 from chestct.imaging.slice import Limits, Slice, pixel_hash
-from chestct.models.backends import at_once
+from chestct.models.backends import threads
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED, UNCERTAIN, Outputs
@@ -47,7 +48,8 @@ class Predictor:
 
     source: a bundle folder or `packaged`; limits: what a file may cost; seconds: how long a request may wait for room
     and the network together; pixels: how many may be decoded at once within `room`, each of which takes some 20 bytes;
-    backend, accelerator: what computes, as `load_bundle` takes them.
+    backend, accelerator: what computes, as `load_bundle` takes them; whole_process: whether torch is left one thread
+    where another program computes, as threads of its that wait for work take the cores from it.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class Predictor:
         pixels: int = 128_000_000,
         backend: str = "auto",
         accelerator: str = "auto",
+        whole_process: bool = False,
     ) -> None:
         self.limits, self.seconds, self.pixels = limits, seconds, pixels
         self.backend, self.accelerator = backend, accelerator
-        self.bundle = load_bundle(source, backend, accelerator)
+        self.whole_process = whole_process
+        self.reload(source)
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
-        self._network = threading.Semaphore(at_once(self.bundle.backend))
 
     @contextmanager
     def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[Gone]:
@@ -129,7 +132,9 @@ class Predictor:
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
         self.bundle = load_bundle(source, self.backend, self.accelerator)
-        self._network = threading.Semaphore(at_once(self.bundle.backend))
+        self._network = threading.Semaphore(getattr(self.bundle.graph, "at_once", 1))
+        if self.whole_process:
+            torch.set_num_threads(1 if self.bundle.graph else threads())
         return self.bundle.id
 
     def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, gone: Gone) -> Prediction:

@@ -97,8 +97,15 @@ def predictor_for(cfg: Config, bundle: str) -> "Predictor":
 
     serve = cfg.serve
     limits = Limits(min(cfg.data.max_bytes, serve.max_upload_bytes), min(cfg.data.max_pixels, serve.max_pixels))
-    computing = {"backend": serve.backend, "accelerator": cfg.trainer.accelerator}
-    return Predictor(bundle, limits, seconds=serve.request_timeout_s, pixels=serve.max_pixels_in_flight, **computing)
+    return Predictor(
+        bundle,
+        limits,
+        seconds=serve.request_timeout_s,
+        pixels=serve.max_pixels_in_flight,
+        backend=serve.backend,
+        accelerator=cfg.trainer.accelerator,
+        whole_process=True,
+    )
 
 
 def make_server(

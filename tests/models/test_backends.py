@@ -105,7 +105,7 @@ def test_openvino_answers_explains_and_refuses_as_torch_does(tmp_path: Path, cap
 
 def test_slices_at_once_get_the_answers_that_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("openvino")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(backends, "threads", lambda: 2)
     net = network()
     graph = load_graph("openvino", convert(net, "openvino", np.empty(0)))
     x = torch.rand(12, 1, 64, 64)
@@ -116,6 +116,28 @@ def test_slices_at_once_get_the_answers_that_each_gets_alone(monkeypatch: pytest
     for i, answers in enumerate(zip(*alone, strict=True)):
         torch.testing.assert_close(together[i], torch.cat(answers), rtol=0, atol=0)
         torch.testing.assert_close(torch.cat([answer[i] for answer in at_once]), torch.cat(answers), rtol=0, atol=0)
+
+
+def test_a_service_leaves_torch_one_thread_where_openvino_computes(tmp_path: Path) -> None:
+    needs("openvino")
+    bundle = make(tmp_path / "b")
+    with_backend(tmp_path / "b", "openvino", convert(bundle.net, "openvino", np.empty(0)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        backends.threads.cache_clear()
+        predictor = Predictor(tmp_path / "b", accelerator="cpu", whole_process=True)
+        assert (torch.get_num_threads(), predictor.bundle.graph.at_once) == (1, 2)
+        make(tmp_path / "torch")
+        predictor.reload(tmp_path / "torch")  # has no other backend
+        assert torch.get_num_threads() == 2
+        predictor.reload(tmp_path / "b")
+        assert (torch.get_num_threads(), predictor.bundle.graph.at_once) == (1, 2)
+        Predictor(tmp_path / "b", accelerator="cpu")
+        assert torch.get_num_threads() == 1  # nobody else's is changed
+    finally:
+        torch.set_num_threads(before)
+        backends.threads.cache_clear()
 
 
 def test_auto_takes_the_quickest_that_is_verified_and_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from chestct.models import backends, features
-from chestct.models.features import Kept, attach, extract, space_folder
+from chestct.models import backends
+from chestct.models.features import Kept, attach, extract, settled, space_folder
 from chestct.program import errors_for_people
 from tests.conftest import network, opened
 from tests.models.test_backends import needs
@@ -152,9 +152,18 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
         else:
             assert not torch.allclose(got, expected, rtol=1e-3)
             assert np.corrcoef(got.flatten(), expected.flatten())[0, 1] > 0.98
-    # Warm, nothing is converted; evaluation looks at features as exact as a bundle's answers.
+    # Warm, nothing is converted.
     monkeypatch.setattr(backends, "convert", lambda *_: pytest.fail("converted again"))
     again = opened(cfg)
     attach(again, net, cfg, ["train"], 1)
     assert torch.equal(again.features["train"][0][:], data.features["train"][0][:])
-    assert features.in_fp32(cfg).features.backend == "openvino"
+
+
+def test_auto_is_openvino_on_a_processor_that_has_it(small, monkeypatch):
+    cfg, installed = small("features.backend=auto"), ["openvino"]
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name if name in installed else None)
+    assert settled(cfg, torch.device("cpu")).features.backend == "openvino"
+    assert settled(cfg, torch.device("cuda")).features.backend == "torch"
+    installed.clear()
+    assert settled(cfg, torch.device("cpu")).features.backend == "torch"
+    assert settled(small(), torch.device("cpu")) == small()

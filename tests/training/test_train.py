@@ -2,6 +2,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -12,13 +13,17 @@ from chestct.config.compose import CONF
 from chestct.config.schema import ModelConfig
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
 from chestct.evaluation.evaluate import evaluate
+from chestct.models import backends
+from chestct.models.backends import convert
 from chestct.models.lightning_module import Classifier
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+from chestct.reporting.text import caveats
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import measure
 from chestct.training import callbacks, train
 from tests.conftest import SMALL
+from tests.models.test_backends import needs
 
 ROOT = CONF.parent
 
@@ -27,7 +32,8 @@ def losses(folder):
     return pd.read_csv(folder / "history.csv")[["train/loss", "valid/loss"]]
 
 
-def test_training_learns_and_leaves_what_it_says(small, tmp_path):
+def test_training_learns_and_leaves_what_it_says(small, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "s3fs", raising=False)
     result = train(small("trainer.max_epochs=12", "optim.lr=0.02"), tmp_path / "run")
     assert result.metrics["test/auroc"] > 0.8
     assert result.best.is_file()
@@ -40,6 +46,7 @@ def test_training_learns_and_leaves_what_it_says(small, tmp_path):
         assert torch.load(path, weights_only=True)["hyper_parameters"]["settings"]["task"] == "binary"
     assert result.best.stat().st_size < 100_000  # the frozen convolutions are in the package
     assert Classifier.load_from_checkpoint(result.best, weights_only=True).class_names == ("normal", "cancer")
+    assert "s3fs" not in sys.modules  # Lightning would take half a second to import it for a local folder
 
 
 def test_a_small_learning_rate_learns_too(small, tmp_path):
@@ -47,6 +54,20 @@ def test_a_small_learning_rate_learns_too(small, tmp_path):
     losses_seen = losses(tmp_path / "run")["train/loss"]
     assert result.metrics["valid/auroc"] > 0.8
     assert np.log(2) + 0.01 > losses_seen.iloc[0] > losses_seen.iloc[-1]  # from knowing nothing, not from noise
+
+
+@pytest.mark.parametrize("backend", ["openvino", pytest.param("openvino_int8", marks=pytest.mark.slow)])
+def test_evaluation_measures_what_the_backend_of_training_computed(small, tmp_path, monkeypatch, backend):
+    needs(backend)
+    made = []
+    monkeypatch.setattr(backends, "convert", lambda *given: made.append(given) or convert(*given))
+    cfg = small(f"features.backend={backend}", f"cache_dir={tmp_path}/cache", "data.views=0")
+    result = train(cfg, tmp_path / "run")
+    monkeypatch.setattr(VGG16, "conv5", lambda *_: pytest.fail("convolutions of torch"))
+    evaluation = evaluate(replace(cfg, ckpt=str(result.best)), result.data)
+    assert len(made) == 1
+    assert evaluation.metrics["test"]["auroc"].value == pytest.approx(result.metrics["test/auroc"])
+    assert ("Rounded features" in [caveat.kind for caveat in caveats(evaluation)]) == (backend == "openvino_int8")
 
 
 @pytest.mark.slow
