@@ -11,7 +11,7 @@ from chestct.phantom.thorax import display, draw
 from chestct.serving.prediction import jpeg_uri
 
 PHANTOMS = {
-    "large-lesion.png": ("Large lesion", "large_cell", 0.0, 13),
+    "large-lesion.png": ("Large lesion", "large_cell", 0.3, 16),
     "small-lesion.png": ("Small lesion", "adenocarcinoma", 0.7, 9),
     "no-lesion.png": ("No lesion", "normal", 0.4, 5),
 }
