@@ -61,6 +61,13 @@ def test_regions_enclose_the_hottest_places_and_know_their_size(model: Model, ex
     assert not replace(answer, decision="normal").regions
 
 
+@pytest.mark.parametrize(("decision", "coloured"), [("cancer", 1), ("uncertain", 1), ("normal", 0), ("refused", 0)])
+def test_no_place_is_coloured_where_the_brightest_one_means_nothing(model, examples, decision, coloured) -> None:
+    answer = replace(model.predict(examples["large-lesion.dcm"]), decision=decision)
+    assert (answer.overlay() is not None) == coloured
+    assert bool(answer.regions) == coloured
+
+
 def test_mistakes_are_answered_in_a_sentence_and_whatever_is_printed_is_no_medical_advice(
     model: Model, examples: dict[str, bytes], tmp_path: Path, monkeypatch
 ) -> None:
