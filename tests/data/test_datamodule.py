@@ -29,6 +29,7 @@ def test_what_a_device_makes_of_a_batch_is_what_the_processor_makes(small, resid
         assert all(torch.equal(finished[name], expected[name]) for name in finished)
 
 
+@pytest.mark.slow
 def test_a_training_whose_device_makes_the_views_ends_like_one_whose_processor_does(small, tmp_path, monkeypatch):
     cfg = small(*FINE_TUNED, "trainer.max_epochs=2", "optim.backbone_lr_ratio=0.01")
     expected = train(cfg, tmp_path / "processor").metrics

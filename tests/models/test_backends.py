@@ -118,6 +118,7 @@ def test_slices_at_once_get_the_answers_that_each_gets_alone(monkeypatch: pytest
         torch.testing.assert_close(torch.cat([answer[i] for answer in at_once]), torch.cat(answers), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_service_leaves_torch_one_thread_where_openvino_computes(tmp_path: Path) -> None:
     needs("openvino")
     bundle = make(tmp_path / "b")

@@ -199,6 +199,7 @@ def test_a_pickle_is_never_run(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["new.mkdir", "new.replace"])
 def test_a_killed_export_leaves_the_old_bundle_and_its_rest_goes_with_the_next(folder: Path, stage: str) -> None:
     before = load_bundle(folder).id

@@ -73,6 +73,7 @@ def log_and_end(logger):
     logger.finalize("success")
 
 
+@pytest.mark.slow
 def test_no_metric_of_a_spawned_process_is_lost_when_it_ends(small, uri, tmp_path):
     with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
         process = multiprocessing.get_context("spawn").Process(target=log_and_end, args=run.loggers())
