@@ -87,13 +87,15 @@ class Audit:
     def verdict(self) -> Verdict:
         """How bad it is and what that means for a score."""
         worst = self.findings[0] if self.findings else None
-        drawn = self.counts and not any(of_patients(row["source"]) for row in self.counts)
-        first = "Phantoms, of which no score says anything about patients. " if drawn else ""
         if worst is None or worst.severity == "info":
-            return Verdict("clean", f"{first}Nothing here would make a score on this split misleading.")
-        if worst.severity == "warning":
-            return Verdict("warning", f"{first}Usable, with reservations that belong next to every score.")
-        return Verdict("error", f"{first}{VERDICTS[worst.kind]}")
+            level, text = "clean", "Nothing here would make a score on this split misleading."
+        elif worst.severity == "warning":
+            level, text = "warning", "Usable, with reservations that belong next to every score."
+        else:
+            level, text = "error", VERDICTS[worst.kind]
+        if self.counts and not any(of_patients(row["source"]) for row in self.counts):
+            text = f"Phantoms, of which no score says anything about patients. {text}"
+        return Verdict(level, text)
 
     def to_json(self) -> str:
         """The audit and its verdict; undefined numbers are None with a reason next to them."""

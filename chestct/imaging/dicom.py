@@ -193,7 +193,7 @@ def _layout(dataset: Dataset) -> dict[str, Any]:
 
 def _frame(pixels: bytes, frame: int, layout: dict[str, Any], syntax: uid.UID) -> np.ndarray:
     """Stored values of one frame: [H, W], or [H, W, 3] for RGB."""
-    decoder = get_decoder(syntax)  # NotImplementedError for transfer syntaxes that are no images, such as video
+    decoder = get_decoder(syntax)  # raises for transfer syntaxes that are no images, such as video
     if not decoder.is_available:
         raise MissingDecoderError(f"{syntax.name} needs a decoder: pip install 'chestct[dicom]'")
     if syntax.is_encapsulated:

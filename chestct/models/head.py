@@ -130,8 +130,7 @@ def has_places(head: nn.Sequential) -> bool:
 class Smooth(nn.Module):
     """Evidence [B, K, h, w], each place averaged with its neighbours by a Gaussian of `spread` places.
 
-    A lesion lights up places that touch, the end of a vessel one alone; and the middle of a large lesion, which looks
-    like the chest wall, gets its share of the rim.
+    A lesion lights up places that touch, the end of a vessel one alone.
     """
 
     def __init__(self, spread: float, grid: tuple[int, int]) -> None:
