@@ -201,21 +201,18 @@ def conv5_of(
     Computed and cached like frozen features, by `contents`: they take as long as all else in a warm run.
     """
     net, batch_size = model.net, cfg.features.batch_size
-    cfg = features.settled(cfg, net.mean.device)
-    conv5, device, quantised = features.convolutions(data, net, cfg) if _cached(model, cfg) else (net.conv5, None, "")
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        return conv5(x).half()  # half the space
-
-    if device:
-        kept = features.Kept(layer, contents, features.space_folder(cfg, net.digest, 0, quantised) / "conv5")
+    if _cached(model, cfg):
+        cfg = features.settled(cfg, net.mean.device)
+        conv5, device, quantised = features.convolutions(data, net, cfg)
+        folder = features.space_folder(cfg, net.digest, 0, quantised) / "conv5"
+        kept = features.Kept(lambda x: conv5(x).half(), contents, folder)  # half the space
 
         def squares(positions: Sequence[int]) -> list[torch.Tensor]:
             return list(net.batches(images[positions], len(positions)))
 
         maps = features.extract([kept], squares, device, batch_size=batch_size)[0][:]
     else:
-        maps = torch.cat([layer(x).cpu() for x in net.batches(images, batch_size)])
+        maps = torch.cat([net.conv5(x).half().cpu() for x in net.batches(images, batch_size)])
     return maps.to(net.mean.device).float()
 
 
