@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from chestct import experiment
 from chestct.config.compose import compose
-from chestct.config.schema import EvaluationConfig, ModelConfig
+from chestct.config.schema import CONTRASTS, FITS, POOLS, EvaluationConfig, ModelConfig
 from chestct.config.schema_serving import CARD, FACTS, TENSORS
 from chestct.errors import BundleError, ChestCTError
 from chestct.files import file_digest, json_digest
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle, save_bundle
-from chestct.models.bundle_schema import Network
+from chestct.models.bundle_schema import Network, Square
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
@@ -41,6 +41,8 @@ def squares(n: int, seed: int = 0) -> np.ndarray:
 def test_a_bundle_may_say_whatever_export_writes_of_the_network() -> None:
     of_training_alone = {"weights", "freeze"}
     assert vars(ModelConfig()).keys() - of_training_alone == Network.model_fields.keys() - {"trained_convolutions"}
+    for part, name, choices in ((Network, "pool", POOLS), (Square, "fit", FITS), (Square, "contrast", CONTRASTS)):
+        assert set(get_args(part.model_fields[name].annotation)) == set(choices)
 
 
 def network(classes: int = 2, pool: str = "gap") -> VGG16:
