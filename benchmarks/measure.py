@@ -135,7 +135,7 @@ def training(plan: Plan) -> Iterator[Row]:
     def run(backend: str) -> float:
         shutil.rmtree(plan.scratch / "run", ignore_errors=True)
         settings = (*plan.settings, *more, f"features.backend={backend}", f"cache_dir=cache-{backend}")
-        return plan.run(str(ROOT / "train.py"), *settings, "hydra.run.dir=run")
+        return plan.run(str(ROOT / "train.py"), "experiment=head", *settings, "hydra.run.dir=run")
 
     def cold(backend: str) -> float:
         shutil.rmtree(plan.scratch / f"cache-{backend}", ignore_errors=True)

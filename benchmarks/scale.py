@@ -30,8 +30,8 @@ from chestct.models.weights import load_weights
 from chestct.reporting.render import model_card, write
 from chestct.training import train
 
-SETTINGS = ("data.name=noise", "data.size=32", "data.views=1", "trainer.max_epochs=1", "trainer.progress=false")
-SETTINGS += ("tracking=off", "trainer.accelerator=cpu", "data.workers=0")
+SETTINGS = ("experiment=head", "data.name=noise", "data.size=32", "data.views=1", "trainer.max_epochs=1")
+SETTINGS += ("trainer.progress=false", "tracking=off", "trainer.accelerator=cpu", "data.workers=0")
 
 
 def draw(root: Path, n: int) -> None:
