@@ -134,13 +134,18 @@ class _OpenRun(Run):
         # Next to the checkpoints, so that the id goes where they go: DVC removes, restores and shares them as one.
         self.folder = out if sweep else out / "checkpoints"
         self.parent = None if sweep else noted_run(out.parent)  # the run of the sweep that `out` is a job of
+        file = store_file(self.uri)
+        self.prepared = bool(file and file.exists())  # a new one is made when the run begins
+        if self.prepared:
+            prepare(self.uri)
 
     def begin(self) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        prepare(self.uri)
+        if not self.prepared:
+            prepare(self.uri)
         client, resumed = MlflowClient(self.uri), noted_run(self.folder)
         if resumed and (self.sweep or self.cfg.ckpt or self.parent):
             try:
@@ -196,10 +201,7 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
     if cfg.tracking.name == "off":
         yield Run()
         return
-    run = _OpenRun(cfg, out, sweep)
-    if (file := store_file(run.uri)) and file.exists():
-        prepare(run.uri)  # a new one is made when the run begins
-    status = "FINISHED"
+    run, status = _OpenRun(cfg, out, sweep), "FINISHED"
     try:
         yield run
     except BaseException as error:

@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from chestct.config.compose import CONF
 from chestct.errors import ConfigError, Interrupted
 from chestct.tracking import open_run, run_of, sole_writer
+from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
 from tests.conftest import SMALL
 from tests.tracking.conftest import fit, recorded, runs
@@ -92,6 +93,27 @@ def test_a_run_that_does_not_finish_is_marked_and_none_is_left_by_what_never_beg
     with pytest.raises(error), opened(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out"):
         raise error
     assert [made.info.status for made in runs(uri)] == ends
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_store_is_made_ready_once_and_a_new_one_not_before_the_run_begins(small, uri, tmp_path, monkeypatch, known):
+    calls, file = [], tmp_path / "mlflow.db"
+    made = file.read_bytes()
+    if not known:
+        file.unlink()
+
+    def prepare(store):
+        calls.append(store)
+        file.write_bytes(made)
+
+    monkeypatch.setattr(tracking_run, "prepare", prepare)
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    with open_run(cfg, tmp_path / "out") as run:
+        assert file.exists() == known  # settings or data may yet prove wrong, which shall leave no store
+        assert calls == [uri] * known
+        run.begin()
+    assert calls == [uri]
+    assert len(runs(uri)) == 1
 
 
 @pytest.mark.parametrize(("resumed", "kept"), [(["ckpt=x.ckpt"], [("0.1", 0.2)]), ([], [("0.2", 0.2), ("0.1", 0.1)])])
