@@ -21,6 +21,13 @@ REMOVED = (
 )
 """Settings of earlier versions, which checkpoints and a params.yaml may still hold: left out."""
 
+WHOLE = {
+    "model.head": ("context", "smooth", "standardise", "hidden", "dropout"),
+    "optim.optimizer": ("name", "weight_decay", "momentum"),
+    "optim.scheduler": ("schedule", "warmup"),
+}
+"""A part of the user's own -> settings next to it that only shape the part that it replaces."""
+
 
 def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """Composed settings as checked plain dataclasses.
@@ -117,10 +124,13 @@ def _contradictions(cfg: Config) -> Iterator[str]:
             yield f"model.{name} {does} places, and model.pool={model.pool} leaves none: set model.pool=topk."
     if cfg.optim.places != OptimConfig.places and (model.pool, cfg.task) != ("topk", "binary"):
         yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
-    parts = ("context", "smooth", "standardise", "hidden", "dropout")
-    of_head = [name for name in parts if model.head and getattr(model, name)]
-    if of_head:
-        yield f"model.head is the whole head: leave out {', '.join(f'model.{name}' for name in of_head)}."
+    for key, parts in WHOLE.items():
+        group, _, name = key.partition(".")
+        mine, default = getattr(cfg, group), getattr(Config(), group)
+        idle = [part for part in parts if getattr(mine, name) and getattr(mine, part) != getattr(default, part)]
+        given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (mine, default))
+        if idle:
+            yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
     if data.folds == 1:
         yield "data.folds: two folds at least, or 0 for none."
     if cfg.compare and len(cfg.compare) != 2:

@@ -66,12 +66,31 @@ def test_names_that_others_give_a_setting_lead_to_it():
         ("trainer.devices=0",),
         ("trainer=ddp", "trainer.accelerator=mps"),
         ("experiment=places", "data.views=0"),
-        ("experiment=places", "model.head={_target_: torch.nn.LazyLinear}"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):
     with pytest.raises(ConfigError):
         compose(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "idle"),
+    [
+        ("model.head={_target_: torch.nn.LazyLinear}", "experiment=places", 5),
+        ("model.head={_target_: torch.nn.LazyLinear}", "model.dropout=0.5", 1),
+        ("optim.optimizer={_target_: torch.optim.Adam}", "optim=sgd", 2),
+        ("optim.optimizer={_target_: torch.optim.Adam}", "optim.momentum=0.5", 1),
+        ("optim.scheduler={_target_: torch.optim.lr_scheduler.StepLR}", "experiment=seed_recipe", 2),
+        ("optim.scheduler={_target_: torch.optim.lr_scheduler.StepLR}", "optim.warmup=0", 1),
+    ],
+)
+def test_what_a_part_of_ones_own_replaces_is_said_and_taken_back_as_the_message_says(part, given, idle):
+    compose(part, "optim.lr=0.1")
+    with pytest.raises(ConfigError, match="no effect") as error:
+        compose(part, given)
+    back = str(error.value).rpartition(": ")[2].split()
+    assert len(back) == idle
+    compose(part, given, *back)
 
 
 def test_every_experiment_composes_and_changes_something():
