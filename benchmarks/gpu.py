@@ -29,7 +29,8 @@ from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.training import train
 
-SETTINGS = ("data.name=noise", "trainer=gpu", "trainer.progress=false", "tracking=off", "evaluation.report=false")
+SETTINGS = ("experiment=head", "data.name=noise", "trainer=gpu", "trainer.progress=false", "tracking=off")
+SETTINGS += ("evaluation.report=false",)
 BATCH = 512
 GOALS = {"features": 13_000, "fine-tuning, compiled": 4_700}
 EPOCHS: list[list[float]] = []  # when each one's training steps began and were done; validation comes after them

@@ -116,12 +116,15 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if trainer.strategy == "ddp" and trainer.accelerator == "mps":
         yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
     if data.lesions and cfg.task != "binary":
-        yield "data.lesions draws cancer of no subtype: it works with task=binary."
+        yield "data.lesions draws cancer of no subtype: take experiment=subtype, or set data.lesions=0."
     if data.lesions and not data.views:
-        yield f"data.lesions={data.lesions} draws into augmented views alone: set data.views=1 or more."
+        yield f"data.lesions={data.lesions} draws into views alone: set data.views=1 or more, or data.lesions=0."
     for name, does in (("context", "compares"), ("smooth", "averages")):
         if getattr(model, name) and model.pool != "topk":
-            yield f"model.{name} {does} places, and model.pool={model.pool} leaves none: set model.pool=topk."
+            yield (
+                f"model.{name} {does} places, and model.pool={model.pool} leaves none: set model.pool=topk, or take "
+                "experiment=head."
+            )
     if cfg.optim.places != OptimConfig.places and (model.pool, cfg.task) != ("topk", "binary"):
         yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
     for key, parts in WHOLE.items():

@@ -18,7 +18,7 @@ CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if
 """Hydra's files: at the top of the repository; inside the package where it was installed from a wheel."""
 
 DEFAULTS = CONF / "defaults.yaml"
-HEAD = "# Every setting, its default and its meaning. Made by `make params` from chestct/config/schema.py.\n"
+HEAD = "# Every setting, its value where no file of a group sets another, and its meaning. Made by `make params`.\n"
 
 PIPELINE = "params"  # name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes
 HERE = ["ckpt", "cache_dir", "runs_dir", "bundle", "format", "compare", "callbacks", "loggers", "trust", "seeds"]
@@ -30,6 +30,9 @@ Callbacks, loggers and arguments of the Trainer's, such as default_root_dir or a
 
 MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "compile", "deterministic")
 """What the files of conf/trainer set."""
+
+SOURCE = ("name", "root", "sources", "labels")
+"""Of what the files of conf/data set, whose slices these are. How they are seen is a checkpoint's own."""
 
 
 def compose(*overrides: str, config_name: str = "train") -> Config:
@@ -94,8 +97,10 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
             f"With ckpt, the experiment is the checkpoint's own. Leave out {group}=, or give single settings."
         )
     for key in [*HERE, *keys]:
-        # trainer=NAME says on what to train; how long is the checkpoint's.
-        for part in [f"trainer.{name}" for name in MACHINE] if key == "trainer" else [key]:
+        # trainer=NAME says on what to train, data=NAME whose slices; how long, and how they are seen, is the
+        # checkpoint's.
+        names = {"trainer": MACHINE, "data": SOURCE}.get(key)
+        for part in [f"{key}.{name}" for name in names] if names else [key]:
             OmegaConf.update(merged, part, OmegaConf.select(source, part), merge=False, force_add=True)
     return resolve(merged)
 
@@ -106,7 +111,8 @@ def help_text(usage: str) -> str:
     groups = "\n".join(f"  {name}={'|'.join(options)}" for name, options in files.items() if options)
     return (
         f"{usage.strip()}\n\nGroups: each is a folder in conf/ and each option a file in it\n{groups}\n\n"
-        f"Settings: give as a.b=value; -m a.b=1,2 runs every combination\n\n{as_yaml()}\n"
+        "Settings: give as a.b=value; -m a.b=1,2 runs every combination. The values are those that hold where no file\n"
+        f"of a group sets another, as that of training's default, experiment=places, does\n\n{as_yaml()}\n"
         "--cfg job prints the composed settings; --hydra-help tells of Hydra's own options."
     )
 

@@ -4,7 +4,7 @@ import pytest
 
 from chestct.config.checks import OTHER_NAMES, resolve, suggest
 from chestct.config.compose import CONF, compose, derived_files, merge_settings
-from chestct.config.schema import Config, leaves
+from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, leaves
 from chestct.errors import ConfigError
 
 
@@ -29,9 +29,9 @@ from chestct.errors import ConfigError
         ("data.sources={a: {patient: 'A1'}}", "give one group"),
         ("data.holdout=[elsewhere]", "there is no source elsewhere"),
         ("data.holdout=[phantom]", "leaves no source to train on"),
-        ("model.context=true", "model.pool=gap leaves none: set model.pool=topk"),
-        ("model.smooth=1", "model.smooth averages places, and model.pool=gap leaves none"),
-        ("optim.places=10", "works with model.pool=topk and task=binary"),
+        ("model.pool=gap", "model.pool=gap leaves none: set model.pool=topk, or take experiment=head"),
+        ("task=subtype", "experiment=subtype"),
+        ("data.views=0", "or data.lesions=0"),
         ("data.fold=1", "fold counts from 0"),
         ("data.sources={a: {root: /x, weight: 0.1}}", "works with data.balance=true"),
     ],
@@ -65,7 +65,7 @@ def test_names_that_others_give_a_setting_lead_to_it():
         ("trainer.num_nodes=2",),
         ("trainer.devices=0",),
         ("trainer=ddp", "trainer.accelerator=mps"),
-        ("experiment=places", "data.views=0"),
+        ("experiment=head", "optim.places=10"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):
@@ -85,18 +85,30 @@ def test_settings_that_contradict_each_other_are_refused(overrides):
     ],
 )
 def test_what_a_part_of_ones_own_replaces_is_said_and_taken_back_as_the_message_says(part, given, idle):
-    compose(part, "optim.lr=0.1")
+    compose("experiment=head", part, "optim.lr=0.1")
     with pytest.raises(ConfigError, match="no effect") as error:
-        compose(part, given)
+        compose("experiment=head", part, given)
     back = str(error.value).rpartition(": ")[2].split()
     assert len(back) == idle
-    compose(part, given, *back)
+    compose("experiment=head", part, given, *back)
 
 
-def test_every_experiment_composes_and_changes_something():
+def test_every_experiment_composes_and_places_alone_is_the_default():
     default = compose()
     for path in sorted((CONF / "experiment").glob("*.yaml")):
-        assert (compose(f"experiment={path.stem}") == default) == (path.stem == "head"), path.stem  # the default's name
+        assert (compose(f"experiment={path.stem}") == default) == (path.stem == "places"), path.stem
+
+
+def test_another_experiment_keeps_nothing_of_the_default_one():
+    plain = compose("experiment=head")
+    assert (plain.model, plain.optim, plain.trainer) == (ModelConfig(), OptimConfig(), TrainerConfig())
+    assert compose("experiment=head", "data=chest_ct").data.size == DataConfig.size
+    for name in ("full_finetune", "two_stage", "seed_recipe", "subtype"):
+        assert (compose(f"experiment={name}").model.block, compose(f"experiment={name}").data.lesions) == ("5", 0), name
+
+
+def test_a_model_that_is_named_takes_the_place_of_the_default_one():
+    assert compose("model=vgg16_flatten").model == ModelConfig(pool="flatten")
 
 
 def test_freeze_is_a_switch_or_a_number_of_blocks_until_convolutions_join_in():
@@ -123,11 +135,13 @@ def test_settings_survive_a_checkpoint_and_those_that_earlier_versions_had_are_l
     assert resolve(stored) == cfg
 
 
-def test_what_is_given_is_laid_over_a_checkpoints_settings_whole_groups_too():
+def test_what_is_given_is_laid_over_a_checkpoints_settings_but_slices_are_seen_as_it_saw_them():
     base = dataclasses.asdict(compose("experiment=seed_recipe", "data=chest_ct", "data.root=/there"))
     merged = merge_settings(compose("optim.lr=0.5"), ["optim.lr=0.5"], base)
     assert (merged.optim.lr, merged.optim.name, merged.data.root) == (0.5, "sgd", "/there")
-    assert merge_settings(compose("data=phantom"), ["data=phantom"], base).data == compose().data
+    other = merge_settings(compose("data=iq_oth"), ["data=iq_oth"], base).data
+    assert (other.name, other.root, [*other.sources]) == ("iq_oth", None, ["iq_oth"])
+    assert (other.fit, other.size, other.lesions) == ("stretch", 224, 0)
 
 
 def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine():

@@ -61,7 +61,10 @@ FILLED = {
 
 EXTRA = {
     "python train.py": ["hydra.run.dir=runs/A", "evaluation.report=true"],
-    "python train.py model.freeze=true optim.lr=1e-4": ["hydra.run.dir=runs/B", "evaluation.report=true"],
+    "python train.py experiment=head model.freeze=true optim.lr=1e-4": [
+        "hydra.run.dir=runs/B",
+        "evaluation.report=true",
+    ],
     "python train.py experiment=two_stage": ["trainer.unfreeze_epoch=1"],
 }
 QUICK = [

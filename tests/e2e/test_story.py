@@ -21,10 +21,10 @@ from tests.e2e.loopback import PASSWORDS, TOKEN, log_in
 pytestmark = pytest.mark.slow
 
 ROOT = CONF.parent
-QUICK = {
-    "data/phantom.yaml": "phantom: {slices: 60, size: 64, difficulty: 0.0}\nsize: 32\n",
-    "trainer/default.yaml": "max_epochs: 3\nprogress: false\n",
-}
+QUICK = """
+data: {phantom: {slices: 60, size: 64, difficulty: 0.0}, size: 32}
+trainer: {max_epochs: 3, progress: false}
+"""
 OUTPUTS = ("store", "audit", "train/checkpoints", "bundle")
 
 
@@ -48,9 +48,8 @@ def origin(tmp_path, monkeypatch):
     for name in ("train.py", "evaluate.py", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config"):
         shutil.copy(ROOT / name, draft / name)
     (draft / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
-    for name, lines in QUICK.items():
-        with (draft / "conf" / name).open("a") as file:
-            file.write(lines)
+    with (draft / "conf/train.yaml").open("a") as file:
+        file.write(QUICK)
     bin = str(Path(sys.executable).parent)
     environment = {
         "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",  # the stages call `python`

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from chestct.config.compose import compose
 from chestct.config.schema import PhantomConfig
 from chestct.imaging.decode import decode
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
@@ -42,6 +43,12 @@ def test_it_was_trained_on_real_slices_without_leaks_and_says_what_its_numbers_a
     assert [row["source"] for row in bundle.facts["elsewhere"]] == ["chest_ct", "iq_oth", "lidc", "lung_pet_ct_dx"]
     for words in ("Not for clinical use", "Leave one source out", "5 folds within a source", "Shortcut", "Robustness"):
         assert words in bundle.card
+
+
+def test_it_was_made_by_what_is_the_default_recipe(bundle: Bundle) -> None:
+    cfg, model = compose(), bundle.facts["model"]
+    assert model == model | {name: value for name, value in vars(cfg.model).items() if name in model}
+    assert vars(bundle.preprocess) == {name: getattr(cfg.data, name) for name in vars(bundle.preprocess)}
 
 
 @pytest.mark.parametrize("name", PHANTOMS)

@@ -106,8 +106,8 @@ def test_a_process_that_dies_ends_the_training_with_its_reason(small, tmp_path, 
 
 
 def arguments(phantoms, cache, *settings):
-    given = ("data.size=64", "trainer.progress=false", "trainer=ddp", "trainer.accelerator=cpu", *settings)
-    return [str(CONF.parent / "train.py"), *given, f"data.root={phantoms}", f"cache_dir={cache}"]
+    given = ("experiment=head", "data.size=64", "trainer.progress=false", "trainer=ddp", "trainer.accelerator=cpu")
+    return [str(CONF.parent / "train.py"), *given, *settings, f"data.root={phantoms}", f"cache_dir={cache}"]
 
 
 @pytest.mark.slow
