@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import date
 from functools import partial
 from http.client import HTTPConnection
@@ -99,7 +99,8 @@ class Bench:
     """Slices in root/SPLIT/CLASS; each method measures: what, in which unit, and the values of each contestant."""
 
     def __init__(self, given: argparse.Namespace, scratch: Path) -> None:
-        self.scratch, self.turns, self.bundle = scratch, given.turns, given.bundle.resolve()
+        self.scratch, self.turns, self.tensorflow = scratch, given.turns, given.keras
+        self.bundle = given.bundle.resolve()
         self.root = (given.data or scratch / "phantoms").resolve()
         self.settings = ("data=chest_ct", "data.split=official", "data.allow_leakage=true") if given.data else ()
         if not given.data:
@@ -108,8 +109,11 @@ class Bench:
         self.learnt, self.slices = len(train + valid), [*test, *train, *valid][: 40 * self.turns]
         verified = ("torch", *load_bundle(self.bundle).facts.get("backends", ()))
         self.backends = [name for name in BACKENDS if name in verified]  # of the bundle, the quickest last
-        recipe = [given.keras, RECIPE, "--images", self.root / "train", "--weights", PACKAGED, "--epochs", "1"]
-        self.keras = json.loads(subprocess.check_output(recipe).splitlines()[-1]) if given.keras else {}
+
+    def keras(self, split: str) -> dict[str, float]:
+        """What the recipe prints of an epoch on a split, and of its bare `predict`."""
+        command = [self.tensorflow, RECIPE, "--images", self.root / split, "--weights", PACKAGED, "--epochs", "1"]
+        return json.loads(subprocess.check_output(command).splitlines()[-1])
 
     def training(self) -> Iterator[tuple]:
         """Features, and whole runs of the head on them."""
@@ -141,8 +145,9 @@ class Bench:
         values = in_turns(1, {f"nothing cached, {name}": partial(train, name) for name in BACKENDS})
         values |= in_turns(self.turns, {"features cached": partial(train, "torch")})
         values[EAGER] = [self.learnt * EPOCHS / rate for rate in rates[EAGER]]
-        if self.keras:
-            values[KERAS] = [self.learnt * EPOCHS * self.keras["seconds_per_epoch"] / self.keras["images"]]
+        if self.tensorflow:
+            epoch = self.keras("train")
+            values[KERAS] = [self.learnt * EPOCHS * epoch["seconds_per_epoch"] / epoch["images"]]
         yield f"`train.py`, {EPOCHS} epochs of the head, {self.learnt} slices", "s", values
 
     def answers(self) -> Iterator[tuple]:
@@ -166,26 +171,27 @@ class Bench:
         http = {}
         with ExitStack() as stack:
             for name in self.backends:
-                ask = stack.enter_context(self.server(name))
+                ask = self.server(name, stack)
                 first = {"/healthz": None, "/predict?overlay=1": next(files), "/": None}
                 started = {path: [ask(path, file)] for path, file in first.items()}
                 yield f"`serve.py` by {name}, from its start to an answer", "s", started
-                http[name] = lambda ask=ask: seconds(lambda: ask("/predict?overlay=1", next(files)))
-            keras = {KERAS: [self.keras["predict_ms"] / 1000]} if self.keras else {}
-            yield "one answer with heat map, HTTP", "s", in_turns(turns, http) | keras
+                http[name] = lambda ask=ask: timeit(lambda: ask("/predict?overlay=1", next(files)), number=4) / 4
+            if self.tensorflow:
+                http[KERAS] = lambda: self.keras("valid")["predict_ms"] / 1000
+            yield "one answer with heat map, HTTP", "s", in_turns(self.turns, http)
             clients = stack.enter_context(ThreadPoolExecutor(50))
             crowd = {name: lambda: len(sent) / seconds(lambda: [*clients.map(partial(ask, "/predict"), sent)])}
             crowd[LOOP] = lambda: len(sent) / seconds(lambda: quickest.predict(noise))
             yield "50 clients at once", "slices/s", in_turns(self.turns, crowd)
 
-    @contextmanager
-    def server(self, backend: str) -> Iterator[Callable[..., float]]:
-        """`serve.py`; gives what asks it for a path, with a file, and returns the seconds since its start."""
+    def server(self, backend: str, stack: ExitStack) -> Callable[..., float]:
+        """Starts `serve.py`; returns what asks it for a path, with a file, and gives the seconds since its start."""
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = free.getsockname()
         settings = [f"bundle={self.bundle}", f"serve.backend={backend}", f"serve.port={address[1]}"]
         settings += ["serve.queue_size=256", "serve.max_requests_per_address=256"]
         program = Program(self.scratch, ROOT / "serve.py", *settings)
+        stack.callback(program.process.terminate)
 
         def listens() -> bool:
             with socket.socket() as client:
@@ -199,11 +205,8 @@ class Bench:
                 raise RuntimeError(f"{path}: {reply.status} {text.decode()}")
             return time.perf_counter() - program.began
 
-        try:
-            program.until(listens)
-            yield ask
-        finally:
-            program.process.terminate()
+        program.until(listens)
+        return ask
 
     def batch(self) -> Iterator[tuple]:
         first: dict[str, list[float]] = {name: [] for name in self.backends}
