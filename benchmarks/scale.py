@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-INGEST = ("ingest", "data.name=noise", "data.root=set", "data.size=32", "tracking=off")
-TRAIN = ("train", *INGEST[1:], "experiment=head", "data.views=1", "trainer.max_epochs=1", "trainer.progress=false")
+INGEST = ("ingest", "experiment=head", "data.name=noise", "data.root=set", "data.size=32")
+TRAIN = ("train", *INGEST[1:], "data.views=1", "trainer.max_epochs=1", "trainer.progress=false", "tracking=off")
 STEPS = {"ingest": INGEST, "ingest again": INGEST, "train": TRAIN, "train, features cached": TRAIN}
 STEPS["evaluate, bundle"] = ("export", "ckpt=last")
 
