@@ -122,8 +122,7 @@ class SliceDataset(Dataset):
         epoch, positions = key
         at = np.array(positions)
         views = views_of(self.cfg, epoch, at) if self.train else np.zeros_like(at)
-        if self.cfg.frozen_at(epoch):
-            views = np.where(self.changes[at], views, 0)
+        views = np.where(self.changes[at], views, 0)
         order = np.argsort(views, kind="stable")  # one view after the other
         at, views = at[order], views[order]
         positions = at.tolist()
@@ -162,12 +161,13 @@ class SliceDataset(Dataset):
 def views_of(cfg: Config, epoch: int, positions: np.ndarray) -> np.ndarray:
     """The view that training sees of each slice, int [B], by its position in the split.
 
-    Frozen training cycles through its views, and every epoch mixes them: views in which lesions are drawn show cancer
-    more often, and a head that saw one view an epoch would swing with them. Fine-tuning never sees a view twice.
+    Frozen training cycles through its views, mixed in every epoch: drawn lesions show cancer more often, and a head
+    would swing with them. Fine-tuning sees none twice, but slices as they are, in their turn, beside drawn lesions.
     """
+    turn = (epoch + positions) % (cfg.data.views + 1)
     if cfg.frozen_at(epoch):
-        return (epoch + positions) % (cfg.data.views + 1)
-    return np.full_like(positions, epoch + 1 if cfg.data.views else 0)
+        return turn
+    return np.where((turn > 0) | (not cfg.data.lesions), epoch + 1 if cfg.data.views else 0, 0)
 
 
 class Batches(Sampler[BatchKey]):

@@ -7,6 +7,7 @@ lesions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,26 +103,27 @@ def _lesions(
 def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """The game on test slices: `known` lesions, and lesions `drawn` into normal slices, as far as there are any.
 
-    data: set up, with the features and places of train that these checkpoints of frozen convolutions (one a seed, of
-    the settings `cfg`) were trained on. Maps are averaged over the seeds. The usual place is that of the lesions that
-    training was shown, None where it was shown none.
+    data: set up, with the places of train that these checkpoints (one a seed, of the settings `cfg`) were trained on.
+    Maps are averaged over the seeds. The usual place is that of the lesions that training was shown, None where it was
+    shown none.
     """
     assert data.store is not None
     test = data.manifest[data.manifest["split"] == "test"]
     kinds = {"known": known_lesions, "drawn": drawn_lesions}
     every = {kind: make(test, data.store.images, cfg) for kind, make in kinds.items()}
     heads = [load_classifier(path, cfg.trust).eval() for path in models]
-    first, shown = heads[0], {}
+    shown = {}
     baselines = [None if has_places(head.net.head) else normal_baseline(head, data, cfg) for head in heads]
     taught = [held[:].sum((0, 1)) for held in data.places.get("train", []) if held.rows[0].shape[-1] > 1]
     usual = torch.stack(taught).sum(0).numpy() if taught else None
     for kind, lesions in every.items():
         if lesions is not None:
-            conv5 = conv5_of(first, data, lesions.images, lesions.contents, cfg)
-            maps = first.net.pool(conv5)
-            outputs = explained_output(torch.stack([head.net.head(maps) for head in heads]).mean(0).numpy())
-            pairs = zip(heads, baselines, strict=True)
-            cams = [normalised_cam(head.net, conv5, outputs, baseline)[1] for head, baseline in pairs]
+            of = partial(conv5_of, data=data, images=lesions.images, contents=lesions.contents, cfg=cfg)
+            conv5 = [of(heads[0])] * len(heads) if cfg.always_frozen else [of(head) for head in heads]
+            each = [head.net.head(head.net.pool(maps)) for head, maps in zip(heads, conv5, strict=True)]
+            outputs = explained_output(torch.stack(each).mean(0).numpy())
+            parts = zip(heads, conv5, baselines, strict=True)
+            cams = [normalised_cam(head.net, maps, outputs, baseline)[1] for head, maps, baseline in parts]
             shown[kind] = game(heat(torch.stack(cams).mean(0)).numpy(), lesions, usual)
     return shown
 

@@ -1,7 +1,8 @@
 """The protocol across hospitals (docs/protocol.md): what a recipe reaches on sources that it has never seen.
 
-Each figure is of heads trained anew on cached features, with `seeds` seeds: the logits of a slice are averaged over
-seeds, and what single seeds reach stands next to it. Phantoms may be trained on; no figure is measured on them.
+Each figure is of heads trained anew on cached features (of convolutions, too, where a GPU trains them), with `seeds`
+seeds: the logits of a slice are averaged over seeds, and what single seeds reach stands next to it. Phantoms may be
+trained on; no figure is measured on them.
 """
 
 import dataclasses
@@ -60,8 +61,8 @@ class Spread:
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     """The parts that cfg.evaluation.protocol asks for.
 
-    Raises ChestCTError where the convolutions are trained, or where there are fewer than two sources of patients and
-    more is asked for than `within`. Where all slices are phantoms, `within` is measured on them.
+    Raises ChestCTError where convolutions would have to be trained on a processor, or where there are fewer than two
+    sources of patients and more is asked for than `within`. Where all are phantoms, `within` is measured on them.
     """
     cfg, wanted = evaluation.cfg, evaluation.cfg.evaluation.protocol
     if not wanted:
@@ -101,7 +102,9 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
         data = SliceModule(held)
         try:
             predictions, checkpoints = train(f"without-{source}", held, data)
-            test, threshold = on_test(predictions, held, _novelty(net, data))
+            # Fine-tuned, this network knows the source that is held out: it judges no novelty there.
+            novelty = _novelty(net, data) if cfg.always_frozen else 0.0
+            test, threshold = on_test(predictions, held, novelty)
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
             ranked.append({"held out": source, "AUROC": None})
@@ -128,6 +131,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
     )
     rule = f"Threshold by {cfg.evaluation.threshold} on validation slices of the other sources, each counting alike"
     unsure = "Answered: neither uncertain nor refused; the next two columns are of these slices."
+    unsure += "" if cfg.always_frozen else " None is refused: novelty was not judged."
     return {
         "loso": Part("Leave one source out", filled([*ranked, *mean_and_worst(ranked)]), notes),
         "threshold": Part(

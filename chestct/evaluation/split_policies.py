@@ -17,6 +17,7 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
 from chestct.models.operating_point import OperatingPoint
+from chestct.models.vgg16 import pick_device
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import Estimate, measure
 
@@ -25,18 +26,18 @@ Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 
 
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
-    """The rows of evaluation.policies. Raises ChestCTError unless the convolutions are frozen throughout."""
+    """The rows of evaluation.policies. Raises ChestCTError where they cannot be trained again."""
     if cfg.evaluation.policies:
         frozen_only(cfg)
         yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
 
 
 def frozen_only(cfg: Config) -> None:
-    """Raises ChestCTError where training the head again would mean training convolutions."""
-    if not cfg.always_frozen:
+    """Raises ChestCTError where training again would mean training convolutions on a processor."""
+    if not cfg.always_frozen and pick_device(cfg.trainer.accelerator).type == "cpu":
         raise ChestCTError(
-            "Only heads on frozen convolutions are trained again for a comparison: others take hours. Leave out "
-            "evaluation.policies and .protocol, or train those runs one by one."
+            "Without a GPU only heads on frozen convolutions are trained again for a comparison: others take hours. "
+            "Leave out evaluation.policies and .protocol, or train those runs one by one."
         )
 
 

@@ -105,8 +105,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             model.to(trainer.strategy.root_device)
             splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
             attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
-            if cfg.always_frozen:
-                model.net.fit_standardise(data.features["train"][0], data.dataset("train", train=True).w)
+            model.net.fit_standardise(data.features["train"][0], data.dataset("train", train=True).w)
         _record(cfg, data, model, run)
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
@@ -234,6 +233,7 @@ def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> t
     """
     model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
     model.to(pick_device(cfg.trainer.accelerator))
+    torch.backends.cudnn.benchmark = False  # which trainer=gpu asks for: in float32 it tries algorithms for minutes
     metrics: dict[str, float] = {}
     tables = []
     for split in ("valid", "test") if cfg.evaluation.report else ("valid",):

@@ -183,3 +183,6 @@ def test_an_epoch_mixes_views_and_a_cycle_shows_each_slice_once_in_each(small):
     assert (np.sort(seen, axis=0) == np.arange(3)[:, None]).all()
     tuned = [views_of(small("model.freeze=false", "data.views=2"), epoch, positions) for epoch in range(3)]
     assert [{*views} for views in tuned] == [{1}, {2}, {3}]  # never one twice
+    drawn = [views_of(small("model.freeze=false", "data.views=2", "data.lesions=0.5"), e, positions) for e in range(3)]
+    assert [{*views} for views in drawn] == [{0, 1}, {0, 2}, {0, 3}]  # a third as they are, each in its turn
+    assert (np.stack(drawn) == 0).sum(0).tolist() == [1] * 10

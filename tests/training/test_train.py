@@ -15,6 +15,7 @@ from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, We
 from chestct.evaluation.evaluate import evaluate
 from chestct.models import backends
 from chestct.models.backends import convert
+from chestct.models.features import attach
 from chestct.models.lightning_module import Classifier
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
@@ -130,20 +131,35 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_two_stage_training_moves_the_last_blocks_and_nothing_else(small, tmp_path):
-    result = train(small("trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1", "optim.lr=0.05"), tmp_path)
+@pytest.mark.parametrize(("block", "first"), [("5", 24), ("3+4", 17)])
+def test_two_stage_training_moves_the_last_block_and_nothing_else(small, tmp_path, block, first):
+    staged = ("trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1", "optim.lr=0.05", f"model.block={block}")
+    result = train(small(*staged), tmp_path)
     assert len(losses(tmp_path)) == 3
     saved = torch.load(result.last, weights_only=True)["state_dict"]
-    original = VGG16(ModelConfig(), 1, 64, load_weights("oxford"))
+    original = VGG16(ModelConfig(block=block), 1, 64, load_weights("oxford"))
     for name, tensor in original.features.named_parameters():
         moved = not torch.equal(saved[f"net.features.{name}"], tensor)
-        assert moved == (int(name.split(".")[0]) >= 24), name
+        assert moved == (int(name.split(".")[0]) >= first), name
+
+
+@pytest.mark.slow
+def test_fine_tuned_places_are_standardised_as_the_frozen_network_left_them(small, tmp_path):
+    """By all training slices, before any batch: fine-tuning would else take each batch's own means and spreads."""
+    short = ("trainer.max_epochs=2", "trainer.unfreeze_epoch=1", "data.size=64", "features.cache=true")
+    result = train(small("experiment=places_finetuned", *short), tmp_path)
+    saved = torch.load(result.last, weights_only=True)["state_dict"]
+    net = VGG16(result.data.cfg.model, 1, 64, load_weights("oxford"))
+    attach(result.data, net, result.data.cfg, ("train",), views=1)
+    net.fit_standardise(result.data.features["train"][0], result.data.dataset("train", train=True).w)
+    layer = next(name for name in saved if name.endswith("running_mean"))
+    torch.testing.assert_close(saved[layer], net.state_dict()[layer.removeprefix("net.")], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
 def test_every_experiment_runs(small, tmp_path, experiment):
-    short = ["trainer.unfreeze_epoch=1"] if experiment == "two_stage" else []
+    short = ["trainer.unfreeze_epoch=1"] if experiment in ("two_stage", "places_finetuned") else []
     result = train(small(f"experiment={experiment}", "trainer.max_epochs=2", *short, "data.size=32"), tmp_path)
     assert 0 <= result.metrics["test/accuracy"] <= 1
 
