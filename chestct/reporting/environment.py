@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def as_text(value: Any, signed: bool = False) -> str:
-    """What stands in a cell: `0.981`, `0.981 [0.950, 0.994]` for what has value, low and high, `n/a (reason)`."""
+    """What stands in a cell: `0.981`, `258.5`, `n/a (reason)`; `0.981 [0.950, 0.994]` for what has value, low, high."""
     if isinstance(value, Mapping):
         value = SimpleNamespace(reason="", **value)
     if hasattr(value, "low"):
@@ -23,7 +23,7 @@ def as_text(value: Any, signed: bool = False) -> str:
     if value is None or value != value:
         return "n/a"
     if isinstance(value, float):
-        return f"{value:{'+' if signed else ''}.3f}".replace("-", "\N{MINUS SIGN}")
+        return f"{value:{'+' if signed else ''}.{3 if abs(value) < 10 else 1}f}".replace("-", "\N{MINUS SIGN}")
     return str(value)
 
 

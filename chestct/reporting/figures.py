@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,16 @@ def _scores(figure: Figure, evaluation: Evaluation) -> str:
     parts = evaluation.test.groupby("source")
     figure.set_size_inches(4.4, max(3.5, 1.5 * len(parts)))
     axes = figure.subplots(len(parts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    keys: dict[str, Any] = {}
     for axis, (source, part) in zip(axes, parts, strict=True):
         for name, own in part.groupby("label"):
             score, weights = 1 - own["probability_normal"], np.full(len(own), 1 / len(own))
-            style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "label": f"{name}, {len(own)} slices"}
-            axis.hist(score, np.linspace(0, 1, 21).tolist(), weights=weights, **style)
-        axis.axvline(evaluation.point.threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-        axis.set_title(source, loc="left", fontsize=9)
-        above: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "frameon": False}
-        axis.legend(fontsize=7, ncols=3, handlelength=1, columnspacing=1, **above)
+            style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "weights": weights}
+            *_, keys[str(name)] = axis.hist(score, np.linspace(0, 1, 21).tolist(), **style)
+        keys["threshold"] = axis.axvline(evaluation.point.threshold, color="black", linestyle="--", linewidth=1)
+        slices = "; ".join(f"{name}, {n} slices" for name, n in part.groupby("label").size().items())
+        axis.set_title(textwrap.fill(f"{source}: {slices}".replace("_", " "), 56), loc="left", fontsize=8)
+    figure.legend(keys.values(), keys.keys(), loc="outside upper right", ncols=3, fontsize=8, frameon=False)
     axes[-1].set(xlabel="Calibrated P(cancer)", xlim=(0, 1))
     figure.supylabel("Share of the class", fontsize=10)
     return ""

@@ -1,5 +1,6 @@
 import base64
 import io
+import itertools
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -7,6 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -44,19 +47,24 @@ def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(
     assert figures(evaluation) == drawn
 
 
-def test_each_source_has_a_histogram_of_its_own():
-    evaluation = made_up()
+def test_each_source_has_a_histogram_of_its_own_and_long_names_lie_over_nothing(monkeypatch):
+    made = []
+    monkeypatch.setattr("chestct.reporting.figures.Figure", lambda *a, **k: made.append(Figure(*a, **k)) or made[-1])
+    evaluation, names = made_up(), ["north", "a_university_hospital_" + "far_away_" * 12, "west"]
     rows = evaluation.table.index
-    evaluation.table["source"] = np.where(rows % 4 < 2, "north", np.where(rows % 4 == 2, "south", "west"))
-    drawn = figures(evaluation)["scores"]
-    shapes = ElementTree.fromstring(drawn)
-    panels = [part for part in shapes.iter() if str(part.get("id")).startswith("axes_")]
-    assert len(panels) == 3
-    texts = re.findall(r"<!-- (.*?) -->", drawn.decode())
-    for source, part in evaluation.test.groupby("source"):
-        assert source in texts
-        for label, own in part.groupby("label"):
-            assert f"{label}, {len(own)} slices" in texts
+    evaluation.table["source"] = np.where(rows % 4 < 2, names[0], np.where(rows % 4 == 2, *names[1:]))
+    figures(evaluation)
+    scores = made[1]
+    assert len(scores.axes) == 3
+    (legend,) = scores.legends
+    boxes = [legend.get_window_extent(), *(axis.get_window_extent() for axis in scores.axes)]
+    for axis, (source, part) in zip(scores.axes, evaluation.test.groupby("source"), strict=True):
+        (title,) = (text for text in axis.get_children() if isinstance(text, Text) and text.get_text())
+        slices = [f"{label}, {len(own)} slices" for label, own in part.groupby("label")]
+        assert title.get_text().split() == f"{source.replace('_', ' ')}: {'; '.join(slices)}".split()
+        boxes.append(title.get_window_extent())
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert all(scores.bbox.x0 <= box.x0 and box.x1 <= scores.bbox.x1 for box in boxes)
 
 
 @pytest.mark.parametrize("outputs", [1, 4])

@@ -87,6 +87,7 @@ def test_values_and_names_are_written_for_people_and_cannot_become_markup():
     assert as_text(Estimate(-0.1, -0.2, 0.05, 1, 1), signed=True) == "−0.100 [−0.200, +0.050]"
     assert as_text({"value": 0.5, "low": 0.4, "high": 0.6}) == "0.500 [0.400, 0.600]"
     assert as_text(Estimate(0.5, None, None, 1, 1, "why")) == "0.500 (why)"
+    assert [as_text(-0.05), as_text(9.9994), as_text(-258.25)] == ["−0.050", "9.999", "−258.2"]
     assert [as_text(Estimate(None, None, None, 1, 1, "why")), as_text(None)] == ["n/a (why)", "n/a"]
     assert display_name("auroc/large_cell") == "AUROC, large cell"
     assert display_name("cancer/sensitivity") == "Sensitivity, any cancer"
