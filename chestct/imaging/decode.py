@@ -50,11 +50,11 @@ def decode(
 ) -> Slice:
     """The slice in a file, or in a file's bytes, called `name` in errors.
 
-    Of a multi-frame DICOM or a NIfTI volume it is the middle frame (the ends of a scan show neck or abdomen), of a TIFF
-    with several pages or an animation the first (later TIFF pages are often thumbnails). Unsigned samples are divided
-    by the largest value that their type can hold (1, 255, 65535), float samples have to lie in [0, 1], DICOM and NIfTI
-    go through `window`.
-    Colour becomes luma (ITU-R BT.601), transparent pixels are put on black, orientation is applied.
+    Of a multi-frame DICOM or a NIfTI volume it is the middle frame (the ends of a scan show neck or abdomen); a TIFF of
+    several pages, an animation and a JPEG of several pictures are refused; previews and masks in a TIFF are left out.
+    Unsigned samples are divided by the largest value that their type can hold (1, 255, 65535), float samples have to
+    lie in [0, 1], DICOM and NIfTI go through `window`. Colour becomes luma (ITU-R BT.601), transparent pixels are put
+    on black, orientation is applied.
 
     Raises DecodeError for whatever is wrong with the file. Other threads may decode at the same time.
     """
@@ -130,7 +130,7 @@ def _slices(
 def _explained(data: bytes, limits: Limits, label: str) -> Iterator[str]:
     """The format of data; turns whatever decoders raise for wrong bytes, which has no common type, into DecodeError."""
     if not (format := sniff(data)):
-        start = f"it starts with {data[:24]!r}" if data else "it is empty"
+        start = f"it starts with {data[:24]!r}. Save it as one of these" if data else "it is empty"
         raise DecodeError(label, f"neither PNG, JPEG, TIFF, BMP, WebP, DICOM nor NIfTI: {start}")
     try:
         if len(data) > limits.max_bytes:

@@ -23,6 +23,7 @@ from chestct.imaging.slice import BudgetedFile, Limits, RefusedError, Slice, as_
 
 MAX_READS = 300_000  # pieces of a file, such as chunks or strips; an image of a megapixel takes a few hundred
 MAX_TIFF_METADATA = 8 << 20  # bytes of a page's directories; Pillow makes up to ten times as much of numbers
+SUBFILE, PREVIEW_OR_MASK = 254, 0b101  # of a TIFF's page, NewSubfileType (TIFF 6.0, section 8)
 MAX_SCANS = 100  # of a JPEG, about ten in progressive ones; each costs a pass over the whole image
 
 
@@ -38,24 +39,35 @@ OPENERS = {"PNG": PngImageFile, "JPEG": JpegFile, "TIFF": TiffImageFile, "BMP": 
 
 
 def slices(data: bytes, format: str, limits: Limits, every: bool) -> Iterator[Slice]:
-    """The first image of the file `data`, or all pages of a TIFF. Raises RefusedError and whatever Pillow raises."""
-    for frame, image in enumerate(_pages(data, format, limits)):
+    """The image of the file `data`, or with `every` all pages of a TIFF.
+
+    Raises RefusedError where there are several and one is expected, and whatever Pillow raises.
+    """
+    pages = _pages(data, format, limits)
+    for frame, image in enumerate(pages):
         mode = image.mode
         image.load()
         _turn_upright(image)
-        yield Slice(_levels(image), format, mode, _chroma(image), frame=frame)
-        if not every:
-            return
+        page = Slice(_levels(image), format, mode, _chroma(image), frame=frame)
+        if not every and next(pages, None):
+            raise RefusedError(
+                "it holds several pages where one slice is expected. Save each as a file of its own; the web page and "
+                "`chestct predict` answer for every page"
+            )
+        yield page
 
 
 def declared_size(data: bytes, format: str, limits: Limits) -> tuple[int, int, int]:
-    """(width, height, pages) of the file `data`: of a TIFF all pages are counted, of an animation the first image."""
+    """(width, height, pages) of the file `data`."""
     sizes = [image.size for image in _pages(data, format, limits)]
     return *sizes[0], len(sizes)
 
 
 def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
-    """The opened image, at each of its pages in turn, its size checked and no pixel decoded yet."""
+    """The opened image, at each page of a TIFF in turn, its size checked and no pixel decoded yet.
+
+    Previews and masks between the pages are left out. Raises RefusedError for animations and for JPEGs of several.
+    """
     if format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(f"more than {MAX_SCANS} scans")
     if format == "WEBP":
@@ -65,6 +77,8 @@ def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
     with OPENERS[format](file) as image:
         limits.check(*image.size)
         if format != "TIFF":
+            if (pictures := _pictures(image)) > 1:
+                raise RefusedError(f"it holds {pictures} pictures where one slice is expected. Save each as a PNG file")
             yield image
             return
         for page in count(1):
@@ -73,13 +87,21 @@ def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
                 if directory in exif:
                     exif.get_ifd(directory)
             file.bytes_left = None
-            yield image
+            if page == 1 or not exif.get(SUBFILE, 0) & PREVIEW_OR_MASK:
+                yield image
             file.bytes_left = MAX_TIFF_METADATA
             try:
                 image.seek(page)
             except EOFError:
                 return
             limits.check(*image.size)
+
+
+def _pictures(image: ImageFile) -> int:
+    """How many there are in an animation, or in a JPEG by its multi-picture index (CIPA DC-007, tag B001)."""
+    if index := image.info.get("mp"):
+        return int(_exif(index).get(0xB001, 1))
+    return getattr(image, "n_frames", 1)
 
 
 def _levels(image: Image.Image) -> np.ndarray:
@@ -126,9 +148,15 @@ def _check_exif(info: dict[str | tuple[int, int], Any]) -> None:
     while data.startswith(b"Exif\0\0"):
         data = data[6:]
     if data:
-        file = BudgetedFile(data, MAX_READS)
-        file.bytes_left = 2 * len(data) + 1024
-        Image.Exif().load_from_fp(file)
+        _exif(data)
+
+
+def _exif(data: bytes) -> Image.Exif:
+    """A directory of tags, read within a budget."""
+    file, exif = BudgetedFile(data, MAX_READS), Image.Exif()
+    file.bytes_left = 2 * len(data) + 1024
+    exif.load_from_fp(file)
+    return exif
 
 
 def webp_size(data: bytes) -> tuple[int, int]:

@@ -104,7 +104,7 @@ class Predictor:
         explain: bool = True,
         gone: Gone = NEVER.is_set,
     ) -> Prediction:
-        """The answer for a file; of one with several frames or pages, for the one that `decode` chooses.
+        """The answer for a file; of one with several frames, for the one that `decode` chooses.
 
         name: of the file in errors; explain: with `heat`; gone: as `room` gives it, then no more work is done. DICOM is
         seen through the bundle's window. Raises DecodeError for whatever is wrong with the file, and BusyError.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from chestct.errors import DecodeError
 from chestct.imaging.decode import declared_size, decode, decode_frames
@@ -91,18 +92,45 @@ def test_color_tells_photographs_from_marked_slices() -> None:
     assert max(mark, jpeg) < 0.02 < 0.05 < other
 
 
-def test_tiff_pages_come_in_order_and_the_first_is_the_slice() -> None:
+def test_tiff_pages_come_in_order_and_none_of_several_is_the_slice() -> None:
     pages = [Image.fromarray(RAMP + np.uint8(n)) for n in range(3)]
     data = encoded(pages[0], "TIFF", save_all=True, append_images=pages[1:])
     frames = list(decode_frames(data, LUNG))
     assert [frame.frame for frame in frames] == [0, 1, 2]
     for frame, page in zip(frames, pages, strict=True):
         np.testing.assert_allclose(frame.gray, np.asarray(page) / 255, atol=1e-7)
-    assert pixel_hash(decode(data, LUNG).gray) == pixel_hash(frames[0].gray)
+    with pytest.raises(DecodeError, match=r"several pages.*Save each as a file of its own.*`chestct predict`"):
+        decode(data, LUNG)
     damaged = decode_frames(data[:-40], LUNG)  # the last page
     assert [next(damaged).frame, next(damaged).frame] == [0, 1]  # decoded only when they are asked for
     with pytest.raises(DecodeError):
         next(damaged)
+
+
+def test_previews_and_masks_in_a_tiff_are_no_pages() -> None:
+    file = io.BytesIO()
+    with AppendingTiffWriter(file) as writer:
+        for kind, levels in ((0, RAMP), (1, RAMP[::2, ::2]), (4, RAMP > 100)):  # NewSubfileType of TIFF 6.0
+            Image.fromarray(levels).save(writer, "TIFF", tiffinfo={254: kind})
+            writer.newFrame()
+    assert declared_size(file.getvalue()).frames == len(list(decode_frames(file.getvalue(), LUNG))) == 1
+    assert np.array_equal(decode(file.getvalue(), LUNG).levels, RAMP)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "MPO"])
+def test_animations_and_jpegs_of_several_pictures_are_refused_and_never_their_first(format: str) -> None:
+    pictures = [Image.fromarray(levels).convert("RGB") for levels in (RAMP, 255 - RAMP, RAMP.T.reshape(RAMP.shape))]
+    data = encoded(pictures[0], format, save_all=True, append_images=pictures[1:])
+    for read in (lambda: decode(data, LUNG), lambda: list(decode_frames(data, LUNG)), lambda: declared_size(data)):
+        with pytest.raises(DecodeError, match=r"3 pictures where one slice is expected\. Save each as a PNG file"):
+            read()
+    one = encoded(pictures[0], format, save_all=True)
+    np.testing.assert_allclose(decode(one, LUNG).gray, RAMP / 255, atol=0.1)
+
+
+def test_what_to_do_with_another_format_is_said() -> None:
+    with pytest.raises(DecodeError, match=r"neither PNG.*GIF8.*Save it as one of these"):
+        decode(encoded(RAMP, "GIF"), LUNG)
 
 
 def test_tiff_pages_in_a_circle_come_to_an_end() -> None:
