@@ -84,6 +84,9 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
                 print("Going on with last.ckpt, not with best.ckpt: no epoch is thrown away.")
     if rank():  # takes part, and leaves all else to the first process
         return fit(cfg, out).metrics
+    anew = [f"evaluation.{name}" for name in ("policies", "protocol") if getattr(cfg.evaluation, name)]
+    if anew and cfg.evaluation.report:
+        print(f"{' and '.join(anew)}: more heads, trained after this run by python evaluate.py ckpt={out}")
     with sole_writer(out), open_run(cfg, out) as run:
         result = fit(cfg, out, run)
         run.artifacts(out / "settings.yaml", "config")
@@ -101,6 +104,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns a summary."""
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
+    from chestct.evaluation.sections import optional_sections
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import flat, model_card, write
     from chestct.reporting.text import summary
@@ -109,6 +113,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
     trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
     evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)
+    evaluation.sections |= optional_sections(evaluation)
     write(evaluation, out / "evaluation")
     bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
     if not foreign(cfg.model.head):
@@ -146,8 +151,10 @@ def evaluate(cfg: Config, out: Path) -> None:
         print(compare_runs(cfg, out))
         return
     if cfg.bundle:
-        if cfg.evaluation.protocol:
-            raise ConfigError("evaluation.protocol trains heads anew, which takes a run: give ckpt=, not bundle=.")
+        if cfg.evaluation.protocol or cfg.evaluation.policies:
+            raise ConfigError(
+                "evaluation.protocol and .policies train heads anew, which takes a run: give ckpt=, not bundle=."
+            )
         evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
         evaluation.sections |= optional_sections(evaluation)
     else:

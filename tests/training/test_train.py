@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from chestct.config.compose import CONF
 from chestct.config.schema import ModelConfig
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
 from chestct.evaluation.evaluate import evaluate
+from chestct.experiment import train_and_report
 from chestct.models import backends
 from chestct.models.backends import convert
 from chestct.models.features import attach
@@ -85,6 +87,19 @@ def test_cached_views_train_like_running_the_convolutions_every_step(small, tmp_
     direct = train(small(f"data.views={views}", "features.cache=false"), tmp_path / "b")
     assert losses(cached.folder).to_numpy() == pytest.approx(losses(direct.folder).to_numpy(), abs=1e-4)
     assert (cached.predictions["logit_cancer"] - direct.predictions["logit_cancer"]).abs().max() < 1e-3
+
+
+@pytest.mark.slow
+def test_the_runs_own_report_has_the_checks_asked_for_and_says_what_measures_the_rest(small, tmp_path, capsys):
+    checks = ("evaluation.phantoms=6", "evaluation.novelty=1", "evaluation.robustness=4", "evaluation.resamples=100")
+    train_and_report(small(*checks, "evaluation.policies=true", "evaluation.protocol=[within]"), tmp_path)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("evaluation.policies and evaluation.protocol")
+    assert first.endswith(f"python evaluate.py ckpt={tmp_path}")
+    sections = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["sections"]
+    assert {"explanation", "novelty", "robustness"} <= sections.keys()
+    assert sections["explanation"]["pointing"]["slices"] == 6
+    assert "phantoms" in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
 
 
 def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_path):
