@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from chestct.evaluation.protocol import Part
+from chestct.reporting import render
+from chestct.stats.metrics import Estimate
+from tests.evaluation.evaluations import made_up
 from tests.serving.conftest import Served, bundle_folder, examples, files, scan, served, zipped
 
 __all__ = ["bundle_folder", "examples", "files", "scan", "served"]  # fixtures
@@ -152,3 +156,24 @@ def test_a_scan_is_shown_as_a_strip_of_scores(visit, scan) -> None:
     assert strip.bounding_box()["height"] > 100
     assert "Not validated for patients" in page.inner_text("#status")
     page.locator("#slices button >> nth=7").wait_for()
+
+
+def test_no_table_of_a_report_is_cut_off_where_sources_have_long_names(browser, tmp_path) -> None:
+    share, name = Estimate(0.9, 0.8, 1.0, 20, 20), "university_hospital_of_somewhere_emergency_department_2019_2023"
+    shares = ("sensitivity", "specificity", "sensitivity of these", "specificity of these", "ECE")
+    row = {"held out": name, "threshold": 0.5, "answered": 0.5} | dict.fromkeys(shares, share)
+    evaluation = made_up(protocol={"loso": Part("At the threshold of the others", [row], [])})
+    (tmp_path / "report.html").write_text(render.html(evaluation), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    cut = "[...document.querySelectorAll('.scroll')].map(table => table.scrollWidth - table.clientWidth)"
+    assert set(page.evaluate(cut)) == {0}
+    height = page.evaluate(
+        """() => {
+            const text = document.createRange();
+            const cells = [...document.querySelectorAll("td")];
+            text.selectNodeContents(cells.find(cell => cell.innerText.includes("1.000]")));
+            return text.getBoundingClientRect().height;
+        }"""
+    )
+    assert 30 < height < 60  # the interval below its value, in one piece
