@@ -87,6 +87,8 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
     anew = [f"evaluation.{name}" for name in ("policies", "protocol") if getattr(cfg.evaluation, name)]
     if anew and cfg.evaluation.report:
         print(f"{' and '.join(anew)}: more heads, trained after this run by python evaluate.py ckpt={out}")
+    if cfg.optim.optimizer and "weight_decay" not in cfg.optim.optimizer:  # that of a recipe, as often as not
+        print(f"optim.weight_decay={cfg.optim.weight_decay} has no effect: optim.optimizer.weight_decay would have.")
     with sole_writer(out), open_run(cfg, out) as run:
         result = fit(cfg, out, run)
         run.artifacts(out / "settings.yaml", "config")

@@ -23,7 +23,7 @@ REMOVED = (
 
 WHOLE = {
     "model.head": ("context", "smooth", "standardise", "hidden", "dropout"),
-    "optim.optimizer": ("name", "weight_decay", "momentum"),
+    "optim.optimizer": ("name", "momentum"),
     "optim.scheduler": ("schedule", "warmup"),
 }
 """A part of the user's own -> settings next to it that only shape the part that it replaces."""

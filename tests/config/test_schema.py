@@ -78,7 +78,7 @@ def test_settings_that_contradict_each_other_are_refused(overrides):
     [
         ("model.head={_target_: torch.nn.LazyLinear}", "experiment=places", 5),
         ("model.head={_target_: torch.nn.LazyLinear}", "model.dropout=0.5", 1),
-        ("optim.optimizer={_target_: torch.optim.Adam}", "optim=sgd", 2),
+        ("optim.optimizer={_target_: torch.optim.Adam}", "optim=sgd", 1),
         ("optim.optimizer={_target_: torch.optim.Adam}", "optim.momentum=0.5", 1),
         ("optim.scheduler={_target_: torch.optim.lr_scheduler.StepLR}", "experiment=seed_recipe", 2),
         ("optim.scheduler={_target_: torch.optim.lr_scheduler.StepLR}", "optim.warmup=0", 1),

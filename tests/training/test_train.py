@@ -92,8 +92,10 @@ def test_cached_views_train_like_running_the_convolutions_every_step(small, tmp_
 @pytest.mark.slow
 def test_the_runs_own_report_has_the_checks_asked_for_and_says_what_measures_the_rest(small, tmp_path, capsys):
     checks = ("evaluation.phantoms=6", "evaluation.novelty=1", "evaluation.robustness=4", "evaluation.resamples=100")
-    train_and_report(small(*checks, "evaluation.policies=true", "evaluation.protocol=[within]"), tmp_path)
-    first = capsys.readouterr().out.splitlines()[0]
+    more = ("evaluation.policies=true", "evaluation.protocol=[within]", "optim.optimizer={_target_: torch.optim.Adam}")
+    train_and_report(small(*checks, *more), tmp_path)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert second.startswith("optim.weight_decay=0.3 has no effect")
     assert first.startswith("evaluation.policies and evaluation.protocol")
     assert first.endswith(f"python evaluate.py ckpt={tmp_path}")
     sections = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["sections"]
