@@ -52,6 +52,13 @@ def exif_bomb() -> bytes:
     return jpeg[:2] + segments + jpeg[2:]
 
 
+def index_bomb() -> bytes:
+    """A JPEG whose index of pictures names the same 20 kB in each of 3,000 entries."""
+    index = tiff(*[(tag, 7, 20_000, 8) for tag in range(1000, 4000)])
+    jpeg = encoded(RAMP, "JPEG")
+    return jpeg[:2] + b"\xff\xe2" + struct.pack(">H", len(index) + 6) + b"MPF\0" + index + jpeg[2:]
+
+
 def tiff_bomb() -> bytes:
     """A TIFF of 60 kB whose directory claims 250 MB, all of it the same bytes."""
     entries = [(256, 4, 1, 4), (257, 4, 1, 4)] + [(tag, 7, 50_000, 8) for tag in range(1000, 6_000)]
@@ -114,6 +121,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "webp size": lambda: webp_header(16_000, 16_000),
     "jpeg size": lambda: encoded(RAMP, "JPEG").replace(struct.pack(">HH", 24, 40), b"\xea\x60\xea\x60"),
     "jpeg exif": exif_bomb,
+    "jpeg index": index_bomb,
     "jpeg scans": scan_bomb,
     "dicom size": lambda: dicom(SMALL, Rows=50_000, Columns=50_000),
     "dicom deflate": deflate_bomb,
@@ -130,6 +138,7 @@ REASONS = {
     "dicom jpeg2000 tiles": "9,216 JPEG 2000 tiles",
     "tiff strips": "too much metadata",
     "jpeg exif": "too much metadata",
+    "jpeg index": "too much metadata",
 }
 
 
