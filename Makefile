@@ -70,10 +70,10 @@ bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again (DAT
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
-bench: $(READY) ## time everything, twelve minutes; writes docs/benchmarks.md (ARGS="--quick", "--data FOLDER --keras PYTHON")
+bench: $(READY) ## time everything, ten minutes; writes docs/benchmarks.md (ARGS="--turns 1", "--data FOLDER --keras PYTHON")
 	$(BIN)/python -m benchmarks --json docs/benchmarks.json --write docs/benchmarks.md $(ARGS)
 
-bench-scale: $(READY) ## what a slice costs in each stage, of 1k and 10k slices (ARGS="--sizes 1000 100000")
+bench-scale: $(READY) ## what slices cost in each step, of 1k to 10k (ARGS="--sizes 1000 10000 100000")
 	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 bench-gpu: $(READY) ## what one NVIDIA GPU does: features and full fine-tuning at 224, and how busy it is

@@ -1,132 +1,258 @@
-"""Measures chestct on this machine, prints a table, and writes the values as JSON and the table as a page.
+"""Measures chestct on this machine, and writes the values as JSON and a table of them as a page.
 
-python -m benchmarks                                   phantoms, twelve minutes on two cores
-python -m benchmarks --data FOLDER --keras PYTHON      FOLDER/train|valid|test/CLASS, beside the Keras recipe
-python -m benchmarks --quick                           whether everything runs; its figures say little
-python -m benchmarks --from benchmarks.json --write docs/benchmarks.md
+python -m benchmarks                                   phantoms, ten minutes on two cores
+python -m benchmarks --data FOLDER --keras PYTHON      FOLDER/train|valid|test/CLASS, next to the Keras recipe
+python -m benchmarks --turns 1                         whether everything runs; its figures say little
 """
 
 import argparse
-import importlib.metadata
-import importlib.util
+import itertools
 import json
 import os
 import platform
+import socket
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import date
+from functools import partial
+from http.client import HTTPConnection
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from timeit import timeit
 
+import numpy as np
+import torch
+from torchvision.models import vgg16
+
+from chestct.config.schema import ModelConfig, PhantomConfig
 from chestct.files import write_atomic
+from chestct.models.backends import conv5_by, has_int8
+from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
+from chestct.models.features import Kept, extract
+from chestct.models.vgg16 import VGG16
+from chestct.models.weights import PACKAGED, load_weights
+from chestct.phantom.dataset import write
+from chestct.serving.predictor import Predictor
 
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT.parent / "shared" / "tools" / "seed_baseline.py"  # in Keras
 PACKAGES = ("torch", "torchvision", "lightning", "openvino", "nncf", "onnxruntime", "mlflow", "gradio")
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+BACKENDS = ("torch", "openvino", "openvino_int8") if find_spec("openvino") else ("torch",)
+RIVALS = KERAS, EAGER, PRODUCT, LOOP = "Keras", "PyTorch eager", "matrix product", "bare loop"
+FLOP = 30.69e9  # of VGG16's convolutions on a slice of 224 pixels, as torch.utils.flop_counter counts them
+EPOCHS = 20
+
+PAGE = """# Benchmarks
+
+`{command}` (`make bench`) on {date}: {processor}, {cores} cores, {instructions}; load {load} before it began.
+Python {python}, {versions}. Another machine gives other times: read the ratios, which are of medians in one run.
+[Speed](speed.md) says what is compared.
+
+| what | of | median | least to most | turns | ratio |
+| --- | --- | --- | --- | --- | --- |
+"""
+seconds = partial(timeit, number=1)
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, vector instructions and versions; the load, since a busy machine measures itself."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(encoding="utf-8") if info.is_file() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    known = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "instructions": [name for name in INSTRUCTIONS if name in text.split()],
-        "load before": round(os.getloadavg()[0], 1),
-        "date": str(date.today()),
-        "versions": {"python": platform.python_version()} | known,
-    }
+def lines(what: str, unit: str, values: Mapping[str, list[float]]) -> str:
+    """Of the table: one for each contestant, with the ratio of its median to that of each rival."""
+    text, medians = "", {name: statistics.median(of) for name, of in values.items()}
+    for name, of in values.items():
+        rivals = [rival for rival in RIVALS if rival in medians and name not in RIVALS]
+        ratios = "; ".join(f"{medians[name] / medians[rival]:.3g} of {rival}" for rival in rivals)
+        spread = f"{min(of):.4g} to {max(of):.4g}"
+        text += f"| {what} | {name} | {medians[name]:.4g} {unit} | {spread} | {len(of)} | {ratios} |\n"
+    return text
 
 
-def measured(given: argparse.Namespace) -> dict[str, Any]:
-    from benchmarks import measure
-    from chestct.config.schema import PhantomConfig
-    from chestct.models.bundle import load_bundle
-    from chestct.phantom.dataset import write
+def in_turns(turns: int, contestants: Mapping[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """The values of each. Contestants take turns, so that a busy moment of the machine meets all of them."""
+    every = [{name: measure() for name, measure in contestants.items()} for _ in range(turns)]
+    return {name: [turn[name] for turn in every] for name in contestants}
 
-    facts = {"command": " ".join(["python -m benchmarks", *sys.argv[1:]]), **machine()}
-    os.environ["PYTHONPATH"] = str(measure.ROOT)
-    installed = [name for name in ("openvino", "openvino_int8") if importlib.util.find_spec("openvino")]
-    backends = ("torch", *installed)
-    with tempfile.TemporaryDirectory() as folder:
-        root = given.data.resolve() if given.data else Path(folder, "phantoms")
-        settings: tuple[str, ...] = ("data=chest_ct", "data.split=official", "data.allow_leakage=true")
+
+class Program:
+    """A Python program in a process of its own, timed from its start."""
+
+    def __init__(self, folder: Path, *words: object) -> None:
+        command, nowhere = [sys.executable, *map(str, words)], subprocess.DEVNULL
+        self.began = time.perf_counter()
+        self.process = subprocess.Popen(command, cwd=folder, stdout=nowhere, stderr=nowhere)
+
+    def until(self, ready: Callable[[], bool] = lambda: False) -> float:
+        """Seconds from the start until it is ready, or has ended. Raises CalledProcessError where it failed."""
+        while (code := self.process.poll()) is None and not ready():
+            time.sleep(0.02)
+        if code:
+            raise subprocess.CalledProcessError(code, self.process.args)
+        return time.perf_counter() - self.began
+
+
+class Bench:
+    """Slices in root/SPLIT/CLASS; each method measures: what, in which unit, and the values of each contestant."""
+
+    def __init__(self, given: argparse.Namespace, scratch: Path) -> None:
+        self.scratch, self.turns, self.tensorflow = scratch, given.turns, given.keras
+        self.bundle = given.bundle.resolve()
+        self.root = (given.data or scratch / "phantoms").resolve()
+        self.settings = ("data=chest_ct", "data.split=official", "data.allow_leakage=true") if given.data else ()
         if not given.data:
-            write(root, PhantomConfig(slices=24 if given.quick else 200))
-            settings = ()
-        bundle = str(given.bundle.resolve()) if given.bundle else "packaged"
-        verified = [name for name in backends if name in load_bundle(bundle).facts.get("backends", {})]
-        plan = measure.Plan(
-            root=root,
-            settings=(*settings, f"data.root={root}"),
-            scratch=Path(folder),
-            backends=backends,
-            training=backends[:1] if given.quick else backends,
-            bundle=bundle,
-            answering=("torch", *verified),
-            keras=given.keras or (sys.executable if importlib.util.find_spec("tensorflow") else ""),
-            baseline=str(Path(given.baseline).resolve()),
-            turns=1 if given.quick else 5,
-            passes=1 if given.quick or given.data else 2,
-            slices=12 if given.quick else 200,
-        )
-        facts |= {"data": "real slices" if given.data else "phantoms", "rows": []}
-        for part in (measure.features, measure.training, measure.answers, measure.batch):
-            for row in part(plan):
-                facts["rows"].append(row)
-                print(" | ".join(cells(row)), flush=True)
-    return facts
+            write(self.root, PhantomConfig(slices=200))
+        train, valid, test = (sorted((self.root / split).glob("*/*")) for split in ("train", "valid", "test"))
+        self.learnt, self.slices = len(train + valid), [*test, *train, *valid][: 40 * self.turns]
+        verified = ("torch", *load_bundle(self.bundle).facts.get("backends", ()))
+        self.backends = [name for name in BACKENDS if name in verified]  # of the bundle, the quickest last
 
+    def keras(self, split: str) -> dict[str, float]:
+        """What the recipe prints of an epoch on a split, and of its bare `predict`."""
+        command = [self.tensorflow, RECIPE, "--images", self.root / split, "--weights", PACKAGED, "--epochs", "1"]
+        return json.loads(subprocess.check_output(command).splitlines()[-1])
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """What was measured, its median, least and most, turns, and its ratio to each rival's median in the same run."""
-    values = row["values"]
-    ratios = [
-        f"{statistics.median(values) / statistics.median(of):.3g} of {name}" if of else f"{name}: not measured"
-        for name, of in row["against"].items()
-    ]
-    spread = f"{min(values):.3g} to {max(values):.3g}" if len(values) > 1 else "-"
-    return [row["what"], f"{statistics.median(values):.3g} {row['unit']}", spread, str(len(values)), "; ".join(ratios)]
+    def training(self) -> Iterator[tuple]:
+        """Features, and whole runs of the head on them."""
+        net, eager = VGG16(ModelConfig(), 1, 224, load_weights("oxford")).eval(), vgg16().features
+        noise, matrix = np.random.default_rng(0).integers(0, 256, (32, 224, 224), np.uint8), torch.rand(2048, 2048)
+        names, shown = [*map(str, range(32))], lambda at: [torch.from_numpy(noise[at])[:, None] / 255]
 
+        def rate(layer: Callable[[torch.Tensor], torch.Tensor]) -> float:
+            with tempfile.TemporaryDirectory() as cache:
+                kept = [Kept(layer, names, Path(cache))]
+                return 32 / seconds(lambda: extract(kept, shown, torch.device("cpu"), batch_size=16))
 
-def page(facts: dict[str, Any]) -> str:
-    """The page: machine, versions and the table, from what a run wrote."""
-    head = ("what", "median", "least to most", "turns", "ratio, in the same run")
-    table = [head, ("---",) * len(head), *map(cells, facts["rows"])]
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines = [
-        "# Benchmarks\n",
-        f"Written by `{facts['command']}` (`make bench`) on {facts['date']}, with {facts['data']}. Another machine "
-        "gives other times: read the ratios, each to what took turns with it in the same run.\n",
-        "PyTorch eager: the same convolutions in NCHW, run for every slice in each epoch; for answers, their pass "
-        "alone. Matrix product: as many slices as the machine's rate of it allows. Keras: epochs of the usual recipe, "
-        "and its bare `predict`. Bare loop: the same network on decoded slices, without a service.\n",
-        f"{facts['processor']}, {facts['cores']} cores, {' '.join(facts['instructions']) or 'no known instructions'}; "
-        f"load {facts['load before']} before it began. {versions}.\n",
-        *(f"| {' | '.join(line)} |" for line in table),
-    ]
-    return "\n".join(lines) + "\n"
+        contestants = {"torch": partial(rate, net.pooled)}
+        for name in BACKENDS[1:]:
+            conv5, _ = conv5_by(name, net, names, lambda at: noise[at])
+            contestants[name] = partial(rate, lambda x, conv5=conv5: net.pooled_map(conv5(x)))
+        contestants[EAGER] = partial(rate, lambda x: eager(x.repeat(1, 3, 1, 1)).mean((2, 3)))
+        contestants[PRODUCT] = lambda: 20 * 2 * 2048**3 / FLOP / timeit(lambda: matrix @ matrix, number=20)
+        in_turns(1, contestants)  # the first pass is slower than the rest
+        rates = in_turns(self.turns, contestants)
+        yield "matrix product in fp32", "GFLOP/s", {PRODUCT: [rate * FLOP / 1e9 for rate in rates[PRODUCT]]}
+        yield "features, VGG16 at 224 pixels", "slices/s", rates
+
+        def train(backend: str) -> float:
+            settings = [*self.settings, f"data.root={self.root}", f"cache_dir={backend}", f"features.backend={backend}"]
+            head = ["experiment=head", "data.views=0", f"trainer.max_epochs={EPOCHS}", "trainer.patience=0"]
+            return Program(self.scratch, ROOT / "train.py", *settings, *head, "trainer.progress=false").until()
+
+        values = in_turns(1, {f"nothing cached, {name}": partial(train, name) for name in BACKENDS})
+        values |= in_turns(self.turns, {"features cached": partial(train, "torch")})
+        values[EAGER] = [self.learnt * EPOCHS / rate for rate in rates[EAGER]]
+        if self.tensorflow:
+            epoch = self.keras("train")
+            values[KERAS] = [self.learnt * EPOCHS * epoch["seconds_per_epoch"] / epoch["images"]]
+        yield f"`train.py`, {EPOCHS} epochs of the head, {self.learnt} slices", "s", values
+
+    def answers(self) -> Iterator[tuple]:
+        sent = [path.read_bytes() for path in self.slices]
+        files, turns = itertools.cycle(sent), 4 * self.turns
+        predictors = {name: Predictor(self.bundle, backend=name, accelerator="cpu") for name in self.backends}
+        inside = {name: lambda of=of: seconds(lambda: of.predict(next(files))) for name, of in predictors.items()}
+        picture, eager = torch.rand(1, 3, 224, 224), torch.no_grad()(vgg16().features)
+        inside[EAGER] = lambda: seconds(lambda: eager(picture))
+        yield "one answer with heat map, in process", "s", in_turns(turns, inside)
+
+        def added(bundle: Bundle) -> float:
+            bare, explained = (seconds(partial(bundle.predict, noise[:1], explain)) for explain in (False, True))
+            return 100 * (explained / bare - 1)
+
+        quickest = predictors[self.backends[-1]].bundle
+        noise = np.random.default_rng(0).random((len(sent), *2 * [quickest.preprocess.size]), np.float32)
+        explained = {name: partial(added, of.bundle) for name, of in predictors.items()}
+        yield "explanation, on top of the pass without", "%", in_turns(turns, explained)
+
+        http = {}
+        with ExitStack() as stack:
+            for name in self.backends:
+                ask = self.server(name, stack)
+                first = {"/healthz": None, "/predict?overlay=1": next(files), "/": None}
+                started = {path: [ask(path, file)] for path, file in first.items()}
+                yield f"`serve.py` by {name}, from its start to an answer", "s", started
+                http[name] = lambda ask=ask: timeit(lambda: ask("/predict?overlay=1", next(files)), number=4) / 4
+            if self.tensorflow:
+                http[KERAS] = lambda: self.keras("valid")["predict_ms"] / 1000
+            yield "one answer with heat map, HTTP", "s", in_turns(self.turns, http)
+            clients = stack.enter_context(ThreadPoolExecutor(50))
+            crowd = {name: lambda: len(sent) / seconds(lambda: [*clients.map(partial(ask, "/predict"), sent)])}
+            crowd[LOOP] = lambda: len(sent) / seconds(lambda: quickest.predict(noise))
+            yield "50 clients at once", "slices/s", in_turns(self.turns, crowd)
+
+    def server(self, backend: str, stack: ExitStack) -> Callable[..., float]:
+        """Starts `serve.py`; returns what asks it for a path, with a file, and gives the seconds since its start."""
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = free.getsockname()
+        settings = [f"bundle={self.bundle}", f"serve.backend={backend}", f"serve.port={address[1]}"]
+        settings += ["serve.queue_size=256", "serve.max_requests_per_address=256"]
+        program = Program(self.scratch, ROOT / "serve.py", *settings)
+        stack.callback(program.process.terminate)
+
+        def listens() -> bool:
+            with socket.socket() as client:
+                return client.connect_ex(address) == 0
+
+        def ask(path: str, file: bytes | None = None) -> float:
+            client = HTTPConnection(*address, timeout=300)
+            client.request("POST" if file else "GET", path, file)
+            reply = client.getresponse()
+            if (text := reply.read()) and reply.status != 200:
+                raise RuntimeError(f"{path}: {reply.status} {text.decode()}")
+            return time.perf_counter() - program.began
+
+        program.until(listens)
+        return ask
+
+    def batch(self) -> Iterator[tuple]:
+        first: dict[str, list[float]] = {name: [] for name in self.backends}
+
+        def rate(backend: str) -> float:
+            options = ["--bundle", self.bundle, "--backend", backend, "--accelerator", "cpu", "--out", f"{backend}.csv"]
+            program = Program(self.scratch, "-m", "chestct", "predict", *self.slices, *options)
+            table = self.scratch / f"{backend}.csv.partial"
+            first[backend].append(program.until(lambda: table.is_file() and table.read_bytes().count(b"\n") > 1))
+            return len(self.slices) / program.until()
+
+        values = in_turns(1, {name: partial(rate, name) for name in self.backends})
+        yield f"`chestct predict`, {len(self.slices)} slices", "slices/s", values
+        yield "`chestct predict`, first row", "s", first
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a minute, one turn each")
+    parser.add_argument("--turns", type=int, default=5, help="of each contestant; of answers four times as many (5)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="real slices, in place of phantoms")
-    parser.add_argument("--bundle", type=Path, metavar="FOLDER", help="what answers (the packaged one)")
-    parser.add_argument("--keras", default="", metavar="PYTHON", help="one that has TensorFlow")
-    parser.add_argument("--baseline", default="../shared/tools/seed_baseline.py", help="the recipe in Keras")
+    parser.add_argument("--bundle", type=Path, default=PACKAGED_BUNDLE, metavar="FOLDER", help="what answers")
+    parser.add_argument("--keras", metavar="PYTHON", help="one that has TensorFlow")
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="what is written (benchmarks.json)")
-    parser.add_argument("--from", dest="made", type=Path, metavar="JSON", help="measure nothing, take these values")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="also write the page")
     given = parser.parse_args()
-    facts = json.loads(given.made.read_text(encoding="utf-8")) if given.made else measured(given)
-    if not given.made:
-        write_atomic(given.json, json.dumps(facts, indent=1) + "\n")
+    cpuinfo = Path("/proc/cpuinfo")
+    about = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else f"model name: {platform.processor()}"
+    facts = {
+        "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
+        "date": str(date.today()),
+        "processor": about.partition("model name")[2].partition("\n")[0].strip(" \t:"),
+        "cores": os.cpu_count(),
+        "instructions": f"{torch.backends.cpu.get_cpu_capability()}, {'with' if has_int8() else 'no'} INT8",
+        "load": round(os.getloadavg()[0], 1),
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name)),
+        "python": platform.python_version(),
+        "measurements": [],
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(given, Path(scratch))
+        for what, unit, values in itertools.chain(bench.training(), bench.answers(), bench.batch()):
+            facts["measurements"].append({"what": what, "unit": unit, "values": values})
+            print(lines(what, unit, values), end="", flush=True)
+    write_atomic(given.json, json.dumps(facts, indent=1) + "\n")
     if given.write:
-        write_atomic(given.write, page(facts))
+        write_atomic(given.write, PAGE.format(**facts) + "".join(lines(**one) for one in facts["measurements"]))
 
 
 if __name__ == "__main__":
