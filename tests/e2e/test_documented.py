@@ -61,7 +61,7 @@ FILLED = {
 
 EXTRA = {
     "python train.py": ["hydra.run.dir=runs/A", "evaluation.report=true"],
-    "python train.py experiment=head model.freeze=true optim.lr=1e-4": [
+    "python train.py model.freeze=true optim.lr=1e-4": [
         "hydra.run.dir=runs/B",
         "evaluation.report=true",
     ],

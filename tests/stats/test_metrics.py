@@ -10,7 +10,7 @@ from chestct.models.predictions import output_names
 from chestct.stats import metrics
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import to_scores, wilson
-from chestct.stats.metrics import Estimate, sample_of, statistics
+from chestct.stats.metrics import Estimate, _ranking, sample_of, statistics
 
 
 def table(targets, scores, groups=None):
@@ -81,6 +81,12 @@ def test_calibration_error_of_a_worked_example():
     scores = [0.1, 0.12, 0.7, 0.9, 0.95]  # the first two share one of fifteen bins
     ece = measure(table([0, 1, 1, 1, 0], scores), "binary", resamples=20)["ece"].value
     assert ece == pytest.approx((abs(0.1 + 0.12 - 1) + 0.3 + 0.1 + 0.95) / 5)
+
+
+def test_no_ranking_is_better_than_perfect():
+    rng, positive = np.random.default_rng(0), np.arange(80) < 48
+    perfect = _ranking(positive + rng.random(80) / 2, positive, rng.random((200, 80)))
+    assert [values.max() for values in perfect] == [1, 1]  # sums of weights had made it 1.0000000000000004
 
 
 def test_a_worked_example_with_scores_and_threshold_of_its_own():
