@@ -159,9 +159,8 @@ def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> t
     with np.errstate(divide="ignore", invalid="ignore"):
         area = (gained * (fp[:, -1:] - fp + lost / 2)).sum(1) / pairs
         precision = (gained * tp / np.maximum(tp + fp, 1e-300)).sum(1) / tp[:, -1]
-    return area.clip(max=1), np.where(pairs > 0, precision, np.nan).clip(
-        max=1
-    )  # weights sum up to a little more than 1
+    # Sums of weights make a perfect ranking a little better than that.
+    return area.clip(max=1), np.where(pairs > 0, precision, np.nan).clip(max=1)
 
 
 def proportions_of(sample: Sample) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
