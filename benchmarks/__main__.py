@@ -193,10 +193,6 @@ class Bench:
         program = Program(self.scratch, ROOT / "serve.py", *settings)
         stack.callback(program.process.terminate)
 
-        def listens() -> bool:
-            with socket.socket() as client:
-                return client.connect_ex(address) == 0
-
         def ask(path: str, file: bytes | None = None) -> float:
             client = HTTPConnection(*address, timeout=300)
             client.request("POST" if file else "GET", path, file)
@@ -205,7 +201,7 @@ class Bench:
                 raise RuntimeError(f"{path}: {reply.status} {text.decode()}")
             return time.perf_counter() - program.began
 
-        program.until(listens)
+        program.until(lambda: not stack.enter_context(socket.socket()).connect_ex(address))
         return ask
 
     def batch(self) -> Iterator[tuple]:

@@ -26,7 +26,8 @@ FAMILIES = {
              "data.contrast=body, and believe a score only on slices from another source."),
     "border": ("The border of the image tells", "Crop to the body (data.fit=body) and remove frames and text."),
     "seen": ("What is left of brightness or contrast after preprocessing tells",
-             "Preprocessing lets it through: data.fit=body data.contrast=body takes most of it away."),
+             "Read every score as a margin over this rule: in a crop to the lungs a part of it is the lesion itself. "
+             "data.fit=body data.contrast=body takes most of it away."),
 }  # fmt: skip
 """Families of shortcuts, worst first: what they are, and what to do about them."""
 
