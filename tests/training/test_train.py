@@ -239,7 +239,8 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cac
     whole = train(small(*settings), tmp_path / "whole")
     run = tmp_path / "run"
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={run}", "evaluation.report=false"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "experiment=head"], cwd=tmp_path, **quiet)
     wait_for_an_epoch(process, run)
     process.kill()
     process.wait()
