@@ -28,7 +28,6 @@ BEGIN_SECONDS, END_SECONDS = 20.0, 300.0
 """How long the beginning and the end of a run wait for a server; what it has not got then, `sync` sends."""
 
 RUN_ID_FILE = "mlflow_run_id.txt"
-
 MODEL = "chestct"
 """Name of a run's LoggedModel: not that of its artifact, which MLflow would then look for among the models."""
 
@@ -134,8 +133,7 @@ class _OpenRun(Run):
         # Next to the checkpoints, so that the id goes where they go: DVC removes, restores and shares them as one.
         self.folder = out if sweep else out / "checkpoints"
         self.parent = None if sweep else noted_run(out.parent)  # the run of the sweep that `out` is a job of
-        file = store_file(self.uri)
-        self.prepared = bool(file and file.exists())  # a new one is made when the run begins
+        self.prepared = bool((file := store_file(self.uri)) and file.exists())  # a new one is made when the run begins
         if self.prepared:
             prepare(self.uri)
 
