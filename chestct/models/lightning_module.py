@@ -172,7 +172,7 @@ class Classifier(L.LightningModule):
         """Parameters of the convolutions that train at any time in the run."""
         later = self.cfg.trainer
         first = self.net.first_trainable(
-            max(0, self.net.block - later.unfreeze_blocks) if later.unfreeze_epoch else self.cfg.model.freeze
+            self.net.block - later.unfreeze_blocks if later.unfreeze_epoch else self.cfg.model.freeze
         )
         return list(self.net.features[first:].parameters())
 

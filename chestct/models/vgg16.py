@@ -146,7 +146,7 @@ class VGG16(nn.Module):
         """
         if isinstance(freeze, bool):
             return len(self.features) if freeze else 0
-        return self._block_ends(self.features)[min(freeze, self.block)]
+        return self._block_ends(self.features)[max(0, min(freeze, self.block))]
 
     def _block_ends(self, layers: nn.Sequential) -> list[int]:
         """How many layers there are up to the end of 0, 1, ... blocks."""

@@ -88,7 +88,7 @@ class Unfreeze(Callback):
         net = cast(Classifier, pl_module).net
         if trainer.current_epoch < self.epoch or not net.frozen:
             return
-        net.set_frozen(max(0, net.block - self.blocks))
+        net.set_frozen(net.block - self.blocks)
         if isinstance(trainer.strategy, DDPStrategy):
             # The wrapper averages gradients of what was trainable when it was made. The old one lets go of the
             # parameters only when it is gone.
