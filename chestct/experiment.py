@@ -41,8 +41,8 @@ def train(cfg: Config, out: Path) -> float:
 
     python train.py                                       the packaged model's recipe, on phantoms
     python train.py data=chest_ct data.root=FOLDER        your class folders
+    python train.py model.freeze=true optim.lr=1e-4       single settings
     python train.py experiment=head                       a named experiment: one linear layer, the quickest
-    python train.py model.freeze=true optim.lr=1e-4    and single settings
     python train.py -m optim.lr=1e-3,1e-4 model.freeze=true,false    all combinations
     python train.py -m sweep=head                         a search; the same command goes on with it
     python train.py ckpt=last                             goes on with the newest run

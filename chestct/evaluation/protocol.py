@@ -21,7 +21,7 @@ from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, measured
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
-from chestct.evaluation.split_policies import Train, anew, averaging, fold_tests, frozen_only, of_decisions, on_test
+from chestct.evaluation.split_policies import Train, anew, averaging, check_anew, fold_tests, of_decisions, on_test
 from chestct.models import features
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
@@ -67,7 +67,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     cfg, wanted = evaluation.cfg, evaluation.cfg.evaluation.protocol
     if not wanted:
         return {}
-    frozen_only(cfg)
+    check_anew(cfg)
     sources = list(sources_of(cfg.data))
     real = list(filter(of_patients, sources))
     if len(real) < 2 and wanted != ["within"]:

@@ -28,11 +28,11 @@ Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
     """The rows of evaluation.policies. Raises ChestCTError where they cannot be trained again."""
     if cfg.evaluation.policies:
-        frozen_only(cfg)
+        check_anew(cfg)
         yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
 
 
-def frozen_only(cfg: Config) -> None:
+def check_anew(cfg: Config) -> None:
     """Raises ChestCTError where training again would mean training convolutions on a processor."""
     if not cfg.always_frozen and pick_device(cfg.trainer.accelerator).type == "cpu":
         raise ChestCTError(
