@@ -67,15 +67,16 @@ def main() -> None:
         common = [*COMMON, f"data.root={root}/set", f"cache_dir={root}/cache"]
         for name in ("features", "fine-tuning", "fine-tuning, compiled"):
             TIMES.clear()
-            sampling = subprocess.Popen(query, stdout=subprocess.PIPE, text=True)
-            try:
-                settings = [*common, *TUNING, f"trainer.compile={'compiled' in name}"]
-                tuned = name != "features" and train(compose(*settings), root / name)
-                seen = len(tuned.data.dataset("train")) if tuned else features(common, root / name)
-            finally:
-                sampling.terminate()
-                samples = [line.split(", ") for line in sampling.communicate()[0].splitlines() if line.count(", ") == 1]
-            (began, ended), *others = list(zip(TIMES[::2], TIMES[1::2], strict=True))
+            with (root / "busy").open("wb") as log, subprocess.Popen(query, stdout=log) as sampling:
+                try:
+                    settings = [*common, *TUNING, f"trainer.compile={'compiled' in name}"]
+                    tuned = name != "features" and train(compose(*settings), root / name)
+                    seen = len(tuned.data.dataset("train")) if tuned else features(common, root / name)
+                finally:
+                    sampling.terminate()
+            lines = (root / "busy").read_text("utf-8").splitlines()
+            samples = [line.split(", ") for line in lines if line.count(", ") == 1]
+            (began, ended), *others = zip(TIMES[::2], TIMES[1::2], strict=True)
             rate = statistics.median(seen / (ended - began) for began, ended in others)
             at = [(datetime.strptime(when, "%Y/%m/%d %H:%M:%S.%f").timestamp(), float(busy)) for when, busy in samples]
             shares = [busy for when, busy in at if any(began <= when <= ended for began, ended in others)]
