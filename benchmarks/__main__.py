@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import date
 from functools import partial
 from http.client import HTTPConnection
 from importlib.metadata import version
@@ -169,7 +168,7 @@ class Bench:
         yield "explanation, on top of the pass without", "%", in_turns(turns, explained)
 
         http = {}
-        with ExitStack() as stack:
+        with ExitStack() as stack, ThreadPoolExecutor(50) as clients:
             for name in self.backends:
                 ask = self.server(name, stack)
                 first = {"/healthz": None, "/predict?overlay=1": next(files), "/": None}
@@ -179,7 +178,6 @@ class Bench:
             if self.tensorflow:
                 http[KERAS] = lambda: self.keras("valid")["predict_ms"] / 1000
             yield "one answer with heat map, HTTP", "s", in_turns(self.turns, http)
-            clients = stack.enter_context(ThreadPoolExecutor(50))
             crowd = {name: lambda: len(sent) / seconds(lambda: [*clients.map(partial(ask, "/predict"), sent)])}
             crowd[LOOP] = lambda: len(sent) / seconds(lambda: quickest.predict(noise))
             yield "50 clients at once", "slices/s", in_turns(self.turns, crowd)
@@ -201,7 +199,11 @@ class Bench:
                 raise RuntimeError(f"{path}: {reply.status} {text.decode()}")
             return time.perf_counter() - program.began
 
-        program.until(lambda: not stack.enter_context(socket.socket()).connect_ex(address))
+        def listens() -> bool:
+            with socket.socket() as tried:
+                return not tried.connect_ex(address)
+
+        program.until(listens)
         return ask
 
     def batch(self) -> Iterator[tuple]:
@@ -228,12 +230,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="what is written (benchmarks.json)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="also write the page")
     given = parser.parse_args()
-    cpuinfo = Path("/proc/cpuinfo")
-    about = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else f"model name: {platform.processor()}"
+    cpuinfo = Path("/proc/cpuinfo").read_text("utf-8") if sys.platform == "linux" else ""
     facts = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
-        "date": str(date.today()),
-        "processor": about.partition("model name")[2].partition("\n")[0].strip(" \t:"),
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": cpuinfo.partition("model name")[2].partition("\n")[0].strip(" \t:") or platform.processor(),
         "cores": os.cpu_count(),
         "instructions": f"{torch.backends.cpu.get_cpu_capability()}, {'with' if has_int8() else 'no'} INT8",
         "load": round(os.getloadavg()[0], 1),

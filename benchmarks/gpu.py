@@ -25,7 +25,7 @@ from chestct.training import train
 BATCH, GOALS = 512, {"features": 13_000, "fine-tuning, compiled": 4_700}
 COMMON = ["data.name=noise", "trainer=gpu", "trainer.progress=false", "tracking=off", "evaluation.report=false"]
 TUNING = ["experiment=full_finetune", "trainer.max_epochs=4", "trainer.patience=0", "data.batch_size=256"]
-TUNING += ["data.workers=8", "callbacks={clock: {_target_: benchmarks.gpu.Clock}}"]
+TUNING += ["data.workers=8", f"callbacks={{clock: {{_target_: {__name__}.Clock}}}}"]
 TIMES: list[float] = []  # when each piece of work began and was done, in turn
 
 
@@ -85,6 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from benchmarks import gpu  # the module whose TIMES the callback fills
-
-    gpu.main()
+    main()
