@@ -104,9 +104,7 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
 
 def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     """Evaluates the best checkpoint, writes report and bundle to `out` and to the run; returns a summary."""
-    from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.export import export
-    from chestct.evaluation.sections import optional_sections
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import flat, model_card, write
     from chestct.reporting.text import summary
@@ -114,8 +112,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     phase("Measuring the best checkpoint, writing its report and bundle", cfg.trainer.progress)
     own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
     trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
-    evaluation = evaluate(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), result.data)
-    evaluation.sections |= optional_sections(evaluation)
+    evaluation = _evaluate_checkpoint(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), out, result.data)
     write(evaluation, out / "evaluation")
     bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
     if not foreign(cfg.model.head):
@@ -144,7 +141,6 @@ def evaluate(cfg: Config, out: Path) -> None:
     """
     from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.external import evaluate_bundle
-    from chestct.evaluation.sections import optional_sections
     from chestct.reporting.render import flat, write
     from chestct.reporting.text import summary
     from chestct.tracking import fetch_bundle, run_of
@@ -158,7 +154,6 @@ def evaluate(cfg: Config, out: Path) -> None:
                 "evaluation.protocol and .policies train heads anew, which takes a run: give ckpt=, not bundle=."
             )
         evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
-        evaluation.sections |= optional_sections(evaluation)
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
         evaluation = _evaluate_checkpoint(cfg, out)
@@ -171,23 +166,27 @@ def evaluate(cfg: Config, out: Path) -> None:
             run.evaluation(flat(evaluation).get("test", {}), out)
 
 
-def _evaluate_checkpoint(cfg: Config, out: Path) -> "Evaluation":
-    """The checkpoint's evaluation, with each other split, part of the protocol or check that the settings ask for."""
+def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = None) -> "Evaluation":
+    """The checkpoint's evaluation, with each other split, part of the protocol or check that the settings ask for.
+
+    data: of the training that has just ended, whose own report has no model of another one.
+    """
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections
     from chestct.evaluation.split_policies import refits
     from chestct.training import train as fit
 
-    evaluation = evaluate(cfg)
+    evaluation = evaluate(cfg, data)
 
     def again(name: str, cfg: Config, data: "SliceModule") -> "tuple[pd.DataFrame, list[Path]]":
         result = fit(cfg, out / REFITS / name, data=data)
         return result.predictions, [result.best]
 
-    evaluation.rows += refits(cfg, again)
-    if parts := protocol(evaluation, again):
-        evaluation.sections["protocol"] = parts
+    if data is None:
+        evaluation.rows += refits(cfg, again)
+        if parts := protocol(evaluation, again):
+            evaluation.sections["protocol"] = parts
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
 

@@ -15,12 +15,13 @@ from chestct.data.splits import load_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, assembled, decided
+from chestct.evaluation.sections import optional_sections
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
 
 
 def evaluate_bundle(cfg: Config) -> Evaluation:
-    """Measures the bundle cfg.bundle on the slices that cfg.data describes.
+    """Measures the bundle cfg.bundle on the slices that cfg.data describes, checks that the settings ask for included.
 
     The very data that the bundle was made with give its test slices; of other data, every slice counts that the bundle
     has not been trained on. Raises BundleError and DataError.
@@ -41,7 +42,9 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
         "bundle": bundle.id,
         "left_out": left_out,
     }
-    return assembled(cfg, bundle, table, manifest, store.images, about, bundle.facts)
+    evaluation = assembled(cfg, bundle, table, manifest, store.images, about, bundle.facts)
+    evaluation.sections |= optional_sections(evaluation)
+    return evaluation
 
 
 def as_made(cfg: Config, bundle: Bundle) -> Config:

@@ -102,13 +102,9 @@ def summary(evaluation: Evaluation) -> str:
         lines += ["", pd.DataFrame(table).to_string(index=False, justify="left")]
     lines += (f"{row.policy}: {row.note}" for row in evaluation.rows if row.note)
     for part in evaluation.sections.get("protocol", {}).values():
-        cells = pd.DataFrame(part.rows).map(as_text) if part.rows else None
-        lines += [
-            "",
-            part.title,
-            *([] if cells is None else [cells.to_string(index=False, justify="left")]),
-            *part.notes,
-        ]
+        cells = pd.DataFrame(part.rows).map(as_text)
+        shown = [cells.to_string(index=False, justify="left")] if part.rows else []
+        lines += ["", part.title, *shown, *part.notes]
     return "\n".join(lines)
 
 

@@ -38,7 +38,9 @@ def settings(run: tuple[Config, Result], folder: Path, **data: object) -> Config
 def test_foreign_folders_are_measured_with_the_frozen_threshold(
     run: tuple[Config, Result], folder: Path, others: Path, evaluation: Evaluation
 ) -> None:
-    result = evaluate_bundle(settings(run, folder, name="elsewhere", root=str(others), labels=LABELS))
+    cfg = settings(run, folder, name="elsewhere", root=str(others), labels=LABELS)
+    result = evaluate_bundle(replace(cfg, evaluation=replace(cfg.evaluation, robustness=2)))
+    assert "robustness" in result.sections  # what the settings ask for beyond
     assert result.about["split"] == "external"
     assert result.point.threshold == evaluation.point.threshold
     assert result.metrics["test"]["auroc"].value is not None
