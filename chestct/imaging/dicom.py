@@ -27,7 +27,7 @@ from pydicom.pixels import get_decoder
 from pydicom.pixels.utils import as_pixel_options
 
 from chestct.config.schema import WindowConfig
-from chestct.imaging.slice import BudgetedFile, Limits, MissingDecoderError, Position, RefusedError, Slice
+from chestct.imaging.slice import BudgetedFile, Limits, MissingDecoderError, Position, RefusedError, Slice, windowed
 
 # It logs each odd value and a traceback of what it then raises; `decode` says what matters.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
@@ -258,14 +258,9 @@ def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any
             bits = layout["bits_stored"]
             ends = [slope * (end - signed * 2 ** (bits - 1)) + intercept for end in (0, 2**bits - 1)]
             center, width = sum(ends) / 2 + 0.5, abs(ends[1] - ends[0]) + 1
-    # The formula above as one multiplication and one addition; a window of width 1 is a step.
-    steepness = 1 / max(width - 1, 1e-6)
-    gray = stored.astype(np.float32)
-    gray *= np.float32(slope * steepness)
-    gray += np.float32((intercept - (center - 0.5)) * steepness + 0.5)
-    np.clip(gray, 0, 1, out=gray)
+    gray = windowed(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept), WindowConfig(center, width))
     if layout["photometric_interpretation"] == "MONOCHROME1":
-        np.subtract(1, gray, out=gray)
+        gray = 1 - gray
     first = datasets[0].get("PixelPaddingValue")
     if first not in (None, ""):  # outside the reconstructed circle
         # As bit patterns of the pixels' own type: signed files often declare -2000 as the unsigned 63536.
