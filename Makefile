@@ -25,10 +25,10 @@ train: $(READY) ## the main job: train and test, on 120 phantoms (ARGS="optim.lr
 	$(BIN)/python train.py data.phantom.slices=120 $(ARGS)
 
 test: $(READY) ## all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(ARGS)
 
 test-fast: $(READY) ## the fast tests, under two minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## style, types and the direction of imports
 	$(BIN)/ruff check .

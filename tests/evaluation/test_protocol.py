@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from chestct.config.compose import compose
-from chestct.config.schema import Config, PhantomConfig
+from chestct.config.schema import Config, PhantomConfig, SourceConfig
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, evaluate
@@ -22,7 +23,8 @@ from chestct.phantom.dataset import write
 from chestct.reporting.render import write as write_report
 from chestct.reporting.text import summary
 from chestct.training.train import train
-from tests.conftest import SMALL
+from tests.conftest import SMALL, opened
+from tests.evaluation.evaluations import made_up
 
 PARTS = ["loso", "matrix", "within", "probe"]
 DRAWN = {"north": (40, 0.0), "south": (41, 0.0), "east": (22, 0.8), "clinic": (30, 0.0), "phantom": (23, 0.0)}
@@ -156,10 +158,11 @@ def test_pointing_is_measured_on_known_lesions_and_on_lesions_drawn_into_normal_
         assert row["usual place"] is None  # this head judges no places, and learns none
 
 
-def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(evaluation, monkeypatch) -> None:
+def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(small, monkeypatch) -> None:
     monkeypatch.setattr("chestct.evaluation.pointing.DRAWN", 6)
-    cfg, store = evaluation.cfg, evaluation.data.store
-    rows = store.manifest[store.manifest["source"] == "north"].assign(group=lambda t: np.arange(len(t)) % 20 // 5)
+    cfg = small()
+    store = opened(cfg).store
+    rows = store.manifest.assign(group=lambda t: np.arange(len(t)) % 20 // 5)
     lesions = drawn_lesions(rows, store.images, cfg)
     per_unit = np.unique(lesions.groups, return_counts=True)[1]
     assert len(per_unit) == rows["group"][rows["label"] == "normal"].nunique()
@@ -263,22 +266,28 @@ def test_the_protocol_is_in_the_report_and_in_files_of_its_own(
     assert str(Spread([0.8, 0.9])) == "0.850 ± 0.071"
 
 
-def test_what_cannot_be_measured_says_why(evaluation: Evaluation) -> None:
+def of_sources(*names: str) -> Evaluation:
+    """A made-up evaluation of sources of these names, of which no slice is looked at."""
+    evaluation = made_up()
+    evaluation.cfg.data.sources = {name: SourceConfig(name) for name in names}
+    return replace(evaluation, data=SimpleNamespace(store=object()))
+
+
+def test_what_cannot_be_measured_says_why() -> None:
     def impossible(name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
         raise ChestCTError("one class is missing")
 
-    parts = protocol(asked(evaluation, "loso", "matrix"), impossible)
+    parts = protocol(asked(of_sources(*DRAWN), "loso", "matrix"), impossible)
     assert parts["loso"].notes == [f"{name}: not available: one class is missing" for name in (*BOTH, "clinic")]
     assert parts["matrix"].notes == parts["loso"].notes
     assert all(row["AUROC"] is None for row in parts["loso"].rows[:4])
 
 
-def test_it_takes_two_sources_of_patients_and_frozen_convolutions(evaluation: Evaluation) -> None:
-    cfg = evaluation.cfg
+def test_it_takes_two_sources_of_patients_and_frozen_convolutions() -> None:
     for names, told in (({"north", "phantom"}, "is only north"), ({"phantom"}, "is none")):
-        data = replace(cfg.data, sources={name: s for name, s in cfg.data.sources.items() if name in names})
         with pytest.raises(ChestCTError, match=rf"{told}.*data\.sources"):
-            protocol(asked(evaluation, "loso", data=data), None)
+            protocol(asked(of_sources(*names), "loso"), None)
+    two = of_sources("north", "south")
     with pytest.raises(ChestCTError, match="frozen"):
-        protocol(asked(evaluation, "loso", model=replace(cfg.model, freeze=False)), None)
-    assert protocol(asked(evaluation), None) == {}
+        protocol(asked(two, "loso", model=replace(two.cfg.model, freeze=False)), None)
+    assert protocol(asked(two), None) == {}

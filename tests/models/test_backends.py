@@ -1,6 +1,7 @@
 """Other programs that run a bundle: the same answers, chosen by what is there, refused with the way out."""
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 import shutil
@@ -20,7 +21,7 @@ from chestct.models.backends import choose, convert, has_int8, load_graph
 from chestct.models.bundle import Bundle, load_bundle, save_bundle
 from chestct.serving.predictor import Predictor
 from tests.conftest import network
-from tests.models.test_bundle import make, rewrite, squares
+from tests.models.test_bundle import rewrite, squares
 from tests.serving.test_predictor import png
 
 HEADS = {
@@ -45,12 +46,19 @@ def needs(name: str) -> None:
         pytest.skip(f"needs {', '.join(missing)}: pip install 'chestct[export]'")
 
 
-def with_backend(folder: Path, name: str, files: list[bytes] | None = None) -> Bundle:
-    """A bundle that says it was verified for a backend; without `files` they are no graphs."""
-    bundle = make(folder)
-    parts = dict(zip(FILES[name], files or [b"no graph"] * len(FILES[name]), strict=True))
-    facts = bundle.facts | {"backends": {name: NUMBERS}}
-    return save_bundle(folder, dataclasses.replace(bundle, facts=facts, files=parts))
+def with_backend(bundle: Path, folder: Path, name: str, graph: bool = False) -> Bundle:
+    """A copy of a bundle in `folder` that says it was verified for a backend; its files are no graphs unless asked."""
+    plain = load_bundle(bundle)
+    files = convert(plain.net, name, np.empty(0)) if graph else [b"no graph"] * len(FILES[name])
+    facts = plain.facts | {"backends": {name: NUMBERS}}
+    parts = dict(zip(FILES[name], files, strict=True))
+    return save_bundle(folder, dataclasses.replace(plain, facts=facts, files=parts))
+
+
+@functools.cache
+def converted(name: str, head: str) -> list[bytes]:
+    """The files of a backend for `network` with one of HEADS."""
+    return convert(network(**HEADS[head]), name, np.empty((0, 64, 64), np.uint8))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -58,7 +66,7 @@ def with_backend(folder: Path, name: str, files: list[bytes] | None = None) -> B
 def test_a_graph_gives_the_logits_and_the_map_of_the_network(name: str, head: str) -> None:
     needs(name)
     net, x = network(**HEADS[head]), torch.rand(3, 1, 64, 64)
-    logits, conv5 = load_graph(name, convert(net, name, np.empty((0, 64, 64), np.uint8)))(x)
+    logits, conv5 = load_graph(name, converted(name, head))(x)
     with torch.no_grad():
         expected = net.answer(x)
     torch.testing.assert_close(logits, expected[0], rtol=1e-3, atol=1e-4)
@@ -82,10 +90,11 @@ def test_int8_rounds_the_convolutions_and_leaves_the_head_alone() -> None:
         torch.testing.assert_close(logits, net.head(net.pool(conv5)), rtol=1e-3, atol=1e-4)
 
 
-def test_openvino_answers_explains_and_refuses_as_torch_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_openvino_answers_explains_and_refuses_as_torch_does(
+    small_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     needs("openvino")
-    bundle = make(tmp_path / "b")
-    bundle = with_backend(tmp_path / "b", "openvino", convert(bundle.net, "openvino", np.empty(0)))
+    bundle = with_backend(small_bundle, tmp_path / "b", "openvino", graph=True)
     with caplog.at_level(logging.INFO, "chestct"):
         fast = Predictor(tmp_path / "b", accelerator="cpu").bundle
     assert [r.message for r in caplog.records if r.name == "chestct"] == ["answers by openvino on cpu"]
@@ -106,8 +115,7 @@ def test_openvino_answers_explains_and_refuses_as_torch_does(tmp_path: Path, cap
 def test_slices_at_once_get_the_answers_that_each_gets_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     needs("openvino")
     monkeypatch.setattr(backends, "threads", lambda: 2)
-    net = network()
-    graph = load_graph("openvino", convert(net, "openvino", np.empty(0)))
+    graph = load_graph("openvino", converted("openvino", "means"))
     x = torch.rand(12, 1, 64, 64)
     alone = [graph(one[None]) for one in x]
     together = graph(x)
@@ -119,18 +127,16 @@ def test_slices_at_once_get_the_answers_that_each_gets_alone(monkeypatch: pytest
 
 
 @pytest.mark.slow
-def test_a_service_leaves_torch_one_thread_where_openvino_computes(tmp_path: Path) -> None:
+def test_a_service_leaves_torch_one_thread_where_openvino_computes(small_bundle: Path, tmp_path: Path) -> None:
     needs("openvino")
-    bundle = make(tmp_path / "b")
-    with_backend(tmp_path / "b", "openvino", convert(bundle.net, "openvino", np.empty(0)))
+    with_backend(small_bundle, tmp_path / "b", "openvino", graph=True)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         backends.threads.cache_clear()
         predictor = Predictor(tmp_path / "b", accelerator="cpu", whole_process=True)
         assert (torch.get_num_threads(), predictor.bundle.graph.at_once) == (1, 2)
-        make(tmp_path / "torch")
-        predictor.reload(tmp_path / "torch")  # has no other backend
+        predictor.reload(small_bundle)  # has no other backend
         assert torch.get_num_threads() == 2
         predictor.reload(tmp_path / "b")
         assert (torch.get_num_threads(), predictor.bundle.graph.at_once) == (1, 2)
@@ -157,12 +163,11 @@ def test_auto_takes_the_quickest_that_is_verified_and_installed(monkeypatch: pyt
     ("name", "package"), [("openvino", "openvino"), ("openvino_int8", "openvino"), ("onnx", "onnxruntime")]
 )
 def test_a_backend_that_cannot_be_had_is_an_error_with_the_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
 ) -> None:
-    make(tmp_path / "plain")
     with pytest.raises(ConfigError, match=rf"verified for torch alone.*format={name}"):
-        load_bundle(tmp_path / "plain", name)
-    with_backend(tmp_path / "b", name)
+        load_bundle(small_bundle, name)
+    with_backend(small_bundle, tmp_path / "b", name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
         ConfigError, match=rf"{package}, which is not installed.*chestct\[{name.removesuffix('_int8')}\]"
@@ -172,9 +177,11 @@ def test_a_backend_that_cannot_be_had_is_an_error_with_the_way_out(
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
-def test_files_of_a_backend_that_are_altered_or_no_graph_are_refused(tmp_path: Path, name: str) -> None:
+def test_files_of_a_backend_that_are_altered_or_no_graph_are_refused(
+    small_bundle: Path, tmp_path: Path, name: str
+) -> None:
     needs(name)
-    with_backend(tmp_path / "b", name)
+    with_backend(small_bundle, tmp_path / "b", name)
     with pytest.raises(BundleError, match="cannot be used"):
         load_bundle(tmp_path / "b", name)
     (tmp_path / "b" / FILES[name][0]).write_bytes(b"another")
@@ -183,8 +190,8 @@ def test_files_of_a_backend_that_are_altered_or_no_graph_are_refused(tmp_path: P
     assert load_bundle(tmp_path / "b").backend == "torch"
 
 
-def test_a_bundle_lists_the_files_of_its_backends_and_no_others(tmp_path: Path) -> None:
-    with_backend(tmp_path / "b", "openvino")
+def test_a_bundle_lists_the_files_of_its_backends_and_no_others(small_bundle: Path, tmp_path: Path) -> None:
+    with_backend(small_bundle, tmp_path / "b", "openvino")
     copy = Path(shutil.copytree(tmp_path / "b", tmp_path / "c"))
     rewrite(copy, lambda facts: facts["files"].pop("openvino.bin"))
     with pytest.raises(BundleError, match="files: "):

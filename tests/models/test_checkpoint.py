@@ -11,6 +11,7 @@ import torch
 from chestct.errors import ConfigError, WeightsError
 from chestct.models.checkpoint import find_checkpoint, read_checkpoint, sealed
 from chestct.models.lightning_module import load_classifier
+from tests.conftest import Trap
 
 
 def last_of(folder, age):
@@ -55,11 +56,6 @@ def saved(value):
     return buffer.getvalue()
 
 
-class Evil:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('code ran')",)
-
-
 SETTINGS = {"settings": {}, "data": {}}
 CONTENT = {
     "chestct": {"weights": "x"},
@@ -91,7 +87,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
         (b"hello", "damaged"),
         (saved(CONTENT), "no checksum"),
         (sealed(saved(CONTENT))[:-100], "damaged"),
-        (sealed(saved(CONTENT | {"evil": Evil()})), "more than plain data"),
+        (sealed(saved(CONTENT | {"evil": Trap()})), "more than plain data"),
         *(
             (sealed(saved(value)), "is not a checkpoint of this project")
             for value in (

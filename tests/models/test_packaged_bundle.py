@@ -25,8 +25,18 @@ GOLDEN = {
 
 
 @pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return Predictor("packaged")
+
+
+@pytest.fixture(scope="module")
 def bundle() -> Bundle:
     return load_bundle("packaged")
+
+
+@pytest.fixture(scope="module")
+def examples() -> dict[str, bytes]:
+    return {example.name: example.data for example in make_examples()}
 
 
 def test_it_is_small_and_names_no_place_of_one_machine() -> None:
@@ -52,11 +62,12 @@ def test_it_was_made_by_what_is_the_default_recipe(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", PHANTOMS)
-def test_the_examples_of_the_page_are_answered_rightly_and_the_heat_lies_on_the_lesion(name: str) -> None:
+def test_the_examples_of_the_page_are_answered_rightly_and_the_heat_lies_on_the_lesion(
+    name: str, predictor: Predictor, examples: dict[str, bytes]
+) -> None:
     _, kind, difficulty, seed = PHANTOMS[name]
     lesion = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384)).mask
-    data = next(example.data for example in make_examples() if example.name == name)
-    answer = Predictor("packaged").predict(data)
+    answer = predictor.predict(examples[name])
     assert answer.decision == ("cancer" if lesion.any() else "normal")
     if lesion.any():
         assert answer.heat is not None

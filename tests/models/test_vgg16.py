@@ -26,15 +26,16 @@ def test_convolutions_are_torchvisions():
 )
 @pytest.mark.parametrize("hidden", [[], [16, 8]])
 @pytest.mark.parametrize("outputs", [1, 4])
+@torch.no_grad()
 def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(pool, width, hidden, outputs):
-    net = network(pool=pool, hidden=hidden, outputs=outputs)
-    x = torch.rand(3, 1, 64, 64)
-    assert net.pooled(x).shape == (3, width)
-    assert net(x).shape == (3, outputs)
-    assert torch.allclose(net.head(net.pooled(x)), net(x), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(net.channel_means(net.pooled(x)), net.channel_means(net.maps(x)))
+    net, x = network(pool=pool, hidden=hidden, outputs=outputs), torch.rand(3, 1, 64, 64)
     torch.nn.init.constant_(net.head[-1].bias, 900.0)
-    assert net(x).min() > 1  # logits, not scores
+    pooled, (logits, conv5) = net.pooled(x), net.answer(x)
+    assert pooled.shape == (3, width)
+    assert logits.shape == (3, outputs)
+    assert logits.min() > 1  # not scores
+    torch.testing.assert_close(net.head(pooled), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.channel_means(pooled), net.channel_means(net.pool(conv5)))
 
 
 @torch.no_grad()

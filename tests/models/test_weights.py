@@ -8,6 +8,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from chestct.errors import ConfigError, WeightsError
 from chestct.models import weights
 from chestct.models.weights import PACKAGED, load_weights
+from tests.conftest import Trap
 
 
 def test_packaged_weights_are_the_released_ones():
@@ -42,11 +43,6 @@ def test_a_file_of_the_same_tensors_gives_the_same_convolutions(tmp_path, name):
     assert (renamed.digest != loaded.digest) == ("imagenet1k" in name)
 
 
-class Evil:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('code ran')",)
-
-
 @pytest.mark.parametrize(
     "name", ["gone.pth", "text.safetensors", "text.pth", "other.safetensors", "list.pth", "evil.pth", "raw.pth"]
 )
@@ -58,9 +54,9 @@ def test_a_file_that_is_not_vgg16_is_one_clear_error_and_runs_nothing(tmp_path, 
     elif kind == "other":
         save_file({"features.0.weight": torch.zeros(64, 1, 3, 3)}, path)
     elif kind == "raw":
-        path.write_bytes(pickle.dumps({"features.0.weight": Evil()}))
+        path.write_bytes(pickle.dumps({"features.0.weight": Trap()}))
     elif kind != "gone":
-        torch.save([1, 2] if kind == "list" else {"features.0.weight": Evil()}, path)
+        torch.save([1, 2] if kind == "list" else {"features.0.weight": Trap()}, path)
     with pytest.raises(WeightsError, match=r"model\.weights=" + (".*could run code" if kind == "evil" else "")):
         load_weights(str(path))
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.serving.page import PICTURES, SESSIONS
 from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.sentences import HEADLINES
 from tests.serving.conftest import Served, make_bundle, serving, zipped
@@ -105,6 +104,8 @@ def test_answers_are_recorded_but_for_examples_and_kinds_of_cancer_are_listed(ph
 
 
 def test_many_visitors_get_what_is_theirs_and_a_bounded_number_is_kept(bundle_folder: Path, files) -> None:
+    from chestct.serving.page import SESSIONS  # Gradio with it: seconds, which no quick test has to wait for
+
     with serving(bundle_folder) as running:
         expected = [running.predictor.predict(data).gray for data in files]
 
@@ -142,6 +143,8 @@ def test_a_scan_is_a_strip_of_scores_with_the_most_suspicious_slices_first(visit
 
 
 def test_a_whole_scan_is_within_the_limits_of_a_request_and_in_order(bundle_folder, scan) -> None:
+    from chestct.serving.page import PICTURES
+
     plain = np.zeros((512, 512), np.int16)  # as large as those of a scanner: 168 MB in all
     files = scan(320, Rows=512, Columns=512, BitsAllocated=16, BitsStored=16, HighBit=15, PixelData=plain.tobytes())
     files |= {name: data for name, data in scan(320).items() if name.endswith("7")}  # 32 that show a thorax
