@@ -9,6 +9,8 @@ Not hydra-optuna-sweeper: its release needs Optuna 2 and cannot go on with a swe
 
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,12 +28,14 @@ from chestct.data.sources import check_roots
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.tracking import Run, open_run, sole_writer
+from chestct.tracking.run import RUN_ID_FILE
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
+STUDY = "study.db"
 NOT_THE_MODELS = ("sweep=", "launcher=", "hydra", "evaluation.report=", "tracking.run_name=")
 """Beginnings of overrides that describe how a sweep runs, not what a job trains."""
 
@@ -53,8 +57,9 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
         raise ConfigError(f"{ranges[0]}: an interval has no end of values; give hydra.sweeper.trials=N for a search.")
     if options.trials and not swept:
         raise ConfigError("Nothing to search: give ranges, as in 'optim.lr=interval(1e-4,1e-1)', or take a sweep=...")
-    cfg = _settings(list(overrides.values()), config, loader)
-    check_roots(cfg.data)  # else every job would fail on it
+    cfg, *others = [_settings(example, config, loader) for example in _examples(list(overrides.values()))]
+    for example in (cfg, *others):
+        check_roots(example.data)  # now, not when its job's turn comes
     space = {key: _distribution(override) for key, override in swept.items()}
     facts = [{key: str(value) for key, value in space.items()}, sorted(fixed), options.seed]
     with sole_writer(folder), open_run(cfg, folder, sweep=True) as run:
@@ -72,23 +77,34 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
         finally:
             _report(study, cfg.trainer.monitor, fixed, folder, run)
     if errors := _errors(study):
+        if _in_vain(study, folder):
+            _remove(folder, run)
         jobs_of = {text: [str(job) for job in sorted(errors) if errors[job] == text] for text in errors.values()}
         lines = [f"job {', '.join(numbers)}: {text}" for text, numbers in jobs_of.items()]
         raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *lines]))
 
 
-def _settings(overrides: list[Override], config: DictConfig, loader: ConfigLoader) -> Config:
-    """The settings of the sweep as a whole; composed with every key, so that a misspelt one stops it here.
-
-    Not checked: a value may fit only together with a swept one. Each job checks its own.
-    """
-    example = []
+def _examples(overrides: list[Override]) -> Iterator[list[str]]:
+    """Overrides of single jobs: of each range the first value, then also every other one that names other data."""
+    choices = []
     for override in overrides:
-        line, value = str(override.input_line), override.value()
+        key, value, lines = override.get_key_element(), override.value(), [str(override.input_line)]
         if override.is_sweep_override():
-            first = value.start if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator())
-            line = f"{override.get_key_element()}={first}"
-        example.append(line)
+            values = [value.start] if isinstance(value, IntervalSweep) else override.sweep_string_iterator()
+            lines = [f"{key}={one}" for one in values]
+        choices.append(lines)
+    first = [lines[0] for lines in choices]
+    yield first
+    for at, lines in enumerate(choices):
+        if lines[0].startswith(("data=", "data.root=", "data.sources")):
+            yield from ([*first[:at], line, *first[at + 1 :]] for line in lines[1:])
+
+
+def _settings(example: list[str], config: DictConfig, loader: ConfigLoader) -> Config:
+    """The settings of a job; composed with every key of the sweep, so that a misspelt one stops it here.
+
+    Not checked: a value may fit only together with another swept one. Each job checks its own.
+    """
     composed = loader.load_sweep_config(config, example)
     with open_dict(composed):
         del composed["hydra"]
@@ -103,7 +119,7 @@ def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "Bas
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage, direction = f"sqlite:///{folder / 'study.db'}", f"{mode}imize"
+    storage, direction = f"sqlite:///{folder / STUDY}", f"{mode}imize"
     study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
     if study.user_attrs.get("facts", facts) != facts:
         raise ConfigError(
@@ -167,6 +183,23 @@ def _errors(study: "Study") -> dict[int, str]:
     return {int(key.split()[1]): text for key, text in study.user_attrs.items() if key.startswith("error ")}
 
 
+def _in_vain(study: "Study", folder: Path) -> bool:
+    """Whether every job met its mistake before anything was computed, after which it leaves no folder."""
+    ended = [trial for trial in study.trials if trial.state.is_finished()]
+    return 0 < len(ended) == len(_errors(study)) and not any(folder.glob("[0-9]*"))
+
+
+def _remove(folder: Path, run: Run) -> None:
+    """Takes back what a sweep in vain left, as a single run with the same mistake leaves nothing."""
+    for name in (STUDY, ".lock", RUN_ID_FILE):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # somebody else's files lie there, too
+        folder.rmdir()
+    for one in (run, getattr(run, "copy", run)):  # the second is on a server
+        if one.client and one.client.get_run(one.run_id).info.lifecycle_stage == "active":
+            one.client.delete_run(one.run_id)
+
+
 def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: Run) -> None:
     """Prints the table and the command that makes the winner, and leaves sweep.csv in the folder and in the run.
 
@@ -179,7 +212,7 @@ def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: R
         for trial in study.trials
         if trial.state.is_finished()
     ]
-    if not rows:
+    if not rows or _in_vain(study, folder):
         return
     ascending = study.direction.name == "MINIMIZE"
     table = pd.DataFrame(rows).astype({monitor: float}).sort_values(monitor, ascending=ascending, kind="stable")

@@ -1,6 +1,7 @@
 """DVC itself: what a fresh clone is told, and `dvc exp run -S` against settings written into params.yaml by hand."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def test_in_a_fresh_clone_dvc_says_where_its_files_come_from_and_a_remote_of_one
         dvc("add", "data")
     told = dvc(*arguments.split())
     assert told.returncode != 0
+    quoted = re.search(r"fresh clone says\*\*.*?```\n(.*?)```", (ROOT / "docs/data.md").read_text("utf-8"), re.S)
+    if arguments == "pull data.dvc":
+        assert quoted[1].split() == told.stderr.split()
     for advice in ("chestct data fetch", "make repro", "docs/dagshub.md"):
         assert advice in told.stderr
     assert dvc("data", "status").returncode == 0  # which needs no remote

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,25 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
 
 
 @pytest.mark.slow
+def test_a_sweep_of_which_no_job_got_beyond_a_misspelt_path_leaves_nothing_but_what_was_there(
+    call, tmp_path, empty_store
+):
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    (tmp_path / "named").mkdir()
+    (tmp_path / "named" / "notes.txt").touch()
+    wrong = ("-m", "model.weights=gone", "optim.lr=1,2", "tracking=mlflow", *QUICK)
+    for folder, left in (("named", ["notes.txt"]), ("new", None)):
+        status, out, err = call("train.py", *wrong, f"hydra.sweep.dir={tmp_path / folder}")
+        assert status == 2
+        assert "job 0, 1: model.weights=gone: no such file" in err
+        assert "sweep.csv" not in out
+        assert left == ([path.name for path in (tmp_path / folder).iterdir()] if left else None)
+        assert (tmp_path / folder).exists() == bool(left)
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_search_goes_on_with_the_trial_it_was_at_and_finds_what_it_would_have_found(
     call, tmp_path, phantoms, cache, signum
@@ -146,6 +166,7 @@ def test_jobs_run_in_processes_of_their_own(call, tmp_path, monkeypatch, launche
         (("sweep=head", "optim.lrr=interval(1,2)"), "Did you mean optim.lr?"),
         (("optim.lr=interval(1e-4,1e-2)",), "hydra.sweeper.trials=N"),
         (("hydra.sweeper.trials=3",), "Nothing to search"),
+        (("data.root=.,gone", "optim.lr=1,2"), "No folder gone"),
         (("--cfg", "job"), "--multirun"),  # what Hydra itself refuses
     ],
 )
