@@ -62,8 +62,8 @@ FROM ${BASE} AS train
 RUN useradd --no-create-home --uid 10001 chestct && install -d -o chestct /work
 COPY --from=build-train /opt/venv /opt/venv
 COPY --from=build-train /app /app
-# MLflow looks for git, which is not there, and would say so.
-ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+# MLflow looks for git, which is not there, and for the name of whoever `docker run -u` names, and would say so.
+ENV PATH=/opt/venv/bin:$PATH PYTHONPATH=/app HOME=/tmp USER=chestct PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     GIT_PYTHON_REFRESH=quiet MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /work
 USER 10001

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import io
+import logging
 import os
 import shutil
 import signal
@@ -141,6 +142,7 @@ def _run(task: Task, config_name: str) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # else its first look at a machine's fonts is a line
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     failures: list[ChestCTError] = []
 

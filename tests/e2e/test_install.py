@@ -28,6 +28,7 @@ def test_uv_takes_the_tested_versions():
 @pytest.mark.slow
 def test_the_wheel_trains_evaluates_and_predicts_anywhere(installed, tmp_path, phantoms):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["MPLCONFIGDIR"] = str(tmp_path / "fonts")  # that nobody looked at before
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(installed / "chestct"), *arguments]
