@@ -24,6 +24,7 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## the main job: train and test, on 120 phantoms (ARGS="optim.lr=1e-3 ...")
 	$(BIN)/python train.py data.phantom.slices=120 $(ARGS)
 
+# worksteal: the tests of a module mostly stay in one process, which makes their fixtures once.
 test: $(READY) ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(ARGS)
 
