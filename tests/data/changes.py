@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps
 
+from tests.imaging.files import encoded
+
 Change = Callable[[Image.Image, np.random.Generator], Image.Image]
 
 
 def jpeg(image: Image.Image, rng: np.random.Generator, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=quality)
-    return Image.open(file)
+    return Image.open(io.BytesIO(encoded(image, "JPEG", quality=quality)))
 
 
 def zoom(image: Image.Image, rng: np.random.Generator, factor: float) -> Image.Image:

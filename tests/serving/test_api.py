@@ -19,6 +19,7 @@ from chestct.serving.examples import Example, make_examples
 from chestct.serving.limits import HEADERS
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import QuietFormatter, bind
+from tests.imaging.files import encoded
 from tests.serving.conftest import Served, serving
 
 pytestmark = pytest.mark.slow  # a service is started
@@ -121,8 +122,7 @@ def test_a_file_in_a_form_may_be_called_as_its_client_likes(served: Served, file
     assert answer.status_code == 200, answer.text
 
 
-BOMB = io.BytesIO()
-Image.fromarray(np.zeros((5000, 5000), np.uint8)).save(BOMB, "PNG")  # training would take it, serving does not
+BOMB = encoded(np.zeros((5000, 5000), np.uint8), "PNG")  # training would take it, serving does not
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ Image.fromarray(np.zeros((5000, 5000), np.uint8)).save(BOMB, "PNG")  # training 
         (b"", {}, 400, "no file"),
         (b"rubbish", {}, 422, "neither PNG"),
         (b"\0" * 128 + b"DICM" + b"\xff" * 60, {}, 422, "DICOM"),
-        (BOMB.getvalue(), {}, 422, "max_pixels"),
+        (BOMB, {}, 422, "max_pixels"),
         (b"no multipart at all", FORM, 400, "form"),
         (form("name=a; filename=b", b"rubbish")[:-6], FORM, 400, "cut off"),
         (form("name=a", b"text"), FORM, 400, "no file"),

@@ -16,21 +16,18 @@ from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, pixel_hash
 from chestct.serving.api import answer
 from chestct.serving.predictor import NEVER, BusyError, Predictor, why_refused
+from tests.imaging.files import encoded
 from tests.models.test_bundle import make
 
 
 def png(seed: int, size: int = 96, mode: str = "L") -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (size, size), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray(pixels).convert(mode), "PNG")
 
 
 def tiff(pages: int) -> bytes:
     images = [Image.open(io.BytesIO(png(seed))) for seed in range(pages)]
-    file = io.BytesIO()
-    images[0].save(file, "TIFF", save_all=True, append_images=images[1:])
-    return file.getvalue()
+    return encoded(images[0], "TIFF", save_all=True, append_images=images[1:])
 
 
 def gated(predictor: Predictor) -> tuple[threading.Event, threading.Event]:

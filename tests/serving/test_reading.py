@@ -1,20 +1,19 @@
 """Uploads as they come in: forms and archives."""
 
 import errno
-import io
 import struct
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from chestct.errors import ChestCTError
 from chestct.serving.api import UploadError, files_in_form, keep
 from chestct.serving.predictor import BusyError
 from chestct.serving.reading import expand, unzip
 from tests.serving.conftest import zipped
+from tests.serving.test_predictor import tiff
 
 MANY, MUCH = 10, 1_000_000
 
@@ -47,11 +46,8 @@ def test_an_archive_that_cannot_be_opened_is_one_sentence(broken: str) -> None:
 
 
 def test_too_many_slices_are_refused_with_the_way_out() -> None:
-    pages = [Image.fromarray(np.full((64, 64), i, np.uint8)) for i in range(11)]
-    scan = io.BytesIO()
-    pages[0].save(scan, "TIFF", save_all=True, append_images=pages[1:])
     eleven = {str(i): b"x" for i in range(11)}
-    for files in (list(eleven.items()), [("a.zip", zipped(eleven))], [("a.tiff", scan.getvalue())]):
+    for files in (list(eleven.items()), [("a.zip", zipped(eleven))], [("a.tiff", tiff(11))]):
         with pytest.raises(UploadError, match=r"11 slices.*up to 10.*chestct predict"):
             expand(files, MANY, MUCH)
 
