@@ -61,7 +61,8 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     for example in (cfg, *others):
         check_roots(example.data)  # now, not when its job's turn comes
     space = {key: _distribution(override) for key, override in swept.items()}
-    facts = [{key: str(value) for key, value in space.items()}, sorted(fixed), options.seed]
+    alike = sorted(line for line in fixed if not line.startswith("launcher="))  # whoever runs it, it is this sweep
+    facts = [{key: str(value) for key, value in space.items()}, alike, options.seed]
     with sole_writer(folder), open_run(cfg, folder, sweep=True) as run:
         study = _open_study(folder, cfg.trainer.mode, facts, space, grid=not options.trials)
         total = options.trials or len(study.trials)

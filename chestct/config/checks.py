@@ -201,10 +201,16 @@ OTHER_NAMES = {
 """What other projects of the field call a setting."""
 
 
+LAUNCHERS = {"joblib": "'chestct[sweep]'", "submitit_slurm": "'chestct[slurm]'"}
+
+
 def explain(error: Exception) -> str:
     """Hydra's or OmegaConf's message in one or two lines, with the nearest key where one was misspelt."""
     text, cause = str(error), error.__cause__ or error
     first = str(cause).strip().splitlines()[0]
+    if launcher := re.search(r"Could not find 'hydra/launcher/(\w+)'", text):
+        package = LAUNCHERS.get(launcher[1], f"hydra-{launcher[1]}-launcher")
+        return f"The launcher {launcher[1]} is a plugin of Hydra's that is not installed here: pip install {package}"
     if option := re.search(r"Could not find '(\w+)/([^']+)'", text):
         return f"There is no {option[1]}={option[2]}: the options are the files in conf/{option[1]}/, see --help."
     if several := re.search("Ambiguous value for argument '(.*)'", text):

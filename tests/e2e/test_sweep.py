@@ -166,6 +166,7 @@ def test_jobs_run_in_processes_of_their_own(call, tmp_path, monkeypatch, launche
         (("sweep=head", "optim.lrr=interval(1,2)"), "Did you mean optim.lr?"),
         (("optim.lr=interval(1e-4,1e-2)",), "hydra.sweeper.trials=N"),
         (("hydra.sweeper.trials=3",), "Nothing to search"),
+        (("launcher=ray", "optim.lr=1,2"), "pip install hydra-ray-launcher"),
         (("data.root=.,gone", "optim.lr=1,2"), "No folder gone"),
         (("--cfg", "job"), "--multirun"),  # what Hydra itself refuses
     ],
