@@ -31,6 +31,17 @@ ANSWERED = {
 }
 """What needs something that is not here, and a pattern of the sentence that says so, where it ends with one."""
 
+OTHERS = {
+    "aws gcloud az": "an account, and a Docker engine",
+    "docker": "a Docker engine; the job `images` of the workflow",
+    "dvc git": "a repository: test_story, test_dvc",
+    "make pip": "the repository and the network: .ci/run",
+    "curl mlflow hf": "a service, a server or the hub: serving/test_api, test_hub",
+    "sbatch": "SLURM; what it wraps is run",
+    "cd cp export printf .": "the shell's",
+}
+"""The other programs in blocks of commands: what they need, and what runs them."""
+
 ALL = "data=hospitals 'data.sources.phantom={weight: 0.1}' data.size=32 data.phantom.slices=60 data.phantom.size=96"
 """The data that the bundle of runs/all is made with."""
 
@@ -41,6 +52,7 @@ FILLED = {
     r"bundle=FOLDER data=\.\.\. serve": "bundle=runs/quick data=chest_ct data.root=FOLDER serve",
     r"bundle=(FOLDER|\.\.\.)": "bundle=runs/A/bundle",
     r"ckpt=\.\.\.": "ckpt=runs/A",
+    r"ckpt=last (.evaluation.protocol)": r"ckpt=runs/row \1",  # whose head trains in a second
     r"ckpt=last trust": "ckpt=runs/narrow trust",
     r"iq_oth FOLDER": "iq_oth FOLDER --out new",
     r"(predict|embed|packaged data.root=)( ?)FOLDER": r"\1\2FOLDER/valid",  # a second a slice
@@ -73,6 +85,7 @@ EXTRA = {
     r"tracking\.(uri|register)|train.*tracking=dagshub": "tracking=mlflow evaluation.report=true",
     r"^python train\.py data=hospitals experiment=places 'eval": "hydra.run.dir=runs/all evaluation.report=true "
     "'data.sources.phantom={weight: 0.1}'",
+    r"RUN_ID": "data.phantom.slices=60 data.phantom.size=96",
     r"mine\.Narrow": "hydra.run.dir=runs/narrow",
     r"-m .*sweep=": "trainer.max_epochs=1 hydra.sweeper.trials=2",
     r"launcher=joblib": "hydra.sweeper.trials=5",
@@ -90,6 +103,20 @@ QUICK = [
     "evaluation.resamples=100",
     "evaluation.report=false",
 ]
+
+
+def programs() -> set[str]:
+    """The first word of each line of the blocks of commands, and of what stands behind && or a dollar."""
+    found = set()
+    for page in PAGES:
+        text = re.sub(r" *\\\n\s*", " ", page.read_text(encoding="utf-8"))
+        for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.M | re.S):
+            if language in ("", "bash", "console"):
+                lines = [re.sub(r"^\s*(\$ |PYTHONPATH=\. )?", "", line) for line in block.splitlines()]
+                lines = [line for line in lines if f"$ {line}" in block] if language == "console" else lines
+                parts = [part.split() for line in lines for part in re.split(r"\s#|^#", line)[0].split("&&")]
+                found |= {words[0] for words in parts if words}
+    return found
 
 
 def documented() -> list[str]:

@@ -17,7 +17,7 @@ from chestct.config.schema import Config, PhantomConfig, leaves
 from chestct.models.bundle import load_bundle
 from chestct.models.weights import convolutions
 from chestct.phantom.dataset import write as draw
-from tests.e2e.documented import ANSWERED, EXTRA, FILLED, NOT_RUN, PAGES, documented, filled, quick
+from tests.e2e.documented import ANSWERED, EXTRA, FILLED, NOT_RUN, OTHERS, PAGES, documented, filled, programs, quick
 from tests.e2e.loopback import log_in
 from tests.e2e.test_commands import ROOT
 from tests.e2e.test_extend import code
@@ -74,6 +74,11 @@ def test_every_setting_that_is_named_exists():
         for text in re.findall(r"`([^`]+)`", page.read_text(encoding="utf-8")):
             for name in re.findall(r"(?:^| )([a-z_]+\.[a-z_.]+)=", text):
                 assert name in known or f"{name}.".startswith(tables), f"{page.name}: {text}"
+
+
+def test_every_other_program_is_named_with_what_runs_it():
+    ours = {"chestct", "python", "torchrun", "srun"}
+    assert programs() - ours == {name for names in OTHERS for name in names.split()}
 
 
 def test_every_line_of_the_tables_is_that_of_a_command():
