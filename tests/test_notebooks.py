@@ -4,7 +4,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -37,6 +36,8 @@ def test_a_page_shows_what_a_notebook_printed_and_drew():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_on_phantoms(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nbclient import NotebookClient
+
     monkeypatch.delenv("CHESTCT_DATA", raising=False)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     client = NotebookClient(nbformat.read(path, as_version=4), timeout=500, resources={"metadata": {"path": str(ROOT)}})

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from chestct.config.schema import AugmentConfig
 from chestct.models import backends
 from chestct.models.features import Kept, attach, extract, settled, space_folder
 from chestct.program import errors_for_people
@@ -115,15 +116,19 @@ def test_a_cache_that_cannot_be_written_ends_in_one_sentence(net, tmp_path, caps
 
 def test_every_setting_that_changes_features_has_its_own_folder(small):
     cfg = small()
-    changed = ("model.pool=flatten", "data.fit=body", "data.size=96")
-    of_views = ("data.view_seed=1", "data.augment.rotate=3")
-    folders = {space_folder(cfg, "w", view) for view in range(3)} | {space_folder(cfg, "other weights", 0)}
-    folders |= {space_folder(small(words), "w", 0) for words in changed}
-    folders |= {space_folder(small(words), "w", 1) for words in of_views}
+
+    def folder(view, **parts):
+        changed = {name: replace(getattr(cfg, name), **own) for name, own in parts.items()}
+        return space_folder(replace(cfg, **changed), "w", view)
+
+    changed = ({"model": {"pool": "flatten"}}, {"data": {"fit": "body"}}, {"data": {"size": 96}})
+    of_views = ({"data": {"view_seed": 1}}, {"data": {"augment": AugmentConfig(rotate=3)}})
+    folders = {folder(view) for view in range(3)} | {space_folder(cfg, "other weights", 0)}
+    folders |= {folder(0, **parts) for parts in changed} | {folder(1, **parts) for parts in of_views}
     assert len(folders) == 9
-    assert space_folder(small("data.view_seed=1"), "w", 0) == space_folder(cfg, "w", 0)  # the plain view has no seed
-    assert space_folder(small("seed=1"), "w", 1) == space_folder(cfg, "w", 1)  # seeds of training share views
-    assert space_folder(small("optim.lr=1", "model.dropout=0.5"), "w", 1) == space_folder(cfg, "w", 1)
+    assert folder(0, data={"view_seed": 1}) == folder(0)  # the plain view has no seed
+    assert space_folder(replace(cfg, seed=1), "w", 1) == folder(1)  # seeds of training share views
+    assert folder(1, optim={"lr": 1}, model={"dropout": 0.5}) == folder(1)
 
 
 def test_features_of_another_seed_are_those_that_are_there(small):

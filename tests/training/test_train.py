@@ -59,7 +59,8 @@ def test_a_small_learning_rate_learns_too(small, tmp_path):
     assert np.log(2) + 0.01 > losses_seen.iloc[0] > losses_seen.iloc[-1]  # from knowing nothing, not from noise
 
 
-@pytest.mark.parametrize("backend", ["openvino", pytest.param("openvino_int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["openvino", "openvino_int8"])
 def test_evaluation_measures_what_the_backend_of_training_computed(small, tmp_path, monkeypatch, backend):
     needs(backend)
     made = []
@@ -131,7 +132,7 @@ class StopInTheSecond(callbacks.EndWithParent):
         ("model.dropout=0.3",),
         pytest.param(("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle"), marks=pytest.mark.slow),
         pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1"), marks=pytest.mark.slow),
-        ("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"),
+        pytest.param(("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"), marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch, overrides):
