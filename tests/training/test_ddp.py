@@ -15,7 +15,8 @@ from chestct.data.datamodule import Batches
 from chestct.errors import ChestCTError, ConfigError
 from chestct.training import callbacks, train
 from chestct.training.train import environment
-from tests.training.test_train import losses, wait_for_an_epoch
+from tests.training.test_stopped import wait_for_an_epoch
+from tests.training.test_train import losses
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 LONG = ("data.batch_size=8", "optim.lr=0.01", "trainer.max_epochs=4", "trainer.patience=0")

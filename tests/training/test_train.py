@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from chestct.config.compose import CONF
 from chestct.config.schema import ModelConfig
-from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, WeightsError
+from chestct.errors import ChestCTError, ConfigError, DataError, WeightsError
 from chestct.evaluation.evaluate import evaluate
 from chestct.experiment import train_and_report
 from chestct.models import backends
@@ -24,7 +23,7 @@ from chestct.models.weights import load_weights
 from chestct.reporting.text import caveats
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import measure
-from chestct.training import callbacks, train
+from chestct.training import train
 from tests.conftest import SMALL
 from tests.models.test_backends import needs
 
@@ -118,36 +117,6 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_pat
             assert (ours or 0) == pytest.approx(result.metrics[f"{split}/{name}"], abs=1e-6), f"{split}/{name}"
 
 
-class StopInTheSecond(callbacks.EndWithParent):
-    """Ends a run the way a signal does: in the second epoch, after a batch."""
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.current_epoch == 1:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("model.dropout=0.3",),
-        pytest.param(("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle"), marks=pytest.mark.slow),
-        pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1"), marks=pytest.mark.slow),
-        pytest.param(("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"), marks=pytest.mark.slow),
-    ],
-)
-def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch, overrides):
-    overrides = ("trainer.max_epochs=4", "optim.lr=0.01", *overrides)
-    whole = train(small(*overrides), tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "EndWithParent", StopInTheSecond)
-        with pytest.raises(Interrupted, match=r"ckpt=.*last\.ckpt"):
-            train(small(*overrides), tmp_path / "cut")
-    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    resumed = train(small(*overrides, f"ckpt={last}"), tmp_path / "cut")
-    assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-6)
-    assert losses(tmp_path / "cut").to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("block", "first"), [("5", 24), ("3+4", 17)])
 def test_two_stage_training_moves_the_last_block_and_nothing_else(small, tmp_path, block, first):
@@ -222,83 +191,6 @@ def test_trainings_that_start_at_once_have_folders_of_their_own(phantoms, cache,
     started = [subprocess.Popen([sys.executable, str(ROOT / "train.py"), *given], cwd=tmp_path) for _ in range(3)]
     assert [process.wait() for process in started] == [0, 0, 0]
     assert len(list(tmp_path.glob("runs/*/checkpoints/last.ckpt"))) == 3
-
-
-def wait_for_an_epoch(process, folder):
-    """Returns when a run in a folder has its first checkpoint; a training that ended before that fails the test."""
-    deadline = time.monotonic() + 900
-    while not list(folder.glob("**/checkpoints/last.ckpt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no epoch in 15 minutes"
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cache, tmp_path):
-    settings = ("data.size=64", "data.batch_size=8", "tracking=off", "trainer.progress=false", "trainer.patience=0")
-    settings += ("trainer.max_epochs=60", "model.dropout=0.3", f"data.root={phantoms}", f"cache_dir={cache}")
-    whole = train(small(*settings), tmp_path / "whole")
-    run = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={run}", "evaluation.report=false"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, "experiment=head"], cwd=tmp_path, **quiet)
-    wait_for_an_epoch(process, run)
-    process.kill()
-    process.wait()
-    assert len(losses(run)) < 60
-    subprocess.run([*command, f"ckpt={run}"], cwd=tmp_path, check=True, capture_output=True)
-    assert losses(run).to_numpy() == pytest.approx(losses(whole.folder).to_numpy(), abs=1e-6)
-    first, second = (torch.load(f / "checkpoints" / "best.ckpt", weights_only=True) for f in (run, whole.folder))
-    assert first["epoch"] == second["epoch"]
-
-
-@pytest.mark.slow
-def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    settings = ["data.size=64", "trainer.progress=false", "trainer.patience=0", f"data.root={phantoms}"]
-    settings += [f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", f"tracking.uri={uri}"]
-    command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.max_epochs=4000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_an_epoch(process, tmp_path / "runs")
-    process.terminate()
-    _, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    assert "ckpt=" in errors
-    (run,) = (tmp_path / "runs").iterdir()
-    done = len(pd.read_csv(run / "history.csv"))
-    # Whichever of its checkpoints is named, no epoch is thrown away.
-    best = f"ckpt={run}/checkpoints/best.ckpt"
-    again = [sys.executable, str(ROOT / "train.py"), best, *settings, f"trainer.max_epochs={done + 2}"]
-    finished = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
-    assert len(pd.read_csv(run / "history.csv")) == done + 2
-    from mlflow import MlflowClient
-
-    client = MlflowClient(uri)
-    (recorded,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
-    assert recorded.info.status == "FINISHED"
-    assert (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
-
-
-def epoch_in(path):
-    return torch.load(path, weights_only=True)["epoch"]
-
-
-def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_after_it(small, tmp_path):
-    diverging = ("optim.lr=1000", "trainer.patience=0")  # the first epochs are the best
-    result = train(small(*diverging, "trainer.max_epochs=4"), tmp_path / "run")
-    before = losses(tmp_path / "run")["valid/loss"]
-    assert before.idxmin() == epoch_in(result.best) < 3
-    assert epoch_in(result.last) == 3
-    (tmp_path / "run").rename(tmp_path / "moved")
-    last = tmp_path / "moved" / "checkpoints" / "last.ckpt"
-    longer = train(small(*diverging, "trainer.max_epochs=6", f"ckpt={last}"), tmp_path / "moved")
-    assert losses(tmp_path / "moved")["valid/loss"].iloc[:4].equals(before)  # nothing is trained again
-    assert epoch_in(longer.last) == 5
-    assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(longer.best)
-    assert longer.best.parent == last.parent
 
 
 def test_other_data_an_unwritable_folder_and_a_damaged_checkpoint_are_refused(small, tmp_path):
