@@ -138,6 +138,11 @@ class DataConfig:
     phantom: PhantomConfig = field(default_factory=PhantomConfig)
     audit: AuditConfig = field(default_factory=AuditConfig)
 
+    @property
+    def looks(self) -> int:
+        """Of how many looks at a slice one shows it as it is: next to drawn lesions of three, with more views, too."""
+        return 1 + (min(self.views, 2) if self.lesions else self.views)
+
 
 @dataclass
 class ModelConfig:

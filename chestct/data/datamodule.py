@@ -59,7 +59,7 @@ class SliceDataset(Dataset):
         self.changes = ~(self.y.numpy() > 0) if train and cfg.data.lesions else np.ones(len(y), bool)
         # Whether a batch has all that `finish` makes `x` of on the device, and whether that has the slices already.
         self.deferred = self.resident = False
-        drawn = cfg.data.lesions * cfg.data.views / (cfg.data.views + 1) if train and cfg.task == "binary" else 0.0
+        drawn = cfg.data.lesions * (1 - 1 / cfg.data.looks) if train and cfg.task == "binary" else 0.0
         weights = {name: source.weight for name, source in cfg.data.sources.items()}
         self.w = torch.from_numpy(balanced_weights(manifest, y, drawn, weights)) if cfg.data.balance else None
 
@@ -164,9 +164,9 @@ def views_of(cfg: Config, epoch: int, positions: np.ndarray) -> np.ndarray:
     Frozen training cycles through its views, mixed in every epoch: drawn lesions show cancer more often, and a head
     would swing with them. Fine-tuning sees none twice, but slices as they are, in their turn, beside drawn lesions.
     """
-    turn = (epoch + positions) % (cfg.data.views + 1)
+    cycle, turn = divmod(epoch + positions, cfg.data.looks)
     if cfg.frozen_at(epoch):
-        return turn
+        return np.where(turn > 0, 1 + (cycle * (cfg.data.looks - 1) + turn - 1) % max(1, cfg.data.views), 0)
     return np.where((turn > 0) | (not cfg.data.lesions), epoch + 1 if cfg.data.views else 0, 0)
 
 

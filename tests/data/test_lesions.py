@@ -183,6 +183,9 @@ def test_an_epoch_mixes_views_and_a_cycle_shows_each_slice_once_in_each(small):
     seen = np.stack([views_of(small("data.views=2"), epoch, positions) for epoch in range(3)])
     assert {*seen[0]} == {0, 1, 2}
     assert (np.sort(seen, axis=0) == np.arange(3)[:, None]).all()
+    many = np.stack([views_of(small("data.views=8", "data.lesions=0.5"), epoch, positions) for epoch in range(12)])
+    assert ((many == 0).sum(0) == 4).all()  # a third as they are, however many are drawn
+    assert (np.sort(many, axis=0)[4:] == np.arange(1, 9)[:, None]).all()
     tuned = [views_of(small("model.freeze=false", "data.views=2"), epoch, positions) for epoch in range(3)]
     assert [{*views} for views in tuned] == [{1}, {2}, {3}]  # never one twice
     drawn = [views_of(small("model.freeze=false", "data.views=2", "data.lesions=0.5"), e, positions) for e in range(3)]
