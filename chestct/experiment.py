@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config.compose import PIPELINE, merge_settings
+from chestct.config.compose import PIPELINE, left_behind, merge_settings
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
@@ -252,6 +252,14 @@ def from_checkpoint(cfg: Config, best: bool = True) -> Config:
     stored = read_checkpoint(path)["hyper_parameters"]["settings"]
     check_trusted(stored, str(path), cfg.trust)
     overrides = list(HydraConfig.get().overrides.task)
+    again = not best or cfg.evaluation.policies or cfg.evaluation.protocol
+    groups = [name for name in ("callbacks", "trainer.args", *([] if best else ["loggers"])) if again]
+    unsaid = [name for name in groups if not any(override.startswith(f"{name}=") for override in overrides)]
+    if lacking := left_behind(stored, unsaid, cfg):
+        raise ConfigError(
+            f"{path} was trained with parts that no file may choose. Say them again: {' '.join(lacking)}; or leave "
+            f"them out knowingly: {' '.join(f'{name}={{}}' for name in unsaid)}"
+        )
     if HydraConfig.get().job.config_name == PIPELINE:  # params.yaml decides how the pipeline evaluates
         overrides.append("evaluation=params")
     return dataclasses.replace(merge_settings(cfg, overrides, stored), ckpt=str(path))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shlex
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ HERE += ["trainer.num_nodes", "trainer.progress", "trainer.args", "tracking"]
 """Settings that describe this machine, never taken from a file that may come from elsewhere.
 
 Callbacks, loggers and arguments of the Trainer's, such as default_root_dir or a profiler, write where they like."""
+
+ABOUT_THE_MACHINE = ("trainer.args.benchmark", "trainer.args.profiler")
+"""Arguments of the Trainer's, in files of conf/, that change nothing of what is trained."""
 
 MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "compile", "deterministic")
 """What the files of conf/trainer set."""
@@ -103,6 +108,31 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
         for part in [f"{key}.{name}" for name in names] if names else [key]:
             OmegaConf.update(merged, part, OmegaConf.select(source, part), merge=False, force_add=True)
     return resolve(merged)
+
+
+def left_behind(stored: dict[str, Any], groups: Sequence[str], cfg: Config | None = None) -> list[str]:
+    """What a command must say again, ready to paste, to train as a run did: of these groups, the parts that no file
+    decides (HERE).
+
+    stored: settings as plain containers; groups: such as `callbacks`; cfg: has what the command said already.
+    """
+    ours, theirs = OmegaConf.structured(cfg or Config()), OmegaConf.create(stored)
+    lacking: list[str] = []
+    for group in groups:
+        parts: Any = OmegaConf.to_container(OmegaConf.select(theirs, group) or OmegaConf.create())
+        for name, value in parts.items():
+            if name not in OmegaConf.select(ours, group) and f"{group}.{name}" not in ABOUT_THE_MACHINE:
+                lacking += map(shlex.quote, _overrides(f"{group}.{name}", value))
+    return lacking
+
+
+def _overrides(key: str, value: Any) -> Iterator[str]:
+    """The overrides that give a value, of whatever kind, to a key of an open table."""
+    if isinstance(value, dict) and value:
+        for name, part in value.items():
+            yield from _overrides(f"{key}.{name}", part)
+    else:
+        yield readable(f"{key}={value}").lstrip("+") if isinstance(value, str) else f"{key}={json.dumps(value)}"
 
 
 def help_text(usage: str) -> str:

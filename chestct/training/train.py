@@ -29,6 +29,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from chestct.config.compose import left_behind
 from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
@@ -110,7 +111,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
     phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
-    with _ended_in_order(trainer, out):
+    with _ended_in_order(trainer, out, cfg):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices
     if not cfg.always_frozen:
@@ -188,13 +189,14 @@ def environment(strategy: str) -> ClusterEnvironment:
 
 
 @contextmanager
-def _ended_in_order(trainer: L.Trainer, out: Path) -> Iterator[None]:
+def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None]:
     """Says what is left of a training that was stopped, or that one of its processes left, and ends the others.
 
     Raises Interrupted after Ctrl-C and SIGTERM, on which Lightning exits; ChestCTError where a process died.
     """
     last = out / "checkpoints" / "last.ckpt"
-    resume = f"Go on with: python train.py ckpt={last}"
+    parts = left_behind(dataclasses.asdict(cfg), ("callbacks", "trainer.args", "loggers"))
+    resume = " ".join([f"Go on with: python train.py ckpt={last}", *parts])
     try:
         yield
     except (Interrupted, KeyboardInterrupt, SystemExit):

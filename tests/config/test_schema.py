@@ -1,9 +1,10 @@
 import dataclasses
+import shlex
 
 import pytest
 
 from chestct.config.checks import OTHER_NAMES, resolve, suggest
-from chestct.config.compose import CONF, compose, derived_files, merge_settings
+from chestct.config.compose import CONF, compose, derived_files, left_behind, merge_settings
 from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, leaves
 from chestct.errors import ConfigError
 
@@ -160,6 +161,17 @@ def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine()
     assert cfg.trainer.accelerator == "auto"
     assert cfg.trainer.args == {}
     assert merge_settings(compose("trainer.args.a=1"), ["trainer.args.a=1"], stored).trainer.args == {"a": 1}
+
+
+def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():
+    given = ("callbacks.a={_target_: mine.A, words: [x, 2], path: 'a (1),b', deep: {on: true}}", "trainer.args.b=0.5")
+    cfg = compose(*given, "trainer=gpu")
+    assert cfg.trainer.args["benchmark"]  # which trainer=gpu says, and nothing that is trained hangs on
+    groups = ("callbacks", "trainer.args")
+    again = left_behind(dataclasses.asdict(cfg), groups)
+    pasted = compose(*shlex.split(" ".join(again)))
+    assert (pasted.callbacks, pasted.trainer.args) == (cfg.callbacks, {"b": 0.5})
+    assert left_behind(dataclasses.asdict(cfg), groups, pasted) == []
 
 
 @pytest.mark.parametrize("value", ["a b", "a=b", "a,b", "runs (1)/x", "it's", "健康", "back\\slash", "'quoted, (1)'"])

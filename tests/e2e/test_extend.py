@@ -69,6 +69,12 @@ def test_fine_tuning_keeps_averaged_weights(run, tmp_path):
     saved = last(tmp_path)
     for part in ("net.head.2.weight", "net.features.28.weight"):
         assert not torch.equal(saved["state_dict"][part], saved["current_model_state"][part])
+    for refused in (run("ckpt=last", code=2), run.evaluate("ckpt=last", "evaluation.policies=true", code=2)):
+        pasted = re.search(r"Say them again: (\S+);", refused)[1]
+        assert pasted == averaged[1]
+    run("ckpt=last", pasted, "trainer.max_epochs=3")
+    assert last(tmp_path)["epoch"] == 2
+    assert "current_model_state" in last(tmp_path)
 
 
 @pytest.mark.slow
