@@ -1,5 +1,6 @@
 """What several test folders share: small phantoms on disk, and settings that make a run take a second."""
 
+import contextlib
 import copy
 import functools
 import logging
@@ -20,6 +21,13 @@ from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# Whoever imports absl (mlcroissant; OpenVINO's converter, where absl is installed) gives logging a handler that closes
+# the stream it found, pytest's own, as soon as Hydra sets up logging anew in the same process.
+with contextlib.suppress(ImportError):
+    import absl.logging
+
+    absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 """Real slices, where the machine has them (see README, "Data")."""
