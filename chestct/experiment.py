@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config.compose import PIPELINE, left_behind, merge_settings
+from chestct.config.compose import PARTS, PIPELINE, left_behind, merge_settings
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
@@ -252,8 +252,9 @@ def from_checkpoint(cfg: Config, best: bool = True) -> Config:
     stored = read_checkpoint(path)["hyper_parameters"]["settings"]
     check_trusted(stored, str(path), cfg.trust)
     overrides = list(HydraConfig.get().overrides.task)
-    again = not best or cfg.evaluation.policies or cfg.evaluation.protocol
-    groups = [name for name in ("callbacks", "trainer.args", *([] if best else ["loggers"])) if again]
+    groups = PARTS if not best else []
+    if best and (cfg.evaluation.policies or cfg.evaluation.protocol):
+        groups = PARTS[:-1]  # heads that are trained anew have no logger
     unsaid = [name for name in groups if not any(override.startswith(f"{name}=") for override in overrides)]
     if lacking := left_behind(stored, unsaid, cfg):
         raise ConfigError(

@@ -23,9 +23,11 @@ DEFAULTS = CONF / "defaults.yaml"
 HEAD = "# Every setting, its value where no file of a group sets another, and its meaning. Made by `make params`.\n"
 
 PIPELINE = "params"  # name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes
-HERE = ["ckpt", "cache_dir", "runs_dir", "bundle", "format", "compare", "callbacks", "loggers", "trust", "seeds"]
+PARTS = ["callbacks", "trainer.args", "loggers"]
+"""Groups of HERE that take part in a training; what it logs to goes last."""
+HERE = [*PARTS, "ckpt", "cache_dir", "runs_dir", "bundle", "format", "compare", "trust", "seeds"]
 HERE += ["serve", "monitor", "data.store", "data.workers", "trainer.strategy", "trainer.accelerator", "trainer.devices"]
-HERE += ["trainer.num_nodes", "trainer.progress", "trainer.args", "tracking"]
+HERE += ["trainer.num_nodes", "trainer.progress", "tracking"]
 """Settings that describe this machine, never taken from a file that may come from elsewhere.
 
 Callbacks, loggers and arguments of the Trainer's, such as default_root_dir or a profiler, write where they like."""

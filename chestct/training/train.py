@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from chestct.config.compose import left_behind
+from chestct.config.compose import PARTS, left_behind
 from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
@@ -195,7 +195,7 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     Raises Interrupted after Ctrl-C and SIGTERM, on which Lightning exits; ChestCTError where a process died.
     """
     last = out / "checkpoints" / "last.ckpt"
-    parts = left_behind(dataclasses.asdict(cfg), ("callbacks", "trainer.args", "loggers"))
+    parts = left_behind(dataclasses.asdict(cfg), PARTS)
     resume = " ".join([f"Go on with: python train.py ckpt={last}", *parts])
     try:
         yield
