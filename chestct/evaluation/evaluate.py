@@ -7,6 +7,7 @@ measured.
 
 import dataclasses
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -266,10 +267,11 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
 
 
 def made() -> dict[str, Any]:
-    """How the numbers came about: command (without its place on this machine), time, versions."""
+    """How the numbers came about: command, time, versions. It goes into cards that others read: no folders of here."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "chestct")
+    arguments = [re.sub(r"(?<![\w./:~])/(?:[^,\]}'\"/]+/)+", ".../", argument) for argument in sys.argv[1:]]
     return {
-        "command": " ".join(["python" if program.endswith(".py") else "", program, *sys.argv[1:]]).strip(),
+        "command": " ".join(["python" if program.endswith(".py") else "", program, *arguments]).strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chestct": __version__,
         "python": platform.python_version(),

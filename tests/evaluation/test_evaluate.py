@@ -8,7 +8,7 @@ import torch
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import Evaluation, evaluate
+from chestct.evaluation.evaluate import Evaluation, evaluate, made
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
@@ -90,3 +90,10 @@ def test_subtypes_are_measured_by_class_and_as_cancer(small, tmp_path) -> None:
     assert evaluation.metrics["test"]["cancer/auroc"].value is not None
     probabilities = evaluation.table[[f"probability_{name}" for name in classes_of("subtype")]]
     assert probabilities.sum(axis=1).to_numpy() == pytest.approx(np.ones(len(evaluation.table)))
+
+
+def test_the_command_of_a_card_names_no_folders_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["ckpt=runs/a/best.ckpt", "data.root=/home/jane doe/clinic", "compare=[/data/x/a,/b]", "bundle=models:/l@c"]
+    monkeypatch.setattr("sys.argv", ["/opt/env/bin/evaluate.py", *given, "tracking.uri=https://hub.example/u/r.mlflow"])
+    said = "ckpt=runs/a/best.ckpt data.root=.../clinic compare=[.../a,/b] bundle=models:/l@c"
+    assert made()["command"] == f"python evaluate.py {said} tracking.uri=https://hub.example/u/r.mlflow"
