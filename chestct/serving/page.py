@@ -71,7 +71,7 @@ CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 GREY = jpeg_uri(Image.new("L", (1, 1), 128))
 
 START = """## Drop a slice, or try an example
-1. **Give it** one or more axial chest CT slices: PNG, JPEG, TIFF or DICOM, or a zip of them.
+1. **Give it** one or more axial chest CT slices: PNG, JPEG, TIFF or DICOM, or a zip of them, which may be a whole scan.
 2. **Read** the decision, the score, and what both are worth.
 3. **Look** at where the model looked, and at when not to trust it.
 
