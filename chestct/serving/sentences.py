@@ -43,6 +43,11 @@ def percent(share: float) -> str:
     return "over 99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
+def of_100(share: float, digits: int = 0) -> str:
+    """A score for people, 1 to 99, as the bars of the page show it: no model is certain."""
+    return f"{min(99.0, max(1.0, 100 * share)):.{digits}f}"
+
+
 def verdict(prediction: Prediction, bundle: Bundle) -> str:
     """What stands below the headline: score and threshold, or the reason of another decision; what both are worth."""
     if prediction.decision == "refused":
@@ -51,7 +56,8 @@ def verdict(prediction: Prediction, bundle: Bundle) -> str:
     lines = [plain(prediction.reason)]
     if prediction.decision != "uncertain":
         side = "at or above" if prediction.decision == "cancer" else "below"
-        score, threshold = (f"{100 * share:.0f}" for share in (prediction.score, point.threshold))
+        digits = 2 if of_100(prediction.score) == of_100(point.threshold) else 0  # 56, below the threshold of 56?
+        score, threshold = (of_100(share, digits) for share in (prediction.score, point.threshold))
         lines = [f"The score is **{score}** of 100, {side} the threshold of {threshold}."]
     if bundle.elsewhere:
         lines.append(bundle.elsewhere)
@@ -72,7 +78,7 @@ def explanation(prediction: Prediction, bundle: Bundle) -> str:
         return (
             "**This score means nothing reliable.** The model gives a number for any picture, a photograph of a cat "
             "included. This image was refused because it is not what the model was made for.\n\n"
-            f"Score: {100 * prediction.score:.0f} of 100. Distance to the training slices: {distance}."
+            f"Score: {of_100(prediction.score)} of 100. Distance to the training slices: {distance}."
         )
     coverage = f"{100 * bundle.point.coverage:.0f} %"
     lines = {"The score": "It ranks slices. How probable cancer is at a given score differs between hospitals."}

@@ -48,6 +48,9 @@ def test_the_verdict_names_score_and_threshold_and_what_is_known_of_them_and_no_
         assert "robability" not in shown
     text = sentences.verdict(answer(0.12, "normal"), bundle())  # without counts nothing is made up
     assert text == "The score is **12** of 100, below the threshold of 41."
+    assert "**99** of 100" in sentences.verdict(answer(0.9999, "cancer"), bundle())  # as the bar shows it
+    close = sentences.verdict(answer(bundle().point.threshold - 0.001, "normal"), bundle())
+    assert close == "The score is **40.90** of 100, below the threshold of 41.00."
     assert sentences.verdict(answer(0.5, "refused", "It is a cat."), made) == r"It is a cat\."
     known = dataclasses.replace(answer(0.9, "cancer"), known=True)
     assert "used to train" in sentences.verdict(known, bundle())
