@@ -28,7 +28,7 @@ from chestct.serving.prediction import jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.reading import Files, Reading, expand, read, scan_of, take
 from chestct.serving.scan import in_order
-from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, card_body, caveats, plain
+from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, capped, card_body, caveats, plain
 
 SESSIONS = 64
 """Visitors whose last answer is kept at once; the one who has been away longest starts anew."""
@@ -167,8 +167,7 @@ def make_page(
         title = "Show the score anyway" if reading.decision == "refused" else "Why this answer"
         tone = f"color-mix(in srgb, {TONES.get(reading.decision, '#64748b')} 18%, transparent)"
         shares = {"Score": reading.score, "Threshold": reading.threshold}
-        # gr.Label rounds to whole percents: never to 0 or 100
-        bars = [{"label": name, "confidence": min(0.99, max(0.01, share))} for name, share in shares.items()]
+        bars = [{"label": name, "confidence": capped(share)} for name, share in shares.items()]
         return {
             result: gr.update(visible=True),
             headline: gr.update(value={"label": HEADLINES[reading.decision]}, color=tone),

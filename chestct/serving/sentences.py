@@ -43,9 +43,13 @@ def percent(share: float) -> str:
     return "over 99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
+def capped(share: float) -> float:
+    """A score for people, in words and as a bar: never 0 or 1, since no model is certain."""
+    return min(0.99, max(0.01, share))
+
+
 def of_100(share: float, digits: int = 0) -> str:
-    """A score for people, 1 to 99, as the bars of the page show it: no model is certain."""
-    return f"{min(99.0, max(1.0, 100 * share)):.{digits}f}"
+    return f"{100 * capped(share):.{digits}f}"
 
 
 def verdict(prediction: Prediction, bundle: Bundle) -> str:
