@@ -99,8 +99,8 @@ def balanced_weights(
     total = cells.assign(weight=weight).groupby(["source", "target"])["weight"].transform("sum").to_numpy()
     normal = cells["group"].where(cells["target"] == 0).groupby(cells["source"]).transform("nunique")
     weight *= normal.clip(lower=1).to_numpy() ** 0.25 / total
-    weight *= len(cells) / weight.sum()
     weight *= manifest["source"].map(sources or {}).fillna(1).to_numpy(float)
+    weight *= len(cells) / weight.sum()
     return np.where(target > 0, (1 - 2 * drawn) * weight, weight).astype(np.float32)
 
 
