@@ -96,8 +96,9 @@ def anew(cfg: Config, **data: object) -> Config:
     """The settings for another training, with changes to cfg.data."""
     quiet = dataclasses.replace(cfg.trainer, progress=False)
     changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
-    # A job of a search looks at validation alone, and the settings of its checkpoint say so.
-    evaluation = dataclasses.replace(cfg.evaluation, report=True)
+    # A job of a search looks at validation alone, and its checkpoint's settings say so; nor is another training to ask
+    # for the trainings that it is one of, when it is evaluated.
+    evaluation = dataclasses.replace(cfg.evaluation, report=True, policies=False, protocol=[])
     return dataclasses.replace(cfg, ckpt=None, trainer=quiet, data=changed, evaluation=evaluation)
 
 

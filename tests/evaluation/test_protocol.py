@@ -43,6 +43,7 @@ class Trainings:
     learned: dict[str, set[str]] = field(default_factory=dict)
 
     def __call__(self, name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
+        assert not cfg.evaluation.protocol, "evaluated, this checkpoint would train all of them again"
         result = train(cfg, self.out / name, data=data)
         self.predictions[name] = result.predictions
         self.learned[name] = set(data.manifest["source"][data.manifest["split"] != "test"])
