@@ -103,7 +103,7 @@ class Bench:
         self.root = (given.data or scratch / "phantoms").resolve()
         self.settings = ("data=chest_ct", "data.split=official", "data.allow_leakage=true") if given.data else ()
         if not given.data:
-            write(self.root, PhantomConfig(slices=200))
+            write(self.root, PhantomConfig(slices=40 * self.turns))
         train, valid, test = (sorted((self.root / split).glob("*/*")) for split in ("train", "valid", "test"))
         self.learnt, self.slices = len(train + valid), [*test, *train, *valid][: 40 * self.turns]
         verified = ("torch", *load_bundle(self.bundle).facts.get("backends", ()))
