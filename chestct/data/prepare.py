@@ -154,7 +154,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 raise DataError(f"None of the {len(files)} files can be read; {why}")
             manifest = pd.DataFrame(table)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
-            copies = find_pairs(thumbs[manifest["row"]], manifest["content"].tolist())
+            copies = find_pairs(thumbs[manifest["row"]], *(manifest[name].tolist() for name in ("content", "source")))
             units = join(manifest, copies, named, ordered)
             # Bytes that lack a decoder are tried again: it may have been installed.
             lacking = any(key in hashes for key, fact in facts.items() if not fact.get("lasting", True))

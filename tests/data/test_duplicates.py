@@ -11,6 +11,7 @@ from chestct.data import duplicates
 from chestct.data.duplicates import group, link
 from chestct.imaging.preprocess import thumbnail
 from chestct.phantom.thorax import display, draw
+from tests.conftest import real
 from tests.data.changes import CHANGES
 
 SIDE = 112
@@ -145,6 +146,37 @@ def test_more_copies_than_a_list_of_candidates_holds_are_one_group(monkeypatch: 
     pairs = find_pairs(images, [digest(image) for image in images])
     assert group(len(images), pairs).tolist() == [0] * 100 + list(range(1, 20))
     assert len(pairs) < 100 * 2 * duplicates.ROUNDS  # not all with all, which would be 4,950
+
+
+def test_a_near_copy_is_compared_though_a_dozen_other_slices_look_more_alike() -> None:
+    """As happens among neighbouring slices of many patients, whose coarse features differ less than their detail."""
+    likeness = np.linspace(1, 0.5, 14)  # of the first slice to each, by the descriptor; the last is its near-copy
+    code = np.zeros((14, 14), np.float32)
+    code[:, 0], code[range(14), range(14)] = likeness, np.maximum(np.sqrt(1 - likeness**2), likeness * (likeness == 1))
+    assert 13 in duplicates._candidates(code, np.arange(14))  # first * 14 + last
+
+
+@pytest.mark.slow
+def test_beside_another_source_all_is_found_that_comparing_all_with_all_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = {}
+    for name in ("chest-ct", "iq-oth-nccd"):
+        images = (np.asarray(Image.open(path).convert("L")) for path in sorted(real(name).rglob("*.[jp][pn]g")))
+        sources |= {digest(image): (name, thumbnail(image)) for image in images}
+    content, source, thumbs = [*sources], *zip(*sources.values(), strict=True)
+    found = group(len(content), duplicates.find_pairs(np.stack(thumbs), content, source))
+    own = source.count("chest-ct")
+    monkeypatch.setattr(duplicates, "NEIGHBOURS", own)
+    every = duplicates.find_pairs(np.stack(thumbs[:own]), content[:own])
+    assert (found[every["a"]] == found[every["b"]]).all()
+
+
+def test_pairs_are_sought_in_each_source_and_between_sources() -> None:
+    moved = [np.roll(blob(i), 3, axis=1) for i in (0, 1)]
+    images = [*map(blob, range(8)), *moved]
+    thumbs, content = np.stack([thumbnail(image) for image in images]), [digest(image) for image in images]
+    pairs = duplicates.find_pairs(thumbs, content, [*"aaaabbbb", "a", "b"])
+    assert pair_set(pairs, "near") == {(0, 8), (1, 9)}
+    assert len(pairs) == 2
 
 
 def test_an_empty_key_links_nothing_and_groups_are_numbered_by_their_first_member() -> None:
