@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def _resumed_folder(given: dict[str, str]) -> Path | None:
     """Where a resumed run began, and goes on."""
     ckpt = given.get("ckpt", "null")
-    path = None if ckpt == "null" else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
+    path = None if ckpt in ("null", "") else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
     return path.parent.parent if path and path.parent.name == "checkpoints" else None
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from chestct.config.compose import compose
-from chestct.config.schema import Config, PhantomConfig, leaves
+from chestct.config.fields import leaves
+from chestct.config.schema import Config, PhantomConfig
 from chestct.models.bundle import load_bundle
 from chestct.models.weights import convolutions
 from chestct.phantom.dataset import write as draw
