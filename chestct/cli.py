@@ -247,13 +247,14 @@ def drift() -> None:
     """
     parser = _parser(drift)
     parser.add_argument("command", choices=["report"])
-    parser.add_argument("--bundle", default="packaged", help="bundle folder (packaged)")
+    parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
     parser.add_argument("--db", type=_path, default=Path("monitor.sqlite"), help="records (monitor.sqlite)")
     parser.add_argument("--days", type=float, help="only the last so many days")
     given = parser.parse_args()
     from chestct.reporting.drift_report import report
+    from chestct.serving.model import bundle_folder
 
-    sys.exit(report(given.db, given.bundle, given.days))
+    sys.exit(report(given.db, bundle_folder(given.bundle), given.days))
 
 
 def _log_messages() -> None:

@@ -143,7 +143,8 @@ def evaluate(cfg: Config, out: Path) -> None:
     from chestct.evaluation.external import evaluate_bundle
     from chestct.reporting.render import flat, write
     from chestct.reporting.text import summary
-    from chestct.tracking import fetch_bundle, run_of
+    from chestct.serving.model import bundle_folder
+    from chestct.tracking import run_of
 
     if cfg.compare:
         print(compare_runs(cfg, out))
@@ -153,7 +154,7 @@ def evaluate(cfg: Config, out: Path) -> None:
             raise ConfigError(
                 "evaluation.protocol and .policies train heads anew, which takes a run: give ckpt=, not bundle=."
             )
-        evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
+        evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=bundle_folder(cfg.bundle, cfg)))
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
         evaluation = _evaluate_checkpoint(cfg, out)
@@ -207,8 +208,14 @@ def export(cfg: Config, out: Path) -> None:
     from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
+    from chestct.serving.model import ELSEWHERE
     from chestct.tracking import run_of
 
+    if cfg.bundle and cfg.bundle.startswith(ELSEWHERE):
+        raise ConfigError(
+            f"bundle={cfg.bundle}: an export goes into a folder. Give one with bundle=FOLDER; from there it goes to "
+            "the hub with chestct push FOLDER USER/NAME, and to MLflow with tracking.register=NAME."
+        )
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
         folder = PACKAGED_BUNDLE if cfg.bundle == "packaged" else Path(cfg.bundle)
         bundle = load_bundle(folder)
