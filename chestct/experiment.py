@@ -131,11 +131,11 @@ def evaluate(cfg: Config, out: Path) -> None:
 
       python evaluate.py ckpt=last                                 the newest run
       python evaluate.py ckpt=runs/RUN                             any run
-      python evaluate.py ckpt=last evaluation.policies=true evaluation.protocol=[within]    other splits, five folds
-      python evaluate.py ckpt=last evaluation.protocol=[loso,matrix,within,probe] seeds=3    across hospitals
+      python evaluate.py ckpt=last evaluation.policies=true 'evaluation.protocol=[within]'    other splits, five folds
+      python evaluate.py ckpt=last 'evaluation.protocol=[loso,matrix,within,probe]' seeds=3    across hospitals
       python evaluate.py ckpt=last evaluation.phantoms=100         heat maps held against known lesions
       python evaluate.py bundle=FOLDER data.root=FOLDER            a bundle on slices that it never saw
-      python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
+      python evaluate.py 'compare=[runs/A,runs/B]'                 two models, slice by slice
 
     Settings that are not given come from the checkpoint.
     """
