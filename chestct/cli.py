@@ -9,6 +9,8 @@ import logging
 import re
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from chestct.config.schema import Config
@@ -40,16 +42,13 @@ def serve(cfg: Config, out: Path) -> None:
 
         return bundle_folder(cfg.bundle or "packaged", cfg)
 
-    monitor = None
-    if cfg.monitor.enabled:
-        from chestct.serving.monitor import Monitor
+    with ExitStack() as stack:
+        record = None
+        if cfg.monitor.enabled:
+            from chestct.serving.monitor import Monitor
 
-        monitor = Monitor(cfg.monitor.path, cfg.monitor.keep_days)
-    try:
-        serve(cfg, locate, monitor.record if monitor else None)
-    finally:
-        if monitor:
-            monitor.close()
+            record = stack.enter_context(closing(Monitor(cfg.monitor.path, cfg.monitor.keep_days))).record
+        serve(cfg, locate, record)
 
 
 @program("stage")
@@ -103,11 +102,11 @@ def predict() -> None:
 
     Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
     """
-    parser = _parser("predict", predict.__doc__)
-    parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, and folders to look through")
+    parser = _parser(predict)
+    parser.add_argument("sources", nargs="+", type=_path, metavar="PATH", help="files, and folders to look through")
     parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
-    parser.add_argument("--out", type=Path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
-    parser.add_argument("--viewer", type=Path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
+    parser.add_argument("--out", type=_path, default=Path("scores.csv"), metavar="CSV", help="the table (scores.csv)")
+    parser.add_argument("--viewer", type=_path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="and where (auto)")
     given = parser.parse_args()
@@ -128,10 +127,11 @@ def predict() -> None:
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
-    scans = scans_in(rows)
-    if summary := describe_scans(scans):
-        text = json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n"
-        print(f"{summary}\nAll of them: {write_atomic(given.out.with_suffix('.scans.json'), text)}")
+    listed = given.out.with_suffix(".scans.json")
+    listed.unlink(missing_ok=True)  # it may be of other files
+    if scans := scans_in(rows):
+        write_atomic(listed, json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n")
+        print(f"{describe_scans(scans)}\nAll of them: {listed}")
     if given.viewer:
         from chestct.serving.viewer import export
 
@@ -147,13 +147,13 @@ def embed() -> None:
 
     Exit status: 0 every file embedded, 1 some files unreadable, 2 nothing written.
     """
-    parser = _parser("embed", embed.__doc__)
-    parser.add_argument("sources", nargs="+", type=Path, metavar="PATH", help="files, folders and zip archives")
+    parser = _parser(embed)
+    parser.add_argument("sources", nargs="+", type=_path, metavar="PATH", help="files, folders and zip archives")
     parser.add_argument("--bundle", default="packaged", help="whose preprocessing and convolutions are used (packaged)")
     parser.add_argument("--block", default="", help="of VGG16: 3, 4, 5, or several joined as in 3+4 (the bundle's own)")
     parser.add_argument("--pool", default="mean", choices=["mean", "max", "mean+max"], help="over the map (mean)")
     parser.add_argument(
-        "--out", type=Path, default=Path("features.parquet"), metavar="PARQUET", help="(features.parquet)"
+        "--out", type=_path, default=Path("features.parquet"), metavar="PARQUET", help="(features.parquet)"
     )
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="what computes (auto)")
     given = parser.parse_args()
@@ -162,6 +162,7 @@ def embed() -> None:
     if given.block and not re.fullmatch(BLOCKS, given.block):
         raise ConfigError(f"--block {given.block}: give 3, 4 or 5, or several joined as in 3+4.")
     from chestct.serving.batch import find_files
+    from chestct.serving.embed import SHOWN
     from chestct.serving.embed import embed as write
     from chestct.serving.model import bundle_folder
 
@@ -169,8 +170,8 @@ def embed() -> None:
     files, _ = find_files(given.sources, given.out)
     unread = write(files, given.out, bundle_folder(given.bundle), given.block, given.pool, given.accelerator)
     print(f"Features of {len(files) - len(unread):,} of {len(files):,} files: {given.out}")
-    print("\n".join(f"Not read: {reason}" for reason in unread[:10]), file=sys.stderr, end="\n" if unread else "")
-    sys.exit(2 if len(unread) == len(files) else min(len(unread), 1))
+    print("\n".join(f"Not read: {reason}" for reason in unread[:SHOWN]), file=sys.stderr, end="\n" if unread else "")
+    sys.exit(min(len(unread), 1))
 
 
 def data() -> None:
@@ -181,11 +182,11 @@ def data() -> None:
     chestct data fetch chest_ct FOLDER       checks FOLDER, and copies it to where data=hospitals looks for it
     chestct data fetch chest_ct FOLDER --out data    or to where data=chest_ct does, and data.dvc
     """
-    parser = _parser("data", data.__doc__)
+    parser = _parser(data)
     parser.add_argument("command", choices=["fetch"])
     parser.add_argument("name", nargs="?", help="which collection")
-    parser.add_argument("folder", nargs="?", type=Path, help="where you unzipped it")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to copy it")
+    parser.add_argument("folder", nargs="?", type=_path, help="where you unzipped it")
+    parser.add_argument("--out", type=_path, metavar="FOLDER", help="where to copy it")
     given = parser.parse_args()
     from chestct.data.public import SETS, describe, fetch
 
@@ -202,7 +203,7 @@ def push() -> None:
 
     A token that may write is read from HF_TOKEN, or where `hf auth login` left it; HF_ENDPOINT names another server.
     """
-    parser = _parser("push", push.__doc__)
+    parser = _parser(push)
     parser.add_argument("bundle", help="folder, packaged, models:/ or runs:/ name")
     parser.add_argument("name", metavar="USER/NAME", help="repository, made where there is none")
     parser.add_argument("--private", action="store_true", help="a new one is for its owner alone")
@@ -223,8 +224,8 @@ def space() -> None:
     chestct space FOLDER && cd FOLDER && pip install -r requirements.txt && python app.py
     hf upload USER/NAME FOLDER --repo-type space
     """
-    parser = _parser("space", space.__doc__)
-    parser.add_argument("folder", type=Path, help="a new folder")
+    parser = _parser(space)
+    parser.add_argument("folder", type=_path, help="a new folder")
     parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
     given = parser.parse_args()
     from chestct.portable import write_space
@@ -244,15 +245,16 @@ def drift() -> None:
 
     Exit status, for cron and CI: 0 no drift, 1 drift, 2 error, 3 too few records to judge.
     """
-    parser = _parser("drift", drift.__doc__)
+    parser = _parser(drift)
     parser.add_argument("command", choices=["report"])
-    parser.add_argument("--bundle", default="packaged", help="bundle folder (packaged)")
-    parser.add_argument("--db", type=Path, default=Path("monitor.sqlite"), help="records (monitor.sqlite)")
+    parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
+    parser.add_argument("--db", type=_path, default=Path("monitor.sqlite"), help="records (monitor.sqlite)")
     parser.add_argument("--days", type=float, help="only the last so many days")
     given = parser.parse_args()
     from chestct.reporting.drift_report import report
+    from chestct.serving.model import bundle_folder
 
-    sys.exit(report(given.db, given.bundle, given.days))
+    sys.exit(report(given.db, bundle_folder(given.bundle), given.days))
 
 
 def _log_messages() -> None:
@@ -261,9 +263,16 @@ def _log_messages() -> None:
     logging.getLogger("chestct").setLevel(logging.INFO)
 
 
-def _parser(command: str, text: str | None) -> argparse.ArgumentParser:
+def _parser(command: Callable[[], None]) -> argparse.ArgumentParser:
     form = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(f"chestct {command}", description=text, formatter_class=form)
+    return argparse.ArgumentParser(f"chestct {command.__name__}", description=command.__doc__, formatter_class=form)
+
+
+def _path(text: str) -> Path:
+    """A path that is given. An empty one, as a variable that is not set leaves it, would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 COMMANDS = (train, evaluate, predict, embed, serve, audit, export, data, push, space, drift, sync, ingest)

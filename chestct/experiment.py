@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def _resumed_folder(given: dict[str, str]) -> Path | None:
     """Where a resumed run began, and goes on."""
     ckpt = given.get("ckpt", "null")
-    path = None if ckpt == "null" else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
+    path = None if ckpt in ("null", "") else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
     return path.parent.parent if path and path.parent.name == "checkpoints" else None
 
 
@@ -131,11 +131,11 @@ def evaluate(cfg: Config, out: Path) -> None:
 
       python evaluate.py ckpt=last                                 the newest run
       python evaluate.py ckpt=runs/RUN                             any run
-      python evaluate.py ckpt=last evaluation.policies=true evaluation.protocol=[within]    other splits, five folds
-      python evaluate.py ckpt=last evaluation.protocol=[loso,matrix,within,probe] seeds=3    across hospitals
+      python evaluate.py ckpt=last evaluation.policies=true 'evaluation.protocol=[within]'    other splits, five folds
+      python evaluate.py ckpt=last 'evaluation.protocol=[loso,matrix,within,probe]' seeds=3    across hospitals
       python evaluate.py ckpt=last evaluation.phantoms=100         heat maps held against known lesions
       python evaluate.py bundle=FOLDER data.root=FOLDER            a bundle on slices that it never saw
-      python evaluate.py compare=[runs/A,runs/B]                   two models, slice by slice
+      python evaluate.py 'compare=[runs/A,runs/B]'                 two models, slice by slice
 
     Settings that are not given come from the checkpoint.
     """
@@ -143,7 +143,8 @@ def evaluate(cfg: Config, out: Path) -> None:
     from chestct.evaluation.external import evaluate_bundle
     from chestct.reporting.render import flat, write
     from chestct.reporting.text import summary
-    from chestct.tracking import fetch_bundle, run_of
+    from chestct.serving.model import bundle_folder
+    from chestct.tracking import run_of
 
     if cfg.compare:
         print(compare_runs(cfg, out))
@@ -153,7 +154,7 @@ def evaluate(cfg: Config, out: Path) -> None:
             raise ConfigError(
                 "evaluation.protocol and .policies train heads anew, which takes a run: give ckpt=, not bundle=."
             )
-        evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=fetch_bundle(cfg.bundle, cfg)))
+        evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=bundle_folder(cfg.bundle, cfg)))
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
         evaluation = _evaluate_checkpoint(cfg, out)
@@ -207,8 +208,14 @@ def export(cfg: Config, out: Path) -> None:
     from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
+    from chestct.serving.model import ELSEWHERE
     from chestct.tracking import run_of
 
+    if cfg.bundle and cfg.bundle.startswith(ELSEWHERE):
+        raise ConfigError(
+            f"bundle={cfg.bundle}: an export goes into a folder. Give one with bundle=FOLDER; from there it goes to "
+            "the hub with chestct push FOLDER USER/NAME, and to MLflow with tracking.register=NAME."
+        )
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
         folder = PACKAGED_BUNDLE if cfg.bundle == "packaged" else Path(cfg.bundle)
         bundle = load_bundle(folder)

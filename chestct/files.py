@@ -6,22 +6,32 @@ import json
 import os
 import secrets
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_atomic(path: Path, content: bytes | str) -> Path:
-    """Writes `content`, text as UTF-8, beside `path` and renames it, so that nobody sees half a file; returns `path`.
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write, which is then renamed to `path`, so that nobody sees half of it.
 
-    The folder is made where it is missing. Raises OSError where it cannot be written, and leaves nothing behind.
+    The folder is made where it is missing. Where the block ends with an error, or the file cannot be renamed (OSError),
+    nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> Path:
+    """Writes `content`, text as UTF-8, to `path` as `whole` does, and returns that. Raises OSError."""
+    with whole(path) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 

@@ -157,7 +157,7 @@ def _next_trials(
         for number in range(started, min(started + jobs, total)):
             # A sampler of its own for each trial: its draws then do not depend on where a search was interrupted. Few
             # random trials before TPE has something to go by, because a sweep here has some dozen trials.
-            study.sampler = TPESampler(n_startup_trials=5, seed=1009 * seed + number)
+            study.sampler = TPESampler(n_startup_trials=5, seed=(1009 * seed + number) % 2**32)
             study.ask(space)
     running = study.get_trials(states=[TrialState.RUNNING])[:jobs]
     return [trial for i, trial in enumerate(running) if trial.number == running[0].number + i]

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from chestct.config.compose import CONF
-from chestct.config.schema import Config, leaves
+from chestct.config.fields import leaves
+from chestct.config.schema import Config
 
 ROOT = CONF.parent
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())

@@ -147,7 +147,7 @@ def _about_the_split(audit: Audit) -> Iterator[Finding]:
         counts = " and ".join(f"{row['groups']} {row['label']}" for row in few)
         text = f"Test has only {counts} independent slices (groups), fewer than the {FEW_GROUPS} a class needs: "
         text += "a single wrong answer moves the score visibly."
-        action = "Quote scores with intervals, or test every slice by cross-validation: evaluation.protocol=[within]."
+        action = "Quote scores with intervals, or test every slice by cross-validation: 'evaluation.protocol=[within]'."
         yield Finding("sample_size", "warning", text, action)
     groups = {row["label"]: row["groups"] for row in audit.balance if row["split"] == "train"}
     rare, common = sorted(groups, key=lambda label: groups[label])

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import Config, OptimConfig, SourceConfig
+from chestct.config.schema import HIGHEST_SEED, Config, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
 REMOVED = (
@@ -79,7 +79,12 @@ def check(cfg: Config) -> None:
     settings = [*leaves(cfg)]
     for name, source in cfg.data.sources.items():
         settings += leaves(source, f"data.sources.{name}.")
-    problems = [problem for key, value, item in settings for problem in _out_of_bounds(key, value, item.metadata)]
+    empty = [key for key, value, item in settings if value == "" and item.default != ""]
+    problems = [
+        f"{key}= is empty, as a variable that is not set leaves it. Give a value, or leave it out." for key in empty
+    ]
+    for key, value, item in settings:
+        problems += [] if key in empty else _out_of_bounds(key, value, item.metadata)
     problems += _contradictions(cfg)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -134,10 +139,12 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (mine, default))
         if idle:
             yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
+    if cfg.seed + cfg.seeds - 1 > HIGHEST_SEED:
+        yield f"seed={cfg.seed} seeds={cfg.seeds}: the last of them is out of range: 0 to {HIGHEST_SEED}."
     if data.folds == 1:
         yield "data.folds: two folds at least, or 0 for none."
     if cfg.compare and len(cfg.compare) != 2:
-        yield f"compare={cfg.compare}: give two evaluations, as in compare=[runs/A,runs/B]."
+        yield f"compare={cfg.compare}: give two evaluations, as in 'compare=[runs/A,runs/B]'."
     if data.fold >= max(1, data.folds):
         yield f"data.folds={data.folds} data.fold={data.fold}: fold counts from 0, up to data.folds - 1."
     if data.folds and data.split != "grouped":
@@ -215,7 +222,9 @@ def explain(error: Exception) -> str:
         return f"There is no {option[1]}={option[2]}: the options are the files in conf/{option[1]}/, see --help."
     if several := re.search("Ambiguous value for argument '(.*)'", text):
         key, _, value = several[1].lstrip("+").partition("=")
-        return f"{several[1]} names several values: add -m to run each, or give a list as in {key}=[{value}]."
+        lists = [known for known, _, item in leaves(Config) if type_name(item).startswith("list")]
+        one = f"a list as in '{key}=[{value}]'" if key in lists else "one"
+        return f"{several[1]} names several values: give {one}, or add -m to run each."
     if override := getattr(error, "override", None):
         return (
             f"{override.lstrip('+')}: Hydra cannot read this. Settings are given as key=value, for example optim.lr="

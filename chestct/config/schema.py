@@ -9,9 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chestct.config.fields import at_home as at_home
-from chestct.config.fields import leaves as leaves
-from chestct.config.fields import setting
+from chestct.config.fields import at_home, setting
 from chestct.config.schema_serving import FILES, MonitorConfig, ServeConfig
 
 SUBTYPES = ("normal", "adenocarcinoma", "large_cell", "squamous")
@@ -41,6 +39,7 @@ THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)
 BLOCKS = r"[345](\+[345])*"
 FEATURE_BACKENDS = ("auto", "torch", "openvino", "openvino_int8")
 EXPORTS = rf"torch|({'|'.join(FILES)})(\+({'|'.join(FILES)}))*"
+HIGHEST_SEED = 2**32 - 1  # that numpy and scikit-learn take
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
 
@@ -108,18 +107,20 @@ class DataConfig:
     """Where slices come from and how they become pixels, splits and batches."""
 
     name: str = setting(PHANTOM, "name of the source, shown in tables")
-    root: str | None = setting(None, "folder with the class folders; empty for phantoms: they are drawn when needed")
+    root: str | None = setting(None, "folder with the class folders; null for phantoms: they are drawn when needed")
     sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
     labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label", choices=LABEL_NAMES)
     labels_file: str | None = setting(None, "YAML file with more of `labels`: for names that Hydra cannot read")
-    store: str | None = setting(None, "folder for the decoded slices; empty: chosen under cache_dir")
+    store: str | None = setting(None, "folder for the decoded slices; null: chosen under cache_dir")
     size: int = setting(224, "side of the square the network sees, in pixels", low=32, high=1024)
     fit: str = setting("pad", "how it becomes square; body, lungs: cropped to them, then padded", choices=FITS)
     contrast: str = setting("keep", "grey levels; body, lungs: theirs become the same everywhere", choices=CONTRASTS)
     window: WindowConfig = field(default_factory=WindowConfig)
     holdout: list[str] = setting([], "sources that are for test alone; the others then give only train and valid")
     split: str = setting("grouped", "no copies across splits; folders as they come; or those, cleaned", choices=SPLITS)
-    split_seed: int = setting(0, "seed of the grouped split; apart from `seed` so that seeds share one test set")
+    split_seed: int = setting(
+        0, "seed of the grouped split; apart from `seed` so that seeds share one test set", low=0, high=HIGHEST_SEED
+    )
     valid_fraction: float = setting(0.15, "share of the slices for validation (grouped)", low=0.01, high=0.5)
     test_fraction: float = setting(0.2, "share of the slices for test (grouped, without folds)", low=0.01, high=0.5)
     folds: int = setting(0, "k-fold cross-validation over groups: how many folds; 0 for one split", low=0, high=50)
@@ -239,12 +240,12 @@ class TrackingConfig:
     """Where runs are recorded."""
 
     name: str = setting("mlflow", "mlflow, dagshub or off", choices=("mlflow", "dagshub", "off"))
-    uri: str | None = setting(None, "https://SERVER or sqlite:///FILE; empty: MLFLOW_TRACKING_URI, else local")
+    uri: str | None = setting(None, "https://SERVER or sqlite:///FILE; null: MLFLOW_TRACKING_URI, else local")
     local: str = setting("sqlite:///mlflow.db", "store on this machine, which every run is written to")
     owner: str | None = setting(None, "owner of the repository on DagsHub (tracking=dagshub)")
     repo: str | None = setting(None, "name of the repository on DagsHub (tracking=dagshub)")
     experiment: str = setting("chestct", "MLflow experiment")
-    run_name: str | None = setting(None, "name of the run; empty: its DVC experiment's, its sweep's, or invented")
+    run_name: str | None = setting(None, "name of the run; null: its DVC experiment's, its sweep's, or invented")
     log_model: bool = setting(True, "keep the best checkpoint and the bundle, as an MLflow model, with the run")
     register: str | None = setting(None, "register the bundle under this name, and call it the champion of that name")
 
@@ -254,7 +255,7 @@ class Config:
     """Everything a run depends on."""
 
     task: str = setting("binary", "cancer or normal; or normal and three subtypes", choices=("binary", "subtype"))
-    seed: int = setting(0, "seed of initial weights, order and views", low=0)
+    seed: int = setting(0, "seed of initial weights, order and views", low=0, high=HIGHEST_SEED)
     ckpt: str | None = setting(None, "a .ckpt file, a run folder, or `last` for the newest run")
     cache_dir: str = setting(".cache", "folder for phantoms, decoded slices and features; safe to delete")
     bundle: str | None = setting(None, "bundle: a folder, `packaged`, hf://USER/NAME, models:/NAME@champion, runs:/ID")

@@ -59,7 +59,7 @@ def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None
         package = str(target).split(".", 1)[0]
         raise ConfigError(
             f"{source} names code to run, {target}, which is no network, optimiser or schedule of "
-            f"{', '.join(TRUSTED)}. If you know the file and that code, say trust=[{package}]."
+            f"{', '.join(TRUSTED)}. If you know the file and that code, say 'trust=[{package}]'."
         )
 
 

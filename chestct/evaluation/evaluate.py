@@ -8,6 +8,7 @@ measured.
 import dataclasses
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -271,7 +272,7 @@ def made() -> dict[str, Any]:
     program = Path(sys.argv[0]).name.replace("__main__.py", "chestct")
     arguments = [re.sub(r"(?<![\w./:~])/(?:[^,\]}'\"/]+/)+", ".../", argument) for argument in sys.argv[1:]]
     return {
-        "command": " ".join(["python" if program.endswith(".py") else "", program, *arguments]).strip(),
+        "command": " ".join(["python" if program.endswith(".py") else "", program, shlex.join(arguments)]).strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "chestct": __version__,
         "python": platform.python_version(),

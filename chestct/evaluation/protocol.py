@@ -74,7 +74,7 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
         raise ChestCTError(
             f"evaluation.protocol measures on one source what was learned from others; of patients there "
             f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals. "
-            "One is enough for evaluation.protocol=[within]."
+            "One is enough for 'evaluation.protocol=[within]'."
         )
     assert evaluation.data is not None
     assert evaluation.data.store is not None

@@ -17,7 +17,7 @@ from chestct.errors import DecodeError
 from chestct.files import read_regular
 from chestct.imaging import raster
 from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, RefusedError, Slice
-from chestct.imaging.slice_files import Entry, File
+from chestct.imaging.slice_files import File
 
 # Real archives are full of odd values, and Pillow and pydicom warn of each; what matters is in `decode`'s errors.
 warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
@@ -90,7 +90,7 @@ def declared_size(data: bytes, limits: Limits = DEFAULT_LIMITS, *, name: str | N
 
 def read(path: File, limits: Limits = DEFAULT_LIMITS) -> bytes:
     """The bytes of a file; raises DecodeError for what is missing, not a regular file, unreadable or too long."""
-    if isinstance(path, Entry):
+    if not isinstance(path, Path):
         return path.read(limits.max_bytes)
     try:
         return read_regular(path, limits.max_bytes)

@@ -4,6 +4,7 @@ What a file is, its content says, so extensions do not matter. Only what operati
 leave behind is known by its name; it is skipped with its reason, never read and never an error.
 """
 
+import errno
 import io
 import os
 import re
@@ -24,12 +25,18 @@ LEFTOVERS = {
 """Why files and folders of these names, in lower case, hold no slices."""
 
 
+FOR_A_VIEWER = re.compile(r".*-[0-9a-f]{8}-(overlay|report)\.dcm")
+"""What `chestct predict --viewer` calls its files, which are no slices."""
+
+
 def why_skipped(name: str) -> str:
     """Why a file or folder of this name is not looked at; empty where it may be, or hold, a slice."""
     if name.startswith("."):  # .DS_Store, ._a.png, .ipynb_checkpoints, .thumbnails, .AppleDouble, .git, ...
         return "hidden"
     if name.startswith("~$"):
         return "left by an office program"
+    if FOR_A_VIEWER.fullmatch(name):
+        return "made by chestct for a viewer"
     return next((reason for reason, names in LEFTOVERS.items() if name.lower() in names), "")
 
 
@@ -62,13 +69,51 @@ class Entry:
             raise DecodeError(str(self), f"cannot be taken from the zip archive ({error})") from None
 
 
-File = Path | Entry
+@dataclass(frozen=True)
+class BadArchive:
+    """An archive whose files cannot be listed; it stands for them, and reading it says why."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def read(self, max_bytes: int) -> bytes:
+        """Raises DecodeError."""
+        raise DecodeError(self.path, self.reason)
+
+
+File = Path | Entry | BadArchive
+
+
+class _Reopened(io.RawIOBase):
+    """A file that is open only while it is read: systems limit how many a program may hold, macOS to 256."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path, self._at = str(path), path, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._path.stat().st_size}[whence]
+        if self._at < 0:
+            raise OSError(errno.EINVAL, "before the start of the file")
+        return self._at
+
+    def read(self, size: int = -1, /) -> bytes:
+        with self._path.open("rb") as file:
+            file.seek(self._at)
+            data = file.read(size)
+        self._at += len(data)
+        return data
 
 
 def entries(source: Path | bytes) -> list[Entry]:
     """The files of a zip archive that may be slices, by their names alone. Raises DataError."""
     try:
-        archive = ZipFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        archive = ZipFile(io.BytesIO(source) if isinstance(source, bytes) else _Reopened(source))
         return [Entry(archive, info) for info in archive.infolist() if is_slice_name(info.filename)]
     except Exception as error:  # as above
         name = "The upload" if isinstance(source, bytes) else source
@@ -104,9 +149,9 @@ def walk(
                 yield path, reason
 
 
-def describe_skipped(skipped: Sequence[tuple[str, str]], shown: int = 3) -> str:
+def describe_skipped(skipped: Sequence[tuple[str, str]]) -> str:
     """Skipped files and folders, as (name, reason), in one clause: how many, and the first of them."""
-    names = [name if name.isprintable() else name.encode("unicode_escape").decode() for name, _ in skipped[:shown]]
+    names = [name if name.isprintable() else name.encode("unicode_escape").decode() for name, _ in skipped[:3]]
     first = ", ".join(f"{name} ({reason})" for name, (_, reason) in zip(names, skipped, strict=False))
-    more = f", and {len(skipped) - shown:,} more" if len(skipped) > shown else ""
+    more = f", and {len(skipped) - 3:,} more" if len(skipped) > 3 else ""
     return f"{len(skipped):,} skipped: {first}{more}"

@@ -17,10 +17,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from chestct.errors import ChestCTError, DataError, DecodeError
+from chestct.errors import ChestCTError, ConfigError, DataError, DecodeError
 from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read
-from chestct.imaging.slice_files import File, describe_skipped, entries, walk
+from chestct.imaging.slice_files import BadArchive, File, describe_skipped, entries, walk
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
 from chestct.serving.scan import Row, in_order, place_of
@@ -40,8 +40,11 @@ MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
 def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
     """The files given and those in folders and zip archives, none twice; and (name, reason) of each that was skipped.
 
-    out: the table, which is no slice. Raises DataError where something given is not there, or where there is no file.
+    out: the table, which is no slice. Raises ConfigError where it names no file, DataError where something given is not
+    there or a bad archive, or where there is no file.
     """
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder. Give a file in it.")
     own = {os.path.abspath(part) for part in (out, f"{out}.partial", out.with_suffix(".scans.json"))}  # noqa: PTH100  Path.resolve would follow links
     paths: dict[Path, None] = {}
     skipped: list[tuple[str, str]] = []
@@ -58,7 +61,15 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     if not paths:
         names = f" {describe_skipped(skipped)}." if skipped else ""
         raise DataError(f"No files in {', '.join(map(str, sources))}.{names} Give slices, or folders that hold some.")
-    return [file for path in paths for file in _files_in(path)], skipped
+    files: list[File] = []
+    for path in paths:
+        try:
+            files += _files_in(path)
+        except DataError as error:
+            if path in sources:
+                raise
+            files.append(BadArchive(path, str(error).removeprefix(f"{path} ")))
+    return files, skipped
 
 
 def _files_in(path: Path) -> Sequence[File]:

@@ -11,8 +11,8 @@ import torch
 from pyarrow import parquet
 
 from chestct.config.schema import ModelConfig
-from chestct.errors import ConfigError, DecodeError
-from chestct.files import digest
+from chestct.errors import ConfigError, DataError, DecodeError
+from chestct.files import digest, whole
 from chestct.imaging.decode import decode, read
 from chestct.imaging.slice import pixel_hash
 from chestct.imaging.slice_files import File
@@ -24,16 +24,12 @@ from chestct.serving.batch import THREADS
 BATCH = 64
 """Slices in memory at once, and rows of a row group."""
 
+SHOWN = 10
+"""Unreadable files that are told of by name."""
+
 
 @torch.no_grad()
-def embed(
-    files: Sequence[File],
-    out: Path,
-    source: str = "packaged",
-    block: str = "",
-    pool: str = "mean",
-    accelerator: str = "auto",
-) -> list[str]:
+def embed(files: Sequence[File], out: Path, source: str, block: str, pool: str, accelerator: str) -> list[str]:
     """Writes the features of `files`, one row each, whole or not at all; returns a sentence for each unreadable file.
 
     source: the bundle whose preprocessing and convolutions are used; block: of VGG16, 3 to 5 or several joined as in
@@ -42,7 +38,7 @@ def embed(
 
     Columns: path, file_hash (SHA-256 of the bytes), content (`pixel_hash`, the same for lossless copies), features
     (float32 [C], or [2 C] for mean+max). The metadata of the schema say how they were made. Raises ConfigError,
-    BundleError and OSError.
+    BundleError and OSError, and DataError where no file can be read.
     """
     bundle = load_bundle(source, "torch", accelerator)
     net = _network(bundle, block).to(bundle.net.mean.device)
@@ -63,9 +59,7 @@ def embed(
             unread.append(str(error))
             return None
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.partial")
-    try:
+    with whole(out) as part:
         with parquet.ParquetWriter(part, schema) as writer, ThreadPoolExecutor(THREADS) as threads:
             for at in range(0, len(files), BATCH):
                 rows = [row for row in threads.map(prepare, files[at : at + BATCH]) if row]
@@ -74,9 +68,8 @@ def embed(
                     pooled = torch.cat([_pooled(one, pool) for one in maps]).float().cpu().numpy()
                     columns = [*([row[i] for row in rows] for i in range(3)), list(pooled)]
                     writer.write_table(pyarrow.table(dict(zip(schema.names, columns, strict=True)), schema))
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+        if len(unread) == len(files):
+            raise DataError("\n".join([f"No file can be read, so {out} is not written.", *unread[:SHOWN]]))
     return unread
 
 

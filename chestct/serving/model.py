@@ -25,6 +25,10 @@ Source = str | Path | bytes | np.ndarray
 """A slice: a file's path, a file's bytes, or an array, see `Model.predict`."""
 
 
+ELSEWHERE = ("models:/", "runs:/", "hf://")
+"""How the names of bundles begin that lie in MLflow or on the hub."""
+
+
 class Model:
     """A bundle that is ready to answer, on this machine's accelerator where there is one; any thread may ask it."""
 
@@ -102,7 +106,7 @@ def _slice(source: Source, window: WindowConfig, spacing: tuple[float, float] | 
 
 def bundle_folder(source: str, cfg: Config | None = None) -> str:
     """The bundle's folder; MLflow, which takes seconds to import, only for a name elsewhere. Raises ConfigError."""
-    if not source.startswith(("models:/", "runs:/", "hf://")):
+    if not source.startswith(ELSEWHERE):
         return source
     try:
         from chestct.config.compose import compose

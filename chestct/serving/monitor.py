@@ -100,11 +100,22 @@ def read_records(path: str | Path, days: float | None = None) -> dict[str, np.nd
         )
     since = 0 if days is None else time.time() - days * 86400
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY)) as database:
-            query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE time >= ? ORDER BY time"
-            rows = database.execute(query, (since,)).fetchall()
+        rows = _select(path.resolve(), since)
     except sqlite3.Error as error:
         raise ChestCTError(f"{path} cannot be read as records of the service: {error}.") from None
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     types = {"time": np.int64, "bundle": str, "decision": str, "known": bool}
     return {name: np.array(values, types.get(name, np.float64)) for name, values in zip(COLUMNS, columns, strict=True)}
+
+
+def _select(path: Path, since: float, more: str = "") -> list[tuple[Any, ...]]:
+    query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE time >= ? ORDER BY time"
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{more}", uri=True, timeout=BUSY)) as database:
+            return database.execute(query, (since,)).fetchall()
+    except sqlite3.OperationalError as error:
+        # Even to read, SQLite writes beside the file, unless it is told that nobody changes it: no log, so no service.
+        forbidden = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+        if more or not forbidden or Path(f"{path}-wal").exists():
+            raise
+        return _select(path, since, "&immutable=1")

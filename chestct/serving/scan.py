@@ -129,12 +129,10 @@ def scans_in(rows: Iterable[Row]) -> list[Scan]:
 
 
 def describe_scans(scans: list[Scan], most: int = 10) -> str:
-    """What is to be printed: a line a scan, and a line for each series that was left out; "" without a scan."""
+    """What is to be printed: a line a scan, and a line for each series that was left out."""
     kept = sorted((scan for scan in scans if not scan.left_out), key=lambda scan: -(scan.score or 0.0))
-    if not kept:
-        return ""
     others = [scan for scan in scans if scan.left_out]
     lines = [str(scan) for scan in (*kept[:most], *others[:most])]
     if more := max(0, len(kept) - most) + max(0, len(others) - most):
         lines.append(f"... and {more:,} more series, in the JSON file.")
-    return "\n".join([*lines, VALIDATION])
+    return "\n".join([*lines, VALIDATION] if kept else lines)

@@ -8,10 +8,14 @@ import os
 import re
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
 from chestct.errors import ConfigError
 from chestct.tracking.stores import TrackingError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -25,14 +29,11 @@ def fetch(source: str) -> str:
     """The folder of the bundle `hf://USER/NAME` or `hf://USER/NAME@REVISION`, in huggingface_hub's own cache.
 
     A branch is resolved anew on every call; where the hub cannot be reached, what was fetched before is taken. Raises
-    ConfigError where there is none, and ModuleNotFoundError without huggingface_hub.
+    ConfigError where there is none, or no huggingface_hub.
     """
-    from huggingface_hub import HfApi
-
     name, _, revision = source.removeprefix(SCHEME).partition("@")
     try:
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        return str(api.snapshot_download(_checked(name), revision=revision or None, allow_patterns=NAMES))
+        return str(_api().snapshot_download(_checked(name), revision=revision or None, allow_patterns=NAMES))
     except (OSError, ValueError) as error:  # the hub's errors are both
         raise ConfigError(
             f"{source}: {_reason(error)}. Give {SCHEME}USER/NAME or {SCHEME}USER/NAME@REVISION; a private one takes "
@@ -43,11 +44,11 @@ def fetch(source: str) -> str:
 def push(bundle: Path, name: str, private: bool = False) -> str:
     """Puts the bundle in a folder into the repository USER/NAME, made where there is none, as one commit; its address.
 
-    Raises ConfigError for another form of name, TrackingError where the hub refuses.
+    Raises ConfigError for another form of name and without huggingface_hub, TrackingError where the hub refuses.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    api = _api()
+    from huggingface_hub import CommitOperationAdd
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
     files = {file: bundle / file for file in NAMES if (bundle / file).exists()} | {"README.md": bundle / CARD}
     additions = [CommitOperationAdd(there, path) for there, path in files.items()]
     try:
@@ -58,6 +59,16 @@ def push(bundle: Path, name: str, private: bool = False) -> str:
             f"Not pushed to {name}: {_reason(error)}. It takes a token that may write, in HF_TOKEN."
         ) from None
     return str(address)
+
+
+def _api() -> "HfApi":
+    try:
+        from huggingface_hub import HfApi
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "The hub needs huggingface_hub, which is not installed: pip install 'chestct[hub]'."
+        ) from None
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
 
 
 def _reason(error: Exception) -> str:

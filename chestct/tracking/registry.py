@@ -29,13 +29,13 @@ def fetch_bundle(source: str, cfg: Config) -> str:
     Models are looked for on the server of the settings first, where aliases are shared, runs in the local store first.
     Raises ConfigError where there is none.
     """
-    from mlflow.exceptions import MlflowException
-
     if source.startswith(hub.SCHEME):
         return hub.fetch(source)
     scheme, _, name = source.partition(":/")
     if scheme not in ("models", "runs"):
         return source
+    from mlflow.exceptions import MlflowException
+
     uris = filter(None, (server_uri(cfg.tracking), local_uri(cfg.tracking)))
     problems = []
     for uri in uris if scheme == "models" else reversed(list(uris)):

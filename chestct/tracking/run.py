@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from chestct.config.schema import Config, TrackingConfig, leaves
+from chestct.config.fields import leaves
+from chestct.config.schema import Config, TrackingConfig
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
 from chestct.tracking import stores
@@ -244,8 +245,7 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
     """Sends what the server, if any, lacks of a run, and registers its copy there as `name`; prints what came of it."""
     from mlflow import MlflowClient
 
-    server = server_uri(cfg)
-    if server is None:
+    if (server := server_uri(cfg)) is None:
         return
 
     def work() -> None:

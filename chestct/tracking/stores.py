@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
-from chestct.config.schema import TrackingConfig, at_home
+from chestct.config.fields import at_home
+from chestct.config.schema import TrackingConfig
 from chestct.errors import ChestCTError, ConfigError
 
 if TYPE_CHECKING:

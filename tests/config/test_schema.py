@@ -5,7 +5,8 @@ import pytest
 
 from chestct.config.checks import OTHER_NAMES, resolve, suggest
 from chestct.config.compose import CONF, compose, derived_files, left_behind, merge_settings
-from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, leaves
+from chestct.config.fields import leaves
+from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from chestct.errors import ConfigError
 
 
@@ -35,6 +36,13 @@ from chestct.errors import ConfigError
         ("data.views=0", "or data.lesions=0"),
         ("data.fold=1", "fold counts from 0"),
         ("data.sources={a: {root: /x, weight: 0.1}}", "works with data.balance=true"),
+        ("data.split_seed=-1", "out of range: 0 to 4294967295"),
+        ("seed=99999999999", "out of range: 0 to 4294967295"),
+        ("bundle=", "bundle= is empty"),
+        ("data.root=", "data.root= is empty"),
+        ("serve.host=", "serve.host= is empty"),
+        ("serve.port=7860,7861", "give one, or add -m"),
+        ("model.hidden=8,16", "a list as in 'model.hidden=[8,16]'"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(override, says):
@@ -64,6 +72,7 @@ def test_names_that_others_give_a_setting_lead_to_it():
         ("data=hospitals", "data.holdout=[lidc]", "data.split=official"),
         ("trainer.devices=2",),
         ("trainer.num_nodes=2",),
+        ("seed=4294967295", "seeds=2"),
         ("trainer.devices=0",),
         ("trainer=ddp", "trainer.accelerator=mps"),
         ("experiment=head", "optim.places=10"),

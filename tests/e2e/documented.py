@@ -53,7 +53,7 @@ FILLED = {
     r"bundle=(FOLDER|\.\.\.)": "bundle=runs/A/bundle",
     r"ckpt=\.\.\.": "ckpt=runs/A",
     r"ckpt=last (.evaluation.protocol)": r"ckpt=runs/row \1",  # whose head trains in a second
-    r"ckpt=last trust": "ckpt=runs/narrow trust",
+    r"ckpt=last (.trust)": r"ckpt=runs/narrow \1",
     r"iq_oth FOLDER": "iq_oth FOLDER --out new",
     r"(predict|embed|packaged data.root=)( ?)FOLDER": r"\1\2FOLDER/valid",  # a second a slice
     r"\.\./shared/data/chest-ct": "chest-ct",

@@ -77,6 +77,7 @@ def test_train_then_evaluate_tell_the_same_numbers_and_the_mlflow_run_holds_them
         ("train.py optim.lrr=1", "Did you mean optim.lr"),
         ("train.py data.root=gone", "data=phantom"),
         ("train.py ckpt=gone.ckpt", "ckpt=last"),
+        ("train.py ckpt=", "ckpt= is empty"),
         ("train.py model.weights=gone.safetensors", "no such file"),
         ("train.py experiment=nope", "conf/experiment/"),
         ("train.py model.freeze=yes", "give bool | int"),

@@ -1,5 +1,6 @@
 """Every command of README and docs, run by the installed wheel; what cannot be is named with its reason."""
 
+import ast
 import json
 import os
 import re
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from chestct.config.compose import compose
-from chestct.config.schema import Config, PhantomConfig, leaves
+from chestct.config.fields import leaves
+from chestct.config.schema import Config, PhantomConfig
 from chestct.models.bundle import load_bundle
 from chestct.models.weights import convolutions
 from chestct.phantom.dataset import write as draw
@@ -74,6 +76,22 @@ def test_every_setting_that_is_named_exists():
         for text in re.findall(r"`([^`]+)`", page.read_text(encoding="utf-8")):
             for name in re.findall(r"(?:^| )([a-z_]+\.[a-z_.]+)=", text):
                 assert name in known or f"{name}.".startswith(tables), f"{page.name}: {text}"
+
+
+def test_commands_can_be_pasted_into_zsh():
+    """Typed there, # begins no comment, and a bracket that is not quoted is a pattern that no file matches."""
+    elsewhere = ("api.md", "deploy.md")
+    texts = {page: page.read_text(encoding="utf-8") for page in (*PAGES, ROOT / "CONTRIBUTING.md")}
+    for page, text in texts.items():
+        of_a_shell = re.sub(r"^( *)```(?!bash|console)\w+\n.*?^\1```", "", text, flags=re.M | re.S)
+        assert page.name in elsewhere or not (found := re.search(r"\S +# .*", of_a_shell)), (page.name, found)
+    for path in (ROOT / "chestct").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        texts[path] = "\n".join(text for text in strings if " " in text)
+    for path, text in texts.items():
+        found = re.search(r"(?<!['\w.])[a-z_][\w.]*=\[.*", text)
+        assert path.name in elsewhere or not found, (path, found)
 
 
 def test_every_other_program_is_named_with_what_runs_it():

@@ -19,9 +19,12 @@ from chestct.errors import ChestCTError, ConfigError
 from chestct.models.bundle import LARGEST, PACKAGED_BUNDLE, load_bundle
 from chestct.portable import write_space
 from chestct.pyfunc import save_model
+from chestct.serving.model import bundle_folder
 from chestct.tracking import TrackingError, fetch_bundle
 from chestct.tracking import hub as bundles
+from tests.conftest import command
 from tests.e2e.loopback import free_port
+from tests.reporting.test_drift_report import records, write
 
 
 def test_a_bundle_goes_to_the_hub_with_its_card_and_comes_back_the_same(hub, small_bundle, small, tmp_path):
@@ -35,6 +38,25 @@ def test_a_bundle_goes_to_the_hub_with_its_card_and_comes_back_the_same(hub, sma
     assert not Path(folder, "setup.py").exists()
     with pytest.raises(ChestCTError, match="damaged"):
         load_bundle(folder)
+
+
+def test_drift_takes_a_bundle_by_name_and_the_hub_needs_no_mlflow(hub, small_bundle, tmp_path, monkeypatch, capsys):
+    bundles.push(small_bundle, "ada/chest")
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    monkeypatch.setitem(sys.modules, "mlflow.exceptions", None)
+    folder = bundle_folder("hf://ada/chest")
+    assert load_bundle(folder).id == load_bundle(small_bundle).id
+    write(tmp_path / "m.sqlite", records(load_bundle("packaged"), 0, 60))
+    assert command("drift", "report", "--bundle", "hf://ada/chest", "--db", tmp_path / "m.sqlite") == 2
+    assert f"The bundle {load_bundle(folder).id} has no statistics" in capsys.readouterr().err
+
+
+def test_an_export_goes_into_a_folder_not_to_a_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for given in (["format=onnx"], ["ckpt=last"]):
+        assert command("export", "bundle=hf://ada/chest", *given) == 2
+        assert "chestct push" in capsys.readouterr().err
+    assert not (tmp_path / "hf:").exists()
 
 
 def test_the_packaged_card_tells_the_hub_what_the_model_is():

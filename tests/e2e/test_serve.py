@@ -107,7 +107,11 @@ def test_a_service_is_alive_while_it_waits_for_its_bundle_and_can_be_stopped_the
 
 @pytest.mark.parametrize(
     ("changed", "setting", "message"),
-    [({}, "bundle=gone", "No bundle in gone"), ({"CHESTCT_USERNAME": "a"}, "bundle=packaged", "CHESTCT_PASSWORD")],
+    [
+        ({}, "bundle=gone", "No bundle in gone"),
+        ({}, "bundle=", "bundle= is empty"),
+        ({"CHESTCT_USERNAME": "a"}, "bundle=packaged", "CHESTCT_PASSWORD"),
+    ],
 )
 def test_a_service_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, changed, setting, message) -> None:
     command = [*SERVE, setting, f"serve.port={free_port()}"]

@@ -69,6 +69,10 @@ def test_the_exit_status_and_errors_say_what_went_wrong(call, scans, tmp_path, c
         (scans, "--out", tmp_path / "patients.csv"): "no table of this program",
         (scans, "--out", tmp_path / "patients.csv" / "s.csv"): "--out",
         (scans, "--out", tmp_path): "--out",
+        (scans, "--out", "."): "--out .",
+        (scans, "--out", "/"): "--out /",
+        (scans, "--out", ""): "--out",
+        ("",): "PATH",
     }.items():
         assert call(*arguments, *(() if "--out" in arguments else ("--out", out))) == 2
         assert message in capsys.readouterr().err
@@ -139,6 +143,19 @@ def test_own_outputs_leftovers_and_loops_are_not_looked_at(call, scans, capsys):
     assert call(scans / "b", scans / "Thumbs.db", "--out", scans / "s.csv") == 1  # named by the user: looked at
     assert call(scans, "--out", scans / "s.csv") == 1
     assert "2 skipped" in capsys.readouterr().out
+
+
+def test_what_was_written_for_a_viewer_is_not_scored(call, scan, bundle_folder, tmp_path):
+    folder = tmp_path / "scans"
+    for name, data in scan(1).items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(data)
+    for viewer in (folder / "viewer", folder):
+        for _ in range(2):
+            given = ("--bundle", bundle_folder, "--out", tmp_path / "s.csv", "--viewer", viewer)
+            assert call(folder, *given) == 0
+        assert len(list(viewer.glob("*.dcm"))) == 2
+        assert len(rows(tmp_path / "s.csv")) == 1
 
 
 def test_what_cannot_be_read_gets_a_row_with_the_reason(call, tmp_path):

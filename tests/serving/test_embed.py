@@ -46,5 +46,13 @@ def test_blocks_and_pools_are_of_choice_and_mistakes_end_in_a_sentence(embed, ph
         (row,) = parquet.read_table(out).to_pylist()
         assert len(row["features"]) == width
     assert "notes.txt" in capsys.readouterr().err
+    before = out.read_bytes()
+    assert embed(tmp_path / "notes.txt", "--out", out) == 2
+    assert out.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"f.parquet", "notes.txt"}
+    captured = capsys.readouterr()
+    assert ("Features of" in captured.out, "notes.txt: neither" in captured.err) == (False, True)
+    assert embed(one, "--out", ".") == 2
+    assert "--out ." in capsys.readouterr().err
     assert embed(one, "--block", "7", "--out", out) == 2
     assert "--block 7" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """The record of what the service saw: what is in it, what is not, and what it survives."""
 
+import os
 import sqlite3
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -65,6 +67,21 @@ def test_old_records_are_deleted_and_a_window_leaves_older_ones_out(tmp_path):
     record(tmp_path / "m.db", prediction(0.4))
     assert read_records(tmp_path / "m.db")["score"].tolist() == [0.2, 0.3, 0.4]
     assert read_records(tmp_path / "m.db", days=7)["score"].tolist() == [0.3, 0.4]
+
+
+def test_records_are_read_from_a_folder_that_nobody_may_write_to():
+    with TemporaryDirectory() as folder:  # not pytest's, which another user cannot enter
+        path = Path(folder, "m.db")
+        record(path, prediction())
+        path.chmod(0o444)
+        Path(folder).chmod(0o555)
+        try:
+            if os.geteuid() == 0:  # whom permissions do not concern
+                os.seteuid(65534)
+            assert len(read_records(path)["score"]) == 1
+        finally:
+            os.seteuid(os.getuid())
+            Path(folder).chmod(0o755)
 
 
 def test_several_processes_may_share_a_file(tmp_path):

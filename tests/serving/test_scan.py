@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import resource
 import zipfile
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import pytest
 
 from chestct.config.schema import WindowConfig
 from chestct.errors import DataError, DecodeError
-from chestct.imaging.decode import decode, decode_frames
+from chestct.imaging.decode import decode, decode_frames, read
 from chestct.imaging.slice_files import entries
+from chestct.serving.batch import find_files
 from chestct.serving.model import Model
 from chestct.serving.scan import BEST, VALIDATION, describe_scans, in_order, scans_in
 from tests.serving.conftest import Slices, rows, zipped
+from tests.serving.test_predictor import png
 
 
 def positions(table: list[dict[str, str]]) -> list[float]:
@@ -82,7 +86,10 @@ def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(
         assert reason in one.left_out
         assert bool(reason) == bool(one.left_out)
     assert describe_scans(found).count("Left out: ") == 3
-    assert not describe_scans([one for one in found if one.left_out])
+    alone = describe_scans([one for one in found if one.left_out])
+    assert alone.count("Left out: ") == 3
+    assert VALIDATION not in alone
+    assert not describe_scans([])
 
 
 def test_slices_without_a_position_are_ordered_by_their_numbers(call, scan: Slices, tmp_path) -> None:
@@ -116,6 +123,61 @@ def test_bad_archives_end_in_a_sentence(call, tmp_path, capsys) -> None:
     with pytest.raises(DecodeError, match=r"data\.max_bytes allows 1,000"):
         big.read(1000)
     assert small.read(1000) == b"\0" * 100
+
+
+def test_a_bad_archive_below_a_folder_is_a_row_with_its_reason_and_spoils_no_other_file(call, scan, tmp_path) -> None:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.zip")
+    good = zipped(scan(5))
+    contents = {"a": good, "cut": good[: len(good) // 2], "none": zipped({"DICOMDIR": b"x"}), "text": b"rubbish"}
+    for name, content in contents.items():
+        (folder / f"{name}.zip").write_bytes(content)
+    assert call(folder, "--out", tmp_path / "s.csv") == 1
+    bad = {Path(row["path"]).name: row["reason"] for row in rows(tmp_path / "s.csv") if row["decision"] == "unreadable"}
+    assert len(rows(tmp_path / "s.csv")) == 5 + len(bad)
+    assert {name: "holds 0 files" in reason for name, reason in bad.items()} == {
+        "cut.zip": False,
+        "none.zip": True,
+        "pipe.zip": False,
+        "text.zip": False,
+    }
+    assert all("zip archive" in reason or "holds 0 files" in reason for reason in bad.values())
+
+
+def test_more_archives_than_a_system_lets_a_program_open_are_read(tmp_path) -> None:
+    for i in range(60):
+        (tmp_path / f"{i:02}.zip").write_bytes(zipped({"a": bytes([i]), "b": b"b"}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 30, hard))
+    try:
+        files, _ = find_files([tmp_path], Path("s.csv"))
+        assert [read(file) for file in files[::2]] == [bytes([i]) for i in range(60)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_no_score_of_an_earlier_run_stays_and_all_that_is_left_out_is_named(
+    call, scan, bundle_folder, tmp_path, capsys
+) -> None:
+    kinds = {
+        "scan": scan(6),
+        "scout": scan(2, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]),
+        "none": {"a.png": png(0)},
+    }
+    for name, files in kinds.items():
+        (tmp_path / f"{name}.zip").write_bytes(zipped(files))
+    given = ("--bundle", bundle_folder, "--out", tmp_path / "s.csv")
+    listed = tmp_path / "s.scans.json"
+    assert call(tmp_path / "scan.zip", *given) == 0
+    assert json.loads(listed.read_text(encoding="utf-8"))[0]["score"] is not None
+    assert call(tmp_path / "scout.zip", *given) == 0
+    assert "scout" in json.loads(listed.read_text(encoding="utf-8"))[0]["left_out"]
+    assert "Left out: series 1.2.3, 2 images" in capsys.readouterr().out
+    assert call(tmp_path / "none.zip", *given) == 0
+    assert not listed.exists()
 
 
 def test_of_a_damaged_archive_the_other_slices_are_scored(call, scan: Slices, tmp_path) -> None:
