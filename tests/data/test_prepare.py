@@ -16,6 +16,7 @@ from chestct.data import prepare, store
 from chestct.data.prepare import ingest
 from chestct.data.store import open_store, store_folder
 from chestct.errors import DataError, DecodeError
+from tests.imaging.files import dicom
 
 pytestmark = pytest.mark.usefixtures("quick_ingest")
 
@@ -109,6 +110,30 @@ def test_unreadable_and_skipped_files_are_listed_and_the_first_fail_beyond_the_l
     for path in tmp_path.glob("data/*/[0-9]*.png"):
         path.unlink()
     with pytest.raises(DataError, match="None of the 3 files can be read"):
+        ingest(cfg, tmp_path / "store")
+
+
+def test_files_that_are_no_axial_ct_slices_are_left_out_and_named(cfg, tmp_path):
+    stored = np.random.default_rng(0).integers(0, 1500, (64, 64)).astype(np.int16)
+    others = {
+        "scout": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "mr": {"Modality": "MR"},
+        "coronal": {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]},
+        "slice": {},
+    }
+    for name, elements in others.items():
+        (tmp_path / "data" / "cancer" / f"{name}.dcm").write_bytes(dicom(stored, **elements))
+    made = ingest(cfg, tmp_path / "store")
+    assert made.manifest["path"].str.endswith(".dcm").sum() == 1
+    assert [row["path"] for row in made.skipped] == ["cancer/coronal.dcm", "cancer/mr.dcm", "cancer/scout.dcm"]
+    assert not made.unreadable
+    (note,) = made.notes
+    assert "Left out of s: 3 files that are no axial CT slices, for example cancer/coronal.dcm: This slice" in note
+    assert note in prepare.describe(made)
+    for path in tmp_path.glob("data/*/*"):
+        if path.name != "scout.dcm":
+            path.unlink()
+    with pytest.raises(DataError, match=r"None of the 1 files can be read as a slice; .*This is a scout"):
         ingest(cfg, tmp_path / "store")
 
 
