@@ -92,6 +92,7 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     splits = make_splits(store.manifest, cfg.task, data).tolist()
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
     what += [store.skipped, store.disbelieved, store.notes, cfg.task, data.name, data.split, data.split_seed]
+    what += [store.manifest["file_hash"].tolist(), store.unreadable]  # what the files are as files, whatever they show
     what += [data.valid_fraction, data.test_fraction]  # of the policies that are not in force
     return cfg.cache / "audit" / json_digest(what)[:12]
 

@@ -85,6 +85,8 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
         {"manifest": store.manifest.assign(content="b" + store.manifest["content"])},
         {"skipped": [{"source": "s", "path": "Thumbs.db", "reason": "left by Windows"}]},
         {"disbelieved": ["PatientID is the same"]},
+        {"unreadable": [{"source": "s", "path": "a.png", "reason": "damaged"}]},
+        {"manifest": store.manifest.assign(file_hash="b" + store.manifest["file_hash"])},  # the same, saved anew
     ):
         stage.kept_audit(cfg, replace(store, **other))
     stage.kept_audit(replace(cfg, data=replace(cfg.data, split_seed=1)), store)
@@ -94,4 +96,4 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
     (tmp_path / "stage.py").write_text("another audit", encoding="utf-8")
     monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
     stage.kept_audit(cfg, store)
-    assert len(made) == 9
+    assert len(made) == 11
