@@ -43,6 +43,9 @@ def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], o
     numbers run in patient order. Raises DataError for a file of the latter that has no number.
     """
     identifiers, disbelieved = believable(manifest, named)
+    # Every hospital counts from 1: a bare number is one within its source only.
+    for column, ids in identifiers.items():
+        identifiers[column] = ids.mask(ids.str.isdigit(), manifest["source"] + " " + ids)
     mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
     pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
     groups, notes = group(len(manifest), pairs), []

@@ -7,6 +7,7 @@ from PIL import Image
 
 from chestct.config.schema import DataConfig, SourceConfig
 from chestct.data import units
+from chestct.data.duplicates import link
 from chestct.data.prepare import ingest
 from chestct.data.units import believable
 from chestct.errors import DataError
@@ -71,6 +72,14 @@ def test_slices_with_a_believed_identifier_in_common_are_one_group(tmp_path, ide
     made = ingest(DataConfig(name="s", root=str(tmp_path / "d"), labels=LABELS, size=64), tmp_path / "store")
     assert made.manifest["group"].nunique() == groups
     assert bool(made.disbelieved) is noted
+
+
+def test_a_bare_number_in_two_sources_is_two_patients():
+    one, two = (table(patient=[*"112233"]).assign(source=source) for source in "st")
+    one["patient"] = one["patient"].where(one["patient"] != "3", "P7")
+    two["patient"] = two["patient"].where(two["patient"] != "3", "P7")
+    joined = units.join(pd.concat([one, two], ignore_index=True), link([], "exact"), [], [])
+    assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 2, 2]
 
 
 def named(root, **settings):
