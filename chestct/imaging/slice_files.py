@@ -16,7 +16,14 @@ from chestct.errors import DataError, DecodeError
 
 LEFTOVERS = {
     "left by macOS": ("__macosx", "icon\r", "network trash folder", "temporary items"),
-    "left by Windows": ("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    "left by Windows": (
+        "thumbs.db",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+        "$recycle.bin",
+        "system volume information",
+    ),
     "left by a file server": ("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "lost+found"),
     "left by Python": ("__pycache__",),
     "an index of DICOM files, not a slice": ("dicomdir",),
@@ -30,7 +37,10 @@ def why_skipped(name: str) -> str:
         return "hidden"
     if name.startswith("~$"):
         return "left by an office program"
-    return next((reason for reason, names in LEFTOVERS.items() if name.lower() in names), "")
+    name, *streams = re.split("[:\uf03a]", name.lower())  # streams of NTFS, which Linux shows as files; so does WSL
+    if "zone.identifier" in streams:
+        return "left by Windows"
+    return next((reason for reason, names in LEFTOVERS.items() if name in names), "")
 
 
 def is_slice_name(path: str) -> bool:
