@@ -267,7 +267,8 @@ def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any
     first = datasets[0].get("PixelPaddingValue")
     if first not in (None, ""):  # outside the reconstructed circle
         # As bit patterns of the pixels' own type: signed files often declare -2000 as the unsigned 63536.
-        last = datasets[0].get("PixelPaddingRangeLimit", first)
+        last = datasets[0].get("PixelPaddingRangeLimit")
+        last = first if last in (None, "") else last
         low, high = sorted(np.array([first % 65536, last % 65536], np.uint16).astype(stored.dtype))
         gray[(stored >= low) & (stored <= high)] = 0
     return gray

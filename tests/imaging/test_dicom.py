@@ -64,6 +64,7 @@ def test_padding_is_black_also_where_its_sign_is_lost(photometric: str, white: i
     stored = np.array([[-2000, 1400, 1500], [1501, 1600, 1601]], np.int16)
     for padding, black in (
         ({"PixelPaddingValue": -2000}, [[True, False, False], [False] * 3]),
+        ({"PixelPaddingValue": -2000, "PixelPaddingRangeLimit": ""}, [[True, False, False], [False] * 3]),
         ({"PixelPaddingValue": 1600, "PixelPaddingRangeLimit": 1500}, [[False, False, True], [True, True, False]]),
     ):
         gray = decode(dicom(stored, **padding, PhotometricInterpretation=photometric), LUNG).gray
