@@ -46,8 +46,11 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
         table = pd.read_csv(path, encoding="utf-8")
         if missing := set(COLUMNS) - set(table):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], int))
-    except ValueError as error:  # pandas' parser, numbers that are none, and bytes that are no text
+        table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], float))
+        for columns, outwards in ((COLUMNS[1:3], np.floor), (COLUMNS[3:], np.ceil)):
+            table[columns] = outwards(table[columns])
+        table = table.astype(dict.fromkeys(COLUMNS[1:], int))
+    except (OSError, ValueError) as error:  # pandas' parser, numbers that are none, and bytes that are no text
         raise DataError(f"{setting}: {path} cannot be read: {error}. Its columns: {','.join(COLUMNS)}.") from None
     labels = {file.path: file.label for file in files}
     boxes: dict[str, list[Box]] = {}

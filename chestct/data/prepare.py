@@ -80,8 +80,9 @@ def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
     """
     listing = list_slices(cfg)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        place = folder.resolve()  # of `.` and `..`, too
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.parent / f".{place.name}.lock"):
             stores.claim(folder)
             store = _update(cfg, listing, folder, progress)
     except OSError as error:

@@ -153,8 +153,8 @@ class _Source:
         label = "normal" if subtype == "normal" else "cancer"
         for path, reason in walk(folder):
             self._skip(path, reason)
-            if not reason:
-                name = path.relative_to(self.root).as_posix()
+            name = path.relative_to(self.root).as_posix()
+            if not reason and name != self.source.boxes:
                 match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
                 patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's

@@ -77,7 +77,7 @@ def interleaved(rows: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
             f"{setting} says that file numbers run in patient order, but {rows['path'][missing].iat[0]} has no number "
             f"in its name. Set {setting}=false."
         )
-    table = pd.DataFrame({"folder": folder, "number": number.astype(int), "group": groups[rows.index]})
+    table = pd.DataFrame({"folder": folder, "number": number.map(int).astype(object), "group": groups[rows.index]})
     links: list[tuple[int, int]] = []
     for _, part in table.sort_values("number").groupby("folder"):
         runs = []

@@ -1,8 +1,10 @@
 """Where lesions are known: boxes and masks, through the crop, into the squares and the views."""
 
 import dataclasses
+import errno
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -10,8 +12,9 @@ from PIL import Image
 from chestct.config.compose import compose
 from chestct.config.schema import DataConfig, SourceConfig
 from chestct.data.datamodule import SliceModule, views_of
-from chestct.data.lesions import unpack
+from chestct.data.lesions import known_lesions, unpack
 from chestct.data.prepare import ingest
+from chestct.data.sources import list_slices
 from chestct.errors import DataError
 from chestct.models.features import attach
 from tests.conftest import SMALL, in_view, network, opened
@@ -59,6 +62,24 @@ def test_boxes_lie_in_the_square_where_the_lesion_does(root, tmp_path, fit):
     assert made.notes == []
     (root / "boxes.csv").write_text(HEAD + "cancer/2.png,0,0,9,9\n")
     assert (ingest(settings(root, fit=fit), tmp_path / "store").manifest["lesion"] != b"").sum() == 1
+
+
+def test_boxes_may_lie_in_a_class_folder_and_have_decimals_which_are_rounded_outwards(root):
+    (root / "boxes.csv").unlink()
+    (root / "cancer" / "boxes.csv").write_text(HEAD + "cancer/2.png,10.9,10.2,30.1,30.0\n")
+    source = SourceConfig(str(root), boxes="cancer/boxes.csv")
+    listing = list_slices(DataConfig(name="several", sources={"s": source}, labels=LABELS))
+    assert len(listing.slices) == 12
+    assert known_lesions("s", source, listing.slices) == {"cancer/2.png": [(10, 10, 31, 30)]}
+
+
+def test_boxes_that_may_not_be_read_are_named(root, tmp_path, monkeypatch):
+    def locked(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pd, "read_csv", locked)
+    with pytest.raises(DataError, match=r"boxes: .*boxes.csv cannot be read: .*Permission denied"):
+        ingest(settings(root), tmp_path / "store")
 
 
 @pytest.mark.parametrize(

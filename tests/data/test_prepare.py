@@ -190,7 +190,7 @@ def test_a_damaged_store_is_never_believed_and_made_anew_with_one_line(made, tmp
         assert "decoded again" in line
 
 
-def test_files_that_are_not_its_own_stay(cfg, tmp_path):
+def test_files_that_are_not_its_own_stay(cfg, tmp_path, monkeypatch):
     others = {"images-of-holiday.txt", "manifesto.docx", "pairs.xlsx", "manifest.parquet", "images-0123.npy"}
     for folder in (tmp_path / "mine", tmp_path / "store"):
         if folder.name == "store":
@@ -198,8 +198,10 @@ def test_files_that_are_not_its_own_stay(cfg, tmp_path):
         folder.mkdir(exist_ok=True)
         for name in others:
             (folder / name).write_text("mine")
-    with pytest.raises(DataError, match=r"holds other files \(images-0123\.npy, .*data\.store=FOLDER"):
-        ingest(cfg, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for folder in (tmp_path / "mine", Path()):
+        with pytest.raises(DataError, match=r"holds other files \(images-0123\.npy, .*data\.store=FOLDER"):
+            ingest(cfg, folder)
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
     assert len(ingest(cfg, tmp_path / "store").manifest) == 13
     for folder in (tmp_path / "mine", tmp_path / "store"):

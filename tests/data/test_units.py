@@ -126,6 +126,8 @@ def test_near_copy_groups_whose_file_numbers_interleave_are_one_unit(tmp_path):
     assert (made.pairs["kind"] == "order").sum() == 2
     (note,) = made.notes
     assert "interleave were joined, 6 to 4" in note
+    draw(tmp_path / "data" / "normal" / f"1.2.840.{10**30}.png", rng)  # more than 64 bits, as in UIDs
+    assert ingest(named(tmp_path / "data", ordered=True), tmp_path / "store").manifest["group"].nunique() == 5
     (tmp_path / "data" / "normal" / "Case (6).png").rename(tmp_path / "data" / "normal" / "six.png")
     with pytest.raises(DataError, match=r"ordered says .* normal/six.png has no number .* Set .*.ordered=false"):
         ingest(named(tmp_path / "data", ordered=True), tmp_path / "store")
