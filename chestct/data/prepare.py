@@ -38,7 +38,7 @@ def prepare_store(cfg: Config, progress: bool = False) -> Store:
     if draws_phantoms(cfg.data):
         from chestct.phantom.dataset import write
 
-        write(Path(data.sources[PHANTOM].root if data.sources else data.root or ""), cfg.data.phantom, progress)
+        write(Path(data.sources[PHANTOM].root), cfg.data.phantom, progress)
     return ingest(data, store_folder(data, cfg.cache), progress)
 
 
@@ -49,14 +49,13 @@ def prepared_folder(cfg: Config) -> Path:
 
 def draws_phantoms(data: DataConfig) -> bool:
     """Whether the source, or one of several, is phantoms that nobody has placed anywhere yet."""
-    if data.sources:
-        return PHANTOM in data.sources and not data.sources[PHANTOM].root
-    return not of_patients(data.name) and not data.root
+    source = sources_of(data).get(PHANTOM)
+    return source is not None and not source.root
 
 
 def is_synthetic(data: DataConfig) -> bool:
     """Whether all slices are phantoms: what a model reaches on them says nothing about patients."""
-    return not any(map(of_patients, data.sources or [data.name]))
+    return not any(map(of_patients, sources_of(data)))
 
 
 def located(cfg: Config) -> DataConfig:
@@ -66,10 +65,9 @@ def located(cfg: Config) -> DataConfig:
     from chestct.phantom.dataset import GENERATOR
 
     drawn = str(cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12])
-    if not cfg.data.sources:
-        return dataclasses.replace(cfg.data, root=drawn)
-    phantom = dataclasses.replace(cfg.data.sources[PHANTOM], root=drawn)
-    return dataclasses.replace(cfg.data, sources=cfg.data.sources | {PHANTOM: phantom})
+    sources = sources_of(cfg.data)
+    sources = sources | {PHANTOM: dataclasses.replace(sources[PHANTOM], root=drawn)}
+    return dataclasses.replace(cfg.data, sources=sources)
 
 
 def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chestct.audit import Audit, audit, shortcuts
+from chestct.audit import shortcuts
+from chestct.audit.findings import Audit
+from chestct.audit.stage import audit
 from chestct.data.store import Store, record_type
 
 
