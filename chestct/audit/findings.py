@@ -223,7 +223,8 @@ def _about_files(audit: Audit) -> Iterator[Finding]:
         action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
         yield Finding("identifiers", "warning", text, f"{action}pseudonyms for them, when files are anonymised.")
     for text in audit.notes:
-        yield Finding("identifiers", "info", text, "Read intervals over these groups as rather too narrow.")
+        action = "Keep it in mind with every figure; where patients are not known, intervals are rather too narrow."
+        yield Finding("identifiers", "info", text, action)
 
 
 def _plural(n: int, what: str) -> str:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from chestct.audit.findings import Audit, Table, findings
 from chestct.audit.shortcuts import shortcuts
+from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import SUBTYPES, Config
 from chestct.data.splits import LEFT_OUT, SPLITS, make_splits
 from chestct.data.store import Store
@@ -23,7 +24,6 @@ from chestct.errors import DataError
 from chestct.files import digest, json_digest, write_atomic
 
 CLASSES = (*SUBTYPES, "cancer")
-POLICIES = ("official", "official_clean", "grouped")
 
 EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
@@ -32,15 +32,10 @@ EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0) -> Audit:
     """Everything that is wrong with the slices of a store, with the split policy `split` in force.
 
-    splits: for each policy "train" | "valid" | "test" | "" for every slice. Raises DataError if there are no slices,
-    KeyError if `split` is not among the policies.
+    splits: for each policy "train" | "valid" | "test" | "" for every slice. Raises KeyError if `split` is not among the
+    policies.
     """
     manifest, pairs, in_force = store.manifest, store.pairs, splits[split]
-    if manifest.empty:
-        raise DataError(
-            f"Nothing to audit: {name} has no readable slices ({len(store.unreadable)} unreadable files). "
-            "Check data.root, or run 'dvc pull'."
-        )
     result = Audit(
         name=name,
         split=split,
@@ -62,10 +57,11 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
 def audit_store(cfg: Config, store: Store) -> Audit:
     """Audits a store under the split policy of the settings, and under the others for comparison.
 
-    Raises DataError where data.split does not fit the data.
+    Raises DataError where data.split does not fit the folders.
     """
     data = cfg.data
-    policies = {data.split: make_splits(store.manifest, cfg.task, data)}
+    # Unchecked, for the audit is what shows why a class is missing.
+    policies = {data.split: make_splits(store.manifest, cfg.task, data, check=False)}
     for policy in POLICIES:
         if policy != data.split:
             try:
@@ -89,9 +85,10 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir for the audit of this store under this split, by this code."""
     data = cfg.data
     code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
-    splits = make_splits(store.manifest, cfg.task, data).tolist()
+    splits = make_splits(store.manifest, cfg.task, data, check=False).tolist()
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
     what += [store.skipped, store.disbelieved, store.notes, cfg.task, data.name, data.split, data.split_seed]
+    what += [store.manifest["file_hash"].tolist(), store.unreadable]  # what the files are as files, whatever they show
     what += [data.valid_fraction, data.test_fraction]  # of the policies that are not in force
     return cfg.cache / "audit" / json_digest(what)[:12]
 
@@ -165,7 +162,8 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     ("near"), with paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of unknown
     subtype does not contradict a subtype.
     """
-    alike = [("copy", part.index.tolist()) for _, part in manifest.groupby("content", sort=False)]
+    copied = manifest[manifest.duplicated("content", keep=False)]
+    alike = [("copy", part.index.tolist()) for _, part in copied.groupby("content", sort=False)]
     rows = []
     for kind, places in alike + [("near", pair) for pair in _near(manifest, pairs)[["a", "b"]].to_numpy().tolist()]:
         part = manifest.iloc[places]

@@ -4,17 +4,18 @@ They go through the same crop as their slice and end as one mask of the square, 
 head that judges places learns from, and what an evaluation points at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
-from chestct.config.schema import SourceConfig
+from chestct.config.schema import SourceConfig, WindowConfig
 from chestct.data.sources import MASKS, SliceFile
-from chestct.errors import DataError
+from chestct.errors import DataError, DecodeError
+from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Box, Preprocess, mask_to_square, placement
+from chestct.imaging.slice import Limits
 
 Known = list[Box] | Path
 """Boxes in pixels of the original slice, or the file of a mask of its size."""
@@ -45,8 +46,11 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
         table = pd.read_csv(path, encoding="utf-8")
         if missing := set(COLUMNS) - set(table):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], int))
-    except ValueError as error:  # pandas' parser, numbers that are none, and bytes that are no text
+        table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], float))
+        for columns, outwards in ((COLUMNS[1:3], np.floor), (COLUMNS[3:], np.ceil)):
+            table[columns] = outwards(table[columns])
+        table = table.astype(dict.fromkeys(COLUMNS[1:], int))
+    except (OSError, ValueError) as error:  # pandas' parser, numbers that are none, and bytes that are no text
         raise DataError(f"{setting}: {path} cannot be read: {error}. Its columns: {','.join(COLUMNS)}.") from None
     labels = {file.path: file.label for file in files}
     boxes: dict[str, list[Box]] = {}
@@ -62,23 +66,32 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
     return boxes
 
 
-def lesion_of(known: Known, gray: np.ndarray, preprocess: Preprocess, name: str) -> bytes:
-    """The mask of a slice's lesions in its square, as `pack` makes it; b"" where the crop leaves nothing of them.
+def mask_of(known: Known, shape: tuple[int, ...], name: str, limits: Limits) -> np.ndarray:
+    """Where the lesions of the slice `name` are, bool [H, W] of its `shape`: in its boxes, or above 0 in its mask.
 
-    gray: uint8 [H, W]. Raises DataError for a box that lies outside, and for a mask of another size.
+    Raises DataError for a box that lies outside, and for a mask of another size or that cannot be read.
     """
     if isinstance(known, Path):
-        with Image.open(known) as image:
-            if image.size != gray.shape[::-1]:
-                raise DataError(f"{known} is of another size than its slice {name}. Remove the mask, or mend it.")
-            mask = np.asarray(image.convert("L")) > 127
-    else:
-        mask = np.zeros(gray.shape, bool)
-        for left, top, right, bottom in known:
-            if min(left, top) < 0 or right > gray.shape[1] or bottom > gray.shape[0]:
-                size = f"{gray.shape[1]} x {gray.shape[0]} pixels"
-                raise DataError(f"The box {left},{top},{right},{bottom} lies outside of {name}, which has {size}.")
-            mask[top:bottom, left:right] = True
+        try:
+            image = decode(known, WindowConfig(), limits)
+            if image.format in ("DICOM", "NIFTI"):  # whose values are Hounsfield units
+                raise DecodeError(known, f"it is {image.format}; save it as a PNG")
+        except DecodeError as error:
+            raise DataError(f"{known} is no mask that can be read: {error.reason}. Remove it, or mend it.") from None
+        if image.levels.shape != shape:
+            raise DataError(f"{known} is of another size than its slice {name}. Remove the mask, or mend it.")
+        return image.levels > 0
+    mask = np.zeros(shape, bool)
+    for left, top, right, bottom in known:
+        if min(left, top) < 0 or right > shape[1] or bottom > shape[0]:
+            size = f"{shape[1]} x {shape[0]} pixels"
+            raise DataError(f"The box {left},{top},{right},{bottom} lies outside of {name}, which has {size}.")
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+def in_square(mask: np.ndarray, gray: np.ndarray, preprocess: Preprocess) -> bytes:
+    """The mask of a slice, as uint8 `gray`, in its square, a bit a pixel; b"" where the crop leaves nothing of it."""
     square = mask_to_square(mask, placement(gray, preprocess))
     return np.packbits(square).tobytes() if square.any() else b""
 
@@ -88,11 +101,19 @@ def unpack(lesion: bytes, size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(lesion, np.uint8), count=size * size).reshape(size, size).astype(bool)
 
 
-def cropped_away(manifest: pd.DataFrame, known: Mapping[str, Known]) -> list[str]:
-    """A sentence for each source with slices whose known lesions the crop leaves out. known: by the files' hash."""
+def not_shown(manifest: pd.DataFrame, known: Mapping[str, Known], empty: Collection[str]) -> list[str]:
+    """A sentence for each source with slices whose masks are empty, or whose known lesions the crop leaves out.
+
+    known: by the files' hash; empty: the hashes of those whose mask shows nothing.
+    """
     cancers = manifest[manifest["file_hash"].isin(known.keys()) & (manifest["label"] == "cancer")]
-    return [
-        f"In {len(rows)} slices of {source} the lesion lies outside of what data.fit shows, for example "
-        f"{rows['path'].iat[0]}: where it is counts as not known."
-        for source, rows in cancers[cancers["lesion"] == b""].groupby("source", sort=False)
-    ]
+    sentences = []
+    for (source, shows_none), rows in cancers[cancers["lesion"] == b""].groupby(
+        ["source", cancers["file_hash"].isin(empty)], sort=False
+    ):
+        where = "mask is empty" if shows_none else "lesion lies outside of what data.fit shows"
+        sentences.append(
+            f"In {len(rows)} slices of {source} the {where}, for example {rows['path'].iat[0]}: where it is counts as "
+            "not known."
+        )
+    return sentences

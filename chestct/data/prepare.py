@@ -6,6 +6,7 @@ A store is reused while the bytes and names of its files and the settings stay t
 import dataclasses
 import os
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def prepare_store(cfg: Config, progress: bool = False) -> Store:
     if draws_phantoms(cfg.data):
         from chestct.phantom.dataset import write
 
-        write(Path(data.sources[PHANTOM].root if data.sources else data.root or ""), cfg.data.phantom, progress)
+        write(Path(data.sources[PHANTOM].root), cfg.data.phantom, progress)
     return ingest(data, store_folder(data, cfg.cache), progress)
 
 
@@ -48,14 +49,13 @@ def prepared_folder(cfg: Config) -> Path:
 
 def draws_phantoms(data: DataConfig) -> bool:
     """Whether the source, or one of several, is phantoms that nobody has placed anywhere yet."""
-    if data.sources:
-        return PHANTOM in data.sources and not data.sources[PHANTOM].root
-    return not of_patients(data.name) and not data.root
+    source = sources_of(data).get(PHANTOM)
+    return source is not None and not source.root
 
 
 def is_synthetic(data: DataConfig) -> bool:
     """Whether all slices are phantoms: what a model reaches on them says nothing about patients."""
-    return not any(map(of_patients, data.sources or [data.name]))
+    return not any(map(of_patients, sources_of(data)))
 
 
 def located(cfg: Config) -> DataConfig:
@@ -65,10 +65,9 @@ def located(cfg: Config) -> DataConfig:
     from chestct.phantom.dataset import GENERATOR
 
     drawn = str(cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12])
-    if not cfg.data.sources:
-        return dataclasses.replace(cfg.data, root=drawn)
-    phantom = dataclasses.replace(cfg.data.sources[PHANTOM], root=drawn)
-    return dataclasses.replace(cfg.data, sources=cfg.data.sources | {PHANTOM: phantom})
+    sources = sources_of(cfg.data)
+    sources = sources | {PHANTOM: dataclasses.replace(sources[PHANTOM], root=drawn)}
+    return dataclasses.replace(cfg.data, sources=sources)
 
 
 def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
@@ -79,8 +78,9 @@ def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
     """
     listing = list_slices(cfg)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{folder.name}.lock")):
+        place = folder.resolve()  # of `.` and `..`, too
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.parent / f".{place.name}.lock"):
             stores.claim(folder)
             store = _update(cfg, listing, folder, progress)
     except OSError as error:
@@ -116,11 +116,12 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
     files, limits = listing.slices, Limits(cfg.max_bytes, cfg.max_pixels)
     # Threads, not processes: reading, hashing and Pillow release the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = list(pool.map(lambda file: _hash(file, limits), files))
+        hashes = list(pool.map(lambda file: _hash(Path(file.root, file.path), limits), files))
         named = [name for name, source in cfg.sources.items() if source.patient]
         ordered = [name for name, source in cfg.sources.items() if source.ordered]
         known = _known_lesions(cfg, files, hashes)
-        made_of = json_digest([files, hashes, listing.skipped, ordered, {key: str(of) for key, of in known.items()}])
+        lesion_digests = {key: _hash(of, limits) if isinstance(of, Path) else of for key, of in known.items()}
+        made_of = json_digest([files, hashes, listing.skipped, ordered, lesion_digests])
         if (store := _current(cfg, folder, made_of)) is not None:
             return store
         keys = [key or f"unhashed {i}" for i, key in enumerate(hashes)]
@@ -128,20 +129,26 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
         measured = pool.map(lambda key: _measure(distinct[key], cfg, limits, known.get(key)), distinct)
         facts: dict[str, dict[str, Any]] = {}
         rows: dict[str, int] = {}  # content -> row of the store
+        empty: set[str] = set()  # files whose mask shows nothing
         slices = folder / "slices.partial"
         try:
             with slices.open("wb") as out:  # no memory map: on a full disk it ends in a signal, not in an error
                 progress_bar = steps(measured, "Reading slices", len(distinct), progress)
                 for key, (fact, pixels) in zip(distinct, progress_bar, strict=True):
                     facts[key] = fact
+                    if fact.pop("empty", False):
+                        empty.add(key)
                     if pixels and fact["content"] not in rows:
                         rows[fact["content"]] = len(rows)
                         out.write(pixels)
-            table, unreadable = [], []
+            table: list[dict[str, Any]] = []
+            unreadable: list[dict[str, str]] = []
+            unfit: list[dict[str, str]] = []
             for file, key in zip(files, keys, strict=True):
                 fact = facts[key]
                 if "reason" in fact:
-                    unreadable.append({"source": file.source, "path": file.path, "reason": fact["reason"]})
+                    left_out = unfit if fact.get("unfit") else unreadable
+                    left_out.append({"source": file.source, "path": file.path, "reason": fact["reason"]})
                 else:
                     # A pattern that is given says who the patient is; what DICOM says then counts no more.
                     patient = file.patient if file.source in named else fact["patient"]
@@ -149,9 +156,9 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                     fact = fact | {"patient": patient, "lesion": lesion, "row": rows[fact["content"]]}
                     table.append({**file._asdict(), "file_hash": key, **fact})
             if not table:
-                first = unreadable[0]
+                first = (unreadable or unfit)[0]
                 why = f"the first, {first['path']}: {first['reason']}"
-                raise DataError(f"None of the {len(files)} files can be read; {why}")
+                raise DataError(f"None of the {len(files)} files can be read as a slice; {why}")
             manifest = pd.DataFrame(table)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
             copies = find_pairs(thumbs[manifest["row"]], *(manifest[name].tolist() for name in ("content", "source")))
@@ -162,14 +169,25 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "settings": pixel_settings(cfg),
                 "files": "" if lacking else made_of,
                 "unreadable": unreadable,
-                "skipped": listing.skipped,
+                "skipped": listing.skipped + unfit,
                 "disbelieved": units.disbelieved,
-                "notes": [*listing.notes, *units.notes, *lesions.cropped_away(manifest, known)],
+                "notes": [*listing.notes, *_left_out(unfit), *units.notes, *lesions.not_shown(manifest, known, empty)],
             }
             stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)
+
+
+def _left_out(unfit: list[dict[str, str]]) -> list[str]:
+    """A sentence for each source with files that are no axial CT slices, such as the scout of a series."""
+    counts = Counter(row["source"] for row in unfit)
+    first = {row["source"]: row for row in reversed(unfit)}
+    return [
+        f"Left out of {source}: {count} files that are no axial CT slices, for example {first[source]['path']}: "
+        f"{first[source]['reason']}."
+        for source, count in counts.items()
+    ]
 
 
 def _current(cfg: DataConfig, folder: Path, made_of: str) -> Store | None:
@@ -184,10 +202,10 @@ def _current(cfg: DataConfig, folder: Path, made_of: str) -> Store | None:
     return store if (store.files, store.settings) == (made_of, pixel_settings(cfg)) else None
 
 
-def _hash(file: SliceFile, limits: Limits) -> str:
+def _hash(path: Path, limits: Limits) -> str:
     """SHA-256 of the file's bytes; "" for what is not read at all: no plain file, too large, not permitted."""
     try:
-        return digest(read(Path(file.root, file.path), limits))
+        return digest(read(path, limits))
     except DecodeError:
         return ""
 
@@ -205,15 +223,18 @@ def _known_lesions(cfg: DataConfig, files: list[SliceFile], hashes: list[str]) -
 def _measure(
     file: SliceFile, cfg: DataConfig, limits: Limits, known: lesions.Known | None
 ) -> tuple[dict[str, Any], bytes]:
-    """What one file is, and its record in the store; or the reason why it cannot be read, and nothing."""
+    """What one file is, and its record in the store; or the reason why it is left out, and nothing."""
     try:
         data = read(Path(file.root, file.path), limits)
         slice_ = decode(data, cfg.window, limits, name=file.path)
     except DecodeError as error:
         return {"reason": error.reason, "lasting": error.lasting}, b""
+    if slice_.unfit:
+        return {"reason": slice_.unfit.removesuffix("."), "unfit": True}, b""
     # Bytes stay bytes: passes over floats would cost as much again as decoding.
     square = preprocess_of(cfg)
     gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
+    mask = lesions.mask_of(known, gray.shape, file.path, limits) if known else np.zeros(gray.shape, bool)
     facts = {
         "content": pixel_hash(slice_.levels),
         "mode": slice_.mode,
@@ -221,6 +242,7 @@ def _measure(
         "bytes": len(data),
         **image_statistics(gray),
         **{name: getattr(slice_, name) for name in IDENTIFIERS},
-        "lesion": lesions.lesion_of(known, as_bytes(gray), square, file.path) if known else b"",
+        "lesion": lesions.in_square(mask, as_bytes(gray), square) if mask.any() else b"",
+        "empty": known is not None and not mask.any(),
     }
     return facts, square(gray).tobytes() + thumbnail(gray).tobytes()

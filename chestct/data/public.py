@@ -4,6 +4,7 @@ Nothing is downloaded: each has terms that a person accepts. What was downloaded
 so that other file names or a lossless repacking are no difference, and one slice more, less or altered is.
 """
 
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -68,16 +69,16 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
         if content_digest(paths, folder, progress) != known.folders[folder][1]:
             problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
     extra = {file: next(source.rglob(file), None) for file in known.files}
-    problems += [f"{file} is missing" for file, where in extra.items() if not where]
-    problems += [
-        f"{file} differs" for file, where in extra.items() if where and file_digest(where) != known.files[file]
-    ]
+    for file, where in extra.items():
+        if not where or file_digest(where) != known.files[file]:
+            problems.append(f"{file} {'differs' if where else 'is missing'}")
     if problems:
+        place = "root" if name == "chest_ct" else f"sources.{name}.root"
         raise DataError(
             f"{source} is not {known.title} as the project knows it.\n"
             + "".join(f"- {problem}\n" for problem in problems)
             + f"What it should be: chestct data fetch {name}. To use it as it is, unchecked: python train.py "
-            f"data={name} data.{'root' if name == 'chest_ct' else f'sources.{name}.root'}={source}"
+            f"data={name} {shlex.quote(f'data.{place}={source}')}"
         )
     part = target.with_name(f".{target.name}.partial")
     shutil.rmtree(part, ignore_errors=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from chestct.config.schema import LABEL_NAMES, DataConfig, SourceConfig
+from chestct.config.schema import LABEL_NAMES, PHANTOM, DataConfig, SourceConfig
 from chestct.errors import DataError
 from chestct.imaging.slice_files import walk, why_skipped
 
@@ -58,7 +58,8 @@ def list_slices(cfg: DataConfig) -> Listing:
     check_roots(cfg)
     try:
         for name, source in sources_of(cfg).items():
-            _Source(name, Path(source.root), {**cfg.labels, **source.labels}, listing, source).read()
+            labels = {**cfg.labels, **source.labels}
+            _Source(name, Path(source.root), labels, listing, source, _root_setting(cfg, name)).read()
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
     for file in listing.slices:
@@ -75,11 +76,17 @@ def sources_of(cfg: DataConfig) -> dict[str, SourceConfig]:
 def check_roots(cfg: DataConfig) -> None:
     """Raises DataError for a source whose folder is not there; phantoms that are yet to be drawn have none."""
     for name, source in sources_of(cfg).items():
-        if source.root and not Path(source.root).is_dir():
+        if not (Path(source.root).is_dir() if source.root else name == PHANTOM):
             raise DataError(
-                f"No folder {source.root} for the source '{name}'. Give its place with data.root=FOLDER. "
-                "Your team's data: `dvc pull`; public collections: `chestct data fetch`; or phantoms with data=phantom."
+                f"No folder {source.root or 'is given'} for the source '{name}'. Give its place with "
+                f"{_root_setting(cfg, name)}=FOLDER. Your team's data: `dvc pull`; public collections: `chestct data "
+                "fetch`; or phantoms with data=phantom."
             )
+
+
+def _root_setting(cfg: DataConfig, name: str) -> str:
+    """The setting that gives the folder of a source."""
+    return f"data.sources.{name}.root" if cfg.sources else "data.root"
 
 
 @dataclass
@@ -91,6 +98,7 @@ class _Source:
     labels: Mapping[str, str]
     listing: Listing
     source: SourceConfig
+    root_setting: str
 
     def read(self) -> None:
         before = len(self.listing.slices)
@@ -145,8 +153,8 @@ class _Source:
         label = "normal" if subtype == "normal" else "cancer"
         for path, reason in walk(folder):
             self._skip(path, reason)
-            if not reason:
-                name = path.relative_to(self.root).as_posix()
+            name = path.relative_to(self.root).as_posix()
+            if not reason and name != self.source.boxes:
                 match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
                 patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
@@ -177,7 +185,7 @@ class _Source:
         text = f"Class folders under {self.root} that map to no label: {', '.join(names)}."
         deeper = self._roots(self.root, DEPTH)
         if len(deeper) == 1 and deeper != [self.root]:
-            return f"{text} Class folders lie deeper: give {shlex.quote(f'data.root={deeper[0]}')}"
+            return f"{text} Class folders lie deeper: give {shlex.quote(f'{self.root_setting}={deeper[0]}')}"
         known, choices = ", ".join(self.labels) or "none", ", ".join(LABEL_NAMES)
         return f"{text} Known beginnings: {known}. {_advice(names, f' # one of {choices}')}"
 
@@ -198,12 +206,14 @@ class _Source:
 def label_of(folder: str, labels: Mapping[str, str]) -> str | None:
     """Label of a class folder: that of the longest key that it equals or begins with (before a separator).
 
+    Of keys that differ in case or Unicode form only, the last counts: those of the user come after the defaults.
+
     None where no key fits, and where what follows the key takes it back, as in `cancer free`.
     """
     name = _comparable(folder)
     rests = {key: name.removeprefix(_comparable(key)) for key in labels if name.startswith(_comparable(key))}
     fits = [key for key, rest in rests.items() if not rest[:1].isalnum()]
-    best = max(fits, key=len, default=None)
+    best = max(reversed(fits), key=lambda key: len(_comparable(key)), default=None)
     return None if best is None or NEGATIONS & set(re.split(r"[\W_]+", rests[best])) else labels[best]
 
 

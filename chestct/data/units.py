@@ -43,6 +43,9 @@ def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], o
     numbers run in patient order. Raises DataError for a file of the latter that has no number.
     """
     identifiers, disbelieved = believable(manifest, named)
+    # Every hospital counts from 1: a bare number is one within its source only.
+    for column, ids in identifiers.items():
+        identifiers[column] = ids.mask(ids.str.isdigit(), manifest["source"] + " " + ids)
     mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
     pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
     groups, notes = group(len(manifest), pairs), []
@@ -74,7 +77,7 @@ def interleaved(rows: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:
             f"{setting} says that file numbers run in patient order, but {rows['path'][missing].iat[0]} has no number "
             f"in its name. Set {setting}=false."
         )
-    table = pd.DataFrame({"folder": folder, "number": number.astype(int), "group": groups[rows.index]})
+    table = pd.DataFrame({"folder": folder, "number": number.map(int).astype(object), "group": groups[rows.index]})
     links: list[tuple[int, int]] = []
     for _, part in table.sort_values("number").groupby("folder"):
         runs = []

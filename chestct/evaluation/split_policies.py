@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from chestct.audit.stage import POLICIES
+from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError

@@ -72,12 +72,12 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
             gray, color = rgb @ np.array([0.299, 0.587, 0.114], np.float32), float(np.mean(np.ptp(rgb, axis=2)))
         else:
             gray = _windowed(stored, macros, layout, window)
-        keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "Modality")
-        patient, study, series, modality = (_text(dataset, keyword) for keyword in keywords)
+        keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
+        patient, study, series = (_text(dataset, keyword) for keyword in keywords)
         spacing = _numbers(macros, "PixelSpacing", 2)
         rows_columns = (spacing[0], spacing[1]) if spacing else None
         place, unfit = _position(macros), _unfit(macros)
-        yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, modality, rows_columns, place, unfit)
+        yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, rows_columns, place, unfit)
 
 
 def declared_size(data: bytes, limits: Limits) -> tuple[int, int, int]:
@@ -108,7 +108,10 @@ def _normal(macros: list[Dataset]) -> np.ndarray | None:
 
 
 def _unfit(macros: list[Dataset]) -> str:
-    """Why a DICOM image is no axial slice, in a sentence; "" where it may be one."""
+    """Why a DICOM image is no axial CT slice, in a sentence; "" where it may be one."""
+    modality = _text(macros[0], "Modality")
+    if modality not in ("", "CT"):
+        return f"This DICOM file is not CT: its modality is {modality}."
     if "LOCALIZER" in str(macros[0].get("ImageType") or "").upper():
         return "This is a scout (localizer), not an axial slice."
     normal = _normal(macros)
@@ -264,7 +267,8 @@ def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any
     first = datasets[0].get("PixelPaddingValue")
     if first not in (None, ""):  # outside the reconstructed circle
         # As bit patterns of the pixels' own type: signed files often declare -2000 as the unsigned 63536.
-        last = datasets[0].get("PixelPaddingRangeLimit", first)
+        last = datasets[0].get("PixelPaddingRangeLimit")
+        last = first if last in (None, "") else last
         low, high = sorted(np.array([first % 65536, last % 65536], np.uint16).astype(stored.dtype))
         gray[(stored >= low) & (stored <= high)] = 0
     return gray

@@ -39,8 +39,8 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
 
     if hounsfield(count // 2).min() > AIR:
         raise RefusedError(f"nothing in its middle slice is below {AIR:.0f}: no chest CT in Hounsfield units")
-    upwards = range(count) if flip[z] > 0 else range(count - 1, -1, -1)
-    for frame, k in enumerate(upwards) if every else [(count // 2, count // 2)]:
+    upwards = list(enumerate(range(count)[:: flip[z]]))
+    for frame, k in upwards if every else [upwards[count // 2]]:
         place: Position = (series, "mm", float(volume.affine[2, z] * k + volume.affine[2, 3]))
         spacing = (float(sizes[y]), float(sizes[x]))
         gray = np.ascontiguousarray(windowed(hounsfield(k), window))

@@ -106,12 +106,16 @@ def _pictures(image: ImageFile) -> int:
 
 def _levels(image: Image.Image) -> np.ndarray:
     """Grey levels [H, W] of a Pillow image in any mode (see Slice)."""
+    # Where 0 is white (PhotometricInterpretation, TIFF 6.0, tag 262), Pillow inverts 8 bits and no others.
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    white_is_zero = tags.get(262) == 0
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
+        levels = np.asarray(image).astype(np.uint16)
+        return np.uint16(2 ** tags[258][0] - 1) - levels if white_is_zero else levels
     if image.mode in ("F", "I"):
         gray = np.asarray(image)
         if image.mode == "F" and gray.min() >= 0 and gray.max() <= 1:  # not so for NaN
-            return gray
+            return 1 - gray if white_is_zero else gray
         raise RefusedError("samples of unknown range; save with 8 or 16 bits, or as DICOM for Hounsfield units")
     if image.mode != "RGBA" and image.has_transparency_data:
         image = image.convert("RGBA")

@@ -48,8 +48,8 @@ class Slice:
     levels: [H, W], 0 black, as the file has them: uint8 or uint16 with their largest value for white, or float32 in
     [0, 1]; mode: Pillow's mode of the file ("L", "RGBA", "I;16", ...) or "DICOM"; color: mean chroma, (max - min of
     R, G, B) / 255: below 0.02 for CT with coloured marks or JPEG noise, above 0.05 for most photographs; patient,
-    study, series, modality: DICOM's, or ""; frame: index in a file of several. Where the file says: spacing, in mm
-    between rows and between columns; position; unfit, why it is no axial slice.
+    study, series: DICOM's, or ""; frame: index in a file of several. Where the file says: spacing, in mm
+    between rows and between columns; position; unfit, why it is no axial CT slice, in a sentence.
     """
 
     levels: np.ndarray
@@ -60,7 +60,6 @@ class Slice:
     study: str = ""
     series: str = ""
     frame: int = 0
-    modality: str = ""
     spacing: tuple[float, float] | None = None
     position: Position | None = None
     unfit: str = ""

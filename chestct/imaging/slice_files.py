@@ -17,7 +17,14 @@ from chestct.errors import DataError, DecodeError
 
 LEFTOVERS = {
     "left by macOS": ("__macosx", "icon\r", "network trash folder", "temporary items"),
-    "left by Windows": ("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    "left by Windows": (
+        "thumbs.db",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+        "$recycle.bin",
+        "system volume information",
+    ),
     "left by a file server": ("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "lost+found"),
     "left by Python": ("__pycache__",),
     "an index of DICOM files, not a slice": ("dicomdir",),
@@ -37,7 +44,10 @@ def why_skipped(name: str) -> str:
         return "left by an office program"
     if FOR_A_VIEWER.fullmatch(name):
         return "made by chestct for a viewer"
-    return next((reason for reason, names in LEFTOVERS.items() if name.lower() in names), "")
+    name, *streams = re.split("[:\uf03a]", name.lower())  # streams of NTFS, which Linux shows as files; so does WSL
+    if "zone.identifier" in streams:
+        return "left by Windows"
+    return next((reason for reason, names in LEFTOVERS.items() if name in names), "")
 
 
 def is_slice_name(path: str) -> bool:

@@ -177,8 +177,6 @@ def _prediction(bundle: Bundle, decoded: Slice, place: Placement, answer: Output
 
 def why_refused(decoded: Slice, novelty: float) -> str:
     """Why no answer is given for a slice, in a sentence; "" where one is."""
-    if decoded.modality not in ("", "CT"):
-        return f"This DICOM file is not CT: its modality is {decoded.modality}."
     if decoded.unfit:
         return decoded.unfit
     if decoded.color > COLOR:

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from chestct.audit import Audit, audit, shortcuts
+from chestct.audit import shortcuts
+from chestct.audit.findings import Audit
+from chestct.audit.stage import audit
 from chestct.data.store import Store, record_type
 
 
@@ -29,6 +31,7 @@ def make(n: int = 200, seed: int = 0, cancer: float = 0.6) -> Data:
             "subtype": np.where(is_cancer, rng.choice(["adenocarcinoma", "large_cell", "squamous"], n), "normal"),
             "label": np.where(is_cancer, "cancer", "normal"),
             "content": [f"content {i}" for i in range(n)],
+            "file_hash": [f"file {i}" for i in range(n)],
             "row": np.arange(n),
             "width": rng.integers(300, 340, n),
             "height": rng.integers(260, 300, n),

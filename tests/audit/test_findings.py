@@ -6,10 +6,10 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from chestct.audit import Audit, stage
-from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS
+from chestct.audit import stage
+from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS, Audit
+from chestct.audit.stage import audit_store
 from chestct.config.schema import Config
-from chestct.errors import DataError
 from tests.audit.conftest import run
 
 
@@ -54,14 +54,14 @@ def test_imbalance_and_few_groups_in_test_are_judged_by_groups(make_data):
     assert "only 1 normal" in next(finding.text for finding in audit.findings if finding.kind == "sample_size")
 
 
-def test_one_class_only_is_an_error_and_no_slices_too(make_data):
+def test_one_class_only_is_an_error(make_data):
     audit = run(make_data(60, cancer=1))
     assert kinds(audit)["imbalance"] == "error"
     assert "one class only" in json.dumps(audit.shortcuts)
-    data = make_data(20)
-    data.manifest = data.manifest[:0]
-    with pytest.raises(DataError, match="no readable slices"):
-        run(data)
+    for groups in (range(30), [0] * 30):  # what training refuses, the audit shows: one class, one group
+        data = make_data(30, cancer=1)
+        data.manifest["group"] = groups
+        assert kinds(audit_store(Config(), data))["imbalance"] == "error"
 
 
 def test_the_json_tells_everything_without_nan_and_gives_the_same_audit_back(faulty, official):
@@ -85,13 +85,15 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
         {"manifest": store.manifest.assign(content="b" + store.manifest["content"])},
         {"skipped": [{"source": "s", "path": "Thumbs.db", "reason": "left by Windows"}]},
         {"disbelieved": ["PatientID is the same"]},
+        {"unreadable": [{"source": "s", "path": "a.png", "reason": "damaged"}]},
+        {"manifest": store.manifest.assign(file_hash="b" + store.manifest["file_hash"])},  # the same, saved anew
     ):
         stage.kept_audit(cfg, replace(store, **other))
     stage.kept_audit(replace(cfg, data=replace(cfg.data, split_seed=1)), store)
     with monkeypatch.context() as patch:  # the same settings, dealt by another rule
-        patch.setattr(stage, "make_splits", lambda manifest, task, data: pd.Series("train", index=manifest.index))
+        patch.setattr(stage, "make_splits", lambda manifest, *_, **__: pd.Series("train", index=manifest.index))
         stage.kept_audit(cfg, store)
     (tmp_path / "stage.py").write_text("another audit", encoding="utf-8")
     monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
     stage.kept_audit(cfg, store)
-    assert len(made) == 9
+    assert len(made) == 11

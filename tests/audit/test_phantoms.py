@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chestct.audit import Audit, audit
+from chestct.audit.findings import Audit
+from chestct.audit.stage import audit
 from chestct.config.schema import SUBTYPES, DataConfig, PhantomConfig
 from chestct.data.prepare import ingest
 from chestct.data.splits import make_splits

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from chestct.audit import Audit, audit
+from chestct.audit.findings import Audit
+from chestct.audit.stage import audit
 from chestct.config.schema import SUBTYPES, DataConfig
 from chestct.data.prepare import ingest
 from chestct.data.splits import make_splits

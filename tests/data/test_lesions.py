@@ -1,10 +1,10 @@
 """Where lesions are known: boxes and masks, through the crop, into the squares and the views."""
 
 import dataclasses
-import shutil
-from pathlib import Path
+import errno
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -12,12 +12,14 @@ from PIL import Image
 from chestct.config.compose import compose
 from chestct.config.schema import DataConfig, SourceConfig
 from chestct.data.datamodule import SliceModule, views_of
-from chestct.data.lesions import unpack
+from chestct.data.lesions import known_lesions, unpack
 from chestct.data.prepare import ingest
+from chestct.data.sources import list_slices
 from chestct.errors import DataError
 from chestct.models.features import attach
 from tests.conftest import SMALL, in_view, network, opened
 from tests.data.test_prepare import LABELS, draw
+from tests.imaging.files import dicom, encoded
 
 pytestmark = pytest.mark.usefixtures("quick_ingest")
 
@@ -62,6 +64,24 @@ def test_boxes_lie_in_the_square_where_the_lesion_does(root, tmp_path, fit):
     assert (ingest(settings(root, fit=fit), tmp_path / "store").manifest["lesion"] != b"").sum() == 1
 
 
+def test_boxes_may_lie_in_a_class_folder_and_have_decimals_which_are_rounded_outwards(root):
+    (root / "boxes.csv").unlink()
+    (root / "cancer" / "boxes.csv").write_text(HEAD + "cancer/2.png,10.9,10.2,30.1,30.0\n")
+    source = SourceConfig(str(root), boxes="cancer/boxes.csv")
+    listing = list_slices(DataConfig(name="several", sources={"s": source}, labels=LABELS))
+    assert len(listing.slices) == 12
+    assert known_lesions("s", source, listing.slices) == {"cancer/2.png": [(10, 10, 31, 30)]}
+
+
+def test_boxes_that_may_not_be_read_are_named(root, tmp_path, monkeypatch):
+    def locked(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pd, "read_csv", locked)
+    with pytest.raises(DataError, match=r"boxes: .*boxes.csv cannot be read: .*Permission denied"):
+        ingest(settings(root), tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("boxes", "says"),
     [
@@ -97,12 +117,54 @@ def test_a_box_that_the_crop_leaves_out_is_not_known_and_that_is_said(root, tmp_
     assert "In 1 slices of s the lesion lies outside" in note
 
 
-def test_a_mask_of_another_size_than_its_slice_is_named(phantoms, tmp_path):
-    root = Path(shutil.copytree(phantoms, tmp_path / "data"))
-    mask = next(root.glob("masks/train/*/*.png"))
-    Image.new("1", (9, 9)).save(mask)
-    with pytest.raises(DataError, match=f"{mask.name} is of another size"):
-        ingest(compose(f"data.root={root}", "data.size=64").data, tmp_path / "store")
+@pytest.fixture
+def masked(tmp_path):
+    """Settings of two slices of 90 x 80 pixels, and the file of the mask of the one with cancer, its mark white."""
+    rng, root = np.random.default_rng(0), tmp_path / "data"
+    for name in LABELS:
+        draw(root / "train" / name / "a.png", rng)
+    mask = root / "masks" / "train" / "cancer" / "a.png"
+    mask.parent.mkdir(parents=True)
+    image = Image.new("L", (90, 80))
+    image.paste(255, MARK)
+    image.save(mask)
+    return DataConfig(name="s", root=str(root), labels=LABELS, size=64), mask
+
+
+def lesion(made):
+    (row,) = made.manifest[made.manifest["label"] == "cancer"].itertuples()
+    return unpack(row.lesion, 64).sum() if row.lesion else 0
+
+
+def test_whatever_is_above_0_in_a_mask_is_lesion_and_a_change_of_it_reaches_the_store(masked, tmp_path):
+    cfg, mask = masked
+    white = lesion(ingest(cfg, tmp_path / "store"))
+    image = Image.open(mask).point(lambda level: level // 255)
+    image.save(mask)
+    assert lesion(ingest(cfg, tmp_path / "store")) == white > 0
+    image.paste(1, (0, 0, 90, 40))
+    image.save(mask)
+    assert lesion(ingest(cfg, tmp_path / "store")) > 2 * white
+    Image.new("L", (90, 80)).save(mask)
+    (note,) = ingest(cfg, tmp_path / "store").notes
+    assert "In 1 slices of s the mask is empty, for example train/cancer/a.png" in note
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (encoded(np.ones((9, 9), np.uint8), "PNG"), "is of another size"),
+        (b"hello", "is no mask that can be read: neither PNG"),
+        (encoded(np.ones((80, 90), np.uint8), "PNG")[:40], "is no mask that can be read: damaged PNG"),
+        (encoded(Image.new("1", (9000, 9000)), "PNG"), "is no mask that can be read: .*data.max_pixels"),
+        (dicom(np.ones((80, 90), np.int16)), "is no mask that can be read: it is DICOM"),
+    ],
+)
+def test_a_mask_that_is_none_is_named(masked, tmp_path, content, says):
+    cfg, mask = masked
+    mask.write_bytes(content)
+    with pytest.raises(DataError, match=f"{mask} {says}"):
+        ingest(cfg, tmp_path / "store")
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from chestct.data import prepare, store
 from chestct.data.prepare import ingest
 from chestct.data.store import open_store, store_folder
 from chestct.errors import DataError, DecodeError
+from tests.imaging.files import dicom
 
 pytestmark = pytest.mark.usefixtures("quick_ingest")
 
@@ -112,6 +113,30 @@ def test_unreadable_and_skipped_files_are_listed_and_the_first_fail_beyond_the_l
         ingest(cfg, tmp_path / "store")
 
 
+def test_files_that_are_no_axial_ct_slices_are_left_out_and_named(cfg, tmp_path):
+    stored = np.random.default_rng(0).integers(0, 1500, (64, 64)).astype(np.int16)
+    others = {
+        "scout": {"ImageType": ["ORIGINAL", "PRIMARY", "LOCALIZER"]},
+        "mr": {"Modality": "MR"},
+        "coronal": {"ImageOrientationPatient": [1, 0, 0, 0, 0, -1]},
+        "slice": {},
+    }
+    for name, elements in others.items():
+        (tmp_path / "data" / "cancer" / f"{name}.dcm").write_bytes(dicom(stored, **elements))
+    made = ingest(cfg, tmp_path / "store")
+    assert made.manifest["path"].str.endswith(".dcm").sum() == 1
+    assert [row["path"] for row in made.skipped] == ["cancer/coronal.dcm", "cancer/mr.dcm", "cancer/scout.dcm"]
+    assert not made.unreadable
+    (note,) = made.notes
+    assert "Left out of s: 3 files that are no axial CT slices, for example cancer/coronal.dcm: This slice" in note
+    assert note in prepare.describe(made)
+    for path in tmp_path.glob("data/*/*"):
+        if path.name != "scout.dcm":
+            path.unlink()
+    with pytest.raises(DataError, match=r"None of the 1 files can be read as a slice; .*This is a scout"):
+        ingest(cfg, tmp_path / "store")
+
+
 def test_a_file_that_needed_a_decoder_is_read_once_it_is_installed(cfg, tmp_path, monkeypatch):
     cfg.max_unreadable = 1
     real = prepare.decode
@@ -165,7 +190,7 @@ def test_a_damaged_store_is_never_believed_and_made_anew_with_one_line(made, tmp
         assert "decoded again" in line
 
 
-def test_files_that_are_not_its_own_stay(cfg, tmp_path):
+def test_files_that_are_not_its_own_stay(cfg, tmp_path, monkeypatch):
     others = {"images-of-holiday.txt", "manifesto.docx", "pairs.xlsx", "manifest.parquet", "images-0123.npy"}
     for folder in (tmp_path / "mine", tmp_path / "store"):
         if folder.name == "store":
@@ -173,8 +198,10 @@ def test_files_that_are_not_its_own_stay(cfg, tmp_path):
         folder.mkdir(exist_ok=True)
         for name in others:
             (folder / name).write_text("mine")
-    with pytest.raises(DataError, match=r"holds other files \(images-0123\.npy, .*data\.store=FOLDER"):
-        ingest(cfg, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for folder in (tmp_path / "mine", Path()):
+        with pytest.raises(DataError, match=r"holds other files \(images-0123\.npy, .*data\.store=FOLDER"):
+            ingest(cfg, folder)
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
     assert len(ingest(cfg, tmp_path / "store").manifest) == 13
     for folder in (tmp_path / "mine", tmp_path / "store"):

@@ -1,3 +1,4 @@
+import shlex
 import shutil
 
 import pytest
@@ -57,6 +58,14 @@ def test_a_download_that_differs_says_where_and_nothing_is_written(download, har
     with pytest.raises(DataError, match=says):
         fetch("tiny", download)
     assert not (download.parent / "hospitals").exists()
+
+
+def test_the_way_to_use_a_download_as_it_is_can_be_pasted(download):
+    source = download.rename(download.with_name("the archive (1)"))
+    (source / "Data" / "boxes.csv").unlink()
+    with pytest.raises(DataError) as error:
+        fetch("tiny", source)
+    assert shlex.split(str(error.value))[-1] == f"data.sources.tiny.root={source}"
 
 
 def swap(one, other):

@@ -154,6 +154,8 @@ def test_a_label_belongs_to_the_whole_beginning_of_a_name(folder, label):
     keys = {"cancer": "cancer", unicodedata.normalize("NFD", "Tumör"): "normal"}  # as macOS writes it
     assert label_of(folder, keys) == label
     assert label_of("cancer free", keys | {"cancer free": "normal"}) == "normal"
+    for own in ("Cancer", "tumör", "TUMÖR"):  # those of the user come after the defaults
+        assert label_of(own, keys | {own: "ignore"}) == "ignore"
 
 
 @pytest.mark.parametrize("what", ["missing", "empty", "no class folders"])
@@ -166,6 +168,22 @@ def test_a_root_without_slices_is_an_error_with_a_way_out(tmp_path, what):
     with pytest.raises(DataError, match=r"data=phantom") as error:
         list_slices(DataConfig(name="s", root=str(root), labels=LABELS))
     assert ("foo.txt" in str(error.value)) is (what == "no class folders")
+
+
+def test_a_source_without_a_folder_is_an_error_that_names_its_setting_and_never_the_current_folder(
+    tmp_path, monkeypatch
+):
+    labels = fill(tmp_path, "normal/a.png", "deeper/sub/normal/a.png").labels
+    monkeypatch.chdir(tmp_path)
+    for root in ("", "nowhere"):
+        for cfg, setting in (
+            (DataConfig(name="chest_ct", root=root or None, labels=labels), "data.root"),
+            (DataConfig(sources={"mine": SourceConfig(root)}, labels=labels), "data.sources.mine.root"),
+        ):
+            with pytest.raises(DataError, match=rf"No folder .* for the source .* {setting}=FOLDER"):
+                list_slices(cfg)
+    with pytest.raises(DataError, match=r"lie deeper: give data\.sources\.mine\.root=deeper/sub$"):
+        list_slices(DataConfig(sources={"mine": SourceConfig("deeper")}, labels=labels))
 
 
 def test_several_sources_keep_their_own_mapping(tmp_path):

@@ -7,6 +7,7 @@ from PIL import Image
 
 from chestct.config.schema import DataConfig, SourceConfig
 from chestct.data import units
+from chestct.data.duplicates import link
 from chestct.data.prepare import ingest
 from chestct.data.units import believable
 from chestct.errors import DataError
@@ -73,6 +74,14 @@ def test_slices_with_a_believed_identifier_in_common_are_one_group(tmp_path, ide
     assert bool(made.disbelieved) is noted
 
 
+def test_a_bare_number_in_two_sources_is_two_patients():
+    one, two = (table(patient=[*"112233"]).assign(source=source) for source in "st")
+    one["patient"] = one["patient"].where(one["patient"] != "3", "P7")
+    two["patient"] = two["patient"].where(two["patient"] != "3", "P7")
+    joined = units.join(pd.concat([one, two], ignore_index=True), link([], "exact"), [], [])
+    assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 2, 2]
+
+
 def named(root, **settings):
     """Settings of the slices of `cfg` as the source `s` of several."""
     return DataConfig(name="several", sources={"s": SourceConfig(str(root), **settings)}, labels=LABELS, size=64)
@@ -117,6 +126,8 @@ def test_near_copy_groups_whose_file_numbers_interleave_are_one_unit(tmp_path):
     assert (made.pairs["kind"] == "order").sum() == 2
     (note,) = made.notes
     assert "interleave were joined, 6 to 4" in note
+    draw(tmp_path / "data" / "normal" / f"1.2.840.{10**30}.png", rng)  # more than 64 bits, as in UIDs
+    assert ingest(named(tmp_path / "data", ordered=True), tmp_path / "store").manifest["group"].nunique() == 5
     (tmp_path / "data" / "normal" / "Case (6).png").rename(tmp_path / "data" / "normal" / "six.png")
     with pytest.raises(DataError, match=r"ordered says .* normal/six.png has no number .* Set .*.ordered=false"):
         ingest(named(tmp_path / "data", ordered=True), tmp_path / "store")

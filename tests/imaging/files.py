@@ -48,7 +48,7 @@ def dicom(stored: np.ndarray, syntax: str = uid.ExplicitVRLittleEndian, **elemen
         if value is None:
             delattr(dataset, keyword)
         elif keyword.startswith("PixelPadding"):
-            dataset.add_new(keyword, "US", value % 65536)  # as many writers do for negative values, too
+            dataset.add_new(keyword, "US", value and value % 65536)  # as many writers do for negative values, too
         else:
             setattr(dataset, keyword, value)
         if keyword == "PixelData" and value is not None:

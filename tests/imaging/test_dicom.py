@@ -25,7 +25,7 @@ def test_dicom_is_rescaled_and_windowed_as_the_standard_says(syntax: str, dtype:
     stored = np.random.default_rng(0).integers(low, high, (40, 48), endpoint=True).astype(dtype)
     slice_ = decode(dicom(stored, syntax, BitsStored=bits, RescaleSlope="2", RescaleIntercept="-1024.5"), LUNG)
     np.testing.assert_allclose(slice_.gray, windowed(stored * 2.0 - 1024.5), atol=1e-5)
-    assert (slice_.format, slice_.mode, slice_.modality, slice_.frame) == ("DICOM", "DICOM", "CT", 0)
+    assert (slice_.format, slice_.mode, slice_.unfit, slice_.frame) == ("DICOM", "DICOM", "", 0)
     assert (slice_.patient, slice_.study, slice_.series) == ("P 1", "1.2", "1.3")
 
 
@@ -64,6 +64,7 @@ def test_padding_is_black_also_where_its_sign_is_lost(photometric: str, white: i
     stored = np.array([[-2000, 1400, 1500], [1501, 1600, 1601]], np.int16)
     for padding, black in (
         ({"PixelPaddingValue": -2000}, [[True, False, False], [False] * 3]),
+        ({"PixelPaddingValue": -2000, "PixelPaddingRangeLimit": ""}, [[True, False, False], [False] * 3]),
         ({"PixelPaddingValue": 1600, "PixelPaddingRangeLimit": 1500}, [[False, False, True], [True, True, False]]),
     ):
         gray = decode(dicom(stored, **padding, PhotometricInterpretation=photometric), LUNG).gray

@@ -37,6 +37,13 @@ def test_lossless_copies_have_the_same_pixels_and_hash(copy: str) -> None:
     assert pixel_hash(gray) == pixel_hash(RAMP)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_a_tiff_in_which_0_is_white_is_no_negative(dtype: str) -> None:
+    # Pillow inverts 8 bits as it writes them, and no others.
+    stored = {"uint8": RAMP, "uint16": 65535 - RAMP * np.uint16(257), "float32": 1 - RAMP / np.float32(255)}[dtype]
+    np.testing.assert_allclose(decode(encoded(stored, "TIFF", tiffinfo={262: 0}), LUNG).gray, RAMP / 255, atol=1e-6)
+
+
 def test_hash_depends_on_every_level_and_on_the_shape() -> None:
     changed, fine = RAMP.copy(), RAMP.astype(np.uint16) * 257
     changed[-1, -1] += 1

@@ -88,10 +88,10 @@ GRAY = np.zeros((100, 100), np.float32)
     ("result", "novelty", "reason"),
     [
         (Slice(GRAY, "PNG", "RGB", color=0.3), 0.5, "colour"),
-        (Slice(GRAY, "DICOM", "DICOM", modality="MR"), 0.5, "not CT"),
+        (Slice(GRAY, "DICOM", "DICOM", unfit="This DICOM file is not CT: its modality is MR."), 0.5, "not CT"),
         (Slice(GRAY[:20], "PNG", "L"), 0.5, "too small"),
         (Slice(GRAY, "PNG", "L"), 1.7, "1.70"),
-        (Slice(GRAY, "DICOM", "DICOM", modality="CT"), 0.99, ""),
+        (Slice(GRAY, "DICOM", "DICOM"), 0.99, ""),
     ],
 )
 def test_what_is_no_chest_ct_is_refused_with_its_reason(result: Slice, novelty: float, reason: str) -> None:

@@ -200,7 +200,7 @@ def volume(affine: np.ndarray, kind: type = nibabel.Nifti1Image) -> tuple[bytes,
     return kind(np.asarray(turned.dataobj), turned.affine).to_bytes(), hu
 
 
-@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "ILA"])
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "ILA", "RAI"])
 def test_a_volume_lies_as_on_a_viewer_however_it_is_stored(axes: str) -> None:
     affine = nibabel.orientations.inv_ornt_aff(nibabel.orientations.axcodes2ornt(axes), (40, 30, 6))
     data, hu = volume(affine)
@@ -213,7 +213,9 @@ def test_a_volume_lies_as_on_a_viewer_however_it_is_stored(axes: str) -> None:
         assert one.spacing == pytest.approx((0.75, 0.5))
     heights = [one.position[2] for one in slices if one.position]
     assert np.diff(heights) == pytest.approx([2.0] * 5)
-    np.testing.assert_array_equal(decode(data, window).gray, slices[3].gray)
+    middle = decode(gzip.compress(data), window)
+    assert (middle.frame, middle.position) == (3, slices[3].position)
+    np.testing.assert_array_equal(middle.gray, slices[3].gray)
 
 
 def test_a_volume_is_one_scan_and_no_ct_is_refused(call, tmp_path, capsys) -> None:
