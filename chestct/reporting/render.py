@@ -97,6 +97,6 @@ def _plain(value: Any) -> Any:
     """Dataclasses, tables and NumPy values as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    if hasattr(value, "to_dict"):  # a DataFrame
-        return value.to_dict("records")
+    if hasattr(value, "to_dict"):  # a DataFrame, whose undefined numbers are NaN
+        return value.astype(object).where(value.notna(), None).to_dict("records")
     return value.tolist() if hasattr(value, "tolist") else str(value)
