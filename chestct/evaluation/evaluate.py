@@ -43,6 +43,9 @@ from chestct.version import __version__
 SPLITTING = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage", "holdout")
 """Settings of `data` that decide which slices are test."""
 
+FOLDERS = re.compile(r"(?:(?<![\w./:~])|(?<=:///)|(?<=file:)|(?<=file://))/(?:[^,\]}'\"/]+/)+")
+"""Of an absolute path, by itself or in sqlite:////PATH or file:///PATH: all but its last part."""
+
 NORMALS = 128
 """Normal training slices that heat maps are held against, at most."""
 
@@ -269,7 +272,7 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
 def made() -> dict[str, Any]:
     """How the numbers came about: command, time, versions. It goes into cards that others read: no folders of here."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "chestct")
-    arguments = [re.sub(r"(?<![\w./:~])/(?:[^,\]}'\"/]+/)+", ".../", argument) for argument in sys.argv[1:]]
+    arguments = [FOLDERS.sub(".../", argument) for argument in sys.argv[1:]]
     return {
         "command": " ".join(["python" if program.endswith(".py") else "", program, *arguments]).strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
