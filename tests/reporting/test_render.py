@@ -128,7 +128,7 @@ def test_other_data_is_held_against_training_and_names_that_are_no_utf_8_are_wri
     render.write(evaluation, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "How far is this data from the training data?" in text
-    assert "3 slices that the model was trained on are left out" in text
+    assert "Not measured: 3 slices that the model learned from, or near-copies of such." in text
     assert "\\udcff" in text
     assert "\\udcff" in (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
 
@@ -155,3 +155,17 @@ def test_names_of_columns_in_markdown_are_shown_as_they_are():
     part = Part("AUROC", [{"trained on": "a|b <c>", "a|b <c>": 0.5}], [])
     head = render._render("protocol.md.j2", made_up(protocol={"matrix": part})).splitlines()[2]
     assert head == "| trained on | a\\|b &lt;c> |"
+
+
+def test_a_bundle_is_called_by_its_own_calibration_and_keeps_its_own_card(tmp_path):
+    evaluation = made_up("subtype")
+    evaluation.cfg.task, evaluation.about["bundle"] = "binary", "abc"
+    evaluation.table["target"] = (evaluation.table["label"] == "cancer").astype(int)
+    evaluation.table["probability_cancer"] = 1 - evaluation.table["probability_normal"]
+    evaluation.about["task"] = "binary"
+    render.write(evaluation, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Temperature scaling" in page
+    assert "Platt" not in page
+    assert "python evaluate.py bundle=... evaluation.phantoms=100" in page
+    assert not (tmp_path / "MODEL_CARD.md").exists()
