@@ -24,8 +24,8 @@ from chestct.models.predictions import prediction_table
 def evaluate_bundle(cfg: Config) -> Evaluation:
     """Measures the bundle cfg.bundle on the slices that cfg.data describes, checks that the settings ask for included.
 
-    The very data that the bundle was made with give its test slices; of other data, every slice counts that the bundle
-    has not been trained on. Raises BundleError and DataError.
+    The very data that the bundle was made with give its test slices; of other data, every group counts of which the
+    bundle has seen nothing. Raises BundleError and DataError.
     """
     # The same figures on every machine, whatever is installed there: another backend is measured where it is named.
     backend = "torch" if cfg.serve.backend == "auto" else cfg.serve.backend

@@ -24,11 +24,11 @@ from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
 from chestct.evaluation.split_policies import (
     Train,
-    against_normal,
     anew,
     averaging,
     check_anew,
     fold_tests,
+    of_cancer,
     of_decisions,
     on_test,
 )
@@ -247,7 +247,7 @@ def _pooled(net: VGG16, data: SliceModule, split: str) -> torch.Tensor:
 
 def _figures(test: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
     """Metrics of cancer against normal, under the same names for both tasks."""
-    return believed(against_normal(test, cfg, 1 - test["probability_normal"], threshold))
+    return believed(of_cancer(test, cfg, test.get("probability_cancer", 1 - test["probability_normal"]), threshold))
 
 
 def groups_by_class(table: pd.DataFrame) -> list[int]:

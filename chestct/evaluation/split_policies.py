@@ -66,10 +66,10 @@ def fold_tests(cfg: Config, folds: int, train: Train) -> list[pd.DataFrame]:
 
 def of_decisions(table: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
     """What rests on decisions alone, from the column `flagged`."""
-    return against_normal(table, cfg, table["flagged"], 0.5)
+    return of_cancer(table, cfg, table["flagged"], 0.5)
 
 
-def against_normal(table: pd.DataFrame, cfg: Config, scores: pd.Series, threshold: float) -> dict[str, Estimate]:
+def of_cancer(table: pd.DataFrame, cfg: Config, scores: pd.Series, threshold: float) -> dict[str, Estimate]:
     """All metrics of cancer against normal, whatever the task; scores: of cancer, [N] in [0, 1]."""
     binary = table.assign(target=(table["label"] == "cancer").astype(int))
     settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}

@@ -115,10 +115,11 @@ def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     if about["leaked"]:
         text = f"{about['leaked']} validation and test slices of the split {about['split']} have copies in an earlier"
         yield Finding("Leaky split", "error", f"{text} one; these numbers are too good.")
-    left = {"slice": "that the model learned from, or near-copies of such", "picture": "with more than one label"}
-    for (what, reason), key in zip(left.items(), ("left_out", "label_conflicts"), strict=True):
-        if about.get(key):
-            yield Finding("Left out", "warning", f"Not measured: {counted(about[key], what)} {reason}.")
+    if number := about.get("left_out"):
+        text = f"Not measured: {counted(number, 'slice')} that the model learned from, or near-copies of such."
+        yield Finding("Left out", "warning", text)
+    if number := about.get("label_conflicts"):
+        yield Finding("Left out", "warning", f"Not measured: {counted(number, 'picture')} with more than one label.")
     if about.get("features"):
         text = "Measured on features in INT8, and the bundle answers in fp32; features.backend=torch measures that."
         yield Finding("Rounded features", "warning", text)
