@@ -127,7 +127,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
 
 @program("evaluate")
 def evaluate(cfg: Config, out: Path) -> None:
-    """Scores the valid and test slices of a checkpoint's data, or other data, and writes a report and a model card.
+    """Scores the valid and test slices of a checkpoint's data, or other data, and writes a report.
 
       python evaluate.py ckpt=last                                 the newest run
       python evaluate.py ckpt=runs/RUN                             any run
@@ -160,8 +160,8 @@ def evaluate(cfg: Config, out: Path) -> None:
         evaluation = _evaluate_checkpoint(cfg, out)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
-    # On its run's own data? `evaluate` divides that in the run's way alone.
-    own = evaluation.about.get("trained_on") == evaluation.about["data_hash"]
+    # On its run's own data, and divided in the run's way?
+    own = evaluation.about.get("trained_on") == evaluation.about["data_hash"] and not evaluation.about["left_out"]
     if own and cfg.ckpt and Path(cfg.ckpt).stem == "best":
         with run_of(cfg, Path(cfg.ckpt)) as run:
             run.evaluation(flat(evaluation).get("test", {}), out)

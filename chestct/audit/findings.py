@@ -176,7 +176,7 @@ def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
         if rows := [row for row in audit.conflicts if (row["kind"], row["labels"]) == (kind, labels)]:
             what = "Identical images" if kind == "copy" else "Near-copies"
             called = "both cancer and normal" if labels else "two subtypes of cancer"
-            text = f"{what} are called {called} in {_plural(len(rows), 'place')}, for example "
+            text = f"{what} are called {called} in {counted(len(rows), 'place')}, for example "
             text += f"{' and '.join(rows[0]['paths'][:2])}."
             action = "Look at them side by side: neighbouring slices may differ, copies may not; delete what is wrong."
             yield Finding("label_conflict", severity, text, action)
@@ -187,7 +187,7 @@ def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
         row = copies["by_class"][worst]
         text = f"{copies['redundant']} of {copies['files']} files are copies of another one (of {row['files']} "
         text += f"{worst.replace('_', ' ')} ones {row['contents']} are different images), and "
-        text += f"{_plural(copies['near_pairs'], 'pair')} of images nearly the same."
+        text += f"{counted(copies['near_pairs'], 'pair')} of images nearly the same."
         action = "Count groups, not files; data.split=grouped keeps copies together and uses each image once."
         yield Finding("duplicates", "warning" if share[worst] >= MANY_COPIES else "info", text, action)
 
@@ -213,7 +213,7 @@ def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
 def _about_files(audit: Audit) -> Iterator[Finding]:
     if audit.unreadable:
         first = audit.unreadable[0]
-        text = f"{_plural(len(audit.unreadable), 'file')} unreadable and left out, for example {first['path']}"
+        text = f"{counted(len(audit.unreadable), 'file')} unreadable and left out, for example {first['path']}"
         action = "Fetch what is damaged again (dvc pull), or delete it."
         yield Finding("unreadable", "warning", f"{text} ({first['reason']}).", action)
     if audit.skipped:
@@ -227,8 +227,8 @@ def _about_files(audit: Audit) -> Iterator[Finding]:
         yield Finding("identifiers", "info", text, action)
 
 
-def _plural(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
+def counted(number: int, one: str) -> str:  # `1 slice`, `2 slices`
+    return f"{number:,} {one if number == 1 else one + 's'}"
 
 
 def _lower(title: str) -> str:

@@ -4,7 +4,7 @@ A group (copies, near-copies, one patient) that stands on both sides makes a sco
 data set it does so for 46 of 54 normal test slices. Every split made here is checked, and so is every split loaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -110,6 +110,17 @@ def leaked(manifest: pd.DataFrame, splits: pd.Series) -> pd.Series:
     order = splits.map({"train": 0, "valid": 1, "test": 2})
     first = order.groupby(manifest["group"]).transform("min")
     return order.gt(first) & order.notna()
+
+
+def seen(manifest: pd.DataFrame) -> dict[str, list[str]]:
+    """What a model keeps of the slices that it learns from, train and valid: 16 digits of each content hash."""
+    short = manifest["content"].str[:16]
+    return {split: sorted(set(short[manifest["split"] == split])) for split in ("train", "valid")}
+
+
+def groups_of(manifest: pd.DataFrame, contents: Collection[str]) -> set[int]:
+    """The groups that hold a slice of these contents, which are given as by `seen`."""
+    return set(manifest["group"][manifest["content"].str[:16].isin(contents)])
 
 
 def _held_out(manifest: pd.DataFrame, classes: pd.Series, cfg: DataConfig) -> pd.Series:

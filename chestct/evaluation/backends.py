@@ -15,9 +15,8 @@ import pandas as pd
 from chestct.config.schema import Config
 from chestct.config.schema_serving import FILES
 from chestct.data.prepare import prepare_store
-from chestct.data.splits import load_splits
 from chestct.errors import BundleError, DataError
-from chestct.evaluation.external import as_made
+from chestct.evaluation.external import as_made, own_manifest
 from chestct.models.backends import calibration_slices, convert, load_graph, version_of
 from chestct.models.bundle import Bundle, backend_files, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
@@ -130,13 +129,12 @@ def own_slices(cfg: Config, bundle: Bundle) -> tuple[pd.DataFrame, np.ndarray]:
     """
     cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
-    if store.data_hash != bundle.facts["data"].get("data_hash"):
+    manifest = own_manifest(cfg, store, bundle)
+    if manifest is None:
         raise DataError(
             f"{cfg.data.name} is not the data that bundle {bundle.id} was made with, and no other slices may "
             "calibrate or verify a backend. Give that data (data=..., data.root=FOLDER), or export from the "
             "checkpoint: ckpt=..."
         )
-    data = dataclasses.replace(cfg.data, **bundle.facts["data"]["splitting"])
-    manifest = load_splits(store.manifest, dataclasses.replace(cfg, data=data))
     known = manifest["content"].str[:16].isin(bundle.seen)
     return manifest[known & (manifest["split"] != "test")], store.images

@@ -4,17 +4,19 @@ Pairing is the point: two runs err on much the same slices, so the difference is
 and two overlapping intervals say nothing about it.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import Config, classes_of
+from chestct.config.schema import Config
 from chestct.errors import DataError
+from chestct.evaluation.evaluate import calibrated
 from chestct.files import write_atomic
 from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, fewest_groups
-from chestct.stats.metrics import missing, sample_of, statistics
+from chestct.stats.metrics import Sample, missing, sample_of, statistics
 
 KEYS = ["source", "path", "content"]
 POOLED = ("accuracy", "brier", "log_loss", "ece")
@@ -42,8 +44,9 @@ def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000,
 
     Raises DataError if the tables share too few slices, disagree on a target, or are of different tasks.
     """
-    task = "binary" if "logit_cancer" in table_a else "subtype"
-    if ("logit_cancer" in table_b) != (task == "binary"):
+    # By what was measured: a bundle of subtypes on slices that only say cancer still has four logits.
+    task = "binary" if "probability_cancer" in table_a else "subtype"
+    if ("probability_cancer" in table_b) != (task == "binary"):
         raise DataError("The runs were evaluated for different tasks. Compare runs of one task.")
     tests = [table[table["split"] == "test"].drop_duplicates(KEYS).set_index(KEYS) for table in (table_a, table_b)]
     shared = tests[0].index.intersection(tests[1].index, sort=False)
@@ -54,8 +57,7 @@ def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000,
             f"comparison needs {MIN_GROUPS} groups. Evaluate both on the same data with the same data.split and "
             "data.split_seed."
         )
-    columns = [f"probability_{name}" for name in classes_of(task)[task == "binary" :]]
-    a, b = (sample_of(test.loc[shared], task, test.loc[shared, columns].to_numpy(), _threshold(test)) for test in tests)
+    a, b = (_sample(test.loc[shared], task) for test in tests)
     if wrong := int((a.target != b.target).sum()):
         raise DataError(f"{wrong} of {n} shared slices have another target in the other run: labels differ.")
     values = [{name: float(v[0]) for name, v in statistics(sample, np.ones((1, n))).items()} for sample in (a, b)]
@@ -93,10 +95,11 @@ def _read(name: str) -> pd.DataFrame:
         raise DataError(reason) from None
 
 
-def _threshold(table: pd.DataFrame) -> float:
-    """A threshold that gives the decisions in the table."""
-    cancer = 1 - table["probability_normal"]
-    return float(cancer[table["flagged"]].min()) if table["flagged"].any() else 1.1
+def _sample(test: pd.DataFrame, task: str) -> Sample:
+    """What is compared, with the decisions as they stand in the table."""
+    sample = sample_of(test, task, calibrated(test, task), 0.5)
+    flagged = test["flagged"].to_numpy(bool)
+    return replace(sample, flagged=flagged, decision=flagged.astype(int) if task == "binary" else sample.decision)
 
 
 def compare_text(frame: pd.DataFrame, name_a: str, name_b: str) -> str:

@@ -25,9 +25,10 @@ from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import SPLITS
+from chestct.data.splits import SPLITS, seen
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
+from chestct.evaluation.unseen import SPLITTING, leave_out_learned
 from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import Classifier, load_classifier
@@ -41,8 +42,8 @@ from chestct.stats.metrics import Estimate, auroc_difference, measure
 from chestct.tracking import code_version
 from chestct.version import __version__
 
-SPLITTING = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage", "holdout")
-"""Settings of `data` that decide which slices are test."""
+FOLDERS = re.compile(r"(?:(?<![\w./:~])|(?<=:///)|(?<=file:)|(?<=file://))/(?:[^,\]}'\"/]+/)+")
+"""Of an absolute path, by itself or in sqlite:////PATH or file:///PATH: all but its last part."""
 
 NORMALS = 128
 """Normal training slices that heat maps are held against, at most."""
@@ -68,7 +69,7 @@ class Evaluation:
     """What was measured; report, model card and bundle are written from this alone."""
 
     cfg: Config
-    bundle: Bundle  # what answered; that of a checkpoint gets its facts with the export
+    bundle: Bundle  # what answered; that of a checkpoint gets most of its facts with the export
     table: pd.DataFrame  # one row a valid or test slice; columns: docs/manifest.md
     manifest: pd.DataFrame  # the slices that take part, with `row`, their place among
     images: np.ndarray  # uint8 [N, S, S], squares
@@ -93,10 +94,10 @@ class Evaluation:
 
 
 def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
-    """Measures the checkpoint cfg.ckpt on the slices that `cfg` describes.
+    """Measures the checkpoint cfg.ckpt on the slices that `cfg` describes, but for those that it learned from.
 
     data: made from `cfg` unless it is given; features that it holds are not used. Raises ChestCTError where there is no
-    checkpoint: a network without training is never evaluated.
+    checkpoint (a network without training is never evaluated), and as `leave_out_learned` does.
     """
     if not cfg.ckpt:
         raise ChestCTError(
@@ -110,13 +111,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     data.prepare_data()
     data.setup()
     assert data.store is not None
-    theirs = model.cfg.data
-    changed = [name for name in SPLITTING if getattr(theirs, name) != getattr(cfg.data, name)]
-    if changed and model.hparams["data"]["hash"] == data.store.data_hash:
-        raise ChestCTError(
-            f"The checkpoint was trained with {', '.join(f'data.{name}={getattr(theirs, name)}' for name in changed)}: "
-            "divided otherwise, slices that it was trained on would be test. Leave these settings out."
-        )
+    left_out = leave_out_learned(model, data, cfg)
     data.features = {}  # what training left there may come from convolutions that have changed since
     if _cached(model, cfg):
         features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
@@ -134,11 +129,14 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     about = {
         "data_hash": data.store.data_hash,
         "trained_on": model.hparams["data"]["hash"],
+        "left_out": left_out,
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     } | ({"features": cfg.features.backend} if cfg.features.backend == "openvino_int8" else {})
-    bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), {})
+    known = model.hparams["data"].get("seen", {}), seen(data.manifest)  # what was fitted just now counts, too
+    facts = {"task": cfg.task, "data": {"seen": sorted({one for of in known for part in of.values() for one in part})}}
+    bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
     training = drift.training_facts(data.manifest, table)
     evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
     evaluation.sections["audit"] = kept_audit(cfg, data.store)
@@ -175,7 +173,7 @@ def assembled(
         "synthetic": is_synthetic(cfg.data),
         "leaked": int(table["leaked"].sum()),
     } | about
-    rows = [row(cfg, cfg.data.split, test, metrics["test"], data)]
+    rows = [row(cfg, str(about["split"]), test, metrics["test"], data)]
     return Evaluation(cfg, bundle, table, manifest, images, metrics, rows, about, sections, data)
 
 
@@ -270,7 +268,7 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
 def made() -> dict[str, Any]:
     """How the numbers came about: command, time, versions. It goes into cards that others read: no folders of here."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "chestct")
-    arguments = [re.sub(r"(?<![\w./:~])/(?:[^,\]}'\"/]+/)+", ".../", argument) for argument in sys.argv[1:]]
+    arguments = [FOLDERS.sub(".../", argument) for argument in sys.argv[1:]]
     return {
         "command": " ".join(["python" if program.endswith(".py") else "", program, shlex.join(arguments)]).strip(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -17,9 +17,7 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
     card: the model card, as chestct.reporting.render.model_card makes it.
     """
-    cfg, manifest = evaluation.cfg, evaluation.manifest
-    learned = manifest[manifest["split"] != "test"]
-    training = training_facts(manifest, evaluation.table)
+    cfg, training = evaluation.cfg, training_facts(evaluation.manifest, evaluation.table)
     model = {key: value for key, value in dataclasses.asdict(cfg.model).items() if key not in ("weights", "freeze")}
     facts = {
         "task": cfg.task,
@@ -27,7 +25,7 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
         "model": model | {"trained_convolutions": not cfg.always_frozen},
         "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
-        "data": evaluation.about | training["data"] | {"seen": sorted({c[:16] for c in learned["content"]})},
+        "data": evaluation.about | training["data"] | evaluation.bundle.facts["data"],
         "metrics": {
             split: {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
             for split, estimates in evaluation.metrics.items()

@@ -1,17 +1,18 @@
 """A bundle on slices that it never saw: another hospital's folders, or the test slices it was made with.
 
 Nothing is fitted here. Threshold, calibration and novelty stay as the bundle has them, and slices that were in its
-training data are left out, which the bundle knows by their hashes.
+training data are left out, which the bundle knows by their hashes, with all that shares a group with them.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import Config, classes_of
+from chestct.config.schema import Config, ModelConfig, classes_of
 from chestct.data.prepare import prepare_store
-from chestct.data.splits import load_splits
+from chestct.data.splits import groups_of, load_splits
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, assembled, decided
@@ -23,51 +24,64 @@ from chestct.models.predictions import prediction_table
 def evaluate_bundle(cfg: Config) -> Evaluation:
     """Measures the bundle cfg.bundle on the slices that cfg.data describes, checks that the settings ask for included.
 
-    The very data that the bundle was made with give its test slices; of other data, every slice counts that the bundle
-    has not been trained on. Raises BundleError and DataError.
+    The very data that the bundle was made with give its test slices; of other data, every group counts of which the
+    bundle has seen nothing. Raises BundleError and DataError.
     """
     # The same figures on every machine, whatever is installed there: another backend is measured where it is named.
     backend = "torch" if cfg.serve.backend == "auto" else cfg.serve.backend
     bundle = load_bundle(cfg.bundle or "packaged", backend, cfg.trainer.accelerator)
     cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
-    manifest, left_out = _slices(cfg, store, bundle)
-    if not manifest["subtype"].isin(bundle.classes).all():
+    if not store.manifest["subtype"].isin(bundle.classes).all():
         cfg = dataclasses.replace(cfg, task="binary")
+    manifest, counts = _slices(cfg, store, bundle)
     table = _predicted(manifest, store, bundle, cfg)
-    own = store.data_hash == bundle.facts["data"].get("data_hash")
-    about = {
-        "split": cfg.data.split if own else "external",
-        "data_hash": store.data_hash,
-        "bundle": bundle.id,
-        "left_out": left_out,
-    }
+    about = {"data_hash": store.data_hash, "bundle": bundle.id} | counts
     evaluation = assembled(cfg, bundle, table, manifest, store.images, about, bundle.facts)
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
 
 
 def as_made(cfg: Config, bundle: Bundle) -> Config:
-    """The settings with the bundle's own task and preprocessing."""
+    """The settings with the bundle's own task, preprocessing and model."""
     data = dataclasses.replace(cfg.data, **dataclasses.asdict(bundle.preprocess), window=bundle.window, views=0)
-    return dataclasses.replace(cfg, task=bundle.task, data=data)
+    model = dict(bundle.facts["model"])
+    model["freeze"] = not model.pop("trained_convolutions")
+    return dataclasses.replace(cfg, task=bundle.task, data=data, model=ModelConfig(**model))
 
 
-def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, int]:
-    """The slices to measure, with `split` "test", `target` and `leaked`; and how many were left out as known."""
-    if store.data_hash == bundle.facts["data"].get("data_hash"):
-        as_split = dataclasses.replace(cfg.data, **bundle.facts["data"]["splitting"])
-        manifest = load_splits(store.manifest, dataclasses.replace(cfg, data=as_split)).query("split == 'test'")
+def own_manifest(cfg: Config, store: Store, bundle: Bundle) -> pd.DataFrame | None:
+    """The slices that a bundle was made with, divided as then; None where the store holds others."""
+    facts = bundle.facts["data"]
+    if store.data_hash != facts.get("data_hash"):
+        return None
+    data = dataclasses.replace(cfg.data, **facts["splitting"])
+    return load_splits(store.manifest, dataclasses.replace(cfg, data=data))
+
+
+def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """The slices to measure, with `split` "test" and `leaked`; and what reports say of them: `split`, and how many
+    slices were `left_out` as known, and how many contents for their `label_conflicts`.
+    """
+    own, split, conflicts = own_manifest(cfg, store, bundle), "external", 0
+    if own is not None:
+        manifest, split = own[own["split"] == "test"], bundle.facts["data"]["splitting"]["split"]
     else:
-        manifest = store.manifest.drop_duplicates("content").assign(split="test", leaked=False)
+        manifest = store.manifest.assign(split="test", leaked=False)
+        labels = manifest["label" if cfg.task == "binary" else "subtype"].groupby(manifest["content"])
+        conflicting = labels.transform("nunique") > 1
+        conflicts = manifest["content"][conflicting].nunique()
+        manifest = manifest[~conflicting].drop_duplicates("content")
     # Of the bundle's own data, too: another version may find other groups and deal them otherwise. Leaks that were
     # allowed are stamped instead.
-    known = manifest["content"].str[:16].isin(bundle.seen) & ~manifest["leaked"]
+    known = manifest["group"].isin(groups_of(store.manifest, bundle.seen)) & ~manifest["leaked"]
     if known.all():
         raise DataError(
-            f"All {len(manifest)} slices of {cfg.data.name} were in the bundle's training data. Give other data."
+            f"Nothing is left to measure of {cfg.data.name}: {len(manifest)} slices were in the bundle's training data "
+            f"or are near-copies of such, and {conflicts} have more than one label. Give other data."
         )
-    return manifest[~known].reset_index(drop=True), int(known.sum())
+    counts = {"split": split, "left_out": int(known.sum()), "label_conflicts": conflicts}
+    return manifest[~known].reset_index(drop=True), counts
 
 
 def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:

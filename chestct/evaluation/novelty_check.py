@@ -23,6 +23,7 @@ from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import FOREIGN
 from chestct.stats.calibration import wilson
+from chestct.stats.metrics import Estimate
 
 SIDE = 320
 """Side of what is drawn here, in pixels."""
@@ -40,7 +41,7 @@ def novelty_figures(
 ) -> list[dict[str, Any]]:
     """One row for all that are no chest CT, and one a kind of picture: `kind`, `pictures`, `median` novelty, `auroc`
     against the test slices, and how many are called uncertain or refused (`beyond`: novelty above 1), or `refused`
-    (above FOREIGN), each with Wilson's interval [low, high].
+    (above FOREIGN), each with Wilson's interval.
 
     of_test: novelty of the test slices, float [N]; images: test slices, uint8 [M, S, S], to be altered; each: pictures
     of a kind at most.
@@ -60,9 +61,8 @@ def novelty_figures(
 
 
 def _row(kind: str, novelty: np.ndarray, of_test: np.ndarray) -> dict[str, Any]:
-    def share(hit: np.ndarray) -> dict[str, Any]:
-        low, high = wilson(int(hit.sum()), len(hit))
-        return {"value": float(hit.mean()), "low": low, "high": high}
+    def share(hit: np.ndarray) -> Estimate:
+        return Estimate(float(hit.mean()), *wilson(int(hit.sum()), len(hit)), len(hit), len(hit))
 
     foreign = [False] * len(of_test) + [True] * len(novelty)
     return {

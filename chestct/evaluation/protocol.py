@@ -16,12 +16,22 @@ import torch
 
 from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
+from chestct.data.prepare import prepare_store
 from chestct.data.sources import sources_of
 from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import Evaluation, measured
+from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
-from chestct.evaluation.split_policies import Train, anew, averaging, check_anew, fold_tests, of_decisions, on_test
+from chestct.evaluation.split_policies import (
+    Train,
+    anew,
+    averaging,
+    check_anew,
+    fold_tests,
+    of_cancer,
+    of_decisions,
+    on_test,
+)
 from chestct.models import features
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
@@ -77,18 +87,17 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
             "One is enough for 'evaluation.protocol=[within]'."
         )
     assert evaluation.data is not None
-    assert evaluation.data.store is not None
     net, several = evaluation.bundle.net, averaging(train, cfg.seeds)
     parts: dict[str, Part] = {}
+    # Nothing is trained for the probe: what might fail there fails before hours of training.
+    probe = {"probe": _probe(evaluation.data, net, real)} if "probe" in wanted else {}
     if "loso" in wanted:
         parts |= _leave_one_out(cfg, net, several, real)
     if "matrix" in wanted:
         parts |= _matrix(cfg, several, real)
     if "within" in wanted:
-        parts["within"] = _within(cfg, evaluation.data.store.manifest, several, real or sources)
-    if "probe" in wanted:
-        parts["probe"] = _probe(evaluation.data, net, real)
-    return parts
+        parts["within"] = _within(cfg, several, real or sources)
+    return parts | probe
 
 
 def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -> dict[str, Part]:
@@ -105,16 +114,16 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
             # Fine-tuned, this network knows the source that is held out: it judges no novelty there.
             novelty = _novelty(net, data) if cfg.always_frozen else 0.0
             test, threshold = on_test(predictions, held, novelty)
+            figures, points = _figures(test, held, threshold), pointing(held, data, checkpoints)
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
             ranked.append({"held out": source, "AUROC": None})
             called.append({"held out": source, "sensitivity": None, "specificity": None})
             continue
-        figures = _figures(test, held, threshold)
         answered = test[test["decision"].isin((CANCER, NORMAL))]
         sure = {} if answered.empty else believed(of_decisions(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
-        for kind, row in pointing(held, data, checkpoints).items():
+        for kind, row in points.items():
             pointed.append({"held out": source, "lesions": kind} | believed(row))
         seen = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
         ranked.append(seen | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
@@ -164,20 +173,22 @@ def _matrix(cfg: Config, train: Train, real: Sequence[str]) -> dict[str, Part]:
     return {"matrix": Part(title, rows, notes)} | every
 
 
-def _within(cfg: Config, manifest: pd.DataFrame, train: Train, real: Sequence[str]) -> Part:
+def _within(cfg: Config, train: Train, real: Sequence[str]) -> Part:
     """Cross-validation over the groups of each source that has enough of them."""
     rows, notes = [], []
     for source in real:
-        own = manifest[manifest["source"] == source]
-        groups = [own["group"][own["label"] == label].nunique() for label in ("normal", "cancer")]
-        row: dict[str, Any] = {"source": source, "groups": " / ".join(map(str, groups)), "AUROC": None}
+        row: dict[str, Any] = {"source": source, "groups": "", "AUROC": None}
         one_of_several = len(cfg.data.sources) > 1
         alone = anew(cfg, sources={source: cfg.data.sources[source]}, store=None) if one_of_several else anew(cfg)
         try:
+            # Of the source alone, as the folds are: next to others, other slices may be joined.
+            groups = groups_by_class(prepare_store(alone).manifest)
+            row["groups"] = " / ".join(map(str, groups))
             if min(groups) < MIN_GROUPS:
                 raise ChestCTError(f"{min(groups)} groups of a class, needs {MIN_GROUPS}.")
             tests = fold_tests(alone, FOLDS, lambda n, c, d, s=source: train(f"within-{s}/{n}", c, d))  # type: ignore[misc]
             pooled = pd.concat(tests, ignore_index=True)
+            row["groups"] = " / ".join(map(str, groups_by_class(pooled)))
             row["AUROC"] = _figures(pooled, alone, 0.5)["auroc"]
             row |= {"single seeds": _by_seed(tests)}
             row |= {name: of_decisions(pooled, alone)[name] for name in ("sensitivity", "specificity")}
@@ -191,8 +202,8 @@ def _within(cfg: Config, manifest: pd.DataFrame, train: Train, real: Sequence[st
 def _probe(data: SliceModule, net: VGG16, real: Sequence[str]) -> Part:
     """How well a linear model tells the source of *normal* slices from mean-pooled features.
 
-    Logistic regression on standardised features, tested by cross-validation over groups. A source with normal slices of
-    one group is left out: tested, there would be none to learn from.
+    Logistic regression on standardised features, tested by cross-validation over groups, in fewer folds where there are
+    few. A source with normal slices of one group is left out: tested, there would be none to learn from.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -210,7 +221,8 @@ def _probe(data: SliceModule, net: VGG16, real: Sequence[str]) -> Part:
     used = (normal & table["source"].isin(groups.index)).to_numpy()
     source, group = (table[column].to_numpy()[used] for column in ("source", "group"))
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, class_weight="balanced"))
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=data.cfg.data.split_seed)
+    number = min(FOLDS, len(np.unique(group)), np.unique(source, return_counts=True)[1].max())
+    folds = StratifiedGroupKFold(number, shuffle=True, random_state=data.cfg.data.split_seed)
     right = cross_val_predict(model, pooled[used], source, groups=group, cv=folds) == source
     rows: Table = [
         {"source": name, "normal slices": int((source == name).sum()), "groups": int(count)}
@@ -218,8 +230,8 @@ def _probe(data: SliceModule, net: VGG16, real: Sequence[str]) -> Part:
         for name, count in groups.items()
     ]
     rows.append({"source": "balanced accuracy", "told right": float(np.mean([row["told right"] for row in rows]))})
-    chance = f"Chance: {1 / len(groups):.3f}. Linear model on standardised features, grouped cross-validation."
-    return Part(title, filled(rows), [chance])
+    how = f"Linear model on standardised features, cross-validation over groups in {number} folds."
+    return Part(title, filled(rows), [f"Chance: {1 / len(groups):.3f}. {how}"])
 
 
 def _novelty(net: VGG16, data: SliceModule) -> np.ndarray:
@@ -235,8 +247,12 @@ def _pooled(net: VGG16, data: SliceModule, split: str) -> torch.Tensor:
 
 def _figures(test: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
     """Metrics of cancer against normal, under the same names for both tasks."""
-    estimates = measured(test, cfg, threshold)
-    return believed({name.removeprefix("cancer/"): estimate for name, estimate in estimates.items()})
+    return believed(of_cancer(test, cfg, test.get("probability_cancer", 1 - test["probability_normal"]), threshold))
+
+
+def groups_by_class(table: pd.DataFrame) -> list[int]:
+    """How many groups have normal slices, and how many have slices with cancer."""
+    return [table["group"][table["label"] == label].nunique() for label in ("normal", "cancer")]
 
 
 def _by_seed(tests: Sequence[pd.DataFrame]) -> Spread | None:
@@ -274,10 +290,6 @@ def mean_and_worst(rows: Table) -> Table:
         elif figures:
             mean[column] = float(np.mean(figures))
             worst[column] = max(figures) if column == "ECE" else min(figures)
-            if estimates := [cell for cell in cells if isinstance(cell, Estimate)]:
-                rests_on = sum(cell.slices for cell in estimates), sum(cell.groups for cell in estimates)
-                mean[column] = Estimate(mean[column], None, None, *rests_on)
-                worst[column] = Estimate(worst[column], None, None, *rests_on)
     return [mean, worst]
 
 

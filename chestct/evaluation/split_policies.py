@@ -66,9 +66,14 @@ def fold_tests(cfg: Config, folds: int, train: Train) -> list[pd.DataFrame]:
 
 def of_decisions(table: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
     """What rests on decisions alone, from the column `flagged`."""
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    return of_cancer(table, cfg, table["flagged"], 0.5)
+
+
+def of_cancer(table: pd.DataFrame, cfg: Config, scores: pd.Series, threshold: float) -> dict[str, Estimate]:
+    """All metrics of cancer against normal, whatever the task; scores: of cancer, [N] in [0, 1]."""
     binary = table.assign(target=(table["label"] == "cancer").astype(int))
-    return measure(binary, "binary", table[["flagged"]].to_numpy(float), 0.5, **settings)
+    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
+    return measure(binary, "binary", scores.to_numpy(float)[:, None], threshold, **settings)
 
 
 def averaging(train: Train, seeds: int) -> Train:

@@ -33,7 +33,8 @@ class Classifier(L.LightningModule):
     """Trains a VGG16 on batches of `x` (slices, or pooled features), `y` and `i` as SliceDataset makes them.
 
     settings: the run's Config as plain containers; class_names: in the order of the targets; class_counts: slices of
-    each class in train, for the class weights; data: what identifies the data (hash, leaks), kept for the record.
+    each class in train, for the class weights; data: what identifies the data (hash, leaks, the slices that are seen),
+    kept for the record and for evaluation.
     """
 
     # Frozen convolutions are not in the checkpoint; `on_load_checkpoint` looks that nothing else is missing.

@@ -4,18 +4,17 @@ import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
+from chestct.audit.findings import counted
+
 
 def as_text(value: Any, signed: bool = False) -> str:
     """What stands in a cell: `0.981`, `258.5`, `n/a (reason)`; `0.981 [0.950, 0.994]` for what has value, low, high."""
-    if isinstance(value, Mapping):
-        value = SimpleNamespace(reason="", **value)
     if hasattr(value, "low"):
         low, high = as_text(value.low, signed), as_text(value.high, signed)
         ends = "" if low == "n/a" else f" [{low}, {high}]"
@@ -31,10 +30,6 @@ def records(rows: Any) -> list[dict[str, Any]]:
     """The rows of a table (a DataFrame, or mappings or dataclasses) as mappings."""
     rows = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
     return [dict(row) if isinstance(row, Mapping) else vars(row) for row in rows]
-
-
-def counted(number: int, one: str) -> str:  # `1 slice`, `2 slices`
-    return f"{number:,} {one if number == 1 else one + 's'}"
 
 
 def display_name(metric: str) -> str:

@@ -29,6 +29,7 @@ STYLE = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#ddd9d1",
+    "text.parse_math": False,  # names of sources are no formulas
     "svg.hashsalt": "chestct",  # the same evaluation gives the same bytes
 }
 

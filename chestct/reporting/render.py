@@ -22,8 +22,8 @@ COLUMNS = {
 
 def write(evaluation: Evaluation, out: Path) -> None:
     """Writes metrics.json, evaluation.json (all, with reasons), predictions.parquet, the points of `dvc plots`, figures
-    as SVG, MODEL_CARD.md and report.html into `out`, each file whole or not at all; of the protocol's parts, where they
-    were measured, protocol.json and protocol.md.
+    as SVG and report.html into `out`, each file whole or not at all; of a checkpoint MODEL_CARD.md, and of the
+    protocol's parts, where they were measured, protocol.json and protocol.md.
     """
     values, table, drawn = flat(evaluation), io.BytesIO(), figures(evaluation)
     evaluation.table.to_parquet(table, index=False)
@@ -33,9 +33,10 @@ def write(evaluation: Evaluation, out: Path) -> None:
         "predictions.parquet": table.getvalue(),
         **{f"{name}.json": _json(rows, indent=None) for name, rows in points(evaluation).items()},
         **{f"{name}.svg": figure for name, figure in drawn.items() if isinstance(figure, bytes)},
-        "MODEL_CARD.md": model_card(evaluation),
         "report.html": html(evaluation, drawn),
     }
+    if "bundle" not in evaluation.about:  # which has its own card
+        files["MODEL_CARD.md"] = model_card(evaluation)
     if parts := evaluation.sections.get("protocol"):
         files |= {"protocol.json": _json(parts), "protocol.md": _render("protocol.md.j2", evaluation)}
     for name, content in files.items():
@@ -79,7 +80,7 @@ def html(evaluation: Evaluation, drawn: Mapping[str, bytes | str] | None = None)
 
 
 def model_card(evaluation: Evaluation) -> str:
-    """The card as Markdown, with the metadata that model hubs read at its head."""
+    """The card of a checkpoint as Markdown, with the metadata that model hubs read at its head."""
     return _render("model_card.md.j2", evaluation)
 
 
@@ -97,6 +98,6 @@ def _plain(value: Any) -> Any:
     """Dataclasses, tables and NumPy values as what JSON knows."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    if hasattr(value, "to_dict"):  # a DataFrame
-        return value.to_dict("records")
+    if hasattr(value, "to_dict"):  # a DataFrame, whose undefined numbers are NaN
+        return value.astype(object).where(value.notna(), None).to_dict("records")
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.audit.findings import FEW_GROUPS, Finding
+from chestct.audit.findings import FEW_GROUPS, Finding, counted
 from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
-from chestct.reporting.environment import as_text, counted, display_name
+from chestct.reporting.environment import as_text, display_name
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson
 from chestct.stats.metrics import Estimate
@@ -115,6 +115,11 @@ def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     if about["leaked"]:
         text = f"{about['leaked']} validation and test slices of the split {about['split']} have copies in an earlier"
         yield Finding("Leaky split", "error", f"{text} one; these numbers are too good.")
+    if number := about.get("left_out"):
+        text = f"Not measured: {counted(number, 'slice')} that the model learned from, or near-copies of such."
+        yield Finding("Left out", "warning", text)
+    if number := about.get("label_conflicts"):
+        yield Finding("Left out", "warning", f"Not measured: {counted(number, 'picture')} with more than one label.")
     if about.get("features"):
         text = "Measured on features in INT8, and the bundle answers in fp32; features.backend=torch measures that."
         yield Finding("Rounded features", "warning", text)
@@ -154,8 +159,8 @@ def _about_the_sections(evaluation: Evaluation) -> Iterator[Finding]:
     if "explanation" in sections and (failure := sections["explanation"]["failure"]):
         yield Finding("Heat maps", "warning", failure)
     foreign = next(iter(sections.get("novelty", [])), None)
-    if foreign and foreign["beyond"]["value"] < 1 - MANY:
-        text = f"{1 - foreign['beyond']['value']:.0%} of {counted(foreign['pictures'], 'picture')}"
+    if foreign and foreign["beyond"].value < 1 - MANY:
+        text = f"{1 - foreign['beyond'].value:.0%} of {counted(foreign['pictures'], 'picture')}"
         yield Finding("Foreign pictures", "warning", f"{text} that are no chest CT would be answered.")
     if "robustness" in sections:
         table = sections["robustness"]

@@ -34,6 +34,7 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
+from chestct.data.splits import seen
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
@@ -92,7 +93,8 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
                 f"{trainer.world_size} processes share batches and splits, the smallest of which has {smallest} "
                 "slices. Start fewer with trainer.devices=N, or raise data.batch_size."
             )
-        about = {"hash": data.store.data_hash, "leaks": int(data.manifest["leaked"].sum())}
+        leaks = int(data.manifest["leaked"].sum())
+        about = {"hash": data.store.data_hash, "leaks": leaks, "seen": seen(data.manifest)}
         model = Classifier(dataclasses.asdict(cfg), list(data.class_names), data.class_counts().tolist(), about)
         if not (cfg.model.hidden or cfg.model.head or has_places(model.net.head)):
             # A linear head has nothing to break the symmetry of, and what it draws at random is noise that a small
@@ -219,11 +221,16 @@ def _resumable(cfg: Config, model: Classifier) -> Path | None:
         return None
     checkpoint = read_checkpoint(Path(cfg.ckpt))
     check_fits(checkpoint, model)
-    theirs, ours = (hparams["data"]["hash"][:12] for hparams in (checkpoint["hyper_parameters"], model.hparams))
-    if theirs != ours:
+    theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
+    if theirs["hash"] != ours["hash"]:
         raise DataError(
-            f"The data changed since {cfg.ckpt} was written (hash {theirs}, now {ours}). "
+            f"The data changed since {cfg.ckpt} was written (hash {theirs['hash'][:12]}, now {ours['hash'][:12]}). "
             "Resume with the data of that run, or start anew without ckpt."
+        )
+    if theirs.get("seen", ours["seen"]) != ours["seen"]:
+        raise DataError(
+            f"The data are divided otherwise than when {cfg.ckpt} was written: it would train on its own test slices. "
+            "Leave out what divides them (data.split=..., data.sources.NAME.patient=...), or start anew without ckpt."
         )
     return Path(cfg.ckpt)
 

@@ -71,7 +71,7 @@ def made_up(
     margin = Estimate(0.1, 0.05, 0.15, len(tested), len(tested))
     row = Row("grouped", metrics["test"], slices, len(tested), 0, "Width", 0.8, margin)
     cfg.evaluation.gallery = 0
-    bundle, none = Bundle(None, point, None, None, {}), np.zeros(0)  # type: ignore[arg-type]
+    bundle, none = Bundle(None, point, None, None, {"task": task}), np.zeros(0)  # type: ignore[arg-type]
     return Evaluation(cfg, bundle, table, table, none, metrics, [row], about, sections)
 
 
@@ -82,5 +82,7 @@ def with_images(evaluation: Evaluation, net: Any, size: int) -> Evaluation:
     evaluation.manifest, evaluation.images = manifest, images
     zeros = torch.zeros(net.head[-1].out_features, size // 16, size // 16)
     novelty_model = fit_novelty(*torch.rand(2, 40, 512))
-    evaluation.bundle = Bundle(net, evaluation.point, novelty_model, torch.stack([zeros, zeros + 1]), {})
+    evaluation.bundle = Bundle(
+        net, evaluation.point, novelty_model, torch.stack([zeros, zeros + 1]), evaluation.bundle.facts
+    )
     return evaluation

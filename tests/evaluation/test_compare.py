@@ -110,3 +110,24 @@ def test_runs_that_cannot_be_compared_are_refused_with_the_count():
     ):
         with pytest.raises(DataError, match=says):
             compare(a, b)
+
+
+def test_a_bundle_of_subtypes_on_slices_that_only_say_cancer_is_compared_as_cancer_against_normal():
+    told = [run(task="subtype", noise=noise) for noise in (2, 1)]
+    binary = [
+        t.assign(target=(t["target"] > 0).astype(int), probability_cancer=1 - t["probability_normal"]) for t in told
+    ]
+    compared = rows(compare(*binary, resamples=20))
+    for key, table in zip("ab", binary, strict=True):
+        assert compared["accuracy"][key] == pytest.approx((table["flagged"] == (table["target"] == 1)).mean())
+    assert "auroc/squamous" not in compared
+    with pytest.raises(DataError, match="different tasks"):
+        compare(told[0], binary[1])
+
+
+def test_decisions_are_those_in_the_table_to_the_last_slice():
+    table = run()
+    least = table.loc[table["flagged"], "probability_cancer"].idxmin()
+    table["probability_normal"] = table["probability_normal"].where(table.index != least, lambda p: np.nextafter(p, 0))
+    accuracy = rows(compare(table, table, resamples=20))["accuracy"]["a"]
+    assert accuracy == (table["flagged"] == (table["target"] == 1)).mean()

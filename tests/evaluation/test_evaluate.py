@@ -94,6 +94,10 @@ def test_subtypes_are_measured_by_class_and_as_cancer(small, tmp_path) -> None:
 
 def test_the_command_of_a_card_names_no_folders_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["ckpt=runs/a/best.ckpt", "data.root=/home/jane doe/clinic", "compare=[/data/x/a,/b]", "bundle=models:/l@c"]
-    monkeypatch.setattr("sys.argv", ["/opt/env/bin/evaluate.py", *given, "tracking.uri=https://hub.example/u/r.mlflow"])
+    given += ["tracking.local=sqlite:////home/jane/secret/mlflow.db", "a=file:///home/jane/x/y", "b=file:/home/jane/y"]
+    given += ["c=sqlite:///mlflow.db", "bundle=hf://jane/model"]
     said = "ckpt=runs/a/best.ckpt data.root=.../clinic 'compare=[.../a,/b]' bundle=models:/l@c"
-    assert made()["command"] == f"python evaluate.py {said} tracking.uri=https://hub.example/u/r.mlflow"
+    said += " tracking.local=sqlite:///.../mlflow.db a=file://.../y b=file:.../y c=sqlite:///mlflow.db bundle=hf://jane/model"
+    uri = "tracking.uri=https://hub.example/u/r.mlflow"
+    monkeypatch.setattr("sys.argv", ["/opt/env/bin/evaluate.py", *given, uri])
+    assert made()["command"] == f"python evaluate.py {said} {uri}"

@@ -11,7 +11,9 @@ from chestct.data.splits import load_splits
 from chestct.evaluation import external
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.external import evaluate_bundle
+from chestct.models.bundle import load_bundle
 from chestct.reporting.figures import gallery
+from chestct.reporting.text import summary
 from chestct.training.train import Result
 
 LABELS = {"healthy": "normal", "tumour": "cancer"}
@@ -39,9 +41,11 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     run: tuple[Config, Result], folder: Path, others: Path, evaluation: Evaluation
 ) -> None:
     cfg = settings(run, folder, name="elsewhere", root=str(others), labels=LABELS)
+    cfg = replace(cfg, model=replace(cfg.model, pool="topk"))  # of another model's settings
     result = evaluate_bundle(replace(cfg, evaluation=replace(cfg.evaluation, robustness=2)))
     assert "robustness" in result.sections  # what the settings ask for beyond
-    assert result.about["split"] == "external"
+    assert result.about["split"] == result.headline.policy == "external"
+    assert result.cfg.model.pool == load_bundle(folder).facts["model"]["pool"] != cfg.model.pool
     assert result.point.threshold == evaluation.point.threshold
     assert result.metrics["test"]["auroc"].value is not None
     assert len(result.table) == len(list(others.glob("*/*")))
@@ -55,7 +59,8 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
 def test_its_own_data_give_its_test_slices_and_no_others_where_the_split_has_become_another(
     run: tuple[Config, Result], folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = evaluate_bundle(settings(run, folder))
+    result = evaluate_bundle(settings(run, folder, split="official"))
+    assert result.about["split"] == result.headline.policy == "grouped"  # as it was made, whatever the settings say
     assert sorted(result.table["path"]) == sorted(evaluation.test["path"])
     assert result.metrics["test"]["auroc"].value == pytest.approx(evaluation.metrics["test"]["auroc"].value, abs=1e-6)
 
@@ -70,13 +75,20 @@ def test_its_own_data_give_its_test_slices_and_no_others_where_the_split_has_bec
     assert sorted(result.table["path"]) == sorted(evaluation.test["path"])
 
 
-def test_slices_it_was_trained_on_are_left_out(
+def test_slices_it_was_trained_on_their_near_copies_and_pictures_of_two_labels_are_left_out(
     run: tuple[Config, Result], folder: Path, others: Path, tmp_path: Path
 ) -> None:
     mixed = Path(shutil.copytree(others, tmp_path / "mixed"))
     known = run[1].data.manifest.query("split == 'train' and label == 'cancer'").iloc[0]["path"]
-    # Another file, the same pixels.
-    Image.open(Path(run[0].data.root or "") / known).convert("RGB").save(mixed / "tumour" / "again.bmp")
+    # Another file, the same pixels; and a grey level more.
+    pixels = Image.open(Path(run[0].data.root or "") / known).convert("L")
+    pixels.convert("RGB").save(mixed / "tumour" / "again.bmp")
+    pixels.point(lambda level: min(255, level + 1)).save(mixed / "tumour" / "again-brighter.png")
+    twice = max((mixed / "tumour").glob("t*.png"))
+    shutil.copy(twice, mixed / "healthy" / "twice.png")
     result = evaluate_bundle(settings(run, folder, name="mixed", root=str(mixed), labels=LABELS))
-    assert result.about["left_out"] == 1
-    assert not result.table["path"].str.contains("again").any()
+    assert (result.about["left_out"], result.about["label_conflicts"]) == (2, 1)
+    assert len(result.table) == len(list(others.glob("*/*"))) - 1
+    assert not result.table["path"].str.contains(f"again|twice|{twice.name}").any()
+    assert "2 slices that the model learned from" in summary(result)
+    assert "1 picture with more than one label" in summary(result)

@@ -13,13 +13,13 @@ def test_what_is_no_chest_ct_lies_further_than_the_test_slices(
     monkeypatch.setattr(evaluation.cfg.evaluation, "novelty", 4)
     whole, *kinds = optional_sections(evaluation)["novelty"]
     assert whole["auroc"] > 0.95
-    assert whole["beyond"]["value"] > 0.9
+    assert whole["beyond"].value > 0.9
     assert whole["pictures"] == sum(row["pictures"] for row in kinds if "test" not in row["kind"])
     assert len(kinds) == 6
     for row in kinds:
         for share in (row["beyond"], row["refused"]):
-            assert 0 <= share["low"] <= share["value"] <= share["high"] <= 1
-        assert row["refused"]["value"] <= row["beyond"]["value"]
+            assert 0 <= share.low <= share.value <= share.high <= 1
+        assert row["refused"].value <= row["beyond"].value
     assert optional_sections(evaluation)["novelty"] == [whole, *kinds]
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,14 +9,26 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 
+from chestct.config.compose import compose
 from chestct.config.schema import SourceConfig
-from chestct.evaluation.pointing import TOLERANCE, Lesions, _of_other_half, check_explanation, game
+from chestct.evaluation.pointing import (
+    TOLERANCE,
+    Lesions,
+    _of_other_half,
+    check_explanation,
+    drawn_lesions,
+    game,
+    known_lesions,
+    pointing,
+)
 from chestct.evaluation.sections import optional_sections
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normal_cam
+from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import read_truth
-from tests.conftest import network
+from chestct.training.train import train
+from tests.conftest import SMALL, network, opened
 from tests.evaluation.evaluations import made_up, with_images
 
 SIZE = 128
@@ -149,3 +163,54 @@ def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone(tmp_path):
     pointing = optional_sections(evaluation)["pointing"]
     assert pointing["heat map"].value < 1
     assert pointing["heat map"].low is None  # slices of one patient err together
+
+
+def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(small, monkeypatch) -> None:
+    monkeypatch.setattr("chestct.evaluation.pointing.DRAWN", 6)
+    cfg = small()
+    store = opened(cfg).store
+    rows = store.manifest.assign(group=lambda t: np.arange(len(t)) % 20 // 5)
+    lesions = drawn_lesions(rows, store.images, cfg)
+    per_unit = np.unique(lesions.groups, return_counts=True)[1]
+    assert len(per_unit) == rows["group"][rows["label"] == "normal"].nunique()
+    assert per_unit.max() - per_unit.min() <= 1
+    plain = [f"{content} drawn" for content in rows["content"][rows["label"] == "normal"]]
+    assert all(any(content.startswith(start) for start in plain) for content in lesions.contents)
+    originals = store.images[rows.set_index("content").loc[[c.split()[0] for c in lesions.contents], "row"]] / 255
+    changed = np.abs(lesions.images - originals)
+    assert changed[lesions.masks].min() > 0.05
+    assert changed[~lesions.masks].mean() < 0.01
+    assert np.array_equal(drawn_lesions(rows, store.images, cfg).images, lesions.images)
+    cancers = rows[rows["label"] == "cancer"]
+    assert drawn_lesions(cancers, store.images, cfg) is known_lesions(rows[:0], store.images, cfg) is None
+
+
+@pytest.mark.slow
+def test_pointing_finds_lesions_where_the_evidence_is(phantoms: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
+    cfg = compose(
+        *SMALL, f"data.sources={{a: {{root: {phantoms}}}}}", f"cache_dir={cache}", "model.pool=topk", "model.block=4"
+    )
+    cfg = replace(cfg, data=replace(cfg.data, lesions=0.3, views=1))
+    result = train(cfg, tmp_path / "run")
+    test = result.data.manifest[result.data.manifest["split"] == "test"]
+    images = result.data.store.images
+    made = {"known": known_lesions(test, images, cfg), "drawn": drawn_lesions(test, images, cfg)}
+    cover = torch.nn.functional.adaptive_avg_pool2d
+    where = {len(lesions.masks): cover(torch.tensor(lesions.masks).float(), 16) for lesions in made.values()}
+    assert len(where) == 2  # their number tells which slices are asked for
+
+    def pointed(sign: int) -> dict:
+        def evidence(net: VGG16, conv5: torch.Tensor, *_: object) -> tuple[None, torch.Tensor]:
+            return None, sign * (where[len(conv5)] - 0.01)
+
+        monkeypatch.setattr("chestct.evaluation.pointing.normalised_cam", evidence)
+        return pointing(cfg, result.data, [result.best, result.best])
+
+    right, wrong = pointed(1), pointed(-1)
+    for kind, lesions in made.items():
+        assert right[kind]["slices"] == len(lesions.masks)
+        assert right[kind]["heat map"].value > 0.9
+        assert wrong[kind]["heat map"].value < 0.3
+        assert 0 <= right[kind]["usual place"] < 1
+    result.data.manifest["lesion"] = b""
+    assert list(pointing(cfg, result.data, [result.best])) == ["drawn"]

@@ -14,16 +14,17 @@ from chestct.config.compose import compose
 from chestct.config.schema import Config, PhantomConfig, SourceConfig
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
+from chestct.evaluation import protocol as module
 from chestct.evaluation.evaluate import Evaluation, evaluate
-from chestct.evaluation.pointing import drawn_lesions, known_lesions, pointing
 from chestct.evaluation.protocol import Part, Spread, protocol
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import write
 from chestct.reporting.render import write as write_report
 from chestct.reporting.text import summary
+from chestct.stats.calibration import reliability_table
 from chestct.training.train import train
-from tests.conftest import SMALL, opened
+from tests.conftest import SMALL
 from tests.evaluation.evaluations import made_up
 
 PARTS = ["loso", "matrix", "within", "probe"]
@@ -106,8 +107,8 @@ def test_each_source_is_measured_by_heads_that_have_never_seen_it(measured: tupl
     assert "no cancer slices" in clinic["AUROC"].reason
     assert parts["threshold"].rows[3]["specificity"].value is not None
     assert (mean["held out"], worst["held out"]) == ("mean", "worst")
-    assert mean["AUROC"].value == pytest.approx(np.mean(list(values.values())))
-    assert worst["AUROC"].value == min(values.values())
+    assert mean["AUROC"] == pytest.approx(np.mean(list(values.values())))
+    assert worst["AUROC"] == min(values.values())
 
 
 @pytest.mark.slow
@@ -124,7 +125,7 @@ def test_the_threshold_is_that_of_the_other_sources_validation_slices(evaluation
         assert row["specificity"].value == pytest.approx(1 - called[~test["y"]].mean())
         assert (row["specificity of these"] is None) == (row["answered"] == 0)
         assert 0 <= row["ECE"].value <= 1
-    assert parts["threshold"].rows[5]["ECE"].value == max(row["ECE"].value for row in parts["threshold"].rows[:4])
+    assert parts["threshold"].rows[5]["ECE"] == max(row["ECE"].value for row in parts["threshold"].rows[:4])
 
 
 @pytest.mark.slow
@@ -159,57 +160,6 @@ def test_pointing_is_measured_on_known_lesions_and_on_lesions_drawn_into_normal_
         assert row["usual place"] is None  # this head judges no places, and learns none
 
 
-def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(small, monkeypatch) -> None:
-    monkeypatch.setattr("chestct.evaluation.pointing.DRAWN", 6)
-    cfg = small()
-    store = opened(cfg).store
-    rows = store.manifest.assign(group=lambda t: np.arange(len(t)) % 20 // 5)
-    lesions = drawn_lesions(rows, store.images, cfg)
-    per_unit = np.unique(lesions.groups, return_counts=True)[1]
-    assert len(per_unit) == rows["group"][rows["label"] == "normal"].nunique()
-    assert per_unit.max() - per_unit.min() <= 1
-    plain = [f"{content} drawn" for content in rows["content"][rows["label"] == "normal"]]
-    assert all(any(content.startswith(start) for start in plain) for content in lesions.contents)
-    originals = store.images[rows.set_index("content").loc[[c.split()[0] for c in lesions.contents], "row"]] / 255
-    changed = np.abs(lesions.images - originals)
-    assert changed[lesions.masks].min() > 0.05
-    assert changed[~lesions.masks].mean() < 0.01
-    assert np.array_equal(drawn_lesions(rows, store.images, cfg).images, lesions.images)
-    cancers = rows[rows["label"] == "cancer"]
-    assert drawn_lesions(cancers, store.images, cfg) is known_lesions(rows[:0], store.images, cfg) is None
-
-
-@pytest.mark.slow
-def test_pointing_finds_lesions_where_the_evidence_is(phantoms: Path, cache: Path, tmp_path: Path, monkeypatch) -> None:
-    cfg = compose(
-        *SMALL, f"data.sources={{a: {{root: {phantoms}}}}}", f"cache_dir={cache}", "model.pool=topk", "model.block=4"
-    )
-    cfg = replace(cfg, data=replace(cfg.data, lesions=0.3, views=1))
-    result = train(cfg, tmp_path / "run")
-    test = result.data.manifest[result.data.manifest["split"] == "test"]
-    images = result.data.store.images
-    made = {"known": known_lesions(test, images, cfg), "drawn": drawn_lesions(test, images, cfg)}
-    cover = torch.nn.functional.adaptive_avg_pool2d
-    where = {len(lesions.masks): cover(torch.tensor(lesions.masks).float(), 16) for lesions in made.values()}
-    assert len(where) == 2  # their number tells which slices are asked for
-
-    def pointed(sign: int) -> dict:
-        def evidence(net: VGG16, conv5: torch.Tensor, *_: object) -> tuple[None, torch.Tensor]:
-            return None, sign * (where[len(conv5)] - 0.01)
-
-        monkeypatch.setattr("chestct.evaluation.pointing.normalised_cam", evidence)
-        return pointing(cfg, result.data, [result.best, result.best])
-
-    right, wrong = pointed(1), pointed(-1)
-    for kind, lesions in made.items():
-        assert right[kind]["slices"] == len(lesions.masks)
-        assert right[kind]["heat map"].value > 0.9
-        assert wrong[kind]["heat map"].value < 0.3
-        assert 0 <= right[kind]["usual place"] < 1
-    result.data.manifest["lesion"] = b""
-    assert list(pointing(cfg, result.data, [result.best])) == ["drawn"]
-
-
 @pytest.mark.slow
 def test_within_a_source_every_slice_is_scored_once(evaluation: Evaluation, measured) -> None:
     parts, trainings = measured
@@ -226,6 +176,8 @@ def test_within_a_source_every_slice_is_scored_once(evaluation: Evaluation, meas
         first = np.mean([roc_auc_score(test["y"], test["first"]) for test in tests])
         assert row["single seeds"].values[0] == pytest.approx(first)
         assert row["AUROC"].slices == len(pooled)
+        groups = [pooled["group"][pooled["y"] == cancer].nunique() for cancer in (False, True)]
+        assert row["groups"] == " / ".join(map(str, groups))
 
 
 @pytest.mark.slow
@@ -265,6 +217,57 @@ def test_the_protocol_is_in_the_report_and_in_files_of_its_own(
     assert "| trained on | north | south | east | clinic |" in markdown
     assert all(part.title in summary(told) for part in measured[0].values())
     assert str(Spread([0.8, 0.9])) == "0.850 ± 0.071"
+
+
+def test_of_subtypes_the_figures_are_those_of_cancer_against_normal() -> None:
+    evaluation = made_up("subtype")
+    test, cancer = evaluation.test, evaluation.test["label"] == "cancer"
+    figures = module._figures(test, evaluation.cfg, evaluation.point.threshold)
+    assert figures["sensitivity"].value == pytest.approx(test["flagged"][cancer].mean())
+    assert figures["specificity"].value == pytest.approx(1 - test["flagged"][~cancer].mean())
+    assert figures["sensitivity"].slices == cancer.sum()
+    gaps = reliability_table((1 - test["probability_normal"]).to_numpy(), cancer.to_numpy(), bins=15)
+    expected = sum(row["n"] * abs(row["score"] - row["observed"]) for row in gaps) / len(test)
+    assert figures["ece"].value == pytest.approx(expected)
+
+
+def test_within_a_source_groups_are_those_that_the_figures_rest_on(monkeypatch) -> None:
+    evaluation = made_up()
+    alone = evaluation.test.assign(seed_0=evaluation.test["logit_cancer"], group=lambda t: np.arange(len(t)) // 4)
+    monkeypatch.setattr(module, "prepare_store", lambda cfg: SimpleNamespace(manifest=alone))
+    monkeypatch.setattr(module, "fold_tests", lambda *_: [alone.iloc[:40], alone.iloc[40:72]])
+    (row,) = module._within(evaluation.cfg, None, ["north"]).rows
+    assert row["groups"] == "18 / 18"
+    alone["group"] //= 4
+    part = module._within(evaluation.cfg, None, ["north"])
+    assert part.rows[0]["groups"] == "5 / 5"
+    assert part.notes[0] == "north: not available: 5 groups of a class, needs 10."
+
+
+@pytest.mark.parametrize(
+    ("sizes", "folds"),
+    [({"a": [6, 6], "b": [6, 6]}, 4), ({"a": [2, 2], "b": [2, 2]}, 4), ({"a": [1, 1], "b": [1, 1]}, 2)],
+)
+def test_the_probe_takes_fewer_folds_where_normal_slices_are_few(sizes, folds, monkeypatch) -> None:
+    every = [(source, n) for source, groups in sizes.items() for n in groups]
+    rows = [(source, group) for group, (source, n) in enumerate(every) for _ in range(n)]
+    manifest = pd.DataFrame(rows, columns=["source", "group"]).assign(split="train", label="normal")
+
+    def pooled(net: object, data: SimpleNamespace, split: str) -> torch.Tensor:
+        return torch.rand(int((data.manifest["split"] == split).sum()), 8)
+
+    monkeypatch.setattr(module, "_pooled", pooled)
+    part = module._probe(SimpleNamespace(manifest=manifest, cfg=Config()), None, list(sizes))
+    assert part.notes == [
+        f"Chance: 0.500. Linear model on standardised features, cross-validation over groups in {folds} folds."
+    ]
+    assert all(0 <= row["told right"] <= 1 for row in part.rows)
+
+
+def test_a_probe_that_fails_does_so_before_anything_is_trained(monkeypatch) -> None:
+    monkeypatch.setattr(module, "_probe", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        protocol(asked(of_sources("north", "south"), "loso", "probe"), None)
 
 
 def of_sources(*names: str) -> Evaluation:

@@ -50,7 +50,7 @@ def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(
 def test_each_source_has_a_histogram_of_its_own_and_long_names_lie_over_nothing(monkeypatch):
     made = []
     monkeypatch.setattr("chestct.reporting.figures.Figure", lambda *a, **k: made.append(Figure(*a, **k)) or made[-1])
-    evaluation, names = made_up(), ["north", "a_university_hospital_" + "far_away_" * 12, "west"]
+    evaluation, names = made_up(), [r"$\frac$ a $x$", "a_university_hospital_" + "far_away_" * 12, "west"]
     rows = evaluation.table.index
     evaluation.table["source"] = np.where(rows % 4 < 2, names[0], np.where(rows % 4 == 2, *names[1:]))
     figures(evaluation)

@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from chestct.evaluation.evaluate import Evaluation, Row
+from chestct.evaluation.protocol import Part
 from chestct.reporting import render
 from chestct.reporting.environment import as_text
 from chestct.reporting.text import answer, headline, summary
@@ -22,8 +23,8 @@ AUDIT = {
     "verdict": {"severity": "error", "text": "A high score proves little here."},
     "findings": [{"kind": "leakage", "severity": "error", "text": "46 of 54 <b>leak</b>.", "action": "Split again."}],
 }
-CHANGE = {"perturbation": "noise", "strength": 0.02, "unit": "sd", "auroc": None, "flipped": 0.2}
-SHARE = {"value": 0.75, "low": 0.5, "high": 0.9}
+CHANGE = {"perturbation": "noise", "strength": 0.02, "unit": "sd", "auroc": float("nan"), "flipped": 0.2}
+SHARE = Estimate(0.75, 0.5, 0.9, 20, 20)
 NOVELTY = {"kind": "noise", "pictures": 20, "median": 1.7, "auroc": 0.98, "beyond": SHARE, "refused": SHARE}
 FLAG = "sensitivity below the 0.9 of all slices"
 
@@ -63,7 +64,8 @@ def test_every_file_is_written_and_json_has_no_nan(full, tmp_path):
         "reliability.svg", "predictions.parquet", "report.html", "MODEL_CARD.md"
     }  # fmt: skip
     for path in tmp_path.glob("*.json"):
-        json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+        told = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+        assert path.name != "evaluation.json" or told["sections"]["robustness"] == [CHANGE | {"auroc": None}]
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "predictions.parquet"), full.table)
     test = render.flat(full)["test"]
     assert test["auroc_low"] < test["auroc"] < test["auroc_high"]
@@ -126,7 +128,7 @@ def test_other_data_is_held_against_training_and_names_that_are_no_utf_8_are_wri
     render.write(evaluation, tmp_path)
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "How far is this data from the training data?" in text
-    assert "3 slices that the model was trained on are left out" in text
+    assert "Not measured: 3 slices that the model learned from, or near-copies of such." in text
     assert "\\udcff" in text
     assert "\\udcff" in (tmp_path / "MODEL_CARD.md").read_text(encoding="utf-8")
 
@@ -147,3 +149,23 @@ def test_the_card_says_what_the_report_says(task):
     assert len(tables) == 3
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_names_of_columns_in_markdown_are_shown_as_they_are():
+    part = Part("AUROC", [{"trained on": "a|b <c>", "a|b <c>": 0.5}], [])
+    head = render._render("protocol.md.j2", made_up(protocol={"matrix": part})).splitlines()[2]
+    assert head == "| trained on | a\\|b &lt;c> |"
+
+
+def test_a_bundle_is_called_by_its_own_calibration_and_keeps_its_own_card(tmp_path):
+    evaluation = made_up("subtype")
+    evaluation.cfg.task, evaluation.about["bundle"] = "binary", "abc"
+    evaluation.table["target"] = (evaluation.table["label"] == "cancer").astype(int)
+    evaluation.table["probability_cancer"] = 1 - evaluation.table["probability_normal"]
+    evaluation.about["task"] = "binary"
+    render.write(evaluation, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Temperature scaling" in page
+    assert "Platt" not in page
+    assert "python evaluate.py bundle=... evaluation.phantoms=100" in page
+    assert not (tmp_path / "MODEL_CARD.md").exists()

@@ -73,7 +73,7 @@ def test_novel_slices_and_a_coverage_that_test_rules_out_are_caveats_of_their_cl
 def test_foreign_pictures_that_are_answered_and_decisions_that_flip_are_caveats(beyond, flipped, expected):
     change = {"perturbation": "noise", "strength": 0.02, "unit": "sd", "flipped": flipped}
     changes = pd.DataFrame([change, change | {"strength": 0.05}])  # the mildest at which they flip is named
-    evaluation = made_up(novelty=[{"pictures": 40, "beyond": {"value": beyond}}], robustness=changes)
+    evaluation = made_up(novelty=[{"pictures": 40, "beyond": Estimate(beyond, None, None, 40, 40)}], robustness=changes)
     texts = {caveat.kind: caveat.text for caveat in caveats(evaluation)}
     assert ("20% of 40 pictures" in texts.get("Foreign pictures", "")) is expected
     assert ("through: noise 0.02 (sd) 30%." in texts.get("Robustness", "")) is expected
@@ -85,7 +85,6 @@ def test_decisions_count_every_slice():
 
 def test_values_and_names_are_written_for_people_and_cannot_become_markup():
     assert as_text(Estimate(-0.1, -0.2, 0.05, 1, 1), signed=True) == "−0.100 [−0.200, +0.050]"
-    assert as_text({"value": 0.5, "low": 0.4, "high": 0.6}) == "0.500 [0.400, 0.600]"
     assert as_text(Estimate(0.5, None, None, 1, 1, "why")) == "0.500 (why)"
     assert [as_text(-0.05), as_text(9.9994), as_text(-258.25)] == ["−0.050", "9.999", "−258.2"]
     assert [as_text(Estimate(None, None, None, 1, 1, "why")), as_text(None)] == ["n/a (why)", "n/a"]

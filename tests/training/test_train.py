@@ -198,6 +198,8 @@ def test_other_data_an_unwritable_folder_and_a_damaged_checkpoint_are_refused(sm
     other = ("data.root=null", "data.phantom.slices=24", "data.phantom.size=64")
     with pytest.raises(DataError, match="data changed"):
         train(small(f"ckpt={last}", *other), tmp_path / "b")
+    with pytest.raises(DataError, match="divided otherwise"):
+        train(small(f"ckpt={last}", "data.split_seed=1"), tmp_path / "b")
     with pytest.raises(ChestCTError, match="runs_dir=FOLDER"):
         train(small(), last / "run")
     content = bytearray(last.read_bytes())
