@@ -28,7 +28,8 @@ def serve(cfg: Config, out: Path) -> None:
       python serve.py bundle=FOLDER                     another bundle
       python serve.py bundle=hf://USER/NAME             one on the Hugging Face hub
       python serve.py bundle=models:/NAME@champion      one that is registered in MLflow
-      python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
+      python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines by the address of this one
+      python serve.py serve.host=0.0.0.0 'serve.hosts=[ct.example.org]'    and by that name
 
     CHESTCT_USERNAME and CHESTCT_PASSWORD in the environment ask visitors for them. SIGHUP loads the bundle again, and
     asks MLflow where its name points by now; SIGTERM ends the service when requests under way are answered.
