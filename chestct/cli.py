@@ -112,12 +112,17 @@ def predict() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="and where (auto)")
     given = parser.parse_args()
+    from chestct.imaging.slice_files import describe_skipped
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
     from chestct.serving.predictor import Predictor
     from chestct.serving.scan import describe_scans, scans_in
 
     _log_messages()
+    if given.viewer:
+        from chestct.serving.viewer import export, import_highdicom
+
+        import_highdicom()  # or else everything is scored first
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
     predictor = Predictor(
@@ -134,10 +139,9 @@ def predict() -> None:
         text = json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n"
         print(f"{summary}\nAll of them: {write_atomic(given.out.with_suffix('.scans.json'), text)}")
     if given.viewer:
-        from chestct.serving.viewer import export
-
-        made = export(rows, paths, predictor, given.viewer)
-        print(f"For a viewer: {len(made)} DICOM files in {given.viewer}")
+        made, failed = export(rows, paths, predictor, given.viewer)
+        left_out = f"; {describe_skipped([*failed.items()])}" if failed else ""
+        print(f"For a viewer: {len(made)} DICOM files in {given.viewer}{left_out}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))
