@@ -30,7 +30,8 @@ def serve(cfg: Config, out: Path) -> None:
       python serve.py bundle=FOLDER                     another bundle
       python serve.py bundle=hf://USER/NAME             one on the Hugging Face hub
       python serve.py bundle=models:/NAME@champion      one that is registered in MLflow
-      python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines
+      python serve.py serve.host=0.0.0.0 serve.port=80  reachable from other machines by the address of this one
+      python serve.py serve.host=0.0.0.0 'serve.hosts=[ct.example.org]'    and by that name
 
     CHESTCT_USERNAME and CHESTCT_PASSWORD in the environment ask visitors for them. SIGHUP loads the bundle again, and
     asks MLflow where its name points by now; SIGTERM ends the service when requests under way are answered.
@@ -110,12 +111,17 @@ def predict() -> None:
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="and where (auto)")
     given = parser.parse_args()
+    from chestct.imaging.slice_files import describe_skipped
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
     from chestct.serving.predictor import Predictor
     from chestct.serving.scan import describe_scans, scans_in
 
     _log_messages()
+    if given.viewer:
+        from chestct.serving.viewer import export, import_highdicom
+
+        import_highdicom()  # or else everything is scored first
     began = time.perf_counter()
     paths, skipped = find_files(given.sources, given.out)
     predictor = Predictor(
@@ -133,10 +139,9 @@ def predict() -> None:
         write_atomic(listed, json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n")
         print(f"{describe_scans(scans)}\nAll of them: {listed}")
     if given.viewer:
-        from chestct.serving.viewer import export
-
-        made = export(rows, paths, predictor, given.viewer)
-        print(f"For a viewer: {len(made)} DICOM files in {given.viewer}")
+        made, failed = export(rows, paths, predictor, given.viewer)
+        left_out = f"; {describe_skipped([*failed.items()])}" if failed else ""
+        print(f"For a viewer: {len(made)} DICOM files in {given.viewer}{left_out}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))

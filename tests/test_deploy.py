@@ -13,6 +13,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from chestct.config.compose import compose
 from tests.models.test_bundle import make
 from tests.serving.test_predictor import png
 
@@ -115,6 +116,15 @@ def test_the_images_run_as_nobody_and_the_service_is_probed():
     assert "/readyz" in last["HEALTHCHECK"]
     assert json.loads(last["ENTRYPOINT"])[:2] == ["python", "serve.py"]
     assert not any(re.search(r"apt|build-essential|gcc|pip", rest) for keyword, rest in stage if keyword == "RUN")
+
+
+@pytest.mark.parametrize("platform", ["AWS", "Google Cloud", "Azure", "Hugging Face Space"])
+def test_the_recipe_for_a_platform_names_the_host_that_people_reach_it_by(platform):
+    page = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(rf"^## {platform}\n(.*?)^## ", page, re.M | re.S)
+    commands = "".join(re.findall(r"^```bash\n(.*?)^```", recipe, re.M | re.S))
+    (setting,) = re.findall(r"""['"](serve\.hosts=\[\S+\])['"]""", commands)  # quoted for the shell
+    assert compose(setting, config_name="serve").serve.hosts
 
 
 def test_compose_starts_stages_that_exist_and_is_open_to_this_machine_only():

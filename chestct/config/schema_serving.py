@@ -21,9 +21,13 @@ BACKENDS = ("auto", "torch", *FILES)
 class ServeConfig:
     """The web page and its API: where they listen, and what one person may ask of them."""
 
-    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: reachable from other machines")
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: other machines reach it, by name with serve.hosts")
     port: int = setting(7860, "port to listen on", low=1, high=65535)
-    hosts: list[str] = setting([], "names of the service beside localhost and addresses: [ct.example.org]; ['*']: any")
+    hosts: list[str] = setting(
+        [],
+        "names of the service beside localhost and addresses: [ct.example.org], ['*.example.org']; ['*']: any",
+        form=r"\*|(\*\.)?[^*:/]+|\[[^*/]+\]",  # as requests name it: no port
+    )
     proxies: list[str] = setting([], "addresses or networks of reverse proxies, whose X-Forwarded-For is believed")
     backend: str = setting("auto", "what computes: auto is the quickest that the bundle has here", choices=BACKENDS)
     max_upload_bytes: int = setting(300_000_000, "bytes that one request may send", low=1_000)

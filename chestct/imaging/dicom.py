@@ -74,7 +74,7 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
             gray = _windowed(stored, macros, layout, window)
         keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
         patient, study, series = (_text(dataset, keyword) for keyword in keywords)
-        spacing = _numbers(macros, "PixelSpacing", 2)
+        spacing = numbers(macros, "PixelSpacing", 2)
         rows_columns = (spacing[0], spacing[1]) if spacing else None
         place, unfit = _position(macros), _unfit(macros)
         yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, rows_columns, place, unfit)
@@ -94,16 +94,16 @@ def _macros(dataset: Dataset, groups: list[Dataset]) -> list[Dataset]:
 def _position(macros: list[Dataset]) -> Position | None:
     """Position in mm along the normal of the slice (PS3.3 C.7.6.2.1.1), else InstanceNumber; None without either."""
     series = _text(macros[0], "SeriesInstanceUID")
-    corner, normal = _numbers(macros, "ImagePositionPatient", 3), _normal(macros)
+    corner, normal = numbers(macros, "ImagePositionPatient", 3), _normal(macros)
     if corner and normal is not None:
         return series, "mm", float(normal @ np.asarray(corner))
-    number = _numbers(macros, "InstanceNumber", 1)
+    number = numbers(macros, "InstanceNumber", 1)
     return (series, "number", number[0]) if number else None
 
 
 def _normal(macros: list[Dataset]) -> np.ndarray | None:
     """The normal of the slice in the patient's coordinates, [3]."""
-    axes = _numbers(macros, "ImageOrientationPatient", 6)
+    axes = numbers(macros, "ImageOrientationPatient", 6)
     return np.cross(axes[:3], axes[3:]) if axes else None
 
 
@@ -120,7 +120,7 @@ def _unfit(macros: list[Dataset]) -> str:
     return ""
 
 
-def _numbers(datasets: list[Dataset], keyword: str, count: int) -> list[float] | None:
+def numbers(datasets: list[Dataset], keyword: str, count: int) -> list[float] | None:
     """So many numbers from the first dataset that has them; None where they are missing or no numbers."""
     for dataset in datasets:
         try:

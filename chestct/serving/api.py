@@ -27,10 +27,11 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from chestct.config.schema_serving import ServeConfig
 from chestct.errors import BusyError, ChestCTError, DecodeError
-from chestct.serving.limits import SOON, RequestLimits
+from chestct.serving.limits import SOON, Refused, RequestLimits
 from chestct.version import __version__
 
 if TYPE_CHECKING:
@@ -118,10 +119,29 @@ def make_app(
         exception_handlers={ChestCTError: explain},
         middleware=[
             Middleware(RequestLimits, health=Route("/", health).app, cfg=cfg, uploads=uploads, login=login),
-            Middleware(TrustedHostMiddleware, allowed_hosts=[*HOSTS, cfg.host, *cfg.hosts], www_redirect=False),
+            Middleware(known_hosts, hosts=[*HOSTS, cfg.host, *cfg.hosts]),
             Middleware(CORSMiddleware, allow_origins=()),  # no page elsewhere reads an answer
         ],
     )
+
+
+def known_hosts(app: ASGIApp, hosts: list[str]) -> ASGIApp:
+    """Starlette's check of the host name, with an answer that says the way out."""
+
+    async def refuse(_: Message) -> None:
+        raise Refused(
+            400,
+            "This service does not know the name in its address. Whoever runs it tells it: serve.hosts=[NAME]. "
+            "localhost and IPv4 addresses need no telling.",
+        )
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        async def let_in(scope: Scope, receive: Receive, _: Send) -> None:
+            await app(scope, receive, send)
+
+        await TrustedHostMiddleware(let_in, hosts, www_redirect=False)(scope, receive, refuse)
+
+    return checked
 
 
 @asynccontextmanager
@@ -202,12 +222,14 @@ def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
 
 
 def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
-    """The file in a request: its body, or the first file of a form. Raises UploadError where there is none."""
+    """The file in a request: its body, or the one file of a form. Raises UploadError where there is none, or more."""
     is_form = content_type.startswith("multipart/form-data")
-    data = next(iter(files_in_form(body, content_type, max_files)), b"") if is_form else body
-    if not data:
+    files = files_in_form(body, content_type, max_files) if is_form else [body]
+    if len(files) > 1:
+        raise UploadError(f"There are {len(files)} files in the request. Send one at a time.")
+    if not files or not files[0]:
         raise UploadError("There is no file in the request. Send it as the body, or as a form with one file.")
-    return data
+    return files[0]
 
 
 def answer(

@@ -115,7 +115,7 @@ def make_page(
 
     def look(files: list[dict[str, Any]]) -> Iterator[dict[Any, Any]]:
         try:
-            yield from read_and_show(take(files, uploads), on_answer)
+            yield from read_and_show(take(files, uploads, cfg.max_slices, cfg.max_upload_bytes), on_answer)
         except ChestCTError as error:
             alert = f'<p role="alert"><b>That did not work.</b> {escape(str(error))}</p>'
             yield {status: gr.update(value=alert, visible=True), box: None}
@@ -126,13 +126,13 @@ def make_page(
         yield from read_and_show([(example.name, example.data)], None)
 
     def read_and_show(files: Files, record: OnAnswer | None) -> Iterator[dict[Any, Any]]:
-        slices = expand(files, cfg.max_slices, cfg.max_upload_bytes)
+        bundle, slices = predictor.bundle, expand(files, cfg.max_slices, cfg.max_upload_bytes)  # one for all of them
         shown: list[Reading] = []
         for i, (name, data) in enumerate(slices):
             text = f"Reading slice {i + 1} of {len(slices)}…"
             bar = f'<progress max="{len(slices)}" value="{i}" aria-label="Progress"></progress>'
             yield {status: gr.update(value=f'<p role="status">{text}</p>{bar}', visible=True)}
-            shown += read(predictor, name, data, record)
+            shown += read(predictor, bundle, name, data, record)
         shown = in_order(shown, lambda one: one.place)
         scan, about = scan_of(shown)
         place = {id(reading): i for i, reading in enumerate(shown, 1)}
@@ -179,6 +179,10 @@ def make_page(
             why_box: gr.update(label=title, open=answered, visible=bool(reading.why)),
             why: reading.why,
         }
+
+    def describe_model() -> tuple[str, str]:
+        text = predictor.bundle.card
+        return card_body(text), caveats(text)
 
     address = f"http://{'127.0.0.1' if cfg.host in ('0.0.0.0', '::') else cfg.host}:{cfg.port}"
     with gr.Blocks(title="chestct: cancer or normal on chest CT", analytics_enabled=False) as page:
@@ -240,9 +244,7 @@ def make_page(
         box.upload(look, [box], answered, **raw)
         samples.click(look_at_example, [samples], answered, **raw)
         gallery.select(choose, [readings], shown, postprocess=False, **quiet)
-        page.load(
-            lambda: (card_body(predictor.bundle.card), caveats(predictor.bundle.card)), None, [card, doubts], **quiet
-        )
+        page.load(describe_model, None, [card, doubts], **quiet)
     page.state_session_capacity = SESSIONS
     page.has_launched = True  # else Gradio, when it is mounted, copies whatever file of this machine a client names
     page.queue(max_size=cfg.queue_size, default_concurrency_limit=4)

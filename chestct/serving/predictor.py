@@ -113,10 +113,13 @@ class Predictor:
         return self._answer(bundle, decode(source, bundle.window, self.limits, name=name), explain, gone)
 
     def predict_frames(
-        self, source: Path | bytes, *, name: str | None = None, explain: bool = True
+        self, source: Path | bytes, *, name: str | None = None, explain: bool = True, bundle: Bundle | None = None
     ) -> Iterator[Prediction]:
-        """The answer for each frame or page of a file in turn, as `predict` gives it; one frame is held at a time."""
-        bundle = self.bundle
+        """The answer for each frame or page of a file in turn, as `predict` gives it; one frame is held at a time.
+
+        bundle: this predictor's of a moment ago, for the further files of a request that began with it.
+        """
+        bundle = bundle or self.bundle
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
             yield self._answer(bundle, decoded, explain, NEVER.is_set)
 

@@ -1,7 +1,7 @@
 """From what a visitor of the page uploaded to what is shown of each slice: files out of archives, answers, pictures.
 
 Archives are opened in memory, where a name can lead nowhere, and their directory is believed as little as any header.
-One bad file spoils no other, and of an answer only what is shown is kept.
+One bad file spoils no other, in an archive neither, and of an answer only what is shown is kept.
 """
 
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from chestct.errors import ChestCTError, DecodeError
+from chestct.errors import ChestCTError, DataError, DecodeError
 from chestct.imaging.decode import declared_size
 from chestct.imaging.slice import Position
 from chestct.imaging.slice_files import entries
@@ -25,37 +25,53 @@ from chestct.serving.sentences import explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
 
-Files = list[tuple[str, bytes]]
-"""(name, bytes); names are as their owner calls them: shown to them, never logged."""
+Content = bytes | DataError
+"""The bytes of a file, or why it cannot be had."""
+
+Files = list[tuple[str, Content]]
+"""(name, content); names are as their owner calls them: shown to them, never logged."""
 
 
-def take(files: list[dict[str, Any]], folder: Path) -> Files:
-    """The uploads that Gradio names by `path` and `orig_name`; the folder has them no longer. Raises UploadError."""
+def take(files: list[dict[str, Any]], folder: Path, max_files: int, max_bytes: int) -> Files:
+    """The uploads that Gradio names by `path` and `orig_name`; the folder has them no longer. Raises UploadError.
+
+    max_files, max_bytes: all together; a client may list one upload many times, or several that were sent one by one.
+    """
     paths = [Path(str(file.get("path") if isinstance(file, dict) else "")) for file in files or []]
     if any(path.parent != folder for path in paths):
         raise UploadError("This is no file that was uploaded.")
     try:
         if not paths:
             raise UploadError("No file came with it. Choose at least one.")
+        if len(set(paths)) < len(paths):
+            raise UploadError("The same upload is listed twice. Choose each file once.")
+        _check_count(len(paths), max_files)
+        if sum(path.stat().st_size for path in paths) > max_bytes:
+            raise UploadError(f"These are more than {max_bytes:,} bytes. Send fewer files at once.")
         names = [str(file.get("orig_name") or "unnamed") for file in files]
         return [(name, path.read_bytes()) for name, path in zip(names, paths, strict=True)]
     except OSError:
         raise UploadError("The upload is no longer there. Choose the file again.") from None
     finally:
-        for path in paths:
+        for path in set(paths):
             path.unlink(missing_ok=True)
 
 
 def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
-    """The files, archives opened, by name with numbers in order. Raises UploadError, and DataError for bad archives.
+    """The files, archives opened, by name with numbers in order. Raises UploadError.
 
     max_slices: frames and pages counted by their headers; max_bytes: all together, inflated.
     """
     slices: Files = []
     for name, data in files:
-        left = max_bytes - sum(len(part) for _, part in slices)
-        is_archive = data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
-        slices += unzip(data, max_slices, left) if is_archive else [(name, data)]
+        if isinstance(data, bytes) and data[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
+            left = max_bytes - sum(len(part) for _, part in slices if isinstance(part, bytes))
+            try:
+                slices += unzip(data, max_slices, left)
+            except DataError as error:
+                slices.append((name, error))
+        else:
+            slices.append((name, data))
     if not slices:
         raise UploadError("There is no file in it. Choose PNG, JPEG, TIFF or DICOM files, or a zip of them.")
     _check_count(sum(_frames(data) for _, data in slices), max_slices)
@@ -63,12 +79,18 @@ def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
 
 
 def unzip(data: bytes, max_files: int, max_bytes: int) -> Files:
-    """The files in an archive that may be slices. Raises UploadError, and DataError where it cannot be read."""
+    """The files in an archive that may be slices. Raises UploadError, and DataError where it cannot be opened."""
     found = entries(data)
     _check_count(len(found), max_files)
     if sum(entry.info.file_size for entry in found) > max_bytes:
         raise UploadError("The zip archive holds more bytes than one request may send. Give it to chestct predict.")
-    return [(entry.info.filename, entry.read(max_bytes)) for entry in found]
+    files: Files = []
+    for entry in found:
+        try:
+            files.append((entry.info.filename, entry.read(max_bytes)))
+        except DecodeError as error:
+            files.append((entry.info.filename, error))
+    return files
 
 
 def _check_count(count: int, most: int) -> None:
@@ -79,9 +101,9 @@ def _check_count(count: int, most: int) -> None:
         )
 
 
-def _frames(data: bytes) -> int:
+def _frames(data: Content) -> int:
     try:
-        return declared_size(data).frames
+        return declared_size(data).frames if isinstance(data, bytes) else 1
     except DecodeError:  # decoding will say why
         return 1
 
@@ -111,17 +133,24 @@ class Reading:
         return {"unreadable": 0, "refused": 1}.get(self.decision, 2), self.score
 
 
-def read(predictor: Predictor, name: str, data: bytes, on_answer: OnAnswer | None = None) -> list[Reading]:
-    """The readings of one file. A frame that cannot be read ends it, and those before it stay."""
+def read(
+    predictor: Predictor, bundle: Bundle, name: str, data: Content, on_answer: OnAnswer | None = None
+) -> list[Reading]:
+    """The readings of one file. A frame that cannot be read ends it, and those before it stay.
+
+    bundle: one for all files of a request, whatever the predictor loads meanwhile.
+    """
     readings: list[Reading] = []
     frames = _frames(data)
     try:
+        if isinstance(data, DataError):
+            raise data
         with predictor.room(data):
-            for prediction in predictor.predict_frames(data, name="file"):
+            for prediction in predictor.predict_frames(data, name="file", bundle=bundle):
                 if on_answer:
                     on_answer(prediction)
                 shown = name if frames == 1 else f"{name}, frame {len(readings) + 1}"
-                readings.append(_reading(predictor.bundle, shown, prediction))
+                readings.append(_reading(bundle, shown, prediction))
         return readings
     except DecodeError as error:
         message = f"This file cannot be read: {error.reason}."

@@ -14,11 +14,10 @@ import socket
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
@@ -48,6 +47,9 @@ STILL_S = 15.0
 MAX_CONNECTIONS = 700
 """Of all clients together. A process may usually open 1,024 files, sockets included."""
 
+RELOADING = Lock()
+"""Held while a bundle is located and loaded: of two SIGHUPs the later one has the last word."""
+
 
 def serve(cfg: Config, locate: Callable[[], str], on_answer: "OnAnswer | None" = None) -> None:
     """Serves until SIGTERM or Ctrl-C. Raises ConfigError, BundleError and what else a user can mend.
@@ -56,17 +58,17 @@ def serve(cfg: Config, locate: Callable[[], str], on_answer: "OnAnswer | None" =
     called with each Prediction, for a record of what the service saw.
     """
     _log_to_stderr()
-    login = login_from(os.environ)
-    listening = bind(cfg.serve.host, cfg.serve.port)
     loading: Future[Predictor] = Future()
     loading.set_running_or_notify_cancel()
+    login = login_from(os.environ)
+    listening = bind(cfg.serve.host, cfg.serve.port)
+    signal.signal(signal.SIGHUP, lambda *_: Thread(target=reload, args=(loading, locate)).start())
     with upload_folder() as uploads:
         server = make_server(cfg, loading, uploads, on_answer, login)
         with running(server, listening) as thread:
             try:
                 predictor = predictor_for(cfg, locate())
                 signal.signal(signal.SIGTERM, server.handle_exit)
-                signal.signal(signal.SIGHUP, lambda *_: Thread(target=reload, args=(predictor, locate)).start())
                 loading.set_result(predictor)
                 logger.info("ready: http://%s:%s bundle %s", cfg.serve.host, cfg.serve.port, predictor.bundle.id)
                 thread.join()
@@ -125,9 +127,7 @@ def make_server(
 
     async def made() -> Starlette:
         predictor = await asyncio.wrap_future(loading)
-        examples = await run_in_threadpool(_import_page)
-        from chestct.serving.page import make_page_app
-
+        make_page_app, examples = await run_in_threadpool(_import_page)
         return make_page_app(predictor, cfg.serve, uploads, examples, count)
 
     page, app = Page(made), make_app(loading, cfg.serve, uploads, count, login)
@@ -149,11 +149,11 @@ def make_server(
     )
 
 
-def _import_page() -> "list[Example]":
-    import chestct.serving.page  # noqa: F401
+def _import_page() -> tuple[Callable[..., Starlette], "list[Example]"]:
     from chestct.serving.examples import make_examples
+    from chestct.serving.page import make_page_app
 
-    return make_examples()
+    return make_page_app, make_examples()
 
 
 class Page:
@@ -227,12 +227,14 @@ class PatientServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def reload(predictor: "Predictor", locate: Callable[[], str]) -> None:
+def reload(loading: "Future[Predictor]", locate: Callable[[], str]) -> None:
     """Takes the bundle anew from where it lies by now; where that fails, the old one goes on."""
-    try:
-        logger.info("bundle reloaded: %s", predictor.reload(locate()))
-    except ChestCTError as error:
-        logger.error("bundle not reloaded, %s stays: %s", predictor.bundle.id, error)
+    with RELOADING, contextlib.suppress(BusyError):  # nothing was loaded, of which the command tells
+        predictor = loading.result()
+        try:
+            logger.info("bundle reloaded: %s", predictor.reload(locate()))
+        except ChestCTError as error:
+            logger.error("bundle not reloaded, %s stays: %s", predictor.bundle.id, error)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -272,6 +274,3 @@ def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # pydicom quotes odd values in its warnings, and nothing of an upload belongs into a log.
-    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", module="pydicom")

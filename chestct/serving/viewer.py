@@ -15,10 +15,12 @@ import pydicom
 from PIL import Image, ImageDraw
 from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from pydicom.valuerep import DA, TM
 
 from chestct.errors import ChestCTError, DataError
 from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read, sniff
+from chestct.imaging.dicom import numbers
 from chestct.imaging.slice_files import File
 from chestct.serving.batch import cell
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
@@ -39,16 +41,22 @@ OPTIONAL += ("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName")
 """What anonymised files leave out, and highdicom wants to copy."""
 
 
-def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) -> list[Path]:
-    """Writes both files for the answer to a DICOM slice, called after it; returns their paths.
-
-    source: the slice's file; name: of it. Raises DataError where it is no DICOM image of one frame, or says not which
-    study it is of, and ChestCTError where highdicom is not installed.
-    """
+def import_highdicom() -> Any:
+    """highdicom itself. Raises ChestCTError where it is not installed."""
     try:
         import highdicom
     except ModuleNotFoundError:
         raise ChestCTError("DICOM for a viewer needs highdicom: pip install 'chestct[viewer]'.") from None
+    return highdicom
+
+
+def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) -> list[Path]:
+    """Writes both files for the answer to a DICOM slice, called after it; returns their paths.
+
+    source: the slice's file; name: of it. Raises DataError where it is no DICOM image of one frame, says not which
+    study it is of, or has values that cannot be written, and ChestCTError where highdicom is not installed.
+    """
+    highdicom = import_highdicom()
     try:
         slice_ = pydicom.dcmread(io.BytesIO(source), stop_before_pixels=True)
     except Exception:  # whatever wrong bytes lead pydicom to
@@ -58,38 +66,64 @@ def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) 
         raise DataError(f"{name}: no DICOM image that others can refer to; it has no {', '.join(missing)}.")
     if int(slice_.get("NumberOfFrames") or 1) > 1:
         raise DataError(f"{name}: it has several frames; DICOM for a viewer is written for single slices.")
-    for keyword in OPTIONAL:
-        slice_.setdefault(keyword, "")
-    made = {"overlay": _overlay(highdicom, slice_, prediction), "report": _report(highdicom, slice_, prediction)}
-    paths = []
-    for kind, dataset in made.items():
-        # The same answer again has the same UIDs, and a viewer keeps it once; all slices of a series make one series.
-        of = [prediction.bundle, kind]
-        dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[slice_.SeriesInstanceUID, *of])
-        dataset.SOPInstanceUID = generate_uid(entropy_srcs=[slice_.SOPInstanceUID, *of])
-        dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-        dataset.InstanceNumber = slice_.get("InstanceNumber") or 1
-        dataset.SeriesDescription = "chestct, research only"
-        file = io.BytesIO()
-        dataset.save_as(file, enforce_file_format=True)
-        paths.append(write_atomic(folder / f"{Path(name).stem}-{digest(source)[:8]}-{kind}.dcm", file.getvalue()))
-    return paths
+    try:
+        _blank_odd_values(highdicom, slice_)
+        made = {"overlay": _overlay(highdicom, slice_, prediction), "report": _report(highdicom, slice_, prediction)}
+        contents = {kind: _content(kind, dataset, slice_, prediction) for kind, dataset in made.items()}
+    except Exception as error:  # whatever other values lead highdicom and pydicom to
+        raise DataError(f"{name}: DICOM for a viewer cannot be written: {error}") from error
+    stem = f"{Path(name).stem}-{digest(source)[:8]}"
+    return [write_atomic(folder / f"{stem}-{kind}.dcm", content) for kind, content in contents.items()]
 
 
-def export(rows: list[Row], files: Sequence[File], predictor: Predictor, folder: Path) -> list[Path]:
+def export(
+    rows: list[Row], files: Sequence[File], predictor: Predictor, folder: Path
+) -> tuple[list[Path], dict[str, str]]:
     """Writes both files for DICOM slices in a table: of a scan the most suspicious, of others all with answers.
 
-    files: those that the table is of; predictor: as the table's, so that both say the same. Raises as `write_dicom`
-    does.
+    files: those that the table is of; predictor: as the table's, so that both say the same. Returns the paths written,
+    and by file why none are. Raises ChestCTError where highdicom is not installed.
     """
     named = {cell(str(file)): file for file in files}
     paths: list[Path] = []
+    failed: dict[str, str] = {}
     for scan in scans_in(rows):
         for row in scan.answered if scan.left_out else scan.answered[:SHOWN]:
-            data = read(named[row["path"]], predictor.limits)
-            if sniff(data) == "DICOM":
-                paths += write_dicom(data, row["path"], predictor.predict(data), folder)
-    return paths
+            if (name := row["path"]) in failed:  # frames of one file
+                continue
+            try:
+                data = read(named[name], predictor.limits)
+                if sniff(data) == "DICOM":
+                    paths += write_dicom(data, name, predictor.predict(data), folder)
+            except DataError as error:
+                failed[name] = str(error).removeprefix(f"{name}: ")
+    return paths, failed
+
+
+def _blank_odd_values(highdicom: Any, source: Dataset) -> None:
+    """Empties what highdicom wants to copy and cannot convert, as anonymised files have it: a sex X, a date ANON."""
+    for keyword in OPTIONAL:
+        source.setdefault(keyword, "")
+    kinds = {"PatientSex": highdicom.PatientSexValues, "PatientBirthDate": DA, "StudyDate": DA, "StudyTime": TM}
+    for keyword, kind in kinds.items():
+        try:
+            if value := source[keyword].value:
+                kind(str(value))
+        except ValueError:
+            setattr(source, keyword, "")
+
+
+def _content(kind: str, dataset: Dataset, source: Dataset, prediction: Prediction) -> bytes:
+    """A file. The same answer again has the same UIDs, and a viewer keeps it once; a series stays one series."""
+    of = [prediction.bundle, kind]
+    dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[source.SeriesInstanceUID, *of])
+    dataset.SOPInstanceUID = generate_uid(entropy_srcs=[source.SOPInstanceUID, *of])
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.InstanceNumber = int((numbers([source], "InstanceNumber", 1) or [1])[0]) or 1
+    dataset.SeriesDescription = "chestct, research only"
+    file = io.BytesIO()
+    dataset.save_as(file, enforce_file_format=True)
+    return file.getvalue()
 
 
 def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
@@ -123,7 +157,7 @@ def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset
 
 def _orientation(source: Dataset) -> tuple[str, str]:
     """Where rows and columns run to (PS3.3 C.7.6.1.1.1); where the slice says nothing, left and back, as is usual."""
-    axes = np.reshape(np.asarray(source.get("ImageOrientationPatient") or (1, 0, 0, 0, 1, 0), float), (2, 3))
+    axes = np.reshape(numbers([source], "ImageOrientationPatient", 6) or (1, 0, 0, 0, 1, 0), (2, 3))
     rows, columns = (("LPH" if axis[i] > 0 else "RAF")[i] for axis in axes for i in [int(abs(axis).argmax())])
     return rows, columns
 

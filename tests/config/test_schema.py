@@ -27,6 +27,8 @@ from chestct.errors import ConfigError
         ("evaluation.threshold=yuden", "sensitivity>=0.95"),
         ("trainer.devices=two", "how many (2)"),
         ("optim.lr", "key=value"),
+        ("serve.hosts=['*example.org']", "['*.example.org']"),
+        ("serve.hosts=['ct.example.org:80']", "[ct.example.org]"),
         ("data.sources={a: {patient: 'A(1'}}", "data.sources.a.patient=A(1 is no regular expression"),
         ("data.sources={a: {patient: 'A1'}}", "give one group"),
         ("data.holdout=[elsewhere]", "there is no source elsewhere"),

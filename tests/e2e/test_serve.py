@@ -96,6 +96,8 @@ def test_a_service_is_alive_while_it_waits_for_its_bundle_and_can_be_stopped_the
         try:
             assert answer(running, f"{url}/healthz", (200,)).json()["status"] == "starting"
             assert httpx.get(f"{url}/readyz", timeout=60).status_code == 503
+            running.send_signal(signal.SIGHUP)  # which has nothing to load anew yet
+            assert httpx.get(f"{url}/healthz", timeout=60).json()["status"] == "starting"
             silent.accept()
             running.send_signal(signal.SIGTERM)
             printed = running.communicate(timeout=60)[0]

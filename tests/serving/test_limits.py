@@ -22,6 +22,7 @@ from chestct.errors import ConfigError
 from chestct.serving import limits, server
 from chestct.serving.limits import HEADERS, RequestLimits, login_from, route_of
 from chestct.serving.server import PatientServer, bind, running
+from tests.serving.conftest import Served
 
 PASSWORD = "correct horse battery staple"
 LOGIN = {"CHESTCT_USERNAME": "ann", "CHESTCT_PASSWORD": PASSWORD}
@@ -269,3 +270,13 @@ def test_an_answer_that_is_not_read_ends_its_connection(monkeypatch: pytest.Monk
         while connections and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not connections
+
+
+@pytest.mark.slow
+def test_one_upload_cannot_be_read_many_times_by_naming_it_often(served: Served, files: list[bytes]) -> None:
+    from tests.serving.visitor import Visitor  # Gradio with it
+
+    visitor = Visitor(served.url)
+    visitor.send(("upload", "upload"), [visitor.upload([("a.png", files[0])]) * 20])
+    assert "listed twice" in visitor.values["status"]
+    assert not served.left()

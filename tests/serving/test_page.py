@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.serving.prediction import NOT_MEDICAL
+from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.sentences import HEADLINES
 from tests.serving.conftest import Served, make_bundle, serving, zipped
 from tests.serving.visitor import Visitor
@@ -101,6 +101,24 @@ def test_answers_are_recorded_but_for_examples_and_kinds_of_cancer_are_listed(ph
         assert all(kind in visitor.values["why"] for kind in ("normal", "adenocarcinoma", "large cell", "squamous"))
         visitor.example(0)
     assert len(seen) == 1
+
+
+def test_all_files_of_a_visit_are_answered_and_explained_by_one_bundle(
+    bundle_folder: Path, phantoms, tmp_path: Path, files
+) -> None:
+    make_bundle(tmp_path / "four", phantoms, 4)
+    answers: list[str] = []
+
+    def replace(prediction: Prediction) -> None:
+        answers.append(prediction.bundle)
+        running.predictor.reload(tmp_path / "four")
+
+    with serving(bundle_folder, on_answer=replace) as running:
+        before = running.predictor.bundle.id
+        visitor = Visitor(running.url)
+        visitor.look([(f"{i}.png", data) for i, data in enumerate(files[:3])])
+        assert answers == [before] * 3 != [running.predictor.bundle.id] * 3
+    assert "Which kind" not in visitor.values["why"]  # what the other one would say
 
 
 def test_many_visitors_get_what_is_theirs_and_a_bounded_number_is_kept(bundle_folder: Path, files) -> None:

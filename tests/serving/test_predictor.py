@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, pixel_hash
 from chestct.serving.api import answer
 from chestct.serving.predictor import NEVER, BusyError, Predictor, why_refused
+from chestct.serving.server import reload
 from tests.imaging.files import encoded
 from tests.models.test_bundle import make
 
@@ -109,6 +110,39 @@ def test_a_request_under_way_keeps_its_bundle_when_another_is_loaded(tmp_path) -
         after = predictor.reload(tmp_path / "b")
         gate.set()
         assert waiting.result(30).bundle == before != after
+
+
+def test_further_files_of_a_request_are_answered_by_the_bundle_that_it_began_with(tmp_path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", classes=4)
+    predictor = Predictor(tmp_path / "a")
+    before = predictor.bundle
+    assert predictor.reload(tmp_path / "b") != before.id
+    assert {one.bundle for one in predictor.predict_frames(tiff(2), bundle=before)} == {before.id}
+
+
+def test_of_two_reloads_the_later_one_has_the_last_word(tmp_path) -> None:
+    make(tmp_path / "a")
+    make(tmp_path / "b", classes=4)
+    loading: Future[Predictor] = Future()
+    begun, gate, calls = threading.Event(), threading.Event(), iter("ab")
+
+    def locate() -> str:
+        if (name := next(calls)) == "a":
+            begun.set()
+            assert gate.wait(30)
+        return str(tmp_path / name)
+
+    threads = [threading.Thread(target=reload, args=(loading, locate)) for _ in range(2)]
+    threads[0].start()
+    loading.set_result(Predictor(tmp_path / "a"))  # only now: a signal may come before
+    assert begun.wait(10)
+    threads[1].start()
+    threads[1].join(0.5)  # were it to overtake
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert loading.result().bundle.id == Predictor(tmp_path / "b").bundle.id
 
 
 def test_pixels_in_flight_have_a_budget(small_bundle: Path) -> None:

@@ -8,23 +8,39 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from chestct.errors import ChestCTError
+from chestct.errors import ChestCTError, DataError
 from chestct.serving.api import UploadError, files_in_form, keep
-from chestct.serving.predictor import BusyError
-from chestct.serving.reading import expand, unzip
+from chestct.serving.predictor import BusyError, Predictor
+from chestct.serving.reading import expand, read, take, unzip
 from tests.serving.conftest import zipped
-from tests.serving.test_predictor import tiff
+from tests.serving.test_predictor import png, tiff
 
 MANY, MUCH = 10, 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("listed", "size", "message"),
+    [("aa", 9, "listed twice"), ("abcdefghijk", 9, r"11 slices.*up to 10"), ("abc", 400_000, "1,000,000 bytes")],
+)
+def test_an_upload_is_read_once_and_only_what_one_request_may_send(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, listed: str, size: int, message: str
+) -> None:
+    for name in {*listed}:
+        (tmp_path / name).write_bytes(b"x" * size)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
+    with pytest.raises(UploadError, match=message):
+        take([{"path": str(tmp_path / name)} for name in listed], tmp_path, MANY, MUCH)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bomb_is_cut_off_whatever_it_announces() -> None:
     data = zipped({"bomb": b"\0" * 5_000_000})
     liar = data.replace(struct.pack("<L", 5_000_000), struct.pack("<L", 10))  # its directory says it is tiny
     together = zipped({str(i): np.random.default_rng(i).bytes(300_000) for i in range(4)})
-    for bomb in (data, liar, together):
+    for bomb in (data, together):
         with pytest.raises(ChestCTError):
             unzip(bomb, MANY, MUCH)
+    assert isinstance(unzip(liar, MANY, MUCH)[0][1], DataError)
     with pytest.raises(UploadError, match="more bytes"):
         expand([("plain", b"x" * MUCH), ("a.zip", data)], MANY, MUCH)
 
@@ -41,8 +57,19 @@ def test_an_archive_that_cannot_be_opened_is_one_sentence(broken: str) -> None:
         "altered": data[:500] + b"!!!" + data[503:],
         "password": bytes(locked),
     }
-    with pytest.raises(ChestCTError, match="password" if broken == "password" else "zip archive"):
-        unzip(bad[broken], MANY, MUCH)
+    ((_, error),) = expand([("a.zip", bad[broken])], MANY, MUCH)
+    assert ("password" if broken == "password" else "zip archive") in str(error)
+
+
+def test_what_is_broken_in_an_archive_or_as_one_is_unreadable_and_the_rest_is_answered(small_bundle: Path) -> None:
+    data = zipped({"1": png(1), "2": png(2), "3": png(3)}, zipfile.ZIP_STORED)
+    altered = data.replace(png(2)[-20:], b"?" * 20)  # its checksum no longer fits
+    predictor = Predictor(small_bundle)
+    files = expand([("0.zip", data[:3000]), ("a.zip", altered)], MANY, MUCH)
+    readings = [read(predictor, predictor.bundle, *file)[0] for file in files]
+    assert [one.name for one in readings if one.decision == "unreadable"] == ["0.zip", "2"]
+    assert "zip archive" in readings[0].verdict
+    assert "CRC" in readings[2].verdict
 
 
 def test_too_many_slices_are_refused_with_the_way_out() -> None:

@@ -3,6 +3,7 @@
 import io
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,55 @@ def test_a_scan_gets_files_for_its_most_suspicious_slices(call, scan: Slices, bu
     assert len(made) == 10
     assert len({one.SeriesInstanceUID for one in made}) == 2  # one of pictures, one of reports
     assert "10 DICOM files" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"PatientSex": "X"}, {"PatientSex": "unknown"}, {"PatientBirthDate": "ANON"}, {"StudyDate": "ANON"}),
+        *({"StudyTime": "xx"}, {"ImageOrientationPatient": [1, 0, 0, 0, 1]}),
+    ],
+)
+def test_values_that_anonymising_left_behind_are_blanked(model, scan: Slices, tmp_path: Path, odd) -> None:
+    ((name, data),) = scan(1, **odd).items()
+    overlay, report = (pydicom.dcmread(path) for path in write_dicom(data, name, model.predict(data), tmp_path))
+    assert list(overlay.PatientOrientation) == ["L", "P"]
+    assert [made.get(keyword, "") for made in (overlay, report) for keyword in odd] == ["", ""]
+    for path in tmp_path.iterdir():
+        check(path)
+
+
+def test_a_number_of_a_slice_that_is_none_is_left_out(model, scan: Slices, tmp_path: Path) -> None:
+    ((name, data),) = scan(1).items()
+    odd = data.replace(b"IS\x02\x001 ", b"IS\x02\x00JD")
+    assert odd != data
+    assert pydicom.dcmread(write_dicom(odd, name, model.predict(odd), tmp_path)[0]).InstanceNumber == 1
+
+
+def test_files_without_dicom_for_a_viewer_are_named_and_the_others_get_theirs(
+    call, scan: Slices, bundle_folder, tmp_path: Path, capsys
+) -> None:
+    several = pydicom.dcmread(io.BytesIO(*scan(1, uid="1.9").values()))
+    several.PixelData, several.NumberOfFrames = several.PixelData * 2, 2
+    for i, data in enumerate([*scan(1, uid="1.8", SpecificCharacterSet="none").values(), *scan(2).values()]):
+        (tmp_path / f"{i}.dcm").write_bytes(data)
+    several.save_as(tmp_path / "several.dcm")
+    asked = ("--bundle", bundle_folder, "--out", tmp_path / "s.csv", "--viewer", tmp_path / "dicom")
+    assert call(*sorted(tmp_path.glob("*.dcm")), *asked) == 0
+    printed = capsys.readouterr().out
+    assert len(list((tmp_path / "dicom").iterdir())) == 4
+    assert "4 DICOM files" in printed
+    assert "2 skipped" in printed
+    assert "0.dcm (DICOM for a viewer cannot be written" in printed
+    assert "several.dcm (it has several frames" in printed
+
+
+def test_a_missing_highdicom_is_said_before_anything_is_scored(call, scan, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    (tmp_path / "scan.zip").write_bytes(zipped(scan(1)))
+    assert call(tmp_path / "scan.zip", "--out", tmp_path / "s.csv", "--viewer", tmp_path / "dicom") == 2
+    assert "chestct[viewer]" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["scan.zip"]
 
 
 def test_what_nothing_can_refer_to_is_refused(model, examples: dict[str, bytes], tmp_path: Path) -> None:
