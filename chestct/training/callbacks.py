@@ -122,18 +122,34 @@ class Keeper(ModelCheckpoint):
         super().setup(trainer, pl_module, "validate")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        path = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
-        if path.is_file():
-            scores = {str(path): state_dict["best_model_score"]} if self.monitor else {}
-            paths = {"best_model_path": str(path), "kth_best_model_path": str(path), "best_k_models": scores}
-            state_dict = state_dict | paths | {"dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
+        # Not Lightning's: it takes paths from the file, which may come from anywhere, and removes what they name.
+        path = Path(str(self.dirpath), f"{self.filename}.ckpt")
+        if not path.is_file():
+            return
+        self.best_model_path = str(path)
+        if self.monitor:
+            self.best_model_score = self.kth_value = state_dict["best_model_score"]
+            self.kth_best_model_path, self.best_k_models = str(path), {str(path): self.kth_value}
 
 
 class SealedCheckpoints(TorchCheckpointIO):
-    """Lightning's own files with a checksum over everything, written whole or not at all."""
+    """Lightning's own files with a checksum over everything, written whole or not at all.
+
+    Callbacks take the paths of what they remove from the checkpoint that is resumed, whoever wrote it, and Lightning
+    would remove whole folders: here it is .ckpt files alone, next to those that this process saved.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folders: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), sealed(buffer.getvalue()))
+        self.folders.add(Path(path).parent.resolve())
+
+    def remove_checkpoint(self, path: Any) -> None:
+        file = Path(path)
+        if file.suffix == ".ckpt" and file.is_file() and file.parent.resolve() in self.folders:
+            file.unlink()

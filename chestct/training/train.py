@@ -118,7 +118,8 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         data.features.clear()  # they are of convolutions that have trained since
 
     keeper: Any = callbacks[-2]
-    best = Path(keeper.best_model_path)  # in the first process's folder, in all of them
+    # In the first process's folder, in all of them; of a finished run that came without its best, what came.
+    best = Path(keeper.best_model_path or resume or out / "checkpoints" / "best.ckpt")
     last = best.with_name("last.ckpt")
     metrics, predictions = _measure(cfg, best, model, data)
     for logger in trainer.loggers:

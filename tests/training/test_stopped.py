@@ -1,14 +1,17 @@
 """Runs that are stopped, by an interrupt, a signal or a kill: where they go on, and that they end as whole ones do."""
 
+import io
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
 from chestct.errors import Interrupted
+from chestct.models.checkpoint import sealed
 from chestct.training import callbacks, train
 from tests.training.test_train import ROOT, losses
 
@@ -118,3 +121,33 @@ def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_a
     assert epoch_in(longer.last) == 5
     assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(longer.best)
     assert longer.best.parent == last.parent
+
+
+def rewritten(path, callbacks):
+    """The checkpoint in a file with other states of the ModelCheckpoints in it, sealed again as anybody can."""
+    content = torch.load(path, weights_only=True)
+    for state in (state for key, state in content["callbacks"].items() if "ModelCheckpoint" in key or "Keeper" in key):
+        state |= callbacks
+        del state["dirpath"]  # Lightning then believes all of it
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(sealed(buffer.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "place", ["{here}/victim", "local://victim", "local://victim/other.ckpt", "{here}/out/own/../../victim/other.ckpt"]
+)
+def test_a_foreign_checkpoint_removes_nothing_of_this_machine(small, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    mine = ("callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint", "callbacks.mine.dirpath=out/own")
+    last = train(small("trainer.max_epochs=1", *mine), Path("out")).last
+    victim = tmp_path / "victim" / "other.ckpt"
+    victim.parent.mkdir()
+    victim.touch()
+    path = place.format(here=tmp_path).replace("://", f"://{tmp_path}/")
+    scores = {path: torch.tensor(9.0)}
+    states = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": path, "best_k_models": scores}
+    foreign = rewritten(last, states).rename("foreign.ckpt")
+    train(small(*mine, "trainer.max_epochs=3", f"ckpt={foreign}"), Path("new"))
+    assert victim.is_file()
