@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import Config, OptimConfig, SourceConfig
+from chestct.config.schema import NAME, Config, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
 REMOVED = (
@@ -145,6 +145,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
     for name, source in data.sources.items():
+        if not re.fullmatch(NAME, name):
+            yield f"data.sources: {name!r} is no name of a source: give one without / and \\."
         if source.weight != SourceConfig.weight and not data.balance:
             yield f"data.sources.{name}.weight={source.weight} has no effect: it works with data.balance=true."
         try:

@@ -163,6 +163,16 @@ def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine()
     assert merge_settings(compose("trainer.args.a=1"), ["trainer.args.a=1"], stored).trainer.args == {"a": 1}
 
 
+@pytest.mark.parametrize("name", ["/home/me/x", "../../x", "..", ".", "", "a\\b", "a\0b"])
+def test_no_source_of_a_checkpoint_is_called_like_a_path(name):
+    stored = dataclasses.asdict(compose("data.sources={a: {root: /x}}"))
+    one = stored | {"data": stored["data"] | {"name": name}}
+    several = stored | {"data": stored["data"] | {"sources": {name: {"root": "/x"}}}}
+    for settings in (one, several):
+        with pytest.raises(ConfigError, match="without /"):
+            merge_settings(compose(), [], settings)
+
+
 def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():
     given = ("callbacks.a={_target_: mine.A, words: [x, 2], path: 'a (1),b', deep: {on: true}}", "trainer.args.b=0.5")
     cfg = compose(*given, "trainer=gpu")
