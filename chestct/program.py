@@ -152,8 +152,7 @@ def _run(task: Task, config_name: str) -> None:
         try:
             return task(resolve(composed), out)
         except ChestCTError as error:
-            written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
-            if out != Path.cwd() and written <= FIRST_FILES:
+            if out != Path.cwd() and _empty(out):
                 shutil.rmtree(out)  # a mistake leaves no empty run
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweep, maybe in another process, reports it
@@ -163,6 +162,20 @@ def _run(task: Task, config_name: str) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failures:
         raise failures[0]
+
+
+def _empty(out: Path) -> bool:
+    """Whether nothing was computed in a run folder, and no other training is about to."""
+    from chestct.tracking import sole_writer
+
+    written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
+    if not written <= FIRST_FILES:
+        return False
+    try:
+        with sole_writer(out):
+            return True
+    except ChestCTError:
+        return False
 
 
 def _explained(error: Exception) -> str:

@@ -189,3 +189,15 @@ def test_two_trainings_cannot_write_to_one_folder(tmp_path):
         assert f"Another training is writing to {tmp_path}" in done.stderr
     with sole_writer(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("mistake", [(), ("optim.lr=-1",)])
+def test_a_second_start_in_a_folder_leaves_the_training_there_in_peace(tmp_path, phantoms, cache, mistake):
+    with sole_writer(tmp_path / "run"):
+        (tmp_path / "run" / "settings.yaml").touch()  # all that there is while slices are decoded
+        done = train(tmp_path, phantoms, cache, f"hydra.run.dir={tmp_path}/run", *mistake)
+        assert done.returncode == 2
+        assert ("out of range" if mistake else "Another training is writing to") in done.stderr
+        assert (tmp_path / "run" / "settings.yaml").is_file()
+    train(tmp_path, phantoms, cache, f"hydra.run.dir={tmp_path}/run", "optim.lr=-1")
+    assert not (tmp_path / "run").exists()
