@@ -34,18 +34,19 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach, outputs
 from chestct.models.head import has_places
-from chestct.models.lightning_module import Classifier, check_fits
+from chestct.models.lightning_module import Classifier
 from chestct.models.predictions import prediction_table
 from chestct.models.vgg16 import pick_device
 from chestct.progress import phase
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
-from chestct.training.callbacks import SealedCheckpoints, callbacks_of
+from chestct.training.callbacks import Keeper, SealedCheckpoints, callbacks_of
+from chestct.training.resume import bring_best, resumable
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             # learning rate would take thousands of steps to forget.
             for parameter in model.net.head[-1].parameters():
                 nn.init.zeros_(parameter)
-        resume = _resumable(cfg, model)
+        resume = resumable(cfg, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
@@ -111,13 +112,15 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
     phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
+    if resume:
+        bring_best(resume, out)
     with _ended_in_order(trainer, out, cfg):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices
     if not cfg.always_frozen:
         data.features.clear()  # they are of convolutions that have trained since
 
-    keeper: Any = callbacks[-2]
+    keeper = next(callback for callback in callbacks if isinstance(callback, Keeper))
     # In the first process's folder, in all of them; of a finished run that came without its best, what came.
     best = Path(keeper.best_model_path or resume or out / "checkpoints" / "best.ckpt")
     last = best.with_name("last.ckpt")
@@ -212,21 +215,6 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
             trainer.strategy.launcher.kill(signal.SIGKILL)  # files are whole at any time
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _resumable(cfg: Config, model: Classifier) -> Path | None:
-    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data."""
-    if not cfg.ckpt:
-        return None
-    checkpoint = read_checkpoint(Path(cfg.ckpt))
-    check_fits(checkpoint, model)
-    theirs, ours = (hparams["data"]["hash"][:12] for hparams in (checkpoint["hyper_parameters"], model.hparams))
-    if theirs != ours:
-        raise DataError(
-            f"The data changed since {cfg.ckpt} was written (hash {theirs}, now {ours}). "
-            "Resume with the data of that run, or start anew without ckpt."
-        )
-    return Path(cfg.ckpt)
 
 
 def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> tuple[dict[str, float], pd.DataFrame]:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from chestct.errors import Interrupted
+from chestct.errors import ConfigError, Interrupted
 from chestct.models.checkpoint import sealed
 from chestct.training import callbacks, train
 from tests.training.test_train import ROOT, losses
@@ -121,6 +121,49 @@ def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_a
     assert epoch_in(longer.last) == 5
     assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(longer.best)
     assert longer.best.parent == last.parent
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, tmp_path, capsys, schedule):
+    settings = (f"optim.schedule={schedule}", "trainer.max_epochs=2")
+    given = (*settings, f"ckpt={train(small(*settings), tmp_path).last}")
+    refused = {
+        "optim.lr=0.5": r"optim\.lr=0\.5 \(was 0\.01\)",
+        "trainer.monitor=valid/auroc": "monitor",
+        "trainer.max_epochs=1": "",
+    }
+    refused |= {"trainer.max_epochs=3": "max_epochs", "data.batch_size=4": "size"} if schedule == "one_cycle" else {}
+    for setting, says in refused.items():
+        with pytest.raises(ConfigError, match=f"{says}.*anew without"):
+            train(small(*given, setting), tmp_path)
+    capsys.readouterr()
+    if schedule == "cosine":
+        train(small(*given, "trainer.max_epochs=3"), tmp_path)
+        assert "the learning rate is that of a run of 3 epochs" in capsys.readouterr().out
+        assert len(losses(tmp_path)) == 3
+
+
+def test_a_run_that_stopped_early_is_measured_again_and_goes_on_with_more_patience(small, tmp_path):
+    diverging = ("optim.lr=10", "trainer.patience=1", "trainer.max_epochs=9")
+    stopped = train(small(*diverging), tmp_path)
+    epochs = len(losses(tmp_path))
+    assert epochs < 9
+    again = train(small(*diverging, f"ckpt={stopped.last}"), tmp_path)
+    assert (len(losses(tmp_path)), again.metrics) == (epochs, stopped.metrics)
+    train(small(*diverging, f"ckpt={stopped.last}", "trainer.patience=9"), tmp_path)
+    assert len(losses(tmp_path)) == 9
+
+
+def test_a_run_that_goes_on_in_another_folder_knows_its_best_epoch(small, tmp_path):
+    diverging = ("optim.lr=1000", "trainer.patience=0")
+    first = train(small(*diverging, "trainer.max_epochs=2"), tmp_path / "first")
+    given = (*diverging, "trainer.max_epochs=4", f"ckpt={first.last}")
+    second = train(small(*given), tmp_path / "second")
+    assert second.best.parent == tmp_path / "second" / "checkpoints"
+    assert losses(tmp_path / "second")["valid/loss"].idxmin() == epoch_in(second.best) == epoch_in(first.best) < 2
+    first.best.unlink()
+    finished = train(small(*diverging, "trainer.max_epochs=2", f"ckpt={first.last}"), tmp_path / "third")
+    assert finished.best == first.last  # nothing else is left of it
 
 
 def rewritten(path, callbacks):
