@@ -72,13 +72,15 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
     if cfg.ckpt:
         cfg = from_checkpoint(cfg, best=False)
         ckpt = Path(cfg.ckpt or "")
-        in_place = ckpt.resolve().parent == (out / "checkpoints").resolve()
+        beside = ckpt.resolve().parent
+        # The first process alone has the run's folder, which is that of the checkpoint where this has the name.
+        in_place = beside.name == "checkpoints" if rank() else beside == (out / "checkpoints").resolve()
         if not (rank() or in_place) and (out / "checkpoints").exists():
             raise ConfigError(
                 f"{out} holds another run than {ckpt}, and would be written over. Give ckpt and runs_dir on the "
                 "command line, or another folder with hydra.run.dir=FOLDER."
             )
-        if ckpt.name == "best.ckpt" and (rank() or in_place):  # epochs are never thrown away
+        if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
                 cfg = from_checkpoint(dataclasses.replace(cfg, ckpt=str(ckpt.with_name("last.ckpt"))), best=False)
                 print("Going on with last.ckpt, not with best.ckpt: no epoch is thrown away.")

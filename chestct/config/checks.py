@@ -110,6 +110,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "trainer.unfreeze_epoch starts from frozen convolutions: set model.freeze=true."
     if trainer.unfreeze_epoch >= trainer.max_epochs:
         yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
+    if "fast_dev_run" in trainer.args:
+        yield "trainer.args.fast_dev_run keeps no checkpoint, and the best one is measured in the end: say debug=fast."
     several = trainer.num_nodes > 1 or not re.fullmatch(r"auto|1|\d+,", trainer.devices)
     if trainer.strategy == "single" and several:
         yield f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.num_nodes}: for several say trainer=ddp."
@@ -187,7 +189,8 @@ OTHER_NAMES = {
     "trainer.accelerator": ("device", "cuda", "gpu"),
     "trainer.precision": ("amp", "fp16", "mixed_precision"),
     "trainer.progress": ("verbose", "progress_bar"),
-    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "max_steps", "fast_dev_run", "profiler"),
+    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "max_steps", "profiler"),
+    "debug=fast": ("fast_dev_run", "trainer.fast_dev_run"),
     "model.freeze": ("frozen", "freeze_backbone"),
     "model.weights": ("pretrained",),
     "model.backbone": ("arch", "architecture", "model.name"),

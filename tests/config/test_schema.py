@@ -16,6 +16,8 @@ from chestct.errors import ConfigError
         ("data.splt=grouped", "Did you mean data.split?"),
         ("batch_size=8", "Did you mean data.batch_size?"),
         ("trainer.gradient_clip_val=1", "Did you mean trainer.args.gradient_clip_val?"),
+        ("trainer.args.fast_dev_run=true", "say debug=fast"),
+        ("trainer.fast_dev_run=true", "Did you mean debug=fast?"),
         ("evaluation.folds=5", "Did you mean evaluation.protocol?"),
         ("banana=1", "There is no setting 'banana'. All settings: --help."),
         ("data.split=group", "Did you mean grouped?"),
