@@ -61,10 +61,10 @@ def program(
                 if int(started) > 1 and {"ckpt", "hydra.run.dir"} <= given.keys():
                     raise ConfigError("Several processes go on in the run's own folder: leave out hydra.run.dir.")
                 overrides = [readable(override, sweep) for override in overrides]
-                if "tracking.uri" in given:
+                for key in {"tracking.uri", "tracking.local"} & given.keys():
                     from chestct.tracking.stores import refuse_password
 
-                    refuse_password(given["tracking.uri"])  # before Hydra writes it into the run's folder
+                    refuse_password(given[key])  # before Hydra writes it into the run's folder
                 folder = None if sweep else run_folder(given)
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestct.config.schema import Config
-from chestct.errors import ConfigError
+from chestct.errors import ChestCTError, ConfigError
 from chestct.files import digest
 from chestct.tracking import hub
-from chestct.tracking.stores import first_line, local_uri, refuse_elsewhere, server_uri, store_file
+from chestct.tracking.stores import first_line, is_server, local_uri, prepare, refuse_elsewhere, server_uri, store_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,7 +43,7 @@ def fetch_bundle(source: str, cfg: Config) -> str:
             client = client_of(uri)
             run = find_run(client, _run_behind(client, name) if scheme == "models" else name)
             return str(_bundle_of(client, run, cfg.cache / "bundles" / f"{run.info.run_id}-{digest(uri)[:12]}"))
-        except (MlflowException, LookupError, ConfigError) as error:
+        except (MlflowException, LookupError, ChestCTError, OSError) as error:  # requests' are of the last kind
             problems.append(f"{uri}: {first_line(error)}")
     raise ConfigError(
         f"bundle={source}: {'; '.join(problems)}. Give models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID, as in "
@@ -52,11 +52,13 @@ def fetch_bundle(source: str, cfg: Config) -> str:
 
 
 def client_of(uri: str) -> "MlflowClient":
-    """Raises LookupError where there is no such store."""
+    """Raises LookupError where there is no such store, TrackingError for a folder or a database that is of no use."""
     from mlflow import MlflowClient
 
     if (file := store_file(uri)) and not file.is_file():
         raise LookupError("there is no such store")  # asking would make one
+    if not (file or is_server(uri)):
+        prepare(uri)
     return MlflowClient(uri)
 
 

@@ -226,7 +226,7 @@ def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
         try:
             client = client_of(uri)
             run = Run(client, find_run(client, run_id).info.run_id, uri)
-        except (MlflowException, LookupError) as error:
+        except (MlflowException, LookupError, ChestCTError) as error:
             print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
     if run.client is None:
         yield run
