@@ -48,6 +48,9 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     options, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
     if config.hydra.job.name != "train":
         raise ConfigError("-m is for training: other commands have no objective.")
+    for name, least in (("trials", 0), ("jobs", 1)):
+        if not isinstance(options[name], int) or options[name] < least:
+            raise ConfigError(f"hydra.sweeper.{name}={options[name]}: give a whole number from {least} on.")
     lines = [f"{key}={'null' if value is None else value}" for key, value in options.params.items()] + arguments
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     overrides = {override.get_key_element().lstrip("+"): override for override in parsed}  # the later ones count
@@ -157,7 +160,7 @@ def _next_trials(
         for number in range(started, min(started + jobs, total)):
             # A sampler of its own for each trial: its draws then do not depend on where a search was interrupted. Few
             # random trials before TPE has something to go by, because a sweep here has some dozen trials.
-            study.sampler = TPESampler(n_startup_trials=5, seed=1009 * seed + number)
+            study.sampler = TPESampler(n_startup_trials=5, seed=(1009 * seed + number) % 2**32)
             study.ask(space)
     running = study.get_trials(states=[TrialState.RUNNING])[:jobs]
     return [trial for i, trial in enumerate(running) if trial.number == running[0].number + i]
