@@ -206,13 +206,13 @@ def export(cfg: Config, out: Path) -> None:
     """
     from chestct.evaluation.backends import add_backends, own_slices
     from chestct.evaluation.export import export
-    from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
+    from chestct.models.bundle import bundle_path, check_target, load_bundle
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.tracking import run_of
 
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
-        folder = PACKAGED_BUNDLE if cfg.bundle == "packaged" else Path(cfg.bundle)
+        folder = bundle_path(cfg.bundle)
         bundle = load_bundle(folder)
         _say(add_backends(bundle, folder, cfg, *own_slices(cfg, bundle)), folder)
         return
