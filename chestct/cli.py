@@ -213,13 +213,13 @@ def push() -> None:
     parser.add_argument("name", metavar="USER/NAME", help="repository, made where there is none")
     parser.add_argument("--private", action="store_true", help="a new one is for its owner alone")
     given = parser.parse_args()
-    from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
+    from chestct.models.bundle import bundle_path, load_bundle
     from chestct.serving.model import bundle_folder
     from chestct.tracking import hub
 
     source = bundle_folder(given.bundle)
     bundle = load_bundle(source)
-    address = hub.push(PACKAGED_BUNDLE if source == "packaged" else Path(source), given.name, given.private)
+    address = hub.push(bundle_path(source), given.name, given.private)
     print(f"bundle {bundle.id}  {address}\nNow: chestct serve bundle={hub.SCHEME}{given.name}")
 
 

@@ -72,13 +72,15 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
     if cfg.ckpt:
         cfg = from_checkpoint(cfg, best=False)
         ckpt = Path(cfg.ckpt or "")
-        in_place = ckpt.resolve().parent == (out / "checkpoints").resolve()
+        beside = ckpt.resolve().parent
+        # The first process alone has the run's folder, which is that of the checkpoint where this has the name.
+        in_place = beside.name == "checkpoints" if rank() else beside == (out / "checkpoints").resolve()
         if not (rank() or in_place) and (out / "checkpoints").exists():
             raise ConfigError(
                 f"{out} holds another run than {ckpt}, and would be written over. Give ckpt and runs_dir on the "
                 "command line, or another folder with hydra.run.dir=FOLDER."
             )
-        if ckpt.name == "best.ckpt" and (rank() or in_place):  # epochs are never thrown away
+        if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
                 cfg = from_checkpoint(dataclasses.replace(cfg, ckpt=str(ckpt.with_name("last.ckpt"))), best=False)
                 print("Going on with last.ckpt, not with best.ckpt: no epoch is thrown away.")
@@ -205,7 +207,7 @@ def export(cfg: Config, out: Path) -> None:
     """
     from chestct.evaluation.backends import add_backends, own_slices
     from chestct.evaluation.export import export
-    from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
+    from chestct.models.bundle import bundle_path, check_target, load_bundle
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.serving.model import ELSEWHERE
@@ -217,7 +219,7 @@ def export(cfg: Config, out: Path) -> None:
             "the hub with chestct push FOLDER USER/NAME, and to MLflow with tracking.register=NAME."
         )
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
-        folder = PACKAGED_BUNDLE if cfg.bundle == "packaged" else Path(cfg.bundle)
+        folder = bundle_path(cfg.bundle)
         bundle = load_bundle(folder)
         _say(add_backends(bundle, folder, cfg, *own_slices(cfg, bundle)), folder)
         return

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from chestct.config.compose import CONF, PACKAGE
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
-from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
+from chestct.models.bundle import bundle_path, load_bundle
 
 SPACE = PACKAGE / "space"
 """The app of a Space and its metadata."""
@@ -57,7 +57,7 @@ def write_space(folder: Path, source: str | Path = "packaged") -> None:
     load_bundle(source)
     listed = requirements("serve", "dicom")
     copy_package(folder)
-    shutil.copytree(PACKAGED_BUNDLE if str(source) == "packaged" else source, folder / "bundle")
+    shutil.copytree(bundle_path(source), folder / "bundle")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     write_atomic(folder / "requirements.txt", "\n".join(listed) + "\n")
     shutil.copy(SPACE / "app.py", folder)

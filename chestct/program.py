@@ -61,10 +61,10 @@ def program(
                 if int(started) > 1 and {"ckpt", "hydra.run.dir"} <= given.keys():
                     raise ConfigError("Several processes go on in the run's own folder: leave out hydra.run.dir.")
                 overrides = [readable(override, sweep) for override in overrides]
-                if "tracking.uri" in given:
+                for key in {"tracking.uri", "tracking.local"} & given.keys():
                     from chestct.tracking.stores import refuse_password
 
-                    refuse_password(given["tracking.uri"])  # before Hydra writes it into the run's folder
+                    refuse_password(given[key])  # before Hydra writes it into the run's folder
                 folder = None if sweep else run_folder(given)
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")
@@ -152,8 +152,7 @@ def _run(task: Task, config_name: str) -> None:
         try:
             return task(resolve(composed), out)
         except ChestCTError as error:
-            written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
-            if out != Path.cwd() and written <= FIRST_FILES:
+            if out != Path.cwd() and _empty(out):
                 shutil.rmtree(out)  # a mistake leaves no empty run
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweep, maybe in another process, reports it
@@ -163,6 +162,20 @@ def _run(task: Task, config_name: str) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failures:
         raise failures[0]
+
+
+def _empty(out: Path) -> bool:
+    """Whether nothing was computed in a run folder, and no other training is about to."""
+    from chestct.tracking import sole_writer
+
+    written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
+    if not written <= FIRST_FILES:
+        return False
+    try:
+        with sole_writer(out):
+            return True
+    except ChestCTError:
+        return False
 
 
 def _explained(error: Exception) -> str:

@@ -62,13 +62,15 @@ def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
     from mlflow.models.signature import ModelSignature
     from mlflow.types import ColSpec, Schema, TensorSpec
 
+    from chestct.tracking.registry import BUNDLE
+
     # Stated, since MLflow would infer it from an answer: the bundle loaded once more, and the network's time.
     classes = json.loads((bundle / FACTS).read_text(encoding="utf-8"))["classes"]
     types = {"decision": "string", "novelty": "float"}
     answers = Schema([ColSpec(types.get(name, "double"), name) for name in columns(classes)])
     images = Schema([TensorSpec(np.dtype(np.uint8), (-1, -1, -1))])  # any number of slices, of any one size
     # By parts: `pyfunc.save_model` reads the file lists of all installed packages, a second.
-    shutil.copytree(bundle, folder / "data" / bundle.name)
+    shutil.copytree(bundle, folder / "data" / BUNDLE)  # not by its folder's name: a run's next takes the place of this
     if code:
         copy_package(folder / "code")
     needed = dict.fromkeys([f"mlflow=={mlflow_version}", *(requirements() if code else [f"chestct=={__version__}"])])
@@ -76,7 +78,7 @@ def save_model(bundle: Path, folder: Path, code: bool = False) -> None:
     environment = f"python: {platform.python_version()}\nbuild_dependencies: [pip, setuptools, wheel]\n"
     (folder / "python_env.yaml").write_text(f"{environment}dependencies: [-r requirements.txt]\n", encoding="utf-8")
     model = Model(signature=ModelSignature(images, answers))
-    parts = {"data": f"data/{bundle.name}", "python_env": "python_env.yaml"} | ({"code": "code"} if code else {})
+    parts = {"data": f"data/{BUNDLE}", "python_env": "python_env.yaml"} | ({"code": "code"} if code else {})
     pyfunc.add_to_model(model, __name__, **parts)
     model.save(folder / "MLmodel")
 

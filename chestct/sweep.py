@@ -48,6 +48,9 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     options, folder = config.hydra.sweeper, Path(config.hydra.sweep.dir)
     if config.hydra.job.name != "train":
         raise ConfigError("-m is for training: other commands have no objective.")
+    for name, least in (("trials", 0), ("jobs", 1)):
+        if not isinstance(options[name], int) or options[name] < least:
+            raise ConfigError(f"hydra.sweeper.{name}={options[name]}: give a whole number from {least} on.")
     lines = [f"{key}={'null' if value is None else value}" for key, value in options.params.items()] + arguments
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     overrides = {override.get_key_element().lstrip("+"): override for override in parsed}  # the later ones count

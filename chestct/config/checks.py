@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import HIGHEST_SEED, Config, OptimConfig, SourceConfig
+from chestct.config.schema import HIGHEST_SEED, NAME, Config, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
 REMOVED = (
@@ -115,6 +115,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "trainer.unfreeze_epoch starts from frozen convolutions: set model.freeze=true."
     if trainer.unfreeze_epoch >= trainer.max_epochs:
         yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
+    if "fast_dev_run" in trainer.args:
+        yield "trainer.args.fast_dev_run keeps no checkpoint, and the best one is measured in the end: say debug=fast."
     several = trainer.num_nodes > 1 or not re.fullmatch(r"auto|1|\d+,", trainer.devices)
     if trainer.strategy == "single" and several:
         yield f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.num_nodes}: for several say trainer=ddp."
@@ -152,6 +154,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
     for name, source in data.sources.items():
+        if not re.fullmatch(NAME, name):
+            yield f"data.sources: {name!r} is no name of a source: give one without / and \\."
         if source.weight != SourceConfig.weight and not data.balance:
             yield f"data.sources.{name}.weight={source.weight} has no effect: it works with data.balance=true."
         try:
@@ -192,7 +196,8 @@ OTHER_NAMES = {
     "trainer.accelerator": ("device", "cuda", "gpu"),
     "trainer.precision": ("amp", "fp16", "mixed_precision"),
     "trainer.progress": ("verbose", "progress_bar"),
-    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "max_steps", "fast_dev_run", "profiler"),
+    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "max_steps", "profiler"),
+    "debug=fast": ("fast_dev_run", "trainer.fast_dev_run"),
     "model.freeze": ("frozen", "freeze_backbone"),
     "model.weights": ("pretrained",),
     "model.backbone": ("arch", "architecture", "model.name"),

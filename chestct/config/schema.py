@@ -40,6 +40,7 @@ BLOCKS = r"[345](\+[345])*"
 FEATURE_BACKENDS = ("auto", "torch", "openvino", "openvino_int8")
 EXPORTS = rf"torch|({'|'.join(FILES)})(\+({'|'.join(FILES)}))*"
 HIGHEST_SEED = 2**32 - 1  # that numpy and scikit-learn take
+NAME = r"(?!\.+$)[^/\\\0]+"  # of a source: it becomes part of names of folders
 DEVICES = r"auto|[1-9]\d*|\d+,|\d+(,\d+)+"
 
 
@@ -106,7 +107,7 @@ class SourceConfig:
 class DataConfig:
     """Where slices come from and how they become pixels, splits and batches."""
 
-    name: str = setting(PHANTOM, "name of the source, shown in tables")
+    name: str = setting(PHANTOM, "name of the source, shown in tables; without / and \\", form=NAME)
     root: str | None = setting(None, "folder with the class folders; null for phantoms: they are drawn when needed")
     sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
     labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label", choices=LABEL_NAMES)

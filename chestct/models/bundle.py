@@ -194,6 +194,11 @@ def check_target(folder: Path) -> None:
         )
 
 
+def bundle_path(source: str | Path) -> Path:
+    """The folder of a bundle, which `packaged` is a name of."""
+    return PACKAGED_BUNDLE if str(source) == "packaged" else Path(source)
+
+
 def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "cpu") -> Bundle:
     """The bundle in a folder; `packaged` is the one in the package.
 
@@ -201,7 +206,7 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
     BundleError where something is missing, altered, unexpected, out of bounds or of another version, and ConfigError
     where the backend cannot be had.
     """
-    folder = PACKAGED_BUNDLE if str(source) == "packaged" else Path(source)
+    folder = bundle_path(source)
     facts = _read_facts(folder)
     files = {name: _read(folder, name, facts["files"][name]) for name in (TENSORS, CARD)}
     name, device = choose(backend, facts.get("backends", {}), accelerator)

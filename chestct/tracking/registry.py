@@ -1,7 +1,8 @@
 """What runs and names in MLflow stand for: bundles, as in `bundle=models:/NAME@ALIAS` and `bundle=runs:/RUN_ID`.
 
-Names are resolved anew on every call, because an alias may have moved; a fetched bundle stays in the cache under its
-store and run. A server decides neither where a file is written nor where else the user's password goes.
+Names are resolved anew on every call, because an alias may have moved, or a run been exported again; a fetched bundle
+stays in the cache under its store, run and digest. A server decides neither where a file is written nor where else the
+user's password goes.
 """
 
 import re
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestct.config.schema import Config
-from chestct.errors import ConfigError
-from chestct.files import digest
+from chestct.config.schema_serving import FACTS
+from chestct.errors import ChestCTError, ConfigError
+from chestct.files import digest, file_digest
 from chestct.tracking import hub
-from chestct.tracking.stores import first_line, local_uri, refuse_elsewhere, server_uri, store_file
+from chestct.tracking.stores import first_line, is_server, local_uri, prepare, refuse_elsewhere, server_uri, store_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -42,8 +44,8 @@ def fetch_bundle(source: str, cfg: Config) -> str:
         try:
             client = client_of(uri)
             run = find_run(client, _run_behind(client, name) if scheme == "models" else name)
-            return str(_bundle_of(client, run, cfg.cache / "bundles" / f"{run.info.run_id}-{digest(uri)[:12]}"))
-        except (MlflowException, LookupError, ConfigError) as error:
+            return str(_bundle_of(client, run, cfg.cache / "bundles"))
+        except (MlflowException, LookupError, ChestCTError, OSError) as error:  # requests' are of the last kind
             problems.append(f"{uri}: {first_line(error)}")
     raise ConfigError(
         f"bundle={source}: {'; '.join(problems)}. Give models:/NAME@ALIAS, models:/NAME/VERSION or runs:/RUN_ID, as in "
@@ -52,11 +54,13 @@ def fetch_bundle(source: str, cfg: Config) -> str:
 
 
 def client_of(uri: str) -> "MlflowClient":
-    """Raises LookupError where there is no such store."""
+    """Raises LookupError where there is no such store, TrackingError for a folder or a database that is of no use."""
     from mlflow import MlflowClient
 
     if (file := store_file(uri)) and not file.is_file():
         raise LookupError("there is no such store")  # asking would make one
+    if not (file or is_server(uri)):
+        prepare(uri)
     return MlflowClient(uri)
 
 
@@ -79,19 +83,32 @@ def _run_behind(client: "MlflowClient", name: str) -> str:
     return str(find(parts[1], parts[3]).run_id)
 
 
-def _bundle_of(client: "MlflowClient", run: "MlflowRun", folder: Path) -> Path:
-    """The bundle of a run in `folder`, fetched whole or not at all; MLflow checks that no listed file leaves it."""
-    from mlflow.artifacts import download_artifacts
+def _bundle_of(client: "MlflowClient", run: "MlflowRun", cache: Path) -> Path:
+    """The bundle that a run holds now, fetched whole or not at all; MLflow checks that no listed file leaves it.
 
-    if not folder.is_dir():
-        refuse_elsewhere(run.info.artifact_uri, client.tracking_uri)
-        if not client.list_artifacts(run.info.run_id, BUNDLE):
+    A folder in `cache` is named by store, run and bundle.json, which knows the digests of all else. Where the artifacts
+    cannot be reached, what was fetched last is taken.
+    """
+    from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
+
+    name = f"{run.info.run_id}-{digest(client.tracking_uri)[:12]}"
+    refuse_elsewhere(run.info.artifact_uri, client.tracking_uri)
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        listed = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, f"{BUNDLE}/data")]
+        if not (names := [one for one in listed if not one.startswith(".")]):
             raise LookupError(f"the run {run.info.run_id} kept no bundle (tracking.log_model, or it did not finish)")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as part:
-            source = f"{run.info.artifact_uri}/{BUNDLE}/data"  # not what MLflow keeps with it, nor the package
-            Path(download_artifacts(source, dst_path=part, tracking_uri=client.tracking_uri)).replace(folder)
-    bundle = next(folder.rglob("bundle.json"), None)
-    if bundle is None:
-        raise LookupError(f"the artifacts of the run {run.info.run_id} hold no bundle")
-    return bundle.parent
+        # Not what MLflow keeps with it, nor the package; earlier versions called it as the folder of the export.
+        source = f"{run.info.artifact_uri}/{BUNDLE}/data/{BUNDLE if BUNDLE in names else names[0]}"
+        with tempfile.TemporaryDirectory(dir=cache) as part:
+            facts = download_artifacts(f"{source}/{FACTS}", dst_path=part, tracking_uri=client.tracking_uri)
+            folder = cache / f"{name}-{file_digest(Path(facts))[:12]}"
+            if not folder.is_dir():
+                whole = download_artifacts(source, dst_path=f"{part}/whole", tracking_uri=client.tracking_uri)
+                Path(whole).replace(folder)
+    except (MlflowException, OSError):
+        folder = max(cache.glob(f"{name}-*"), key=lambda one: one.stat().st_mtime, default=Path())
+        if folder == Path():
+            raise
+    return folder

@@ -5,11 +5,10 @@ and data are known to be usable, so that a mistake leaves no failed run behind.
 """
 
 import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from chestct.config.fields import leaves
@@ -17,6 +16,7 @@ from chestct.config.schema import Config, TrackingConfig
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
 from chestct.tracking import stores
+from chestct.tracking.code import code_version
 from chestct.tracking.registry import ALIAS, BUNDLE, client_of, find_run
 from chestct.tracking.stores import first_line, local_uri, prepare, probe, server_uri, store_file
 from chestct.tracking.sync import PARENT, send
@@ -227,7 +227,7 @@ def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
         try:
             client = client_of(uri)
             run = Run(client, find_run(client, run_id).info.run_id, uri)
-        except (MlflowException, LookupError) as error:
+        except (MlflowException, LookupError, ChestCTError) as error:
             print(f"Not added to the MLflow run {run_id} in {uri}: {first_line(error)}.")
     if run.client is None:
         yield run
@@ -285,16 +285,3 @@ def sole_writer(out: Path) -> Iterator[None]:
             f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
             "or with hydra.run.dir=FOLDER."
         ) from None
-
-
-def code_version() -> dict[str, Any]:
-    """Commit of the code that runs, and whether files differ from it; empty outside a git checkout."""
-
-    def git(*args: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PROBE_SECONDS = 8.0
 DAGSHUB = "dagshub.com"
+CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 KIND = ("mlflow.experimentKind", "custom_model_development")
 """A tag without which MLflow's page shows an experiment as one of language models."""
 SQLITE = "sqlite:///"
@@ -41,8 +42,10 @@ def is_server(uri: str) -> bool:
 
 def local_uri(cfg: TrackingConfig) -> str:
     """URI of the store on this machine: what settings or MLflow's own variable name, unless that is a server."""
+    refuse_password(cfg.local)
     named = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or cfg.local
     uri = cfg.local if cfg.name == "dagshub" or is_server(named) else named
+    refuse_password(uri)
     file = store_file(uri)
     return f"{SQLITE}{at_home(str(file))}" if file else uri
 
@@ -57,12 +60,20 @@ def first_line(error: BaseException) -> str:
 
 
 def prepare(uri: str) -> None:
-    """Makes the SQLite store where there is none; raises TrackingError where it cannot be used. Others are MLflow's."""
+    """Makes the SQLite store where there is none, others are MLflow's; raises TrackingError where it cannot be used."""
     from filelock import FileLock
     from mlflow import MlflowClient
 
     file = store_file(uri)
     if file is None:
+        try:
+            MlflowClient(uri).search_experiments(max_results=1)
+        except Exception as error:  # as below, or a driver's that is not installed
+            raise TrackingError(
+                f"The MLflow store {uri} cannot be used ({first_line(error)}). Give sqlite:///FILE or https://SERVER "
+                "with tracking.uri or MLFLOW_TRACKING_URI, sqlite:///FILE with tracking.local; tracking=off records "
+                "nothing."
+            ) from None
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,8 +105,8 @@ def _has_tables(file: Path) -> bool:
 def server_uri(cfg: TrackingConfig) -> str | None:
     """URI of the server that runs are shared on; None where the store on this machine is all there is.
 
-    MLflow's client is given DagsHub's token where it reads users. Raises ConfigError where a password stands in the
-    URI, or DagsHub's owner, repository or token is missing.
+    MLflow's client is given DagsHub's token where it reads users, and it is taken back for any other server. Raises
+    ConfigError where a password stands in the URI, or DagsHub's owner, repository or token is missing.
     """
     uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     if cfg.name == "dagshub":
@@ -107,24 +118,33 @@ def server_uri(cfg: TrackingConfig) -> str | None:
                 )
         uri = f"https://{DAGSHUB}/{cfg.owner}/{cfg.repo}.mlflow"
     refuse_password(uri)
+    token = os.environ.get("DAGSHUB_USER_TOKEN", "")
     if urlsplit(uri).hostname == DAGSHUB:
-        token = os.environ.get("DAGSHUB_USER_TOKEN") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
-        if not token:
+        if not (token or os.environ.get("MLFLOW_TRACKING_PASSWORD")):
             raise ConfigError(
                 f"No DagsHub token in the environment. Make one at {DAGSHUB} (User Settings, Tokens), then: "
                 "export DAGSHUB_USER_TOKEN=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             )
-        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-            os.environ.setdefault(name, token)  # DagsHub takes it for the user name, too
+        for name in CREDENTIALS if token else ():  # those there are may be of another server
+            os.environ[name] = token  # DagsHub takes it for the user name, too
+        os.environ.setdefault(CREDENTIALS[0], os.environ[CREDENTIALS[1]])
+    else:
+        for name in CREDENTIALS:
+            if token and os.environ.get(name) == token:
+                del os.environ[name]
     return uri.rstrip("/") if is_server(uri) else None
 
 
 def refuse_password(uri: str) -> None:
-    """Raises ConfigError for user:password@ in a URI; the message does not repeat it."""
-    if "@" in (place := urlsplit(uri).netloc):
+    """Raises ConfigError for a user or password in a URI, as in user:password@; the message does not repeat it."""
+    parts = urlsplit(uri)
+    if "@" in parts.netloc or re.search(r"(^|&)(user|password|passwd)=", parts.query, re.IGNORECASE):
+        instead = " and ".join(CREDENTIALS)
+        if parts.scheme.startswith("postgresql"):
+            instead = "PGUSER and PGPASSWORD, or name a service of PostgreSQL's"
         raise ConfigError(
-            f"The tracking URI holds a user or password for {place.rpartition('@')[2]}: settings are kept with every "
-            "run. Leave them out of the URI; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
+            f"The tracking URI holds a user or password for {parts.netloc.rpartition('@')[2]}: settings are kept with "
+            f"every run. Leave them out of the URI; set {instead} instead."
         )
 
 

@@ -14,9 +14,11 @@ from chestct.tracking.stores import (
     TrackingError,
     first_line,
     local_uri,
+    prepare,
     probe,
     refuse_elsewhere,
     server_uri,
+    store_file,
     use_experiment,
 )
 
@@ -44,9 +46,16 @@ def sync(cfg: Config) -> int:
             "Which server? tracking.uri=https://..., MLFLOW_TRACKING_URI in the environment, or tracking=dagshub with "
             "tracking.owner and tracking.repo."
         )
+    uri = local_uri(cfg.tracking)
+    if (file := store_file(uri)) and not file.is_file():
+        raise TrackingError(
+            f"There is no store {file} to send runs of. Call this where the runs were made, or name their store with "
+            "tracking.local=sqlite:///FILE."
+        )
+    prepare(uri)
     if problem := probe(server, cfg.tracking.experiment):
         raise TrackingError(problem)
-    local, remote = MlflowClient(local_uri(cfg.tracking)), MlflowClient(server)
+    local, remote = MlflowClient(uri), MlflowClient(server)
     experiments = [experiment.experiment_id for experiment in local.search_experiments()]
     # Oldest first, so that the parent of a sweep comes before its children.
     runs = local.search_runs(experiments, max_results=50_000, order_by=["attributes.start_time ASC"])

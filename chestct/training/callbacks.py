@@ -11,7 +11,8 @@ from typing import Any, cast
 import lightning as L
 import pandas as pd
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch import callbacks as lightning_callbacks
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -23,10 +24,11 @@ from chestct.models.lightning_module import Classifier
 
 
 def callbacks_of(settings: Config, out: Path) -> list[Callback]:
-    """Every callback of a training run; the last two keep best.ckpt (by `trainer.monitor`) and last.ckpt.
+    """Every callback of a training run; two of them keep best.ckpt (by `trainer.monitor`) and last.ckpt.
 
-    Two, because ModelCheckpoint(save_last=True) writes only in epochs that are among the best. The best comes first, so
-    that the last, written at the end of every epoch, holds what it knows.
+    Two, because ModelCheckpoint(save_last=True) writes only in epochs that are among the best. The best is the first
+    that keeps checkpoints, whose path other processes of Lightning's return; the last comes after those of the user's,
+    so that it, written at the end of every epoch, holds what they know.
     """
     cfg = settings.trainer
     callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
@@ -38,10 +40,12 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
         )
     if cfg.progress and sys.stdout.isatty():
         callbacks.append(Bar(leave=False))
-    callbacks += [build(spec, Callback, f"callbacks.{name}") for name, spec in settings.callbacks.items()]
+    own = [build(spec, Callback, f"callbacks.{name}") for name, spec in settings.callbacks.items()]
+    keepers = [callback for callback in own if isinstance(callback, Checkpoint)]
+    callbacks += [callback for callback in own if callback not in keepers]
     keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
     best = Keeper(out / "checkpoints", "best", monitor=cfg.monitor, mode=cfg.mode, **keep)
-    return [*callbacks, best, Keeper(out / "checkpoints", "last", monitor=None, **keep)]
+    return [*callbacks, best, *keepers, Keeper(out / "checkpoints", "last", monitor=None, **keep)]
 
 
 class Bar(RichProgressBar):
@@ -111,6 +115,19 @@ class EndWithParent(Callback):
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class EarlyStopping(lightning_callbacks.EarlyStopping):
+    """Lightning's, under its name, by which a checkpoint knows its state; what it ended trains no more when resumed.
+
+    Patience is that of the settings, not of the checkpoint: given more, such a run goes on.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+
 class Keeper(ModelCheckpoint):
     """ModelCheckpoint that knows its best in a run folder that was moved or copied, too.
 
@@ -122,18 +139,34 @@ class Keeper(ModelCheckpoint):
         super().setup(trainer, pl_module, "validate")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        path = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
-        if path.is_file():
-            scores = {str(path): state_dict["best_model_score"]} if self.monitor else {}
-            paths = {"best_model_path": str(path), "kth_best_model_path": str(path), "best_k_models": scores}
-            state_dict = state_dict | paths | {"dirpath": self.dirpath}
-        super().load_state_dict(state_dict)
+        # Not Lightning's: it takes paths from the file, which may come from anywhere, and removes what they name.
+        path = Path(str(self.dirpath), f"{self.filename}.ckpt")
+        if not path.is_file():
+            return
+        self.best_model_path = str(path)
+        if self.monitor:
+            self.best_model_score = self.kth_value = state_dict["best_model_score"]
+            self.kth_best_model_path, self.best_k_models = str(path), {str(path): self.kth_value}
 
 
 class SealedCheckpoints(TorchCheckpointIO):
-    """Lightning's own files with a checksum over everything, written whole or not at all."""
+    """Lightning's own files with a checksum over everything, written whole or not at all.
+
+    Callbacks take the paths of what they remove from the checkpoint that is resumed, whoever wrote it, and Lightning
+    would remove whole folders: here it is .ckpt files alone, next to those that this process saved.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folders: set[Path] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_atomic(Path(path), sealed(buffer.getvalue()))
+        self.folders.add(Path(path).parent.resolve())
+
+    def remove_checkpoint(self, path: Any) -> None:
+        file = Path(path)
+        if file.suffix == ".ckpt" and file.is_file() and file.parent.resolve() in self.folders:
+            file.unlink()

@@ -35,18 +35,19 @@ from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.data.splits import seen
-from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.features import attach, outputs
 from chestct.models.head import has_places
-from chestct.models.lightning_module import Classifier, check_fits
+from chestct.models.lightning_module import Classifier
 from chestct.models.predictions import prediction_table
 from chestct.models.vgg16 import pick_device
 from chestct.progress import phase
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
-from chestct.training.callbacks import SealedCheckpoints, callbacks_of
+from chestct.training.callbacks import Keeper, SealedCheckpoints, callbacks_of
+from chestct.training.resume import bring_best, resumable
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             # learning rate would take thousands of steps to forget.
             for parameter in model.net.head[-1].parameters():
                 nn.init.zeros_(parameter)
-        resume = _resumable(cfg, model)
+        resume = resumable(cfg, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
         if cfg.features.cache and cfg.starts_frozen:
@@ -113,14 +114,17 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
     phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
+    if resume:
+        bring_best(resume, out)
     with _ended_in_order(trainer, out, cfg):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices
     if not cfg.always_frozen:
         data.features.clear()  # they are of convolutions that have trained since
 
-    keeper: Any = callbacks[-2]
-    best = Path(keeper.best_model_path)  # in the first process's folder, in all of them
+    keeper = next(callback for callback in callbacks if isinstance(callback, Keeper))
+    # In the first process's folder, in all of them; of a finished run that came without its best, what came.
+    best = Path(keeper.best_model_path or resume or out / "checkpoints" / "best.ckpt")
     last = best.with_name("last.ckpt")
     metrics, predictions = _measure(cfg, best, model, data)
     for logger in trainer.loggers:
@@ -213,26 +217,6 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
             trainer.strategy.launcher.kill(signal.SIGKILL)  # files are whole at any time
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _resumable(cfg: Config, model: Classifier) -> Path | None:
-    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data."""
-    if not cfg.ckpt:
-        return None
-    checkpoint = read_checkpoint(Path(cfg.ckpt))
-    check_fits(checkpoint, model)
-    theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
-    if theirs["hash"] != ours["hash"]:
-        raise DataError(
-            f"The data changed since {cfg.ckpt} was written (hash {theirs['hash'][:12]}, now {ours['hash'][:12]}). "
-            "Resume with the data of that run, or start anew without ckpt."
-        )
-    if theirs.get("seen", ours["seen"]) != ours["seen"]:
-        raise DataError(
-            f"The data are divided otherwise than when {cfg.ckpt} was written: it would train on its own test slices. "
-            "Leave out what divides them (data.split=..., data.sources.NAME.patient=...), or start anew without ckpt."
-        )
-    return Path(cfg.ckpt)
 
 
 def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> tuple[dict[str, float], pd.DataFrame]:

@@ -17,6 +17,8 @@ from chestct.errors import ConfigError
         ("data.splt=grouped", "Did you mean data.split?"),
         ("batch_size=8", "Did you mean data.batch_size?"),
         ("trainer.gradient_clip_val=1", "Did you mean trainer.args.gradient_clip_val?"),
+        ("trainer.args.fast_dev_run=true", "say debug=fast"),
+        ("trainer.fast_dev_run=true", "Did you mean debug=fast?"),
         ("evaluation.folds=5", "Did you mean evaluation.protocol?"),
         ("banana=1", "There is no setting 'banana'. All settings: --help."),
         ("data.split=group", "Did you mean grouped?"),
@@ -172,6 +174,16 @@ def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine()
     assert cfg.trainer.accelerator == "auto"
     assert cfg.trainer.args == {}
     assert merge_settings(compose("trainer.args.a=1"), ["trainer.args.a=1"], stored).trainer.args == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["/home/me/x", "../../x", "..", ".", "", "a\\b", "a\0b"])
+def test_no_source_of_a_checkpoint_is_called_like_a_path(name):
+    stored = dataclasses.asdict(compose("data.sources={a: {root: /x}}"))
+    one = stored | {"data": stored["data"] | {"name": name}}
+    several = stored | {"data": stored["data"] | {"sources": {name: {"root": "/x"}}}}
+    for settings in (one, several):
+        with pytest.raises(ConfigError, match="without /"):
+            merge_settings(compose(), [], settings)
 
 
 def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():

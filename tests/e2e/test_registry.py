@@ -71,6 +71,18 @@ def test_every_name_of_a_bundle_finds_it_and_an_alias_that_moves_is_followed(sto
     assert fetch_bundle("models:/chest/1", cfg) == before
 
 
+def test_what_was_exported_again_is_what_is_fetched_and_the_last_one_stays_at_hand(
+    store, small_bundle, tmp_path, monkeypatch
+):
+    client, cfg, run = store
+    first = load_bundle(fetch_bundle(f"runs:/{run}", cfg)).id
+    log_bundle(Run(client, run), shutil.copytree(small_bundle, tmp_path / "v2"))
+    found = fetch_bundle(f"runs:/{run}", cfg)
+    assert load_bundle(found).id == load_bundle(small_bundle).id != first
+    monkeypatch.setattr(MlflowClient, "list_artifacts", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
+    assert fetch_bundle(f"runs:/{run}", cfg) == found
+
+
 def test_a_bundle_whose_model_carries_the_package_is_the_one_that_is_found(store, small_bundle, tmp_path):
     client, cfg, run = store
     other = Run(client, client.create_run(client.get_run(run).info.experiment_id).info.run_id)

@@ -14,6 +14,7 @@ import yaml
 from mlflow import MlflowClient
 
 from chestct.config.compose import CONF, compose
+from chestct.sweep import _next_trials
 from tests.conftest import SMALL
 
 ROOT = CONF.parent
@@ -27,6 +28,17 @@ def test_every_sweep_composes_and_searches_settings_that_there_are(name):
     for key, values in space.items():
         first = re.sub(r"^(tag\(log, )?(choice|interval)\(|\)+$", "", str(values)).split(",")[0]
         compose(f"{key}={first}")
+
+
+def test_a_search_takes_any_seed_and_draws_by_it():
+    import optuna
+
+    values = []
+    for seed in (20250101, 20250102):
+        study = optuna.create_study()
+        _next_trials(study, {"x": optuna.distributions.FloatDistribution(0, 1)}, total=1, jobs=1, seed=seed)
+        values.append(study.trials[0].params["x"])
+    assert values[0] != values[1]
 
 
 def table(folder):
@@ -166,6 +178,8 @@ def test_jobs_run_in_processes_of_their_own(call, tmp_path, monkeypatch, launche
         (("sweep=head", "optim.lrr=interval(1,2)"), "Did you mean optim.lr?"),
         (("optim.lr=interval(1e-4,1e-2)",), "hydra.sweeper.trials=N"),
         (("hydra.sweeper.trials=3",), "Nothing to search"),
+        (("hydra.sweeper.trials=-1", "optim.lr=1,2"), "hydra.sweeper.trials=-1"),
+        (("hydra.sweeper.jobs=0", "optim.lr=1,2"), "hydra.sweeper.jobs=0"),
         (("launcher=ray", "optim.lr=1,2"), "pip install hydra-ray-launcher"),
         (("data.root=.,gone", "optim.lr=1,2"), "No folder gone"),
         (("--cfg", "job"), "--multirun"),  # what Hydra itself refuses

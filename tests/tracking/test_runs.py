@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from chestct.config.compose import CONF
 from chestct.errors import ConfigError, Interrupted
-from chestct.tracking import open_run, run_of, sole_writer
+from chestct.tracking import code_version, open_run, run_of, sole_writer
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
 from tests.conftest import SMALL
@@ -181,6 +181,18 @@ def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
         pass
 
 
+def test_the_commit_is_that_of_the_code_and_not_of_the_project_that_it_is_installed_in(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for name in ("tracked.py", "installed.py"):
+        (tmp_path / name).touch()
+    for command in ("init -q", "add tracked.py", "commit -qm x"):
+        subprocess.run([*git, *command.split()], check=True)
+    monkeypatch.setattr("chestct.tracking.code.__file__", str(tmp_path / "tracked.py"))
+    assert len(code_version()["git.commit"]) == 40
+    monkeypatch.setattr("chestct.tracking.code.__file__", str(tmp_path / "installed.py"))
+    assert code_version() == {}
+
+
 def test_two_trainings_cannot_write_to_one_folder(tmp_path):
     code = "import sys, pathlib, chestct.tracking as t\nwith t.sole_writer(pathlib.Path(sys.argv[1])): pass"
     with sole_writer(tmp_path):
@@ -189,3 +201,15 @@ def test_two_trainings_cannot_write_to_one_folder(tmp_path):
         assert f"Another training is writing to {tmp_path}" in done.stderr
     with sole_writer(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("mistake", [(), ("optim.lr=-1",)])
+def test_a_second_start_in_a_folder_leaves_the_training_there_in_peace(tmp_path, phantoms, cache, mistake):
+    with sole_writer(tmp_path / "run"):
+        (tmp_path / "run" / "settings.yaml").touch()  # all that there is while slices are decoded
+        done = train(tmp_path, phantoms, cache, f"hydra.run.dir={tmp_path}/run", *mistake)
+        assert done.returncode == 2
+        assert ("out of range" if mistake else "Another training is writing to") in done.stderr
+        assert (tmp_path / "run" / "settings.yaml").is_file()
+    train(tmp_path, phantoms, cache, f"hydra.run.dir={tmp_path}/run", "optim.lr=-1")
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """The store on this machine in its first minute, and servers: which one is named, and what it may not decide."""
 
 import http.server
+import json
 import os
 import signal
 import sqlite3
@@ -16,7 +17,7 @@ from mlflow import MlflowClient
 from chestct.config.compose import CONF
 from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError
-from chestct.tracking import TrackingError, open_run, probe
+from chestct.tracking import TrackingError, fetch_bundle, open_run, probe, run_of, sync
 from chestct.tracking.stores import local_uri, prepare, refuse_elsewhere, server_uri
 from tests.tracking.conftest import recorded, runs
 
@@ -83,6 +84,45 @@ def test_a_place_that_cannot_hold_a_store_is_one_error_and_no_retries(tmp_path, 
             database.execute("UPDATE alembic_version SET version_num = 'gone'")
     with pytest.raises(TrackingError, match=r"mlflow db upgrade.*tracking\.local=sqlite:///FILE"):
         prepare(f"sqlite:///{file / 'below' if place == 'in a file' else file}")
+
+
+@pytest.mark.parametrize("place", ["mlruns", "file:./mlruns", "sqlite://x.db", "databricks"])
+def test_what_is_no_store_is_one_error_with_a_way_out(small, tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    cfg = small("tracking=mlflow")
+    with pytest.raises(TrackingError, match=r"cannot be used .*sqlite:///FILE"), recorded(cfg, tmp_path / "out"):
+        pass
+    with pytest.raises(ConfigError, match="cannot be used"):
+        fetch_bundle("models:/chest@champion", cfg)
+    (tmp_path / "mlflow_run_id.txt").write_text("0" * 32)
+    with run_of(cfg, tmp_path / "best.ckpt") as run:
+        assert run.client is None
+    assert "cannot be used" in capsys.readouterr().out
+
+
+def test_artifacts_that_may_not_be_read_are_one_error(server, small, tmp_path):
+    info = {"run_id": "a" * 32, "run_uuid": "a" * 32, "experiment_id": "1", "status": "FINISHED"}
+    info |= {"artifact_uri": "mlflow-artifacts:/1/x/artifacts", "lifecycle_stage": "active", "start_time": 1}
+    server.answers = {"get": (200, json.dumps({"run": {"info": info, "data": {}}})), "artifacts": (403, "no")}
+    settings = (f"tracking.uri={server.uri}", f"tracking.local=sqlite:///{tmp_path}/none.db")
+    with pytest.raises(ConfigError, match=r"403.*runs:/RUN_ID"):
+        fetch_bundle(f"runs:/{'a' * 32}", small("tracking=mlflow", *settings))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_sync_makes_no_store_and_names_the_missing_one(server, small, tmp_path, monkeypatch, empty_store, there):
+    monkeypatch.chdir(tmp_path)
+    server.answers = ANSWERS["known experiment"][0]
+    if there:
+        (tmp_path / "typo.db").write_bytes(empty_store.read_bytes())
+    cfg = small("tracking=mlflow", f"tracking.uri={server.uri}", f"tracking.local=sqlite:///{tmp_path}/typo.db")
+    if there:
+        assert sync(cfg) == 0
+    else:
+        with pytest.raises(TrackingError, match=r"typo\.db to send.*tracking\.local=sqlite:///FILE"):
+            sync(cfg)
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
@@ -174,11 +214,19 @@ def test_artifacts_are_exchanged_with_the_named_server_alone(artifacts, followed
             refuse_elsewhere(artifacts, "https://host:5000")
 
 
-@pytest.mark.parametrize("where", ["http://me:secret-word@127.0.0.1:9", "postgresql://me:secret-word@host/db"])
-def test_a_password_in_the_uri_is_refused_and_not_repeated(small, tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("uri=http://me:secret-word@127.0.0.1:9", "MLFLOW_TRACKING_PASSWORD"),
+        ("uri=postgresql://me:secret-word@host/db", "PGPASSWORD"),
+        ("local=postgresql://me:secret-word@host/db", "PGPASSWORD"),
+        ("local=postgresql+psycopg2://host/db?user=me&password=secret-word", "PGPASSWORD"),
+    ],
+)
+def test_a_password_in_the_uri_is_refused_and_not_repeated(small, tmp_path, where, says):
     with (
-        pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD") as refused,
-        open_run(small("tracking=mlflow", f"tracking.uri={where}"), tmp_path / "out"),
+        pytest.raises(ConfigError, match=says) as refused,
+        open_run(small("tracking=mlflow", f"tracking.{where}"), tmp_path / "out"),
     ):
         pass
     assert "secret-word" not in str(refused.value)
@@ -215,6 +263,14 @@ def test_the_dagshub_token_goes_to_dagshub_alone(token):
     cfg = TrackingConfig("dagshub", owner="ada", repo="chest-ct")
     assert server_uri(cfg) == "https://dagshub.com/ada/chest-ct.mlflow"
     assert local_uri(cfg) == cfg.local
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-word"
+    server_uri(TrackingConfig(uri="https://other.example"))
+    assert not {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} & os.environ.keys()
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+        os.environ[name] = "corporate"
+    server_uri(TrackingConfig(uri="https://other.example"))
+    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "corporate"
+    server_uri(cfg)
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-word"
 
 

@@ -1,9 +1,11 @@
 """Several processes, one training: no slice measured twice, one run, one message, one end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import psutil
@@ -12,7 +14,8 @@ import torch
 
 from chestct.config.compose import CONF
 from chestct.data.datamodule import Batches
-from chestct.errors import ChestCTError, ConfigError
+from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.experiment import train_and_report
 from chestct.training import callbacks, train
 from chestct.training.train import environment
 from tests.training.test_stopped import wait_for_an_epoch
@@ -87,6 +90,34 @@ def test_convolutions_that_join_in_later_learn_in_all_processes_and_any_number_g
     assert ends[0] == pytest.approx(ends[1], abs=0.2)
     alone = train(small(*staged, f"ckpt={two.last}", "trainer.max_epochs=5"), tmp_path / "two")
     assert len(losses(alone.folder)) == 5
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_best_checkpoint_next_to_those_that_a_callback_keeps(small, tmp_path):
+    mine = ("callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint", f"callbacks.mine.dirpath={tmp_path}")
+    result = train(small("trainer.max_epochs=1", *mine, *TWO), tmp_path / "run")
+    assert result.best == tmp_path / "run" / "checkpoints" / "best.ckpt"
+    assert list(tmp_path.glob("epoch=0*.ckpt"))
+
+
+def test_all_processes_take_the_same_checkpoint(small, tmp_path, monkeypatch):
+    """Named is the best one: with the last one next to it, that is taken in the folder of a run, and nowhere else."""
+    last = train(small("trainer.max_epochs=1"), tmp_path / "run").last
+    shared = shutil.copytree(last.parent, tmp_path / "shared")
+    taken = []
+
+    def fit(cfg, *rest):
+        taken.append(Path(cfg.ckpt))
+        raise Interrupted
+
+    monkeypatch.setattr("chestct.training.train", fit)
+    monkeypatch.setattr("chestct.experiment.from_checkpoint", lambda cfg, best: cfg)
+    for folder, out in ((shared, tmp_path / "new"), (last.parent, tmp_path / "run")):
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            with pytest.raises(Interrupted):
+                train_and_report(small(f"ckpt={folder}/best.ckpt"), tmp_path / "scratch" if rank == "1" else out)
+    assert taken == [shared / "best.ckpt"] * 2 + [last] * 2
 
 
 class Dies(callbacks.EndWithParent):

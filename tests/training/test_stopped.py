@@ -1,14 +1,17 @@
 """Runs that are stopped, by an interrupt, a signal or a kill: where they go on, and that they end as whole ones do."""
 
+import io
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from chestct.errors import Interrupted
+from chestct.errors import ConfigError, Interrupted
+from chestct.models.checkpoint import sealed
 from chestct.training import callbacks, train
 from tests.training.test_train import ROOT, losses
 
@@ -118,3 +121,76 @@ def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_a
     assert epoch_in(longer.last) == 5
     assert losses(tmp_path / "moved")["valid/loss"].idxmin() == epoch_in(longer.best)
     assert longer.best.parent == last.parent
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, tmp_path, capsys, schedule):
+    settings = (f"optim.schedule={schedule}", "trainer.max_epochs=2")
+    given = (*settings, f"ckpt={train(small(*settings), tmp_path).last}")
+    refused = {
+        "optim.lr=0.5": r"optim\.lr=0\.5 \(was 0\.01\)",
+        "trainer.monitor=valid/auroc": "monitor",
+        "trainer.max_epochs=1": "",
+    }
+    refused |= {"trainer.max_epochs=3": "max_epochs", "data.batch_size=4": "size"} if schedule == "one_cycle" else {}
+    for setting, says in refused.items():
+        with pytest.raises(ConfigError, match=f"{says}.*anew without"):
+            train(small(*given, setting), tmp_path)
+    capsys.readouterr()
+    if schedule == "cosine":
+        train(small(*given, "trainer.max_epochs=3"), tmp_path)
+        assert "the learning rate is that of a run of 3 epochs" in capsys.readouterr().out
+        assert len(losses(tmp_path)) == 3
+
+
+def test_a_run_that_stopped_early_is_measured_again_and_goes_on_with_more_patience(small, tmp_path):
+    diverging = ("optim.lr=10", "trainer.patience=1", "trainer.max_epochs=9")
+    stopped = train(small(*diverging), tmp_path)
+    epochs = len(losses(tmp_path))
+    assert epochs < 9
+    again = train(small(*diverging, f"ckpt={stopped.last}"), tmp_path)
+    assert (len(losses(tmp_path)), again.metrics) == (epochs, stopped.metrics)
+    train(small(*diverging, f"ckpt={stopped.last}", "trainer.patience=9"), tmp_path)
+    assert len(losses(tmp_path)) == 9
+
+
+def test_a_run_that_goes_on_in_another_folder_knows_its_best_epoch(small, tmp_path):
+    diverging = ("optim.lr=1000", "trainer.patience=0")
+    first = train(small(*diverging, "trainer.max_epochs=2"), tmp_path / "first")
+    given = (*diverging, "trainer.max_epochs=4", f"ckpt={first.last}")
+    second = train(small(*given), tmp_path / "second")
+    assert second.best.parent == tmp_path / "second" / "checkpoints"
+    assert losses(tmp_path / "second")["valid/loss"].idxmin() == epoch_in(second.best) == epoch_in(first.best) < 2
+    first.best.unlink()
+    finished = train(small(*diverging, "trainer.max_epochs=2", f"ckpt={first.last}"), tmp_path / "third")
+    assert finished.best == first.last  # nothing else is left of it
+
+
+def rewritten(path, callbacks):
+    """The checkpoint in a file with other states of the ModelCheckpoints in it, sealed again as anybody can."""
+    content = torch.load(path, weights_only=True)
+    for state in (state for key, state in content["callbacks"].items() if "ModelCheckpoint" in key or "Keeper" in key):
+        state |= callbacks
+        del state["dirpath"]  # Lightning then believes all of it
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    path.write_bytes(sealed(buffer.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "place", ["{here}/victim", "local://victim", "local://victim/other.ckpt", "{here}/out/own/../../victim/other.ckpt"]
+)
+def test_a_foreign_checkpoint_removes_nothing_of_this_machine(small, tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    mine = ("callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint", "callbacks.mine.dirpath=out/own")
+    last = train(small("trainer.max_epochs=1", *mine), Path("out")).last
+    victim = tmp_path / "victim" / "other.ckpt"
+    victim.parent.mkdir()
+    victim.touch()
+    path = place.format(here=tmp_path).replace("://", f"://{tmp_path}/")
+    scores = {path: torch.tensor(9.0)}
+    states = {"best_model_path": path, "kth_best_model_path": path, "last_model_path": path, "best_k_models": scores}
+    foreign = rewritten(last, states).rename("foreign.ckpt")
+    train(small(*mine, "trainer.max_epochs=3", f"ckpt={foreign}"), Path("new"))
+    assert victim.is_file()

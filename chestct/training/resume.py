@@ -1,0 +1,72 @@
+"""Going on from a checkpoint: what it has to agree with, and what comes along."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from chestct.config.checks import resolve
+from chestct.config.fields import leaves
+from chestct.config.schema import Config
+from chestct.errors import ConfigError, DataError
+from chestct.files import write_atomic
+from chestct.models.checkpoint import read_checkpoint
+from chestct.models.lightning_module import Classifier, check_fits
+
+FIXED = ("optim.", "model.freeze", "trainer.unfreeze_blocks", "trainer.monitor")
+"""Settings, or how they begin, that a checkpoint's states of optimiser, schedule and callbacks decide."""
+
+
+def resumable(cfg: Config, model: Classifier) -> Path | None:
+    """The checkpoint to go on from, once it is known to be whole and to fit the settings and the data.
+
+    Raises WeightsError, DataError, and ConfigError for a setting that would have no effect.
+    """
+    if not cfg.ckpt:
+        return None
+    checkpoint = read_checkpoint(Path(cfg.ckpt))
+    check_fits(checkpoint, model)
+    theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
+    if theirs["hash"] != ours["hash"]:
+        raise DataError(
+            f"The data changed since {cfg.ckpt} was written (hash {theirs['hash'][:12]}, now {ours['hash'][:12]}). "
+            "Resume with the data of that run, or start anew without ckpt."
+        )
+    if theirs.get("seen", ours["seen"]) != ours["seen"]:
+        raise DataError(
+            f"The data are divided otherwise than when {cfg.ckpt} was written: it would train on its own test slices. "
+            "Leave out what divides them (data.split=..., data.sources.NAME.patient=...), or start anew without ckpt."
+        )
+    _check_settings(cfg, checkpoint)
+    return Path(cfg.ckpt)
+
+
+def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
+    stored = resolve(checkpoint["hyper_parameters"]["settings"])
+    before, now = ({key: value for key, value, _ in leaves(settings)} for settings in (stored, cfg))
+    schedule = "" if cfg.optim.scheduler else cfg.optim.schedule
+    # A cycle has the number of steps that it began with.
+    fixed = (*FIXED, "trainer.max_epochs", "data.batch_size") if schedule == "one_cycle" else FIXED
+    if changed := [key for key in now if key.startswith(fixed) and now[key] != before[key]]:
+        given = ", ".join(f"{key}={now[key]} (was {before[key]})" for key in changed)
+        raise ConfigError(f"{given}: a training goes on as it began. Leave that out, or start anew without ckpt.")
+    epochs, done = cfg.trainer.max_epochs, checkpoint["epoch"] + 1
+    if epochs < done:
+        raise ConfigError(
+            f"trainer.max_epochs={epochs}: {cfg.ckpt} has {done} epochs behind it. Give more, or start anew without "
+            "ckpt."
+        )
+    if schedule == "cosine" and epochs != stored.trainer.max_epochs:
+        rank_zero_only(print)(f"From here on the learning rate is that of a run of {epochs} epochs.")
+
+
+def bring_best(resume: Path, out: Path) -> None:
+    """Copies the best checkpoint next to `resume`, if it is no later one, into the run's folder, where Keeper sees it.
+
+    Else the next epoch of a run that goes on in another folder would count as the best, however bad.
+    """
+    best, own = resume.with_name("best.ckpt"), out / "checkpoints" / "best.ckpt"
+    if not best.is_file() or best.resolve() == own.resolve():
+        return
+    if read_checkpoint(best)["epoch"] <= read_checkpoint(resume)["epoch"]:
+        write_atomic(own, best.read_bytes())
