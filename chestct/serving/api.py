@@ -131,7 +131,7 @@ def known_hosts(app: ASGIApp, hosts: list[str]) -> ASGIApp:
     async def refuse(_: Message) -> None:
         raise Refused(
             400,
-            "This service does not know the name in its address. Whoever runs it tells it: serve.hosts=[NAME]. "
+            "This service does not know the name in its address. Whoever runs it tells it: 'serve.hosts=[NAME]'. "
             "localhost and IPv4 addresses need no telling.",
         )
 
