@@ -182,7 +182,7 @@ def test_no_source_of_a_checkpoint_is_called_like_a_path(name):
     one = stored | {"data": stored["data"] | {"name": name}}
     several = stored | {"data": stored["data"] | {"sources": {name: {"root": "/x"}}}}
     for settings in (one, several):
-        with pytest.raises(ConfigError, match="without /|is empty"):
+        with pytest.raises(ConfigError, match=r"without /|is empty"):
             merge_settings(compose(), [], settings)
 
 
