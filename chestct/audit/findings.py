@@ -218,7 +218,7 @@ def _about_files(audit: Audit) -> Iterator[Finding]:
         yield Finding("unreadable", "warning", f"{text} ({first['reason']}).", action)
     if audit.skipped:
         text = f"{describe_skipped([(row['path'], row['reason']) for row in audit.skipped])}."
-        yield Finding("skipped", "info", text, "If slices are among them, put them into class folders.")
+        yield Finding("skipped", "info", text, "If slices are among them, put them into class folders, as CT.")
     for text in audit.disbelieved:
         action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
         yield Finding("identifiers", "warning", text, f"{action}pseudonyms for them, when files are anonymised.")

@@ -164,8 +164,9 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     """
     copied = manifest[manifest.duplicated("content", keep=False)]
     alike = [("copy", part.index.tolist()) for _, part in copied.groupby("content", sort=False)]
+    near, classes = _near(manifest, pairs)[["a", "b"]].to_numpy(int), manifest["subtype"].to_numpy()
     rows = []
-    for kind, places in alike + [("near", pair) for pair in _near(manifest, pairs)[["a", "b"]].to_numpy().tolist()]:
+    for kind, places in alike + [("near", pair) for pair in near[classes[near[:, 0]] != classes[near[:, 1]]].tolist()]:
         part = manifest.iloc[places]
         labels = part["label"].nunique() > 1
         if labels or part["subtype"][part["subtype"] != "cancer"].nunique() > 1:

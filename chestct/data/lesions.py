@@ -74,7 +74,7 @@ def mask_of(known: Known, shape: tuple[int, ...], name: str, limits: Limits) -> 
     if isinstance(known, Path):
         try:
             image = decode(known, WindowConfig(), limits)
-            if image.format in ("DICOM", "NIFTI"):  # whose values are Hounsfield units
+            if image.format in ("DICOM", "NIFTI", "JPEG", "WEBP"):  # Hounsfield units, or noise around 0
                 raise DecodeError(known, f"it is {image.format}; save it as a PNG")
         except DecodeError as error:
             raise DataError(f"{known} is no mask that can be read: {error.reason}. Remove it, or mend it.") from None

@@ -6,7 +6,6 @@ A store is reused while the bytes and names of its files and the settings stay t
 import dataclasses
 import os
 import sys
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -171,23 +170,12 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "unreadable": unreadable,
                 "skipped": listing.skipped + unfit,
                 "disbelieved": units.disbelieved,
-                "notes": [*listing.notes, *_left_out(unfit), *units.notes, *lesions.not_shown(manifest, known, empty)],
+                "notes": [*listing.notes, *units.notes, *lesions.not_shown(manifest, known, empty)],
             }
             stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)
-
-
-def _left_out(unfit: list[dict[str, str]]) -> list[str]:
-    """A sentence for each source with files that are no axial CT slices, such as the scout of a series."""
-    counts = Counter(row["source"] for row in unfit)
-    first = {row["source"]: row for row in reversed(unfit)}
-    return [
-        f"Left out of {source}: {count} files that are no axial CT slices, for example {first[source]['path']}: "
-        f"{first[source]['reason']}."
-        for source, count in counts.items()
-    ]
 
 
 def _current(cfg: DataConfig, folder: Path, made_of: str) -> Store | None:

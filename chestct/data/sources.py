@@ -154,7 +154,7 @@ class _Source:
         for path, reason in walk(folder):
             self._skip(path, reason)
             name = path.relative_to(self.root).as_posix()
-            if not reason and name != self.source.boxes:
+            if not reason and path != self.root / self.source.boxes:
                 match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
                 patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's

@@ -44,11 +44,15 @@ def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], o
     """
     identifiers, disbelieved = believable(manifest, named)
     # Every hospital counts from 1: a bare number is one within its source only.
+    numbers = identifiers["patient"].where(identifiers["patient"].str.isdigit(), "")
+    shared = int((manifest["source"].groupby(numbers).nunique().drop("", errors="ignore") > 1).sum())
     for column, ids in identifiers.items():
         identifiers[column] = ids.mask(ids.str.isdigit(), manifest["source"] + " " + ids)
     mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
     pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
     groups, notes = group(len(manifest), pairs), []
+    if shared:
+        notes.append(f"Patient numbers that stand in several sources ({shared}) are taken for different patients.")
     for source in ordered:
         pairs = pd.concat([pairs, interleaved(manifest[manifest["source"] == source], groups)], ignore_index=True)
     joined = group(len(manifest), pairs)

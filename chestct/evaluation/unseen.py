@@ -4,6 +4,7 @@ One file more deals all groups anew, and other patterns for patients make other 
 slices it has seen, and those that would be test now are left out.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,15 @@ def leave_out_learned(model: Classifier, data: SliceModule, cfg: Config) -> int:
             f"The checkpoint was trained with {', '.join(changed)}: divided otherwise, slices that it was trained on "
             "would be test. Leave these settings out."
         )
-    bundle = f"Measure its bundle, which knows them: bundle={Path(cfg.ckpt or '').parent.parent / 'bundle'}"
+    folder = Path(cfg.ckpt or "").parent.parent / "bundle"
+    bundle = f"Measure its bundle, which knows them: {shlex.quote(f'bundle={folder}')}"
+    advice = bundle if folder.is_dir() else "Train anew."
     if "seen" not in about:
-        if own:
+        if own and cfg.data.split == "official":  # which needs no groups: another version may find others
             return 0
         raise DataError(
-            f"These are not the data that {cfg.ckpt} was trained on, and it was written by an earlier version, which "
-            f"did not keep what slices it has seen: some of them might be test now. {bundle}"
+            f"{cfg.ckpt} was written by an earlier version, which did not keep what slices it has seen: groups or data "
+            f"have changed since, and some of them might be test now. {advice}"
         )
     manifest, every = data.manifest, data.store.manifest
     trained, seen = (groups_of(every, about["seen"][of]) for of in ("train", "valid"))
@@ -50,7 +53,7 @@ def leave_out_learned(model: Classifier, data: SliceModule, cfg: Config) -> int:
     if classes[0] != classes[1] or "test" not in set(kept["split"]):
         raise DataError(
             f"The checkpoint learned from {len(manifest) - len(kept)} of the valid and test slices of {cfg.data.name}, "
-            f"and too few are left to measure it. {bundle}"
+            f"and too few are left to measure it. {advice}"
         )
     data.manifest = kept.reset_index(drop=True)
     return len(manifest) - len(kept)

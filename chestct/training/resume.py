@@ -32,10 +32,12 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
             f"The data changed since {cfg.ckpt} was written (hash {theirs['hash'][:12]}, now {ours['hash'][:12]}). "
             "Resume with the data of that run, or start anew without ckpt."
         )
-    if theirs.get("seen", ours["seen"]) != ours["seen"]:
+    # An earlier version did not keep what it has seen, and found other groups; the official split needs none.
+    if theirs.get("seen", ours["seen"] if cfg.data.split == "official" else None) != ours["seen"]:
         raise DataError(
-            f"The data are divided otherwise than when {cfg.ckpt} was written: it would train on its own test slices. "
-            "Leave out what divides them (data.split=..., data.sources.NAME.patient=...), or start anew without ckpt."
+            f"The data are divided otherwise than when {cfg.ckpt} was written, or an earlier version wrote it: it "
+            "would train on its own test slices. Leave out what divides them (data.split=..., "
+            "data.sources.NAME.patient=...), or start anew without ckpt."
         )
     _check_settings(cfg, checkpoint)
     return Path(cfg.ckpt)

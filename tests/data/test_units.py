@@ -80,6 +80,7 @@ def test_a_bare_number_in_two_sources_is_two_patients():
     two["patient"] = two["patient"].where(two["patient"] != "3", "P7")
     joined = units.join(pd.concat([one, two], ignore_index=True), link([], "exact"), [], [])
     assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 2, 2]
+    assert joined.notes == ["Patient numbers that stand in several sources (2) are taken for different patients."]
 
 
 def named(root, **settings):
