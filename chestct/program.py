@@ -152,8 +152,8 @@ def _run(task: Task, config_name: str) -> None:
         try:
             return task(resolve(composed), out)
         except ChestCTError as error:
-            if out != Path.cwd() and _empty(out):
-                shutil.rmtree(out)  # a mistake leaves no empty run
+            if out != Path.cwd():
+                _remove_if_empty(out)  # a mistake leaves no empty run
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise  # the sweep, maybe in another process, reports it
             failures.append(error)  # Hydra would print a line of its own
@@ -164,18 +164,14 @@ def _run(task: Task, config_name: str) -> None:
         raise failures[0]
 
 
-def _empty(out: Path) -> bool:
-    """Whether nothing was computed in a run folder, and no other training is about to."""
+def _remove_if_empty(out: Path) -> None:
+    """Removes a run folder in which nothing was computed, and no other training is about to."""
     from chestct.tracking import sole_writer
 
     written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
-    if not written <= FIRST_FILES:
-        return False
-    try:
-        with sole_writer(out):
-            return True
-    except ChestCTError:
-        return False
+    if written <= FIRST_FILES:
+        with contextlib.suppress(ChestCTError), sole_writer(out):
+            shutil.rmtree(out)
 
 
 def _explained(error: Exception) -> str:

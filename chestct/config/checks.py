@@ -229,7 +229,7 @@ def explain(error: Exception) -> str:
         key, _, value = several[1].lstrip("+").partition("=")
         lists = [known for known, _, item in leaves(Config) if type_name(item).startswith("list")]
         one = f"a list as in '{key}=[{value}]'" if key in lists else "one"
-        return f"{several[1]} names several values: give {one}, or add -m to run each."
+        return f"{several[1]} names several values: give {one}, or, to train with each, add -m."
     if override := getattr(error, "override", None):
         return (
             f"{override.lstrip('+')}: Hydra cannot read this. Settings are given as key=value, for example optim.lr="

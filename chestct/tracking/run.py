@@ -220,11 +220,12 @@ def run_of(cfg: Config, ckpt: Path) -> Iterator[Run]:
 
     Prints which; where the run or its store is gone, it prints that, and gives a run that records nothing.
     """
-    run_id, uri, run = noted_run(ckpt.resolve().parent), local_uri(cfg.tracking), Run()
+    run_id, uri, run = noted_run(ckpt.resolve().parent), "the local store", Run()
     if run_id and cfg.tracking.name != "off":
         from mlflow.exceptions import MlflowException
 
         try:
+            uri = local_uri(cfg.tracking)
             client = client_of(uri)
             run = Run(client, find_run(client, run_id).info.run_id, uri)
         except (MlflowException, LookupError, ChestCTError) as error:

@@ -26,6 +26,9 @@ T = TypeVar("T")
 PROBE_SECONDS = 8.0
 DAGSHUB = "dagshub.com"
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+LENT: dict[str, tuple[str, str | None]] = {}
+"""What this process set of CREDENTIALS for DagsHub, and what stood there before, which other servers get again."""
+
 KIND = ("mlflow.experimentKind", "custom_model_development")
 """A tag without which MLflow's page shows an experiment as one of language models."""
 SQLITE = "sqlite:///"
@@ -105,7 +108,7 @@ def _has_tables(file: Path) -> bool:
 def server_uri(cfg: TrackingConfig) -> str | None:
     """URI of the server that runs are shared on; None where the store on this machine is all there is.
 
-    MLflow's client is given DagsHub's token where it reads users, and it is taken back for any other server. Raises
+    MLflow's client is given DagsHub's token where it reads users; for any other server, what stood there before. Raises
     ConfigError where a password stands in the URI, or DagsHub's owner, repository or token is missing.
     """
     uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
@@ -126,25 +129,45 @@ def server_uri(cfg: TrackingConfig) -> str | None:
                 "export DAGSHUB_USER_TOKEN=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             )
         for name in CREDENTIALS if token else ():  # those there are may be of another server
-            os.environ[name] = token  # DagsHub takes it for the user name, too
-        os.environ.setdefault(CREDENTIALS[0], os.environ[CREDENTIALS[1]])
+            _lend(name, token)  # DagsHub takes it for the user name, too
+        if CREDENTIALS[0] not in os.environ:
+            _lend(CREDENTIALS[0], os.environ[CREDENTIALS[1]])
     else:
         for name in CREDENTIALS:
-            if token and os.environ.get(name) == token:
-                del os.environ[name]
+            _take_back(name)
     return uri.rstrip("/") if is_server(uri) else None
+
+
+def _lend(name: str, value: str) -> None:
+    if os.environ.get(name) != value:
+        _take_back(name)
+        LENT[name] = value, os.environ.get(name)
+        os.environ[name] = value
+
+
+def _take_back(name: str) -> None:
+    """Gives a variable the value that it had before `_lend`, unless somebody else has changed it since."""
+    value, before = LENT.pop(name, (None, None))
+    if value is None or os.environ.get(name) != value:
+        return
+    if before is None:
+        del os.environ[name]
+    else:
+        os.environ[name] = before
 
 
 def refuse_password(uri: str) -> None:
     """Raises ConfigError for a user or password in a URI, as in user:password@; the message does not repeat it."""
     parts = urlsplit(uri)
     if "@" in parts.netloc or re.search(r"(^|&)(user|password|passwd)=", parts.query, re.IGNORECASE):
-        instead = " and ".join(CREDENTIALS)
-        if parts.scheme.startswith("postgresql"):
-            instead = "PGUSER and PGPASSWORD, or name a service of PostgreSQL's"
+        instead = "name the driver's own configuration file, such as `?read_default_file=FILE` of MySQL's"
+        if parts.scheme in ("http", "https"):
+            instead = f"set {' and '.join(CREDENTIALS)} instead"
+        elif parts.scheme.startswith("postgres"):
+            instead = "set PGUSER and PGPASSWORD, or name a service of PostgreSQL's instead"
         raise ConfigError(
             f"The tracking URI holds a user or password for {parts.netloc.rpartition('@')[2]}: settings are kept with "
-            f"every run. Leave them out of the URI; set {instead} instead."
+            f"every run. Leave them out of the URI; {instead}."
         )
 
 

@@ -1,5 +1,6 @@
 """Going on from a checkpoint: what it has to agree with, and what comes along."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from chestct.config.checks import resolve
 from chestct.config.fields import leaves
 from chestct.config.schema import Config
-from chestct.errors import ConfigError, DataError
+from chestct.errors import ConfigError, DataError, WeightsError
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.lightning_module import Classifier, check_fits
 
-FIXED = ("optim.", "model.freeze", "trainer.unfreeze_blocks", "trainer.monitor")
+FIXED = ("optim.", "model.freeze", "trainer.monitor")
 """Settings, or how they begin, that a checkpoint's states of optimiser, schedule and callbacks decide."""
+
+LOSS = ("optim.label_smoothing", "optim.class_weights", "optim.places")
+"""Those of the loss, which has no state."""
 
 
 def resumable(cfg: Config, model: Classifier) -> Path | None:
@@ -25,6 +29,7 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
     if not cfg.ckpt:
         return None
     checkpoint = read_checkpoint(Path(cfg.ckpt))
+    _check_settings(cfg, checkpoint)  # first: it names the setting by which tensors differ
     check_fits(checkpoint, model)
     theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
     if theirs["hash"] != ours["hash"]:
@@ -39,7 +44,6 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
             "would train on its own test slices. Leave out what divides them (data.split=..., "
             "data.sources.NAME.patient=...), or start anew without ckpt."
         )
-    _check_settings(cfg, checkpoint)
     return Path(cfg.ckpt)
 
 
@@ -48,8 +52,12 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     before, now = ({key: value for key, value, _ in leaves(settings)} for settings in (stored, cfg))
     schedule = "" if cfg.optim.scheduler else cfg.optim.schedule
     # A cycle has the number of steps that it began with.
-    fixed = (*FIXED, "trainer.max_epochs", "data.batch_size") if schedule == "one_cycle" else FIXED
-    if changed := [key for key in now if key.startswith(fixed) and now[key] != before[key]]:
+    fixed: tuple[str, ...] = (*FIXED, "trainer.max_epochs", "data.batch_size") if schedule == "one_cycle" else FIXED
+    if bool(cfg.trainer.unfreeze_epoch) != bool(stored.trainer.unfreeze_epoch):
+        fixed += ("trainer.unfreeze_epoch",)
+    elif cfg.trainer.unfreeze_epoch:
+        fixed += ("trainer.unfreeze_blocks",)
+    if changed := [key for key in now if key.startswith(fixed) and key not in LOSS and now[key] != before[key]]:
         given = ", ".join(f"{key}={now[key]} (was {before[key]})" for key in changed)
         raise ConfigError(f"{given}: a training goes on as it began. Leave that out, or start anew without ckpt.")
     epochs, done = cfg.trainer.max_epochs, checkpoint["epoch"] + 1
@@ -63,12 +71,24 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
 
 
 def bring_best(resume: Path, out: Path) -> None:
-    """Copies the best checkpoint next to `resume`, if it is no later one, into the run's folder, where Keeper sees it.
+    """Copies the best checkpoint next to `resume` into the run's folder, where Keeper sees it.
 
-    Else the next epoch of a run that goes on in another folder would count as the best, however bad.
+    Else the next epoch of a run that goes on in another folder would count as the best, however bad. One that is later,
+    damaged, or not the best that `resume` knows stays behind.
     """
     best, own = resume.with_name("best.ckpt"), out / "checkpoints" / "best.ckpt"
     if not best.is_file() or best.resolve() == own.resolve():
         return
-    if read_checkpoint(best)["epoch"] <= read_checkpoint(resume)["epoch"]:
+    try:
+        kept, ours = read_checkpoint(best), read_checkpoint(resume)
+    except WeightsError:
+        print(f"Left out: {best}, which is damaged. The best epoch will be one of those to come.")
+        return
+    if kept["epoch"] <= ours["epoch"] and _best_score(kept) == _best_score(ours):
         write_atomic(own, best.read_bytes())
+
+
+def _best_score(checkpoint: dict[str, Any]) -> float:
+    """What the Keeper of the best checkpoint noted; NaN, which equals nothing, where none did."""
+    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("Keeper")]
+    return next((float(state["best_model_score"]) for state in states if state["monitor"]), math.nan)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
     phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
-    if resume:
+    if resume and trainer.is_global_zero:
         bring_best(resume, out)
     with _ended_in_order(trainer, out, cfg):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
@@ -210,6 +211,8 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
             raise Interrupted("Stopped. No epoch was finished.") from None
         raise Interrupted(f"Stopped in epoch {read_checkpoint(last)['epoch'] + 1}. {resume}") from None
     except (ProcessRaisedException, ProcessExitedException) as error:
+        if ours := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
+            raise ChestCTError(ours[1].strip()) from None
         message = f"Of {trainer.world_size} processes, {str(error).strip().removeprefix('-- ')}"
         raise ChestCTError(f"{message}, and the training with it. {resume}") from None
     finally:

@@ -45,7 +45,7 @@ from chestct.errors import ConfigError
         ("bundle=", "bundle= is empty"),
         ("data.root=", "data.root= is empty"),
         ("serve.host=", "serve.host= is empty"),
-        ("serve.port=7860,7861", "give one, or add -m"),
+        ("serve.port=7860,7861", "give one, or, to train with each, add -m."),
         ("model.hidden=8,16", "a list as in 'model.hidden=[8,16]'"),
     ],
 )

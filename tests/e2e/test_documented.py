@@ -84,6 +84,8 @@ def test_commands_can_be_pasted_into_zsh():
     for page, text in texts.items():
         of_a_shell = re.sub(r"^( *)```(?!bash|console)\w+\n.*?^\1```", "", text, flags=re.M | re.S)
         assert not (found := re.search(r"\S +# .*", of_a_shell)), (page.name, found)
+        for fence in re.findall(r"^ *```(?:bash|console)\n(.*?)^ *```", text, re.M | re.S):
+            assert not re.search(r"^\s*#", fence, re.M), (page.name, fence)
     for path in (ROOT / "chestct").rglob("*.py"):
         nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         strings = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]

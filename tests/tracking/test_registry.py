@@ -1,10 +1,12 @@
 """Bundles from runs: what their code, their tags and their ids may not do. Names: tests/e2e."""
 
 import shutil
+from pathlib import Path
 
 import pytest
-from mlflow import pyfunc
+from mlflow import MlflowClient, pyfunc
 
+from chestct.config.schema_serving import FACTS
 from chestct.errors import ConfigError
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.tracking import fetch_bundle
@@ -37,3 +39,31 @@ def test_code_that_comes_with_a_registered_model_is_not_run(small, uri, tmp_path
     assert not (tmp_path / "ran").exists()
     pyfunc.load_model(str(model))
     assert (tmp_path / "ran").exists()  # as docs/dagshub.md says of MLflow itself
+
+
+def refusing(error):
+    def refuse(*_, **__):
+        raise error
+
+    return refuse
+
+
+def test_offline_the_last_fetched_is_taken_with_a_message_and_with_a_full_disk_none(
+    small, uri, tmp_path, monkeypatch, capsys
+):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"cache_dir={tmp_path}/cache")
+    facts = tmp_path / "model" / "data" / "bundle" / FACTS
+    facts.parent.mkdir(parents=True)
+    with recorded(cfg, tmp_path / "out") as run:
+        for text in "ABA":
+            facts.write_text(text)
+            run.artifacts(tmp_path / "model", "bundle")
+            last = fetch_bundle(f"runs:/{run.run_id}", cfg)
+    assert Path(last, FACTS).read_text() == "A"
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "list_artifacts", refusing(ConnectionError("offline")))
+        assert fetch_bundle(f"runs:/{run.run_id}", cfg) == last
+    assert f"{uri}: offline. Taken is {last}, fetched before." in capsys.readouterr().out
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", refusing(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match="No space left"):
+        fetch_bundle(f"runs:/{run.run_id}", cfg)

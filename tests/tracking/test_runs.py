@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from chestct import program
 from chestct.config.compose import CONF
-from chestct.errors import ConfigError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.tracking import code_version, open_run, run_of, sole_writer
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
@@ -201,6 +202,18 @@ def test_two_trainings_cannot_write_to_one_folder(tmp_path):
         assert f"Another training is writing to {tmp_path}" in done.stderr
     with sole_writer(tmp_path):
         pass
+
+
+def test_an_empty_folder_is_removed_while_it_is_held(tmp_path, monkeypatch):
+    def remove(out):
+        with pytest.raises(ChestCTError, match="Another training"), sole_writer(out):
+            pass
+        removed.append(out)
+
+    removed = []
+    monkeypatch.setattr("shutil.rmtree", remove)
+    program._remove_if_empty(tmp_path)
+    assert removed == [tmp_path]
 
 
 @pytest.mark.parametrize("mistake", [(), ("optim.lr=-1",)])

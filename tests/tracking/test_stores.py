@@ -18,7 +18,7 @@ from chestct.config.compose import CONF
 from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError
 from chestct.tracking import TrackingError, fetch_bundle, open_run, probe, run_of, sync
-from chestct.tracking.stores import local_uri, prepare, refuse_elsewhere, server_uri
+from chestct.tracking.stores import CREDENTIALS, local_uri, prepare, refuse_elsewhere, server_uri
 from tests.tracking.conftest import recorded, runs
 
 PREPARE = "import sys\nfrom chestct.tracking.stores import prepare\nprepare(sys.argv[1])"
@@ -99,6 +99,16 @@ def test_what_is_no_store_is_one_error_with_a_way_out(small, tmp_path, monkeypat
     with run_of(cfg, tmp_path / "best.ckpt") as run:
         assert run.client is None
     assert "cannot be used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("tracking", "says"), [("off", ""), ("mlflow", "the local store: The tracking URI holds")])
+def test_a_password_in_the_uri_ends_no_evaluation(small, tmp_path, monkeypatch, capsys, tracking, says):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret-word@host/db")
+    (tmp_path / "mlflow_run_id.txt").write_text("0" * 32)
+    with run_of(small(f"tracking={tracking}"), tmp_path / "best.ckpt") as run:
+        assert run.client is None
+    assert says in (printed := capsys.readouterr().out)
+    assert bool(printed) == bool(says)
 
 
 def test_artifacts_that_may_not_be_read_are_one_error(server, small, tmp_path):
@@ -220,6 +230,7 @@ def test_artifacts_are_exchanged_with_the_named_server_alone(artifacts, followed
         ("uri=http://me:secret-word@127.0.0.1:9", "MLFLOW_TRACKING_PASSWORD"),
         ("uri=postgresql://me:secret-word@host/db", "PGPASSWORD"),
         ("local=postgresql://me:secret-word@host/db", "PGPASSWORD"),
+        ("uri=mysql+pymysql://me:secret-word@host/db", r"URI; name the driver's .*read_default_file=FILE"),
         ("local=postgresql+psycopg2://host/db?user=me&password=secret-word", "PGPASSWORD"),
     ],
 )
@@ -266,12 +277,22 @@ def test_the_dagshub_token_goes_to_dagshub_alone(token):
     assert os.environ["MLFLOW_TRACKING_USERNAME"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-word"
     server_uri(TrackingConfig(uri="https://other.example"))
     assert not {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} & os.environ.keys()
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
-        os.environ[name] = "corporate"
-    server_uri(TrackingConfig(uri="https://other.example"))
-    assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "corporate"
-    server_uri(cfg)
-    assert os.environ["MLFLOW_TRACKING_USERNAME"] == os.environ["MLFLOW_TRACKING_PASSWORD"] == "secret-word"
+
+
+@pytest.mark.parametrize("own", ["corporate", "secret-word"])  # the latter: for a DagsHub of one's own
+def test_other_servers_get_what_the_user_set_for_them(token, own):
+    other, dagshub = TrackingConfig(uri="https://other.example"), TrackingConfig("dagshub", owner="ada", repo="ct")
+    for name in CREDENTIALS:
+        os.environ[name] = own
+    for cfg, expected in ((other, own), (dagshub, "secret-word"), (dagshub, "secret-word"), (other, own)):
+        server_uri(cfg)
+        assert [os.environ[name] for name in CREDENTIALS] == [expected] * 2
+    os.environ["DAGSHUB_USER_TOKEN"] = ""
+    del os.environ["MLFLOW_TRACKING_USERNAME"]
+    server_uri(dagshub)
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == own
+    server_uri(other)
+    assert "MLFLOW_TRACKING_USERNAME" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from chestct.errors import ConfigError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.models.checkpoint import sealed
 from chestct.training import callbacks, train
+from chestct.training.resume import bring_best
 from tests.training.test_train import ROOT, losses
 
 
@@ -130,6 +131,7 @@ def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, t
     refused = {
         "optim.lr=0.5": r"optim\.lr=0\.5 \(was 0\.01\)",
         "trainer.monitor=valid/auroc": "monitor",
+        "trainer.unfreeze_epoch=1": r"unfreeze_epoch=1 \(was 0\)",
         "trainer.max_epochs=1": "",
     }
     refused |= {"trainer.max_epochs=3": "max_epochs", "data.batch_size=4": "size"} if schedule == "one_cycle" else {}
@@ -138,9 +140,30 @@ def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, t
             train(small(*given, setting), tmp_path)
     capsys.readouterr()
     if schedule == "cosine":
-        train(small(*given, "trainer.max_epochs=3"), tmp_path)
+        loss = ("optim.label_smoothing=0.1", "optim.class_weights=false", "trainer.unfreeze_blocks=1")
+        train(small(*given, "trainer.max_epochs=3", *loss), tmp_path)
         assert "the learning rate is that of a run of 3 epochs" in capsys.readouterr().out
         assert len(losses(tmp_path)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", ["trainer.unfreeze_epoch=0", "trainer.unfreeze_blocks=1"])
+def test_two_stages_go_on_as_two_with_the_same_blocks(small, tmp_path, setting):
+    staged = ("trainer.max_epochs=2", "trainer.unfreeze_epoch=1")
+    with pytest.raises(ConfigError, match=rf"{setting} \(was \d\)"):
+        train(small(*staged, f"ckpt={train(small(*staged), tmp_path).last}", setting), tmp_path)
+
+
+@pytest.mark.parametrize("processes", [(), pytest.param(("trainer=ddp", "trainer.devices=2"), marks=pytest.mark.slow)])
+def test_a_cycle_of_other_steps_than_it_began_with_is_one_error(small, tmp_path, monkeypatch, processes):
+    cycle = ("optim.schedule=one_cycle", "trainer.max_epochs=3", "trainer.accelerator=cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "EndWithParent", StopInTheSecond)
+        with pytest.raises(Interrupted):
+            train(small(*cycle), tmp_path)
+    given = (*cycle, *processes, "trainer.args.accumulate_grad_batches=2", f"ckpt={tmp_path}/checkpoints/last.ckpt")
+    with pytest.raises(ChestCTError, match=r"^The cycle .* began with \d+ steps.*without ckpt\.$"):
+        train(small(*given), tmp_path)
 
 
 def test_a_run_that_stopped_early_is_measured_again_and_goes_on_with_more_patience(small, tmp_path):
@@ -154,13 +177,19 @@ def test_a_run_that_stopped_early_is_measured_again_and_goes_on_with_more_patien
     assert len(losses(tmp_path)) == 9
 
 
-def test_a_run_that_goes_on_in_another_folder_knows_its_best_epoch(small, tmp_path):
+def test_a_run_that_goes_on_in_another_folder_knows_its_best_epoch(small, tmp_path, capsys):
     diverging = ("optim.lr=1000", "trainer.patience=0")
     first = train(small(*diverging, "trainer.max_epochs=2"), tmp_path / "first")
     given = (*diverging, "trainer.max_epochs=4", f"ckpt={first.last}")
     second = train(small(*given), tmp_path / "second")
     assert second.best.parent == tmp_path / "second" / "checkpoints"
     assert losses(tmp_path / "second")["valid/loss"].idxmin() == epoch_in(second.best) == epoch_in(first.best) < 2
+    train(small("optim.lr=1000", "trainer.max_epochs=1", "seed=1"), tmp_path / "foreign").last.replace(first.best)
+    for foreign, says in ((first.best.read_bytes(), ""), (b"damaged", f"Left out: {first.best}")):
+        first.best.write_bytes(foreign)
+        bring_best(first.last, tmp_path / "third")
+        assert not (tmp_path / "third").exists()
+        assert says in capsys.readouterr().out
     first.best.unlink()
     finished = train(small(*diverging, "trainer.max_epochs=2", f"ckpt={first.last}"), tmp_path / "third")
     assert finished.best == first.last  # nothing else is left of it
