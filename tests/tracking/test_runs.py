@@ -54,6 +54,16 @@ def test_an_export_is_a_run_below_the_training_that_its_checkpoint_belongs_to(sm
     assert not MlflowClient(uri).get_run(training.run_id).data.metrics
 
 
+@pytest.mark.parametrize(("tracking", "says"), [("off", ""), ("mlflow", "the local store: The tracking URI holds")])
+def test_a_password_in_the_uri_ends_no_evaluation(small, tmp_path, monkeypatch, capsys, tracking, says):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret-word@host/db")
+    (tmp_path / "mlflow_run_id.txt").write_text("0" * 32)
+    with run_of(small(f"tracking={tracking}"), tmp_path / "best.ckpt") as run:
+        assert run.client is None
+    assert says in (printed := capsys.readouterr().out)
+    assert bool(printed) == bool(says)
+
+
 def test_the_curves_of_a_training_are_in_its_run_and_no_variable_of_the_environment_changes(small, uri, tmp_path):
     cfg = small("tracking=mlflow", f"tracking.uri={uri}")
     before = dict(os.environ)

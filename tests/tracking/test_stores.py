@@ -101,16 +101,6 @@ def test_what_is_no_store_is_one_error_with_a_way_out(small, tmp_path, monkeypat
     assert "cannot be used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("tracking", "says"), [("off", ""), ("mlflow", "the local store: The tracking URI holds")])
-def test_a_password_in_the_uri_ends_no_evaluation(small, tmp_path, monkeypatch, capsys, tracking, says):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:secret-word@host/db")
-    (tmp_path / "mlflow_run_id.txt").write_text("0" * 32)
-    with run_of(small(f"tracking={tracking}"), tmp_path / "best.ckpt") as run:
-        assert run.client is None
-    assert says in (printed := capsys.readouterr().out)
-    assert bool(printed) == bool(says)
-
-
 def test_artifacts_that_may_not_be_read_are_one_error(server, small, tmp_path):
     info = {"run_id": "a" * 32, "run_uuid": "a" * 32, "experiment_id": "1", "status": "FINISHED"}
     info |= {"artifact_uri": "mlflow-artifacts:/1/x/artifacts", "lifecycle_stage": "active", "start_time": 1}
