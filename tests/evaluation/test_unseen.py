@@ -29,6 +29,7 @@ def grown(run: tuple[Config, Result], tmp_path: Path) -> Config:
     return replace(run[0], data=replace(run[0].data, root=str(root), valid_fraction=0.3))
 
 
+@pytest.mark.slow
 def test_of_data_that_have_grown_nothing_is_measured_that_the_checkpoint_learned_from(
     run: tuple[Config, Result], grown: Config, tmp_path: Path
 ) -> None:
@@ -46,6 +47,7 @@ def test_of_data_that_have_grown_nothing_is_measured_that_the_checkpoint_learned
     assert bundle.seen == {content[:16] for contents in learned for content in contents}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_say_what_it_has_seen_points_to_its_bundle(
     run: tuple[Config, Result], grown: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

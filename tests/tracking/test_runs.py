@@ -226,6 +226,7 @@ def test_an_empty_folder_is_removed_while_it_is_held(tmp_path, monkeypatch):
     assert removed == [tmp_path]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake", [(), ("optim.lr=-1",)])
 def test_a_second_start_in_a_folder_leaves_the_training_there_in_peace(tmp_path, phantoms, cache, mistake):
     with sole_writer(tmp_path / "run"):

@@ -124,6 +124,7 @@ def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_a
     assert longer.best.parent == last.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
 def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, tmp_path, capsys, schedule):
     settings = (f"optim.schedule={schedule}", "trainer.max_epochs=2")
@@ -166,6 +167,7 @@ def test_a_cycle_of_other_steps_than_it_began_with_is_one_error(small, tmp_path,
         train(small(*given), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_early_is_measured_again_and_goes_on_with_more_patience(small, tmp_path):
     diverging = ("optim.lr=10", "trainer.patience=1", "trainer.max_epochs=9")
     stopped = train(small(*diverging), tmp_path)
@@ -177,6 +179,7 @@ def test_a_run_that_stopped_early_is_measured_again_and_goes_on_with_more_patien
     assert len(losses(tmp_path)) == 9
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_in_another_folder_knows_its_best_epoch(small, tmp_path, capsys):
     diverging = ("optim.lr=1000", "trainer.patience=0")
     first = train(small(*diverging, "trainer.max_epochs=2"), tmp_path / "first")
