@@ -178,12 +178,13 @@ def test_a_checkpoint_describes_a_model_and_decides_nothing_about_this_machine()
 
 @pytest.mark.parametrize("name", ["/home/me/x", "../../x", "..", ".", "", "a\\b", "a\0b"])
 def test_no_source_of_a_checkpoint_is_called_like_a_path(name):
-    stored = dataclasses.asdict(compose("data.sources={a: {root: /x}}"))
+    here = Config()
+    stored = dataclasses.asdict(here)
     one = stored | {"data": stored["data"] | {"name": name}}
     several = stored | {"data": stored["data"] | {"sources": {name: {"root": "/x"}}}}
     for settings in (one, several):
         with pytest.raises(ConfigError, match=r"without /|is empty"):
-            merge_settings(compose(), [], settings)
+            merge_settings(here, [], settings)
 
 
 def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():

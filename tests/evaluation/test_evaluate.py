@@ -35,6 +35,7 @@ def test_two_stage_runs_are_measured_on_the_network_that_they_end_with(small, tm
     assert (after.table["logit_cancer"] - fresh.table["logit_cancer"]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_maps_of_normal_slices_are_computed_in_batches_and_once(run: tuple[Config, Result], tmp_path, monkeypatch):
     cfg = replace(run[0], cache_dir=str(tmp_path))
     batches: list[int] = []

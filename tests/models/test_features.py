@@ -131,6 +131,7 @@ def test_every_setting_that_changes_features_has_its_own_folder(small):
     assert folder(1, optim={"lr": 1}, model={"dropout": 0.5}) == folder(1)
 
 
+@pytest.mark.slow
 def test_features_of_another_seed_are_those_that_are_there(small):
     data, held = opened(small()), {}
     for seed in (0, 1):

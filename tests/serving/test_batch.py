@@ -145,6 +145,7 @@ def test_own_outputs_leftovers_and_loops_are_not_looked_at(call, scans, capsys):
     assert "2 skipped" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_was_written_for_a_viewer_is_not_scored(call, scan, bundle_folder, tmp_path):
     folder = tmp_path / "scans"
     for name, data in scan(1).items():

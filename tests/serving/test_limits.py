@@ -176,6 +176,7 @@ def test_a_head_that_does_not_come_ends_its_connection(monkeypatch: pytest.Monke
         assert ends(connection).count(b"HTTP/1.1") == head.count(b"healthz")
 
 
+@pytest.mark.slow
 def test_a_body_that_trickles_is_refused_and_one_that_flows_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "BODY_S", 2.0)
     with listening() as service, service.open(POST) as slow:
