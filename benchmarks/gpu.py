@@ -22,9 +22,9 @@ from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.training import train
 
-BATCH, GOALS = 512, {"features": 13_000, "fine-tuning, compiled": 4_700}
+BATCH, PASSES, GOALS = 512, 6, {"features": 13_000, "fine-tuning, compiled": 4_700}
 COMMON = ["data.name=noise", "trainer=gpu", "trainer.progress=false", "tracking=off", "evaluation.report=false"]
-TUNING = ["experiment=full_finetune", "trainer.max_epochs=4", "trainer.patience=0", "data.batch_size=256"]
+TUNING = ["experiment=full_finetune", f"trainer.max_epochs={PASSES}", "trainer.patience=0", "data.batch_size=256"]
 TUNING += ["data.workers=8", f"callbacks={{clock: {{_target_: {__name__}.Clock}}}}"]
 TIMES: list[float] = []  # when each piece of work began and was done, in turn
 
@@ -39,7 +39,7 @@ class Clock(L.Callback):
 
 
 def features(settings: list[str], root: Path) -> int:
-    """Two passes over training slices, each into an empty cache."""
+    """Passes over training slices, each into an empty cache."""
     cfg, device = compose(*settings, "experiment=head"), torch.device("cuda")
     (data := SliceModule(cfg)).prepare_data()
     data.setup()
@@ -47,9 +47,9 @@ def features(settings: list[str], root: Path) -> int:
     net = VGG16(cfg.model, 1, cfg.data.size, load_weights(cfg.model.weights)).eval().to(device)
     layer = torch.compile(torch.autocast("cuda", torch.bfloat16)(net.pooled))
     contents, shown = dataset.contents[: len(dataset) // BATCH * BATCH], partial(dataset.shown, view=0, device=device)
-    for name in ("first", "again"):
+    for turn in range(PASSES):
         tick()
-        extract([Kept(layer, contents, root / name)], shown, device, batch_size=BATCH)
+        extract([Kept(layer, contents, root / f"pass-{turn}")], shown, device, batch_size=BATCH)
         tick()
     return len(contents)
 

@@ -6,6 +6,7 @@ so that the edit cannot. Lesions vary in size, place (lung, pleura, hilum), outl
 (ground glass to solid), texture and cavities, after Armato et al. 2011 (LIDC) and Hansell et al. 2008 (terms).
 """
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -74,22 +75,32 @@ def _place(lungs: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
 
 def _outline(side: int, y: int, x: int, radius: float, rng: np.random.Generator) -> np.ndarray:
     """How far each pixel lies in an irregular blob, float [S, S] in [0, 1], with a soft edge."""
-    rows, columns = np.ogrid[:side, :side]
     turn, aspect = rng.uniform(0, np.pi), rng.uniform(0.65, 1)
+    lobes = rng.uniform(0, 0.16)
+    waves = [(radius * lobes * rng.normal() / np.sqrt(k), k, rng.uniform(0, 2 * np.pi)) for k in range(2, 8)]
+    spikes: list[tuple[float, float, float]] = []
+    if rng.random() < 0.4:  # spiculated
+        for _ in range(rng.integers(5, 14)):
+            at = rng.uniform(0, 2 * np.pi)
+            spikes.append((radius * rng.uniform(0.2, 0.9), at, rng.uniform(0.04, 0.12)))
+    softness = rng.uniform(0.5, 2.0) * side / 320
+    # Nothing reaches further than this; what lies there is not worth the angles of a whole slice.
+    reach = radius + sum(abs(height) for height, *_ in [*waves, *spikes]) + 30 * softness
+    top, left = (max(0, math.floor(at - reach)) for at in (y, x))
+    rows, columns = np.ogrid[top : min(side, math.ceil(y + reach) + 1), left : min(side, math.ceil(x + reach) + 1)]
     down, right = rows - y, columns - x
     along = right * np.cos(turn) + down * np.sin(turn)
     across = (down * np.cos(turn) - right * np.sin(turn)) / aspect
     angle, distance = np.arctan2(across, along), np.hypot(along, across)
     edge = np.full_like(angle, radius)
-    lobes = rng.uniform(0, 0.16)
-    for wave in range(2, 8):
-        edge += radius * lobes * rng.normal() / np.sqrt(wave) * np.cos(wave * angle + rng.uniform(0, 2 * np.pi))
-    if rng.random() < 0.4:  # spiculated
-        for _ in range(rng.integers(5, 14)):
-            off = np.angle(np.exp(1j * (angle - rng.uniform(0, 2 * np.pi))))
-            edge += radius * rng.uniform(0.2, 0.9) * np.exp(-0.5 * (off / rng.uniform(0.04, 0.12)) ** 2)
-    softness = rng.uniform(0.5, 2.0) * side / 320
-    return 1 / (1 + np.exp(((distance - edge) / softness).clip(-30, 30)))
+    for height, wave, phase in waves:
+        edge += height * np.cos(wave * angle + phase)
+    for height, at, width in spikes:
+        off = np.angle(np.exp(1j * (angle - at)))
+        edge += height * np.exp(-0.5 * (off / width) ** 2)
+    inside = np.full((side, side), 1 / (1 + np.exp(30)))
+    inside[rows, columns] = 1 / (1 + np.exp(((distance - edge) / softness).clip(-30, 30)))
+    return inside
 
 
 def _lesion(square: np.ndarray, inside: np.ndarray, radius: float, rng: np.random.Generator) -> np.ndarray:

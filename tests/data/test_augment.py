@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from chestct.config.schema import AugmentConfig
-from chestct.data.augment import change_batch, draw_changes, make_views
+from chestct.data.augment import Blur, change_batch, draw_changes, make_views
 
 OFF = dict.fromkeys(("flip", "rotate", "shift", "zoom", "shear", "window", "gamma", "blur", "noise"), 0.0)
 NAMES = ["a", "b", "c"]
@@ -51,6 +52,12 @@ def test_masks_are_turned_and_shifted_with_their_slices_and_stay_masks():
     strong = make_views(images, NAMES, 1, 0, AugmentConfig(**OFF | {"noise": 1.0, "gamma": 1.0, "window": 0.5}), masks)
     assert not torch.equal(strong, images)
     assert masks.sum() == 3 * 12 * 10
+
+
+@pytest.mark.parametrize("sigma", [1e-3, 0.7, 3.0])
+def test_blur_in_two_passes_is_that_of_torchvision(slices, sigma):
+    blur, whole = (kind((21, 13), (sigma, sigma)) for kind in (Blur, v2.GaussianBlur))
+    torch.testing.assert_close(blur(slices), whole(slices), rtol=0, atol=3e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in OFF if name != "flip"])
