@@ -28,7 +28,7 @@ class ServeConfig:
         "names of the service beside localhost and addresses: [ct.example.org], ['*.example.org']; ['*']: any",
         form=r"\*|(\*\.)?[^*:/]+|\[[^*/]+\]",  # as requests name it: no port
     )
-    proxies: list[str] = setting([], "addresses or networks of reverse proxies, whose X-Forwarded-For is believed")
+    proxies: list[str] = setting([], "addresses or networks of reverse proxies, whose X-Forwarded-* is believed")
     backend: str = setting("auto", "what computes: auto is the quickest that the bundle has here", choices=BACKENDS)
     max_upload_bytes: int = setting(300_000_000, "bytes that one request may send", low=1_000)
     max_slices: int = setting(512, "slices that one request may hold", low=1, high=2000)

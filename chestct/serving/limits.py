@@ -16,12 +16,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prometheus_client import Histogram
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ConfigError
@@ -103,6 +104,7 @@ class RequestLimits:
         self.app, self.health, self.cfg, self.uploads, self.login = app, health, cfg, uploads, login
         self.requests: Counter[str] = Counter()  # under way, by address
         self.bytes: Counter[str] = Counter()  # of bodies under way, by address, without UNCOUNTED
+        self.behind_proxies: Any = ProxyHeadersMiddleware(cast(Any, self._request), cfg.proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -110,7 +112,11 @@ class RequestLimits:
         elif scope["type"] == "http" and scope["path"] in HEALTH:
             await self.health(scope, receive, send)
         elif scope["type"] == "http":  # nothing here speaks websocket
-            await self._request(scope, receive, send)
+            # Gradio builds addresses from these headers, whoever sent them.
+            believed = scope.get("client") and scope["client"][0] in self.behind_proxies.trusted_hosts
+            made_up = (b"x-gradio-server",) if believed else (b"x-gradio-server", b"x-forwarded-")
+            scope["headers"] = [pair for pair in scope["headers"] if not pair[0].startswith(made_up)]
+            await self.behind_proxies(scope, receive, send)  # from here on, `client` is who a proxy says it is
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         route, client = route_of(scope["method"], scope["path"]), scope["client"][0] if scope.get("client") else ""
@@ -130,8 +136,6 @@ class RequestLimits:
 
         self.requests[client] += 1
         try:
-            if not self.cfg.proxies:  # Gradio builds addresses from these headers, whoever sent them
-                scope["headers"] = [pair for pair in scope["headers"] if not pair[0].startswith(b"x-forwarded-")]
             await self._check(scope, route, client)
             async with self._body(scope, receive, route, client) as body:
                 if scope["method"] == "POST" and route not in WITH_FILES:

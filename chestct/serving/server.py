@@ -141,8 +141,7 @@ def make_server(
             log_config=None,
             access_log=False,  # `limits` logs, without paths that a client made up
             server_header=False,
-            proxy_headers=bool(cfg.serve.proxies),
-            forwarded_allow_ips=cfg.serve.proxies,
+            proxy_headers=False,  # `limits` reads them, and needs the address of the proxy for it
             timeout_graceful_shutdown=30,  # a container's own patience after SIGTERM is often that
         ),
         page.end_streams,

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ import pytest
 
 from chestct.config.compose import CONF
 from chestct.config.schema_serving import FACTS
+from chestct.serving.monitor import read_records
 from tests.e2e.loopback import free_port
 from tests.serving.conftest import bundle_folder, examples, files
+from tests.serving.test_monitor import prediction, record
 from tests.serving.visitor import Visitor
 
 __all__ = ["bundle_folder", "examples", "files"]  # fixtures
@@ -43,6 +46,7 @@ def started(bundle_folder: Path, tmp_path: Path):
     shutil.copytree(bundle_folder, bundle)
     here.mkdir()
     command = [*SERVE, f"bundle={bundle}", f"serve.port={url.rsplit(':', 1)[1]}"]
+    command += ["monitor.enabled=true", f"monitor.path={tmp_path / 'm.sqlite'}", "monitor.keep_days=7"]
     environment = os.environ | {"TMPDIR": str(here), "PYTHONPATH": str(CONF.parent)}
     running = subprocess.Popen(command, cwd=here, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
     try:
@@ -56,7 +60,10 @@ def started(bundle_folder: Path, tmp_path: Path):
 @pytest.mark.slow
 def test_it_serves_reloads_and_ends_well_with_a_page_open(started, files, examples, tmp_path: Path) -> None:
     running, url, bundle = started
-    printed = ""
+    known, printed, records = httpx.get(f"{url}/healthz", timeout=60).json()["bundle"], "", tmp_path / "m.sqlite"
+    record(records, prediction())
+    with sqlite3.connect(records) as database:
+        database.execute("UPDATE answers SET time = time - 8 * 86400")  # what the service is not to keep
 
     def until(text: str) -> None:
         nonlocal printed
@@ -77,10 +84,12 @@ def test_it_serves_reloads_and_ends_well_with_a_page_open(started, files, exampl
         visitor = Visitor(url)
         visitor.look([("Jane.dcm", odd)])
         assert "Jane" in str(visitor.values)  # whose own page tells it
+        visitor.example(0)  # of which there is no record
         running.send_signal(signal.SIGTERM)
         printed += running.communicate(timeout=28)[0]  # uvicorn would wait 30 s for the open page
     assert running.returncode == 0, printed
     assert not [text for text in ("Traceback", "Jane", "JD") if text in printed]
+    assert read_records(records)["bundle"].tolist() == [known] * 2  # of the API and of the page
     assert not list((tmp_path / "here").iterdir())  # neither runs nor uploads nor anything else
 
 

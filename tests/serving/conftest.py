@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import os
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -146,6 +147,14 @@ def examples() -> dict[str, bytes]:
         stored = (np.round(phantom.hu) + 1024).astype(np.int16)
         files[name.replace(".png", ".dcm")] = dicom(stored, **elements)
     return files
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for the server, which works in another thread, and fails where it takes too long."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:

@@ -25,8 +25,8 @@ def prediction(score: float = 0.25, decision: str = "normal", patient: str = "")
     return Prediction(*what, "b" * 12)
 
 
-def record(path: Path, *predictions: Prediction) -> Monitor:
-    kept = Monitor(path)
+def record(path: Path, *predictions: Prediction, **settings: int) -> Monitor:
+    kept = Monitor(path, **settings)
     for one in predictions:
         kept.record(one)
     kept.close()
@@ -67,6 +67,8 @@ def test_old_records_are_deleted_and_a_window_leaves_older_ones_out(tmp_path):
     record(tmp_path / "m.db", prediction(0.4))
     assert read_records(tmp_path / "m.db")["score"].tolist() == [0.2, 0.3, 0.4]
     assert read_records(tmp_path / "m.db", days=7)["score"].tolist() == [0.3, 0.4]
+    record(tmp_path / "m.db", prediction(0.5), keep_days=7)
+    assert read_records(tmp_path / "m.db")["score"].tolist() == [0.3, 0.4, 0.5]
 
 
 def test_records_are_read_from_a_folder_that_nobody_may_write_to():

@@ -6,6 +6,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -45,6 +46,12 @@ def test_a_slice_gets_its_decision_its_reasons_and_its_pictures(visitor, served,
     assert "It has only seen **phantoms**" in values["caveats"]  # from the card
     assert NOT_MEDICAL in values["caveats"]
     assert "Trying things out" in values["card"]
+
+
+def test_the_page_has_no_address_that_a_client_makes_up(served) -> None:
+    made_up = {"x-forwarded-host": "evil.example.com", "x-forwarded-proto": "https"}
+    for headers in (made_up, {"x-gradio-server": "http://evil.example.com"}):
+        assert httpx.get(f"{served.url}/config", headers=headers).json()["root"] == served.url
 
 
 def test_examples_are_answered_and_one_that_is_no_ct_is_refused(visitor: Visitor, served, examples) -> None:
