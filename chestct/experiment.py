@@ -148,6 +148,9 @@ def evaluate(cfg: Config, out: Path) -> None:
     from chestct.serving.model import bundle_folder
     from chestct.tracking import run_of
 
+    given = [f"{name}={value}" for name in ("compare", "bundle", "ckpt") if (value := getattr(cfg, name))]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: an evaluation is of one of them. Leave out the other.")
     if cfg.compare:
         print(compare_runs(cfg, out))
         return

@@ -35,7 +35,8 @@ def leave_out_learned(model: Classifier, data: SliceModule, cfg: Config) -> int:
             "would be test. Leave these settings out."
         )
     folder = Path(cfg.ckpt or "").parent.parent / "bundle"
-    bundle = f"Measure its bundle, which knows them: {shlex.quote(f'bundle={folder}')}"
+    command = f"{shlex.quote(f'bundle={folder}')} data=... data.root=..."
+    bundle = f"Measure its bundle, which knows them, on the same data, named again: {command}"
     advice = bundle if folder.is_dir() else "Train anew."
     if "seen" not in about:
         if own and cfg.data.split == "official":  # which needs no groups: another version may find others

@@ -75,7 +75,7 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
         keywords = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")
         patient, study, series = (_text(dataset, keyword) for keyword in keywords)
         spacing = numbers(macros, "PixelSpacing", 2)
-        rows_columns = (spacing[0], spacing[1]) if spacing else None
+        rows_columns = (spacing[0], spacing[1]) if spacing and min(spacing) > 0 else None
         place, unfit = _position(macros), _unfit(macros)
         yield Slice(gray, "DICOM", "DICOM", color, patient, study, series, frame, rows_columns, place, unfit)
 
@@ -101,10 +101,19 @@ def _position(macros: list[Dataset]) -> Position | None:
     return (series, "number", number[0]) if number else None
 
 
+def axes(datasets: list[Dataset]) -> np.ndarray | None:
+    """Where rows and columns run in the patient's coordinates, [2, 3]; None where no plane is given.
+
+    Anonymising may leave zeros in the place of numbers.
+    """
+    found = np.reshape(numbers(datasets, "ImageOrientationPatient", 6) or [0.0] * 6, (2, 3))
+    return found if np.linalg.norm(np.cross(*found)) > 0.5 else None
+
+
 def _normal(macros: list[Dataset]) -> np.ndarray | None:
     """The normal of the slice in the patient's coordinates, [3]."""
-    axes = numbers(macros, "ImageOrientationPatient", 6)
-    return np.cross(axes[:3], axes[3:]) if axes else None
+    plane = axes(macros)
+    return None if plane is None else np.cross(*plane)
 
 
 def _unfit(macros: list[Dataset]) -> str:

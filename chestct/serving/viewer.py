@@ -20,7 +20,7 @@ from pydicom.valuerep import DA, TM
 from chestct.errors import ChestCTError, DataError
 from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read, sniff
-from chestct.imaging.dicom import numbers
+from chestct.imaging.dicom import axes, numbers
 from chestct.imaging.slice_files import File
 from chestct.serving.batch import cell
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
@@ -157,8 +157,10 @@ def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset
 
 def _orientation(source: Dataset) -> tuple[str, str]:
     """Where rows and columns run to (PS3.3 C.7.6.1.1.1); where the slice says nothing, left and back, as is usual."""
-    axes = np.reshape(numbers([source], "ImageOrientationPatient", 6) or (1, 0, 0, 0, 1, 0), (2, 3))
-    rows, columns = (("LPH" if axis[i] > 0 else "RAF")[i] for axis in axes for i in [int(abs(axis).argmax())])
+    plane = axes([source])
+    if plane is None:
+        return "L", "P"
+    rows, columns = (("LPH" if axis[i] > 0 else "RAF")[i] for axis in plane for i in [int(abs(axis).argmax())])
     return rows, columns
 
 

@@ -66,10 +66,14 @@ def client_of(uri: str) -> "MlflowClient":
 
 
 def find_run(client: "MlflowClient", run_id: str) -> "MlflowRun":
-    """Raises LookupError where the run was deleted or no run can be called so, MlflowException where there is none."""
+    """The run of that id, which names a folder. Raises LookupError where it was deleted, no run can be called so, or
+    the server's answer is of another one; MlflowException where there is none.
+    """
     if not re.fullmatch("[0-9a-f]{32}", run_id):
         raise LookupError(f"'{run_id}' is no id of a run (32 digits, as in make ui)")
     run = client.get_run(run_id)
+    if run.info.run_id != run_id:
+        raise LookupError(f"asked for the run {run_id}, the answer is of another run")
     if run.info.lifecycle_stage == "deleted":
         raise LookupError(f"the run {run_id} was deleted")
     return run

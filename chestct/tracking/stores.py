@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from chestct.config.fields import at_home
 from chestct.config.schema import TrackingConfig
@@ -122,7 +122,7 @@ def server_uri(cfg: TrackingConfig) -> str | None:
         uri = f"https://{DAGSHUB}/{cfg.owner}/{cfg.repo}.mlflow"
     refuse_password(uri)
     token = os.environ.get("DAGSHUB_USER_TOKEN", "")
-    if urlsplit(uri).hostname == DAGSHUB:
+    if _parts(uri).hostname == DAGSHUB:
         if not (token or os.environ.get("MLFLOW_TRACKING_PASSWORD")):
             raise ConfigError(
                 f"No DagsHub token in the environment. Make one at {DAGSHUB} (User Settings, Tokens), then: "
@@ -156,9 +156,22 @@ def _take_back(name: str) -> None:
         os.environ[name] = before
 
 
+def _parts(uri: str) -> SplitResult:
+    """Raises ConfigError for an address with a mistake; the message repeats nothing that may hold a password."""
+    try:
+        return urlsplit(uri)
+    except ValueError:
+        shown = f"{uri.partition(':')[0]}://..." if {"@", "?"} & set(uri) else uri
+        raise ConfigError(
+            f"{shown} is no address that can be read. Give https://SERVER or sqlite:///FILE with tracking.uri, "
+            "tracking.local or MLFLOW_TRACKING_URI; the brackets of an IPv6 address, as in http://[::1]:5000, come in "
+            "pairs."
+        ) from None
+
+
 def refuse_password(uri: str) -> None:
     """Raises ConfigError for a user or password in a URI, as in user:password@; the message does not repeat it."""
-    parts = urlsplit(uri)
+    parts = _parts(uri)
     if "@" in parts.netloc or re.search(r"(^|&)(user|password|passwd)=", parts.query, re.IGNORECASE):
         instead = "name the driver's own configuration file, such as `?read_default_file=FILE` of MySQL's"
         if parts.scheme in ("http", "https"):
@@ -177,10 +190,12 @@ def refuse_elsewhere(artifacts: str, uri: str) -> None:
     Whoever made the experiment chose that place: another server would receive the user's password, and a folder would
     be one of this machine. Object stores (s3://, gs://) have credentials of their own.
     """
-    place = urlsplit(artifacts)
+    if not is_server(uri):
+        return
+    place = _parts(artifacts)
     proxied = place.scheme in ("http", "https", "mlflow-artifacts")
-    elsewhere = place.netloc not in ("", urlsplit(uri).netloc) if proxied else len(place.scheme) <= 1
-    if is_server(uri) and (elsewhere or place.scheme == "file"):
+    elsewhere = place.netloc not in ("", _parts(uri).netloc) if proxied else len(place.scheme) <= 1
+    if elsewhere or place.scheme == "file":
         raise ConfigError(
             f"{uri} says that artifacts lie in {artifacts}, which is not on that server: not followed. Start the "
             "server with --serve-artifacts, or with an object store."

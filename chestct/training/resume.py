@@ -31,6 +31,11 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
     checkpoint = read_checkpoint(Path(cfg.ckpt))
     _check_settings(cfg, checkpoint)  # first: it names the setting by which tensors differ
     check_fits(checkpoint, model)
+    if checkpoint["chestct"].get("weights") != model.net.digest:  # features are of them, and so is the scale of inputs
+        raise WeightsError(
+            f"model.weights={cfg.model.weights} are not the convolutions that {cfg.ckpt} began with: a training goes "
+            "on as it began. Give those, or start anew without ckpt."
+        )
     theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
     if theirs["hash"] != ours["hash"]:
         raise DataError(
@@ -53,14 +58,15 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     schedule = "" if cfg.optim.scheduler else cfg.optim.schedule
     # A cycle has the number of steps that it began with.
     fixed: tuple[str, ...] = (*FIXED, "trainer.max_epochs", "data.batch_size") if schedule == "one_cycle" else FIXED
-    if bool(cfg.trainer.unfreeze_epoch) != bool(stored.trainer.unfreeze_epoch):
+    began, begins, done = stored.trainer.unfreeze_epoch, cfg.trainer.unfreeze_epoch, checkpoint["epoch"] + 1
+    if bool(begins) != bool(began) or began < done < begins:  # what has trained does not freeze again
         fixed += ("trainer.unfreeze_epoch",)
-    elif cfg.trainer.unfreeze_epoch:
+    elif begins:
         fixed += ("trainer.unfreeze_blocks",)
     if changed := [key for key in now if key.startswith(fixed) and key not in LOSS and now[key] != before[key]]:
         given = ", ".join(f"{key}={now[key]} (was {before[key]})" for key in changed)
         raise ConfigError(f"{given}: a training goes on as it began. Leave that out, or start anew without ckpt.")
-    epochs, done = cfg.trainer.max_epochs, checkpoint["epoch"] + 1
+    epochs = cfg.trainer.max_epochs
     if epochs < done:
         raise ConfigError(
             f"trainer.max_epochs={epochs}: {cfg.ckpt} has {done} epochs behind it. Give more, or start anew without "

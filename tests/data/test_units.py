@@ -83,6 +83,14 @@ def test_a_bare_number_in_two_sources_is_two_patients():
     assert joined.notes == ["Patient numbers that stand in several sources (2) are taken for different patients."]
 
 
+def test_an_ordered_source_without_a_slice_joins_nothing_and_is_not_spoken_of():
+    manifest = table().assign(path=[f"s/{i}.png" for i in range(6)])
+    joined = units.join(manifest, link([], "exact"), [], ["none", "s"])
+    assert joined.group.tolist() == [*range(6)]
+    (note,) = joined.notes
+    assert "File numbers of s " in note
+
+
 def named(root, **settings):
     """Settings of the slices of `cfg` as the source `s` of several."""
     return DataConfig(name="several", sources={"s": SourceConfig(str(root), **settings)}, labels=LABELS, size=64)

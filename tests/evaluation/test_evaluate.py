@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from chestct import experiment
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
-from chestct.errors import ChestCTError
+from chestct.errors import ChestCTError, ConfigError
 from chestct.evaluation.evaluate import Evaluation, evaluate, made
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16, pick_device
@@ -102,3 +103,9 @@ def test_the_command_of_a_card_names_no_folders_of_this_machine(monkeypatch: pyt
     uri = "tracking.uri=https://hub.example/u/r.mlflow"
     monkeypatch.setattr("sys.argv", ["/opt/env/bin/evaluate.py", *given, uri])
     assert made()["command"] == f"python evaluate.py {said} {uri}"
+
+
+@pytest.mark.parametrize("given", ["bundle=packaged", "compare=[a,b]"])
+def test_of_two_things_to_evaluate_none_is_dropped_in_silence(small, tmp_path: Path, given: str) -> None:
+    with pytest.raises(ConfigError, match=r"^(bundle=packaged|compare=.*) and ckpt=last: .* one of them"):
+        experiment.evaluate.__wrapped__(small(given, "ckpt=last"), tmp_path)  # type: ignore[attr-defined]

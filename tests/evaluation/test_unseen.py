@@ -99,7 +99,7 @@ def test_too_little_that_is_left_and_another_pattern_for_patients_are_errors(tmp
     cfg.ckpt = f"{tmp_path}/checkpoints/best.ckpt"
     model = checkpoint(hash="h", seen={"train": ["a"], "valid": ["b"]})
     for rows in ([("b", "valid", 1), ("a", "test", 0)], [("a", "valid", 0), ("c", "test", 1)]):
-        with pytest.raises(DataError, match=rf"learned from 2 of the valid and test slices.*bundle={tmp_path}/bundle"):
+        with pytest.raises(DataError, match=rf"learned from 2 of the valid and .*bundle={tmp_path}/bundle data=\.\.\."):
             leave_out_learned(model, dealt([(*row, False) for row in rows]), cfg)
     with pytest.raises(ChestCTError, match=r"trained with data\.sources\.a\.patient=\(\.\): divided otherwise"):
         leave_out_learned(model, dealt([]), with_pattern("(..)"))

@@ -11,7 +11,7 @@ from pydicom.data import get_testdata_file
 
 from chestct.config.schema import WindowConfig
 from chestct.imaging.decode import decode, decode_frames
-from tests.imaging.files import LUNG, dicom, windowed
+from tests.imaging.files import LUNG, SMALL, dicom, windowed
 
 PLAIN = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.ExplicitVRBigEndian)
 
@@ -123,6 +123,14 @@ def test_values_that_are_no_hounsfield_units_use_the_files_window_or_the_whole_r
         np.testing.assert_allclose(own, windowed(stored, 500, 100), atol=1e-5)
     signed = decode(dicom(stored.astype(np.int16), RescaleSlope=None, RescaleIntercept=None), LUNG).gray
     np.testing.assert_allclose(signed, windowed(stored), atol=1e-5)
+
+
+def test_numbers_that_anonymising_set_to_zero_say_nothing() -> None:
+    zeros = {"ImageOrientationPatient": [0] * 6, "ImagePositionPatient": [0] * 3, "PixelSpacing": [0, 0]}
+    slice_ = decode(dicom(SMALL, InstanceNumber="7", **zeros), LUNG)
+    assert (slice_.unfit, slice_.position, slice_.spacing) == ("", ("1.3", "number", 7.0), None)
+    oriented = dicom(SMALL, InstanceNumber="7", **zeros | {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]})
+    assert decode(oriented, LUNG).position == ("1.3", "mm", 0.0)  # the origin is a place, too
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def test_a_scan_gets_files_for_its_most_suspicious_slices(call, scan: Slices, bu
     [
         *({"PatientSex": "X"}, {"PatientSex": "unknown"}, {"PatientBirthDate": "ANON"}, {"StudyDate": "ANON"}),
         *({"StudyTime": "xx"}, {"ImageOrientationPatient": [1, 0, 0, 0, 1]}),
+        {"ImageOrientationPatient": [0, 0, 0, 0, 0, 0]},
     ],
 )
 def test_values_that_anonymising_left_behind_are_blanked(model, scan: Slices, tmp_path: Path, odd) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient, pyfunc
@@ -20,6 +21,15 @@ def test_what_is_no_run_id_is_no_folder_either(small, uri, tmp_path, name):
     with pytest.raises(ConfigError, match="no id of a run"):
         fetch_bundle(f"runs:/{name}", cfg)
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_server_that_answers_with_another_run_names_no_folder(small, uri, tmp_path, monkeypatch):
+    info = SimpleNamespace(run_id="../../home", lifecycle_stage="active", artifact_uri=f"{tmp_path}/artifacts")
+    monkeypatch.setattr(MlflowClient, "get_run", lambda *_: SimpleNamespace(info=info))
+    with pytest.raises(ConfigError, match="the answer is of another run"):
+        fetch_bundle(
+            f"runs:/{'a' * 32}", small("tracking=mlflow", f"tracking.uri={uri}", f"cache_dir={tmp_path}/cache")
+        )
 
 
 def test_code_that_comes_with_a_registered_model_is_not_run(small, uri, tmp_path):

@@ -201,6 +201,7 @@ def test_an_unreachable_server_is_one_sentence_and_the_run_goes_on_locally(small
         ("s3://bucket/1/a", True),
         ("mlflow-artifacts://evil.example/1/a", False),
         ("https://host:5000@evil.example/1/a", False),
+        ("https://[evil.example/1/a", False),
         ("file:///home/me/.ssh", False),
         ("/home/me/.ssh", False),
     ],
@@ -210,7 +211,7 @@ def test_artifacts_are_exchanged_with_the_named_server_alone(artifacts, followed
     if followed:
         refuse_elsewhere(artifacts, "https://host:5000")
     else:
-        with pytest.raises(ConfigError, match="not followed"):
+        with pytest.raises(ConfigError, match=r"not followed|no address"):
             refuse_elsewhere(artifacts, "https://host:5000")
 
 
@@ -222,9 +223,11 @@ def test_artifacts_are_exchanged_with_the_named_server_alone(artifacts, followed
         ("local=postgresql://me:secret-word@host/db", "PGPASSWORD"),
         ("uri=mysql+pymysql://me:secret-word@host/db", r"URI; name the driver's .*read_default_file=FILE"),
         ("local=postgresql+psycopg2://host/db?user=me&password=secret-word", "PGPASSWORD"),
+        ("uri='http://[::1:5000'", r"^http://\[::1:5000 is no address.*https://SERVER"),
+        ("uri='http://me:secret-word@[::1:5000'", r"^http://\.\.\. is no address"),
     ],
 )
-def test_a_password_in_the_uri_is_refused_and_not_repeated(small, tmp_path, where, says):
+def test_a_mistake_or_a_password_in_the_uri_is_refused_and_not_repeated(small, tmp_path, where, says):
     with (
         pytest.raises(ConfigError, match=says) as refused,
         open_run(small("tracking=mlflow", f"tracking.{where}"), tmp_path / "out"),

@@ -9,9 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted, WeightsError
 from chestct.models.checkpoint import sealed
+from chestct.models.weights import load_weights
 from chestct.training import callbacks, train
 from chestct.training.resume import bring_best
 from tests.training.test_train import ROOT, losses
@@ -148,11 +150,20 @@ def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", ["trainer.unfreeze_epoch=0", "trainer.unfreeze_blocks=1"])
-def test_two_stages_go_on_as_two_with_the_same_blocks(small, tmp_path, setting):
-    staged = ("trainer.max_epochs=2", "trainer.unfreeze_epoch=1")
-    with pytest.raises(ConfigError, match=rf"{setting} \(was \d\)"):
-        train(small(*staged, f"ckpt={train(small(*staged), tmp_path).last}", setting), tmp_path)
+def test_two_stages_go_on_as_two_with_the_same_blocks_and_weights(small, tmp_path):
+    weights = {f"features.{key}": tensor / 2 for key, tensor in load_weights("oxford").tensors.items()}
+    save_file(weights, tmp_path / "first.safetensors")
+    staged = (f"model.weights={tmp_path}/first.safetensors", "trainer.max_epochs=2", "trainer.unfreeze_epoch=1")
+    given = (*staged, f"ckpt={train(small(*staged), tmp_path).last}", "trainer.max_epochs=4")
+    # With epoch 3, features of the weights would stand for convolutions that have trained.
+    for setting in ("trainer.unfreeze_epoch=0", "trainer.unfreeze_epoch=3", "trainer.unfreeze_blocks=1"):
+        with pytest.raises(ConfigError, match=rf"{setting} \(was \d\)"):
+            train(small(*given, setting), tmp_path)
+    with pytest.raises(WeightsError, match=r"model\.weights=oxford .* began with.*anew without"):
+        train(small(*given, "model.weights=oxford"), tmp_path)
+    (tmp_path / "first.safetensors").rename(tmp_path / "moved.safetensors")
+    train(small(*given, f"model.weights={tmp_path}/moved.safetensors", "trainer.unfreeze_epoch=2"), tmp_path)
+    assert len(losses(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("processes", [(), pytest.param(("trainer=ddp", "trainer.devices=2"), marks=pytest.mark.slow)])
