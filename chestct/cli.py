@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -193,14 +194,13 @@ def data() -> None:
     parser.add_argument("folder", nargs="?", type=_path, help="where you unzipped it")
     parser.add_argument("--out", type=_path, metavar="FOLDER", help="where to copy it")
     given = parser.parse_args()
-    from chestct.data.public import SETS, describe, fetch
+    from chestct.data.public import SETS, describe, fetch, settings_of
 
     if given.folder is None:
         print("\n\n".join(map(describe, [given.name] if given.name else SETS)))
         return
     target = fetch(given.name, given.folder, given.out, progress=True)
-    where = f"data.{'root' if given.name == 'chest_ct' else f'sources.{given.name}.root'}={target}"
-    print(f"Whole: {target}. Now: chestct audit data={given.name} {where}")
+    print(f"Whole: {target}. Now: chestct audit {settings_of(given.name, target)}")
 
 
 def push() -> None:
@@ -238,8 +238,8 @@ def space() -> None:
 
     write_space(given.folder, bundle_folder(given.bundle))
     print(
-        f"{given.folder}: python app.py there shows the page; as a Space: hf upload USER/NAME {given.folder} "
-        "--repo-type space"
+        f"{given.folder}: python app.py there shows the page; as a Space: hf upload USER/NAME "
+        f"{shlex.quote(str(given.folder))} --repo-type space"
     )
 
 

@@ -5,6 +5,7 @@ answered at once.
 """
 
 import dataclasses
+import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,7 +89,8 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         return fit(cfg, out).metrics
     anew = [f"evaluation.{name}" for name in ("policies", "protocol") if getattr(cfg.evaluation, name)]
     if anew and cfg.evaluation.report:
-        print(f"{' and '.join(anew)}: more heads, trained after this run by python evaluate.py ckpt={out}")
+        later = f"python evaluate.py {shlex.quote(f'ckpt={out}')}"
+        print(f"{' and '.join(anew)}: more heads, trained after this run by {later}")
     if cfg.optim.optimizer and "weight_decay" not in cfg.optim.optimizer:  # that of a recipe, as often as not
         print(f"optim.weight_decay={cfg.optim.weight_decay} has no effect: optim.optimizer.weight_decay would have.")
     with sole_writer(out), open_run(cfg, out) as run:
@@ -119,7 +121,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
     if not foreign(cfg.model.head):
         export(evaluation, out / "bundle", model_card(evaluation))
-        bundle = f"bundle           {out / 'bundle'}  (python serve.py bundle={out / 'bundle'})"
+        bundle = f"bundle           {out / 'bundle'}  (python serve.py {shlex.quote(f'bundle={out}/bundle')})"
         if cfg.tracking.log_model:
             log_bundle(run, out / "bundle", code=bool(cfg.tracking.register))
     run.evaluation(flat(evaluation).get("test", {}), out / "evaluation")

@@ -76,7 +76,7 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
                 for trial, job in zip(trials, launcher.launch(jobs, trials[0].number), strict=True):
                     _record(study, trial.number, job)
         except (Interrupted, KeyboardInterrupt):
-            again = f"The same command goes on with it (with hydra.sweep.dir={folder})."
+            again = f"The same command goes on with it (with {shlex.quote(f'hydra.sweep.dir={folder}')})."
             raise Interrupted(f"The sweep was stopped. {again}") from None
         finally:
             _report(study, cfg.trainer.monitor, fixed, folder, run)

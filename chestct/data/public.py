@@ -73,12 +73,11 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
         if not where or file_digest(where) != known.files[file]:
             problems.append(f"{file} {'differs' if where else 'is missing'}")
     if problems:
-        place = "root" if name == "chest_ct" else f"sources.{name}.root"
         raise DataError(
             f"{source} is not {known.title} as the project knows it.\n"
             + "".join(f"- {problem}\n" for problem in problems)
             + f"What it should be: chestct data fetch {name}. To use it as it is, unchecked: python train.py "
-            f"data={name} {shlex.quote(f'data.{place}={source}')}"
+            + settings_of(name, source)
         )
     part = target.with_name(f".{target.name}.partial")
     shutil.rmtree(part, ignore_errors=True)
@@ -90,6 +89,12 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
     for file, where in extra.items():
         shutil.copyfile(where or source, part / file)
     return part.rename(target)
+
+
+def settings_of(name: str, folder: Path) -> str:
+    """The settings that read a collection from a folder, as a shell takes them."""
+    place = "root" if name == "chest_ct" else f"sources.{name}.root"
+    return f"data={name} {shlex.quote(f'data.{place}={folder}')}"
 
 
 def content_digest(paths: list[Path], label: str = "", progress: bool = False) -> str:

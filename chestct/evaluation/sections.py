@@ -66,8 +66,7 @@ def _boxed(evaluation: Evaluation) -> pd.DataFrame:
     """Rows of the manifest: test slices with boxes."""
     manifest = evaluation.manifest
     boxed = [name for name, source in evaluation.cfg.data.sources.items() if source.boxes]
-    rows = manifest[manifest["source"].isin(boxed) & (manifest["split"] == "test")]
-    return rows[rows["lesion"] != b""] if boxed else rows
+    return manifest[manifest["source"].isin(boxed) & (manifest["split"] == "test") & (manifest["lesion"] != b"")]
 
 
 def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:

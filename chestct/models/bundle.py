@@ -6,6 +6,7 @@ one is noticed. A head on the packaged convolutions makes a bundle of some kilob
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -184,13 +185,13 @@ def check_target(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise BundleError(f"{folder} is not a folder. Give another for the bundle: bundle={folder}-bundle")
+        raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
     entries = sorted(folder.iterdir())
     other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
     if other or (entries and not (folder / FACTS).is_file()):
         raise BundleError(
             f"{folder} holds {(other or entries)[0].name} and is no bundle: an export would remove what is in it. "
-            f"Give a folder of its own: bundle={folder / 'bundle'}"
+            f"Give a folder of its own: {shlex.quote(f'bundle={folder}/bundle')}"
         )
 
 

@@ -48,6 +48,11 @@ HOSTS = ("localhost", "[::1]", *(f"*.{last}" for last in range(256)))
 rebound name cannot claim to be."""
 
 
+def netloc(host: str) -> str:
+    """A host as it stands in URLs and in the Host header: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
 class UploadError(ChestCTError):
     """A request that asks for too much, or that cannot be read."""
 
@@ -119,7 +124,7 @@ def make_app(
         exception_handlers={ChestCTError: explain},
         middleware=[
             Middleware(RequestLimits, health=Route("/", health).app, cfg=cfg, uploads=uploads, login=login),
-            Middleware(known_hosts, hosts=[*HOSTS, cfg.host, *cfg.hosts]),
+            Middleware(known_hosts, hosts=[*HOSTS, netloc(cfg.host), *cfg.hosts]),
             Middleware(CORSMiddleware, allow_origins=()),  # no page elsewhere reads an answer
         ],
     )

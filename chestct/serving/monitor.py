@@ -6,6 +6,7 @@ full disk, a lock or a broken file costs records, never an answer.
 
 import logging
 import queue
+import shlex
 import sqlite3
 import threading
 import time
@@ -96,7 +97,7 @@ def read_records(path: str | Path, days: float | None = None) -> dict[str, np.nd
     if not path.is_file():
         raise ChestCTError(
             f"No records in {path}: there is no such file. Start the service with monitor.enabled=true "
-            f"monitor.path={path}, or give the right file with --db."
+            f"{shlex.quote(f'monitor.path={path}')}, or give the right file with --db."
         )
     since = 0 if days is None else time.time() - days * 86400
     try:

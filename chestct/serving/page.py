@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 
 from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ChestCTError
+from chestct.serving.api import netloc
 from chestct.serving.examples import Example
 from chestct.serving.prediction import jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
@@ -184,7 +185,7 @@ def make_page(
         text = predictor.bundle.card
         return card_body(text), caveats(text)
 
-    address = f"http://{'127.0.0.1' if cfg.host in ('0.0.0.0', '::') else cfg.host}:{cfg.port}"
+    address = f"http://{'127.0.0.1' if cfg.host in ('0.0.0.0', '::') else netloc(cfg.host)}:{cfg.port}"
     with gr.Blocks(title="chestct: cancer or normal on chest CT", analytics_enabled=False) as page:
         readings = gr.State([], time_to_live=1800)
         gr.Markdown(NOTICE, elem_id="notice")

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from chestct.errors import ChestCTError, DataError, DecodeError
+from chestct.files import digest
 from chestct.imaging.decode import declared_size
 from chestct.imaging.slice import Position
 from chestct.imaging.slice_files import entries
@@ -20,7 +21,7 @@ from chestct.models.bundle import Bundle
 from chestct.serving.api import UploadError
 from chestct.serving.prediction import Prediction, jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
-from chestct.serving.scan import BEST, FEWEST, VALIDATION, scan_score
+from chestct.serving.scan import BEST, FEWEST, VALIDATION, by_series, placed, scan_score
 from chestct.serving.sentences import explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
@@ -125,7 +126,8 @@ class Reading:
     threshold: float = 0.0
     slice: str = ""
     heat: str = ""
-    place: Position | None = None
+    place: Position | None = None  # in its series
+    key: tuple[str, int] = ("", 0)  # digest of the file, and frame
 
     @property
     def suspicion(self) -> tuple[int, float]:
@@ -145,12 +147,13 @@ def read(
     try:
         if isinstance(data, DataError):
             raise data
+        file_hash = digest(data)
         with predictor.room(data):
             for prediction in predictor.predict_frames(data, name="file", bundle=bundle):
                 if on_answer:
                     on_answer(prediction)
                 shown = name if frames == 1 else f"{name}, frame {len(readings) + 1}"
-                readings.append(_reading(bundle, shown, prediction))
+                readings.append(_reading(bundle, shown, prediction, file_hash))
         return readings
     except DecodeError as error:
         message = f"This file cannot be read: {error.reason}."
@@ -162,8 +165,8 @@ def read(
     return [*readings, Reading(name, "unreadable", plain(message))]
 
 
-def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
-    heat = prediction.overlay()
+def _reading(bundle: Bundle, name: str, prediction: Prediction, file_hash: str) -> Reading:
+    heat, decoded = prediction.overlay(), prediction.slice
     return Reading(
         name,
         prediction.decision,
@@ -173,17 +176,15 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction) -> Reading:
         bundle.point.threshold,
         jpeg_uri(Image.fromarray(prediction.gray)),
         jpeg_uri(heat) if heat else "",
-        prediction.slice.position,
+        placed(decoded.series, decoded.position),
+        (file_hash, decoded.frame),
     )
 
 
 def scan_of(readings: list[Reading]) -> tuple[list[Reading], str]:
     """The answered slices of the series with most of them, and what is said of it; none and "" where it is no scan."""
-    series: dict[str, list[Reading]] = {}
-    for reading in readings:
-        if reading.place and reading.suspicion[0] == 2:
-            series.setdefault(reading.place[0], []).append(reading)
-    scan = max(series.values(), key=len, default=[])
+    answered = [reading for reading in readings if reading.suspicion[0] == 2]
+    scan = max(by_series(answered, lambda one: one.place, lambda one: one.key), key=len, default=[])
     if len(scan) < FEWEST:
         return [], ""
     score = scan_score([reading.score for reading in scan])

@@ -6,7 +6,7 @@ the mean over all would drown it. docs/scans.md says how BEST was chosen, and on
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -113,22 +113,33 @@ def in_order(slices: Iterable[T], place: Callable[[T], Position | None]) -> list
     return [listed[i] for *_, i in sorted(keys)]
 
 
+def placed(series: str, position: Position | None) -> Position | None:
+    """Where a slice comes in its series: last, where its position is not known; nowhere without a series."""
+    return (position or (series, "unknown", 0.0)) if series else None  # mm, number, unknown: as the alphabet has them
+
+
 def place_of(row: Row) -> Position | None:
-    """The position that a row states; without one it comes last in its series."""
-    if not row.get("series"):
-        return None
-    found = re.fullmatch(r"(no\. )?(.+?)( mm)?", row["position"])
-    unit = "unknown" if not found else "number" if found[1] else "mm"  # in the order of the alphabet
-    return row["series"], unit, float(found[2]) if found else 0.0
+    """The place that a row states."""
+    series = row.get("series", "")
+    found = re.fullmatch(r"(no\. )?(.+?)( mm)?", row.get("position", ""))
+    return placed(series, (series, "number" if found[1] else "mm", float(found[2])) if found else None)
+
+
+def by_series(
+    slices: Iterable[T], place: Callable[[T], Position | None], key: Callable[[T], Hashable]
+) -> list[list[T]]:
+    """The slices of each series in order; those of one key (bytes and frame), as in a copied folder, count once."""
+    series: dict[str, dict[Hashable, T]] = {}
+    for one in in_order(slices, place):
+        if where := place(one):
+            series.setdefault(where[0], {}).setdefault(key(one), one)
+    return [list(found.values()) for found in series.values()]
 
 
 def scans_in(rows: Iterable[Row]) -> list[Scan]:
-    """The series among rows of slices; the same bytes twice, as in a copied folder, count once."""
-    series: dict[str, dict[tuple[str, str], Row]] = {}
-    for row in in_order(rows, place_of):
-        if row.get("series"):
-            series.setdefault(row["series"], {}).setdefault((row["file_hash"], row["frame"]), row)
-    return [Scan(name, tuple(found.values())) for name, found in series.items()]
+    """The series among rows of slices."""
+    series = by_series(rows, place_of, lambda row: (row["file_hash"], row["frame"]))
+    return [Scan(found[0]["series"], tuple(found)) for found in series]
 
 
 def describe_scans(scans: list[Scan]) -> str:

@@ -29,7 +29,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chestct.config.schema import Config
 from chestct.errors import BusyError, ChestCTError, ConfigError
-from chestct.serving.api import make_app
+from chestct.serving.api import make_app, netloc
 from chestct.serving.limits import login_from
 
 if TYPE_CHECKING:
@@ -70,7 +70,9 @@ def serve(cfg: Config, locate: Callable[[], str], on_answer: "OnAnswer | None" =
                 predictor = predictor_for(cfg, locate())
                 signal.signal(signal.SIGTERM, server.handle_exit)
                 loading.set_result(predictor)
-                logger.info("ready: http://%s:%s bundle %s", cfg.serve.host, cfg.serve.port, predictor.bundle.id)
+                logger.info(
+                    "ready: http://%s:%s bundle %s", netloc(cfg.serve.host), cfg.serve.port, predictor.bundle.id
+                )
                 thread.join()
             finally:
                 if not loading.done():
@@ -246,7 +248,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         raise ConfigError(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another with serve.port=PORT or "
+            f"Cannot listen on {netloc(host)}:{port}: {error.strerror}. Choose another with serve.port=PORT or "
             "serve.host=ADDRESS."
         ) from None
     return bound

@@ -5,6 +5,7 @@ and data are known to be usable, so that a mistake leaves no failed run behind.
 """
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,10 +260,11 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
         Run(remote if sent else None, sent or "", server).register(name)
 
     if problem := probe(server, cfg.experiment) or stores.within(END_SECONDS, work):
-        where = "" if cfg.local == TrackingConfig().local else f" tracking.local={cfg.local}"
+        settings = [f"tracking.uri={server}"]
+        settings += [f"tracking.local={cfg.local}"] if cfg.local != TrackingConfig().local else []
         print(
             f"Not all of this run is on the server: {problem} Nothing is lost: it is in {run.uri}; send the rest with: "
-            f"chestct sync tracking.uri={server}{where}"
+            f"chestct sync {shlex.join(settings)}"
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     """
     last = out / "checkpoints" / "last.ckpt"
     parts = left_behind(dataclasses.asdict(cfg), PARTS)
-    resume = " ".join([f"Go on with: python train.py ckpt={last}", *parts])
+    resume = " ".join(["Go on with: python train.py", shlex.quote(f"ckpt={last}"), *parts])
     try:
         yield
     except (Interrupted, KeyboardInterrupt, SystemExit):

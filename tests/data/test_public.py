@@ -1,8 +1,10 @@
 import shlex
 import shutil
+import sys
 
 import pytest
 
+from chestct import cli
 from chestct.config.compose import compose
 from chestct.data import public
 from chestct.data.public import SETS, PublicSet, content_digest, describe, fetch
@@ -66,6 +68,14 @@ def test_the_way_to_use_a_download_as_it_is_can_be_pasted(download):
     with pytest.raises(DataError) as error:
         fetch("tiny", source)
     assert shlex.split(str(error.value))[-1] == f"data.sources.tiny.root={source}"
+
+
+def test_how_to_audit_what_was_fetched_can_be_pasted(download, capsys, monkeypatch):
+    target = download.with_name("my data (1)")
+    monkeypatch.setattr(sys, "argv", ["chestct data", "fetch", "tiny", str(download), "--out", str(target)])
+    cli.data()
+    pasted = shlex.split(capsys.readouterr().out)
+    assert pasted[-4:] == ["chestct", "audit", "data=tiny", f"data.sources.tiny.root={target}"]
 
 
 def swap(one, other):

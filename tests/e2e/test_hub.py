@@ -1,6 +1,7 @@
 """Bundles on the hub, a Space, and a model that MLflow serves: whatever leaves this repository to run elsewhere."""
 
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from chestct import cli
 from chestct.errors import ChestCTError, ConfigError
 from chestct.models.bundle import LARGEST, PACKAGED_BUNDLE, load_bundle
 from chestct.portable import write_space
@@ -109,15 +111,25 @@ def stop(process):
     process.wait(20)
 
 
-def test_a_space_lists_what_it_needs_and_refuses_a_folder_that_holds_something(tmp_path):
-    write_space(tmp_path / "space")
-    card = yaml.safe_load((tmp_path / "space" / "README.md").read_text(encoding="utf-8").split("---")[1])
+def test_a_space_lists_what_it_needs_and_refuses_a_folder_that_holds_something(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "my space"
+    monkeypatch.setattr(sys, "argv", ["chestct space", str(folder)])
+    cli.space()
+    assert shlex.split(capsys.readouterr().out)[-6:] == [
+        "hf",
+        "upload",
+        "USER/NAME",
+        str(folder),
+        "--repo-type",
+        "space",
+    ]
+    card = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert (card["sdk"], card["sdk_version"], card["app_file"]) == ("gradio", version("gradio"), "app.py")
-    needed = (tmp_path / "space" / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    needed = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
     assert f"gradio=={version('gradio')}" in needed
     assert not [line for line in needed if line.startswith("chestct")]
     with pytest.raises(ChestCTError, match="not empty"):
-        write_space(tmp_path / "space")
+        write_space(folder)
 
 
 @pytest.mark.slow

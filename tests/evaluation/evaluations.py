@@ -72,12 +72,12 @@ def made_up(
     row = Row("grouped", metrics["test"], slices, len(tested), 0, "Width", 0.8, margin)
     cfg.evaluation.gallery = 0
     bundle, none = Bundle(None, point, None, None, {"task": task}), np.zeros(0)  # type: ignore[arg-type]
-    return Evaluation(cfg, bundle, table, table, none, metrics, [row], about, sections)
+    return Evaluation(cfg, bundle, table, table.assign(lesion=b""), none, metrics, [row], about, sections)
 
 
 def with_images(evaluation: Evaluation, net: Any, size: int) -> Evaluation:
     """The same with a network and a noise image for every test slice, as far as galleries need them."""
-    manifest = evaluation.table.assign(row=np.arange(len(evaluation.table)))
+    manifest = evaluation.table.assign(row=np.arange(len(evaluation.table)), lesion=b"")
     images = np.random.default_rng(0).integers(0, 256, (len(manifest), size, size), dtype=np.uint8)
     evaluation.manifest, evaluation.images = manifest, images
     zeros = torch.zeros(net.head[-1].out_features, size // 16, size // 16)

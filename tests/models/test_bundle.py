@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -222,16 +223,18 @@ def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
 def test_a_folder_with_somebody_s_files_is_never_replaced(
     tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    work = tmp_path / "my work"
     for name in names:
-        (tmp_path / "work" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "work" / name).touch()
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).touch()
     with pytest.raises(BundleError, match=r"work holds .* and is no bundle"):
-        make(tmp_path / "work")
+        make(work)
     # Export finds that out before it evaluates.
     monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
-    with pytest.raises(BundleError, match=r"work holds .* and is no bundle"):
-        experiment.export.__wrapped__(compose("ckpt=x", f"bundle={tmp_path / 'work'}"), tmp_path)
-    assert all((tmp_path / "work" / name).is_file() for name in names)
+    with pytest.raises(BundleError, match=r"work holds .* and is no bundle") as refused:
+        experiment.export.__wrapped__(compose("ckpt=x", f"bundle={work}"), tmp_path)
+    assert all((work / name).is_file() for name in names)
+    assert compose(shlex.split(str(refused.value))[-1]).bundle == f"{work}/bundle"  # as it is pasted
 
 
 def test_a_checkout_that_changes_line_ends_leaves_the_packaged_bundle_whole(tmp_path: Path) -> None:

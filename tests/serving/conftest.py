@@ -119,7 +119,8 @@ def serving(bundle: Path, on_answer=None, login=b"", loading=None, **settings) -
 @pytest.fixture(scope="session")
 def served(bundle_folder: Path) -> Iterator[Served]:
     """The service with the small bundle, for all tests that change nothing in it."""
-    with serving(bundle_folder, max_upload_bytes=3_000_000, max_slices=20) as running:
+    limits = {"max_upload_bytes": 3_000_000, "max_slices": 20}
+    with serving(bundle_folder, host="2001:db8::1", **limits) as running:  # which is what it is told, and listens here
         yield running
 
 

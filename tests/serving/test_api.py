@@ -252,6 +252,7 @@ def test_an_error_of_ours_is_a_sentence_and_a_traceback_in_the_log(
     ("host", "status"),
     [
         *(("localhost", 200), ("[::1]:7860", 200), ("192.168.3.4", 200)),
+        *(("[2001:db8::1]:7860", 200), ("[2001:db8::2]", 400)),
         *(("rebound.example.com", 400), ("127.0.0.1.example.com", 400), ("", 400)),
     ],
 )
@@ -260,6 +261,7 @@ def test_only_its_own_names_are_answered_and_other_sites_may_read_nothing(served
         answer = httpx.get(f"{served.url}/config", headers={"host": host, "origin": origin})
         assert answer.status_code == status
         assert status == 200 or "serve.hosts=[NAME]" in answer.json()["error"]
+        assert status == 400 or "http://[2001:db8::1]:7860/predict" in answer.text  # which can be opened
         assert not [name for name in answer.headers if name.startswith("access-control")]
     assert httpx.get(f"{served.url}/healthz", headers={"host": host}).status_code == 200
 

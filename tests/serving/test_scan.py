@@ -17,6 +17,9 @@ from chestct.imaging.decode import decode, decode_frames, read
 from chestct.imaging.slice_files import entries
 from chestct.serving.batch import find_files
 from chestct.serving.model import Model
+from chestct.serving.predictor import Predictor
+from chestct.serving.reading import expand, scan_of
+from chestct.serving.reading import read as read_file
 from chestct.serving.scan import BEST, VALIDATION, describe_scans, in_order, scans_in
 from tests.serving.conftest import Slices, rows, zipped
 from tests.serving.test_predictor import png
@@ -64,6 +67,32 @@ def test_the_order_is_the_same_from_a_folder_and_in_python(scan: Slices, model: 
     assert "Not a medical device" in repr(found)
     with pytest.raises(DataError, match="No such file"):
         model.predict_scan(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("count", "elements", "scans"),
+    [
+        (6, {}, 1),
+        (3, {}, 0),  # not a scan by being copied
+        (6, {"ImagePositionPatient": None, "InstanceNumber": None}, 1),
+        (6, {"SeriesInstanceUID": ""}, 0),
+    ],
+)
+def test_the_page_scores_the_slices_that_the_command_does(
+    scan: Slices, model: Model, bundle_folder: Path, tmp_path: Path, count: int, elements: dict, scans: int
+) -> None:
+    files = scan(count, **elements)
+    archive = zipped(files | {f"copy/{name}": data for name, data in files.items()})
+    (tmp_path / "scan.zip").write_bytes(archive)
+    found = [one for one in model.predict_scan(tmp_path / "scan.zip") if not one.left_out]
+    predictor = Predictor(bundle_folder)
+    uploaded = expand([("scan.zip", archive)], 100, 100_000_000)
+    shown, about = scan_of([one for file in uploaded for one in read_file(predictor, predictor.bundle, *file)])
+    assert len(found) == bool(shown) == scans
+    for one in found:
+        scores = sorted(float(row["score"]) for row in one.rows)
+        assert sorted(reading.score for reading in shown) == pytest.approx(scores, abs=1e-5)
+        assert f"{count} slices, score {one.score:.2f}" in about
 
 
 def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(

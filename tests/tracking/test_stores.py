@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -183,13 +184,16 @@ def test_probe_tells_what_is_wrong_with_a_server(server, case, monkeypatch):
 
 
 def test_an_unreachable_server_is_one_sentence_and_the_run_goes_on_locally(small, uri, tmp_path, capsys):
+    (tmp_path / "mlflow.db").rename(tmp_path / "my runs.db")
+    uri = uri.replace("mlflow", "my runs")
     cfg = small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}")
     with recorded(cfg, tmp_path) as run:
         assert run.uri == uri
         assert len(run.loggers()) == 1
     printed = capsys.readouterr().out
     assert "http://127.0.0.1:9 cannot be written to: Connection refused" in printed
-    assert f"chestct sync tracking.uri=http://127.0.0.1:9 tracking.local={uri}" in printed
+    pasted = shlex.split(printed.rpartition("send the rest with: ")[2])
+    assert pasted == ["chestct", "sync", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"]
     assert len(runs(uri)) == 1
 
 

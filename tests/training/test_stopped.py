@@ -1,6 +1,7 @@
 """Runs that are stopped, by an interrupt, a signal or a kill: where they go on, and that they end as whole ones do."""
 
 import io
+import shlex
 import subprocess
 import sys
 import time
@@ -41,12 +42,13 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
     whole = train(small(*overrides), tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(callbacks, "EndWithParent", StopInTheSecond)
-        with pytest.raises(Interrupted, match=r"ckpt=.*last\.ckpt"):
-            train(small(*overrides), tmp_path / "cut")
-    last = tmp_path / "cut" / "checkpoints" / "last.ckpt"
-    resumed = train(small(*overrides, f"ckpt={last}"), tmp_path / "cut")
+        with pytest.raises(Interrupted) as stopped:
+            train(small(*overrides), cut := tmp_path / "my runs (1), [2]")
+    *_, resume = shlex.split(str(stopped.value))  # as it is pasted
+    assert resume == f"ckpt={cut}/checkpoints/last.ckpt"
+    resumed = train(small(*overrides, resume), cut)
     assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-6)
-    assert losses(tmp_path / "cut").to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
+    assert losses(cut).to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
 
 
 def wait_for_an_epoch(process, folder):

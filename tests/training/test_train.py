@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,15 +94,16 @@ def test_cached_views_train_like_running_the_convolutions_every_step(small, tmp_
 def test_the_runs_own_report_has_the_checks_asked_for_and_says_what_measures_the_rest(small, tmp_path, capsys):
     checks = ("evaluation.phantoms=6", "evaluation.novelty=1", "evaluation.robustness=4", "evaluation.resamples=100")
     more = ("evaluation.policies=true", "evaluation.protocol=[within]", "optim.optimizer={_target_: torch.optim.Adam}")
-    train_and_report(small(*checks, *more), tmp_path)
-    first, second, *_ = capsys.readouterr().out.splitlines()
+    train_and_report(small(*checks, *more), run := tmp_path / "my run")
+    first, second, *_ = (printed := capsys.readouterr().out).splitlines()
     assert second.startswith("optim.weight_decay=0.3 has no effect")
     assert first.startswith("evaluation.policies and evaluation.protocol")
-    assert first.endswith(f"python evaluate.py ckpt={tmp_path}")
-    sections = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["sections"]
+    assert shlex.split(first)[-1] == f"ckpt={run}"
+    assert f"(python serve.py 'bundle={run}/bundle')" in printed
+    sections = json.loads((run / "evaluation" / "evaluation.json").read_text())["sections"]
     assert {"explanation", "novelty", "robustness"} <= sections.keys()
     assert sections["explanation"]["pointing"]["slices"] == 6
-    assert "phantoms" in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert "phantoms" in (run / "bundle" / "MODEL_CARD.md").read_text()
 
 
 def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_path):
