@@ -1,10 +1,11 @@
 """From files to a store: what is decoded, what is kept, what is believed, and what survives damage and kills."""
 
 import dataclasses
-import multiprocessing
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from chestct.config.schema import DataConfig
-from chestct.data import prepare, store
+from chestct.data import duplicates, prepare, store
 from chestct.data.prepare import ingest
 from chestct.data.store import open_store, store_folder
 from chestct.errors import DataError, DecodeError
@@ -20,6 +21,7 @@ from tests.imaging.files import dicom
 
 pytestmark = pytest.mark.usefixtures("quick_ingest")
 
+ROOT = Path(__file__).parents[2]
 LABELS = {"normal": "normal", "cancer": "cancer"}
 
 
@@ -245,23 +247,21 @@ def test_macos_needs_no_call_that_it_lacks(cfg, tmp_path, monkeypatch):
     assert len(ingest(cfg, tmp_path / "store").manifest) == 12
 
 
-def _dying_ingest(cfg, folder, owner, name):
-    setattr(owner, name, lambda *_, **__: os._exit(9))
-    ingest(cfg, folder)
-
-
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [(prepare, "_measure"), (prepare, "find_pairs"), (Path, "replace"), (store, "write_atomic")],
-)
-def test_a_run_that_dies_leaves_the_old_state(cfg, tmp_path, owner, name):
+@pytest.mark.parametrize("step", ["prepare._measure", "prepare.find_pairs", "Path.replace", "store.write_atomic"])
+def test_a_run_that_dies_leaves_the_old_state(cfg, tmp_path, step):
     before = ingest(cfg, tmp_path / "store").manifest
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(2))
-    dying = (cfg, tmp_path / "store", owner, name)
-    process = multiprocessing.get_context("fork").Process(target=_dying_ingest, args=dying)
-    process.start()
-    process.join()
-    assert process.exitcode == 9
+    code = f"""
+import os
+from pathlib import Path
+from chestct.config.schema import *
+from chestct.data import duplicates, prepare, store
+duplicates.CHANGES = {duplicates.CHANGES}
+{step} = lambda *_, **__: os._exit(9)
+prepare.ingest({cfg}, Path({str(tmp_path / "store")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
     assert open_store(tmp_path / "store").manifest.equals(before)
     assert len(ingest(cfg, tmp_path / "store").manifest) == 13
     assert len(list((tmp_path / "store").iterdir())) == 4

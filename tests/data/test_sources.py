@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -227,10 +228,15 @@ def test_a_folder_that_cannot_be_listed_is_an_error_and_not_left_out(tmp_path, m
         list_slices(cfg)
 
 
-def test_names_in_any_script_are_read_and_one_that_is_no_text_is_an_error_that_shows_it(tmp_path):
+def test_names_in_any_script_are_read(tmp_path):
     names = ["胸部 CT – ü.png", "x" * 251 + ".png", "a b'\"\n.png"]
     cfg = fill(tmp_path, *(f"normal/{name}" for name in names))
     assert sorted(read(cfg)) == sorted(f"normal/{name}" for name in names)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS makes no file whose name is not UTF-8")
+def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path):
+    cfg = fill(tmp_path, "normal/a.png")
     (tmp_path / "normal" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
     with pytest.raises(DataError, match=r"is not UTF-8.*normal/\\udcff\.png"):
         list_slices(cfg)
