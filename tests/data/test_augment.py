@@ -66,7 +66,7 @@ def test_each_change_changes_something(slices, name):
     assert not torch.allclose(out, slices, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", [*OFF, "all"])
+@pytest.mark.parametrize("name", ["all", *(name for name in OFF if name != "noise")])
 def test_whole_batches_are_changed_as_single_slices_are(slices, name):
     strong = {
         "flip": 0.5,
@@ -78,7 +78,7 @@ def test_whole_batches_are_changed_as_single_slices_are(slices, name):
         "gamma": 0.5,
         "blur": 0.05,
     }
-    cfg = AugmentConfig(**OFF | (strong if name == "all" else {name: strong.get(name, 0.0)}))
+    cfg = AugmentConfig(**OFF | (strong if name == "all" else {name: strong[name]}))
     for view in range(1, 6):
         changes, seeds = draw_changes([*NAMES, "d"], [view, view, view, 0], 7, cfg, 32)
         out = change_batch(torch.cat([slices, slices[:1]]), changes, seeds, cfg)

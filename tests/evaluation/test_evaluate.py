@@ -64,11 +64,16 @@ def test_an_accelerator_gives_the_numbers_of_the_cpu(run: tuple[Config, Result],
 
 def test_the_operating_point_is_fitted_on_validation_alone(run: tuple[Config, Result], evaluation: Evaluation) -> None:
     valid = evaluation.table[evaluation.table["split"] == "valid"]
-    again = OperatingPoint.fit(valid[["logit_cancer"]].to_numpy(), valid["target"].to_numpy(), run[0].evaluation)
-    assert evaluation.point.threshold == pytest.approx(again.threshold, abs=1e-6)
+    given = (valid["target"].to_numpy(), run[0].evaluation, valid["source"].tolist())
+    assert evaluation.point == OperatingPoint.fit(valid[["logit_cancer"]].to_numpy(), *given)
+    assert evaluation.point.threshold != 0.5
+    assert max(evaluation.point.quantiles) < 1
     assert evaluation.point.validation["cancers"] == int(valid["target"].sum())
-    flagged = valid["flagged"] == (valid["probability_cancer"] >= evaluation.point.threshold)
-    assert flagged.all()
+    table = evaluation.table
+    assert (table["flagged"] == (table["probability_cancer"] >= evaluation.point.threshold)).all()
+    called, cancer = evaluation.test["flagged"], evaluation.test["label"] == "cancer"
+    assert evaluation.metrics["test"]["sensitivity"].value == pytest.approx(called[cancer].mean())
+    assert evaluation.metrics["test"]["specificity"].value == pytest.approx(1 - called[~cancer].mean())
 
 
 def test_the_headline_stands_beside_its_best_shortcut_and_subgroups_divide_the_slices(evaluation: Evaluation) -> None:

@@ -46,7 +46,13 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     assert "robustness" in result.sections  # what the settings ask for beyond
     assert result.about["split"] == result.headline.policy == "external"
     assert result.cfg.model.pool == load_bundle(folder).facts["model"]["pool"] != cfg.model.pool
-    assert result.point.threshold == evaluation.point.threshold
+    assert result.point == evaluation.point
+    assert result.point.threshold != 0.5
+    frozen = evaluation.point.probabilities(result.table[["logit_cancer"]].to_numpy())[:, 1]
+    assert result.table["probability_cancer"].to_numpy() == pytest.approx(frozen)
+    assert (result.table["flagged"] == (frozen >= evaluation.point.threshold)).all()
+    called = result.table["flagged"][result.table["label"] == "cancer"]
+    assert result.metrics["test"]["sensitivity"].value == pytest.approx(called.mean())
     assert result.metrics["test"]["auroc"].value is not None
     assert len(result.table) == len(list(others.glob("*/*")))
     assert {row.name for row in result.sections["shift"]} >= {"width", "std", "score", "novelty"}
@@ -61,7 +67,9 @@ def test_its_own_data_give_its_test_slices_and_no_others_where_the_split_has_bec
 ) -> None:
     result = evaluate_bundle(settings(run, folder, split="official"))
     assert result.about["split"] == result.headline.policy == "grouped"  # as it was made, whatever the settings say
-    assert sorted(result.table["path"]) == sorted(evaluation.test["path"])
+    own, test = (table.set_index("path").sort_index() for table in (result.table, evaluation.test))
+    assert list(own.index) == list(test.index)
+    assert own["probability_cancer"].to_numpy() == pytest.approx(test["probability_cancer"].to_numpy(), abs=1e-3)
     assert result.metrics["test"]["auroc"].value == pytest.approx(evaluation.metrics["test"]["auroc"].value, abs=1e-6)
 
     def dealt_otherwise(manifest: pd.DataFrame, cfg: Config) -> pd.DataFrame:

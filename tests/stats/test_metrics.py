@@ -10,7 +10,7 @@ from chestct.models.predictions import output_names
 from chestct.stats import metrics
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import to_scores, wilson
-from chestct.stats.metrics import Estimate, _ranking, sample_of, statistics
+from chestct.stats.metrics import Estimate, _ranking, auroc_difference, sample_of, statistics
 
 
 def table(targets, scores, groups=None):
@@ -128,6 +128,31 @@ def test_copies_do_not_narrow_an_interval():
     for name in ("auroc", "accuracy", "sensitivity", "specificity", "brier", "f1"):
         assert width(found[name]) == pytest.approx(width(alone[name]), rel=0.1), name
         assert width(found[name]) > 1.7 * width(naive[name]), name
+
+
+def test_a_difference_to_scores_that_say_nothing_has_the_interval_of_the_auroc_over_groups():
+    frame = clustered(0)
+    positive, scores, chance = frame["target"] == 1, frame["score_cancer"].to_numpy(), np.zeros(len(frame))
+    margin = auroc_difference(scores, chance, positive.to_numpy(), frame["group"], 2000, 0)
+    auroc = measure(frame, "binary")["auroc"]
+    expected = [value - 0.5 for value in (auroc.value, auroc.low, auroc.high)]
+    assert [margin.value, margin.low, margin.high] == pytest.approx(expected)
+    assert (margin.slices, margin.groups) == (300, 60)
+    naive = auroc_difference(scores, chance, positive.to_numpy(), pd.Series(range(300)), 2000, 0)
+    assert width(margin) > 1.7 * width(naive)
+
+
+def test_a_difference_is_that_of_both_scores_in_the_same_draws():
+    frame = clustered(0)
+    positive, scores = (frame["target"] == 1).to_numpy(), frame["score_cancer"].to_numpy()
+    close = scores + np.random.default_rng(1).normal(size=len(scores)) / 100
+    forth, back = (
+        auroc_difference(*pair, positive, frame["group"], 500, 0) for pair in ((scores, close), (close, scores))
+    )
+    assert 0 < width(forth) < width(measure(frame, "binary", resamples=500)["auroc"]) / 10
+    assert [forth.value, forth.low, forth.high] == pytest.approx([-back.value, -back.high, -back.low])
+    few = frame["group"].where(~positive, frame["group"] % 9 + 100)
+    assert auroc_difference(scores, close, positive, few, 50, 0).reason == "no interval: 9 groups of a class, needs 10"
 
 
 @pytest.mark.slow
