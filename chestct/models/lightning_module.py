@@ -285,8 +285,9 @@ def check_fits(checkpoint: dict[str, Any], model: Classifier) -> None:
             f"The checkpoint belongs to another model: {settings or 'its tensors differ'}. "
             "Give the settings it was made with, or start anew without ckpt."
         )
-    if model.cfg.always_frozen and checkpoint["chestct"].get("weights") != model.net.digest:
+    # Features are of the weights, and so are mean and scale of the input, which no checkpoint holds.
+    if checkpoint["chestct"].get("weights") != model.net.digest:
         raise WeightsError(
-            "The checkpoint's head was trained on other convolution weights than "
-            f"model.weights={model.cfg.model.weights} now gives."
+            f"model.weights={model.cfg.model.weights} are not the convolutions that the checkpoint began with. Give "
+            "those, or start anew without ckpt."
         )

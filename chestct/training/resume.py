@@ -31,11 +31,6 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
     checkpoint = read_checkpoint(Path(cfg.ckpt))
     _check_settings(cfg, checkpoint)  # first: it names the setting by which tensors differ
     check_fits(checkpoint, model)
-    if checkpoint["chestct"].get("weights") != model.net.digest:  # features are of them, and so is the scale of inputs
-        raise WeightsError(
-            f"model.weights={cfg.model.weights} are not the convolutions that {cfg.ckpt} began with: a training goes "
-            "on as it began. Give those, or start anew without ckpt."
-        )
     theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
     if theirs["hash"] != ours["hash"]:
         raise DataError(

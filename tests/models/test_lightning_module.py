@@ -86,17 +86,19 @@ def test_only_convolutions_that_train_are_in_the_checkpoint_and_counted(small, s
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("made", "overrides", "says"),
     [
-        ("task=subtype", "task=binary, not task=subtype"),
-        ("model.hidden=[8]", r"model\.hidden=\[\] \(now \[8\]\)"),
-        ("model.pool=flatten", r"model\.pool=gap \(now flatten\)"),
-        ("model.freeze=false", r"model\.freeze=True"),
-        ("", "other convolution weights"),
+        ("", "task=subtype", "task=binary, not task=subtype"),
+        ("", "model.hidden=[8]", r"model\.hidden=\[\] \(now \[8\]\)"),
+        ("", "model.pool=flatten", r"model\.pool=gap \(now flatten\)"),
+        ("", "model.freeze=false", r"model\.freeze=True"),
+        ("", "", "not the convolutions"),
+        # Its convolutions are in the checkpoint; mean and scale of the input are not.
+        ("model.freeze=false", "model.freeze=false", "not the convolutions"),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_with_what_differs(small, overrides, says):
-    model = make(small())
+def test_a_checkpoint_of_another_model_is_refused_with_what_differs(small, made, overrides, says):
+    model = make(small(*filter(None, [made])))
     saved = {"hyper_parameters": model.hparams, "state_dict": model.state_dict(), "chestct": {"weights": "other"}}
     with pytest.raises(WeightsError, match=says):
         check_fits(saved, make(small(*filter(None, [overrides]))))
