@@ -37,7 +37,7 @@ POOLS = ("gap", "max", "mean_max_std", "flatten", "topk")
 SPLITS, PROTOCOL = ("grouped", "official", "official_clean"), ("loso", "matrix", "within", "probe")
 THRESHOLD = r"youden|cost|half|(sensitivity|specificity)\s*>=\s*(0?\.\d+|1(\.0*)?)"
 BLOCKS = r"[345](\+[345])*"
-FEATURE_BACKENDS = ("auto", "torch", "openvino", "openvino_int8")
+FEATURE_BACKENDS = ("auto", "torch", "openvino", "openvino_bf16", "openvino_int8")
 EXPORTS = rf"torch|({'|'.join(FILES)})(\+({'|'.join(FILES)}))*"
 HIGHEST_SEED = 2**32 - 1  # that numpy and scikit-learn take
 NAME = r"(?!\.+$)[^/\\\0]+"  # of a source: it becomes part of names of folders

@@ -9,10 +9,14 @@ FACTS, TENSORS, CARD = "bundle.json", "model.safetensors", "MODEL_CARD.md"
 
 FILES = {
     "openvino_int8": ("openvino_int8.xml", "openvino_int8.bin"),
+    "openvino_bf16": ("openvino_bf16.xml", "openvino_bf16.bin"),
     "openvino": ("openvino.xml", "openvino.bin"),
     "onnx": ("network.onnx",),
 }
 """Backends that a bundle may have next to torch, the quickest first, and the files of each."""
+
+ROUNDED = {"openvino_bf16": "bfloat16", "openvino_int8": "INT8"}
+"""Those that compute with fewer bits than fp32, and with what."""
 
 BACKENDS = ("auto", "torch", *FILES)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from chestct.config.schema import Config
-from chestct.config.schema_serving import FILES
+from chestct.config.schema_serving import FILES, ROUNDED
 from chestct.data.prepare import prepare_store
 from chestct.errors import BundleError, DataError
 from chestct.evaluation.external import as_made, own_manifest
@@ -22,9 +22,13 @@ from chestct.models.bundle import Bundle, backend_files, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
 from chestct.stats.metrics import auroc_difference
 
-LIMITS = {"logits": (0.01, 0.5), "decisions": (0.01, 0.05), "auroc": (-0.001, -0.005), "heat": (0.99, 0.9)}
-"""For fp32 and for INT8: largest difference of a logit, in standard deviations of the logits; share of decisions that
-change; AUROC lost; least mean correlation of heat maps."""
+LIMITS = {
+    "fp32": {"logits": 0.01, "decisions": 0.01, "auroc": -0.001, "heat": 0.99},
+    "bfloat16": {"logits": 0.05, "decisions": 0.02, "auroc": -0.001, "heat": 0.99},
+    "INT8": {"logits": 0.5, "decisions": 0.05, "auroc": -0.005, "heat": 0.9},
+}
+"""Largest difference of a logit, in standard deviations of the logits; share of decisions that change; AUROC lost;
+least mean correlation of heat maps."""
 
 SECTION = "\n## Backends\n"
 
@@ -90,7 +94,7 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> float:
 
 def shortcomings(name: str, numbers: dict[str, Any]) -> list[str]:
     """What of the numbers lies beyond LIMITS, a sentence each."""
-    limits = {key: pair[name == "openvino_int8"] for key, pair in LIMITS.items()}
+    limits = LIMITS[ROUNDED.get(name, "fp32")]
     lost = numbers["auroc"]["value"]
     faults = {
         f"a logit differs by {numbers['logits']:.3g} standard deviations": numbers["logits"] > limits["logits"],

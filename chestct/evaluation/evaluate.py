@@ -23,6 +23,7 @@ import torch
 from chestct.audit.shortcuts import shortcut_scores
 from chestct.audit.stage import kept_audit
 from chestct.config.schema import Config, classes_of
+from chestct.config.schema_serving import ROUNDED
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.data.splits import SPLITS, seen
@@ -133,7 +134,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
-    } | ({"features": cfg.features.backend} if cfg.features.backend == "openvino_int8" else {})
+    } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
     known = model.hparams["data"].get("seen", {}), seen(data.manifest)  # what was fitted just now counts, too
     facts = {"task": cfg.task, "data": {"seen": sorted({one for of in known for part in of.values() for one in part})}}
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)

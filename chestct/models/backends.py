@@ -1,4 +1,4 @@
-"""Programs that run a bundle's network in torch's place: OpenVINO, in fp32 or INT8, and ONNX Runtime.
+"""Programs that run a bundle's network in torch's place: OpenVINO, in fp32, bfloat16 or INT8, and ONNX Runtime.
 
 A backend's files hold one graph, from a slice to its logits and to the map that head, heat and novelty are made of
 (`VGG16.conv5`); so every backend explains itself and refuses by itself. The files are data: a graph of known operations
@@ -31,7 +31,7 @@ from chestct.models.vgg16 import VGG16, pick_device
 
 logger = logging.getLogger("chestct")
 
-PACKAGES = {"openvino": "openvino", "openvino_int8": "openvino", "onnx": "onnxruntime"}
+PACKAGES = dict.fromkeys(("openvino", "openvino_bf16", "openvino_int8"), "openvino") | {"onnx": "onnxruntime"}
 """What runs each."""
 
 CALIBRATION = 300
@@ -59,15 +59,15 @@ class Exported(nn.Module):
 def choose(wanted: str, there: Collection[str], accelerator: str = "auto") -> tuple[str, torch.device]:
     """The backend that answers, and the device that torch computes on next to it; logs both in one line.
 
-    wanted: `auto` (an accelerator where there is one, else the first of openvino_int8, openvino and onnx that is
-    `there` and installed, else torch) or the name of one; there: the backends that the bundle was verified for.
+    wanted: `auto` (an accelerator where there is one, else the first of FILES that is `there`, installed, and known to
+    the processor, else torch) or the name of one; there: the backends that the bundle was verified for.
     Raises ConfigError where a backend that was named cannot be had.
     """
     device = pick_device(accelerator if wanted in ("auto", "torch") else "cpu")
     name = wanted
     if wanted == "auto":
-        usable = [one for one in FILES if one in there and importlib.util.find_spec(PACKAGES[one])]
-        name = usable[0] if usable and device.type == "cpu" else "torch"
+        usable = (one for one in FILES if one in there and importlib.util.find_spec(PACKAGES[one]) and computes(one))
+        name = next(usable, "torch") if device.type == "cpu" else "torch"
     elif wanted != "torch" and wanted not in there:
         raise ConfigError(
             f"serve.backend={wanted}: the bundle was verified for {', '.join(['torch', *there])} alone. Add it with: "
@@ -91,18 +91,33 @@ def has_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(flag in text for flag in ("vnni", "amx_int8", "asimddp", "i8mm"))
 
 
+def computes(name: str) -> bool:
+    """Whether the processor knows the arithmetic of a backend; OpenVINO would put fp32 in place of bfloat16."""
+    if name != "openvino_bf16":
+        return True
+    return "BF16" in _program("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def _program(name: str, package: str = "", extra: str = "") -> Any:
-    """A package that not every installation has. Raises ConfigError with the extra that brings it."""
-    package, extra = package or PACKAGES[name], extra or name.removesuffix("_int8")
+    """A package that not every installation has.
+
+    Raises ConfigError with the extra that brings it, and where the processor cannot compute as `name` says.
+    """
+    package, extra = package or PACKAGES[name], extra or name.partition("_")[0]
     if package in ("openvino", "nncf"):
         # Both report their use to a server unless this package is missing, for which they have a stand-in.
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
-        return importlib.import_module(package)
+        program = importlib.import_module(package)
     except ImportError as error:
         raise ConfigError(
             f"{name} needs {package}, which is not installed here ({error}). Install it: pip install 'chestct[{extra}]'"
         ) from None
+    if not computes(name):
+        raise ConfigError(
+            f"{name}: this processor has no instructions for bfloat16 (AMX or AVX512_BF16). Take openvino or torch."
+        )
+    return program
 
 
 def version_of(name: str) -> str:
@@ -126,8 +141,9 @@ def load_graph(name: str, files: Sequence[bytes]) -> Graph:
             raise ValueError(error) from None
         entry = session.get_inputs()[0].name
         return lambda x: _joined([session.run(None, {entry: one}) for one in x.cpu().numpy()[:, None]])
-    # In fp32 but for what was made INT8.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads()}
+    # In fp32 but for what was made INT8, unless bfloat16 is asked for.
+    precision = "bf16" if name == "openvino_bf16" else "f32"
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads()}
     model = program.Core().read_model(files[0], files[1])
     passes = Passes(lambda streams: program.compile_model(model, "CPU", settings | {"NUM_STREAMS": streams}))
     passes.compiled(1)  # whatever is wrong with the files shows here

@@ -107,7 +107,7 @@ class Facts(Part, extra="allow"):
     weights: WeightsOf
     operating_point: Point
     files: dict[str, str]
-    backends: dict[Literal["openvino", "openvino_int8", "onnx"], Verified] = {}
+    backends: dict[Literal["openvino", "openvino_bf16", "openvino_int8", "onnx"], Verified] = {}
     data: Data
     statistics: dict[str, Annotated[list[float], Field(min_length=2)]] = {}
     metrics: dict[str, dict[str, Metric]] = {}

@@ -117,8 +117,9 @@ class InContext(nn.Conv2d):
         batch, channels, height, width = maps.shape
         kept = functional.dropout(maps.new_ones(batch, 1, 2 * channels), self.dropout, self.training)
         place, difference = (self.weight.flatten(1) * kept).chunk(2, 2)  # (B, K, C) each
-        mean = maps.mean((2, 3)).unsqueeze(2)
-        out = (place + difference) @ maps.flatten(2) - difference @ mean + self.get_parameter("bias")[:, None]
+        mean = maps.mean((2, 3)).unsqueeze(1)
+        offset = (mean @ difference.mT).mT  # (B, K, 1)
+        out = (place + difference) @ maps.flatten(2) - offset + self.get_parameter("bias")[:, None]
         return out.reshape(batch, -1, height, width)
 
 

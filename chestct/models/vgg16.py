@@ -115,7 +115,10 @@ class VGG16(nn.Module):
         for end in (self._block_ends(layers)[block] for block in self.blocks):
             x = layers[done:end](x)
             maps, done = [*maps, x], end
-        return torch.cat([functional.adaptive_avg_pool2d(one, (x.shape[2], x.shape[3])) for one in maps], 1)
+        steps = [2 ** (self.block - block) for block in self.blocks]
+        # Not adaptive, which OpenVINO computes slowly.
+        finer = [functional.avg_pool2d(one, step) for one, step in zip(maps[:-1], steps[:-1], strict=True)]
+        return torch.cat([*finer, x], 1)
 
     def channel_means(self, features: torch.Tensor) -> torch.Tensor:
         """Mean-pooled features [N, C] from what the head gets: maps [N, C, h, w], or as `pooled` gives them."""

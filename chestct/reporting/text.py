@@ -8,6 +8,7 @@ import pandas as pd
 
 from chestct.audit.findings import FEW_GROUPS, Finding, counted
 from chestct.config.schema import classes_of
+from chestct.config.schema_serving import ROUNDED
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.reporting.environment import as_text, display_name
 from chestct.stats.bootstrap import effective_size
@@ -121,7 +122,8 @@ def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     if number := about.get("label_conflicts"):
         yield Finding("Left out", "warning", f"Not measured: {counted(number, 'picture')} with more than one label.")
     if about.get("features"):
-        text = "Measured on features in INT8, and the bundle answers in fp32; features.backend=torch measures that."
+        text = f"Measured on features in {ROUNDED[about['features']]}, and the bundle answers in fp32; "
+        text += "features.backend=torch measures that."
         yield Finding("Rounded features", "warning", text)
     for name, metric in (("normal", "specificity"), ("cancer", "sensitivity")):
         part = evaluation.test[evaluation.test["label"] == name]

@@ -17,7 +17,7 @@ from chestct.config.schema_serving import FILES
 from chestct.errors import BundleError, ConfigError
 from chestct.files import digest
 from chestct.models import backends
-from chestct.models.backends import choose, convert, has_int8, load_graph
+from chestct.models.backends import PACKAGES, choose, computes, convert, has_int8, load_graph
 from chestct.models.bundle import Bundle, load_bundle, save_bundle
 from chestct.serving.predictor import Predictor
 from tests.conftest import network
@@ -41,9 +41,12 @@ NUMBERS |= {"auroc": {"value": 0.0, "low": None, "high": None, "slices": 9}}
 
 def needs(name: str) -> None:
     """Skips where a package is missing; none is imported, for OpenVINO would report that to its makers."""
-    packages = {"openvino_int8": ("openvino", "nncf"), "onnx": ("onnxruntime", "onnxscript")}.get(name, (name,))
+    packages = {"openvino_int8": ("openvino", "nncf"), "onnx": ("onnxruntime", "onnxscript")}
+    packages = packages.get(name, (PACKAGES[name],))
     if missing := [package for package in packages if not importlib.util.find_spec(package)]:
         pytest.skip(f"needs {', '.join(missing)}: pip install 'chestct[export]'")
+    if not computes(name):
+        pytest.skip("needs a processor with bfloat16 (AMX or AVX512_BF16)")
 
 
 def with_backend(bundle: Path, folder: Path, name: str, graph: bool = False) -> Bundle:
@@ -78,6 +81,16 @@ def test_a_graph_gives_the_logits_and_the_map_of_the_network(name: str, head: st
         expected = net.answer(x)
     torch.testing.assert_close(logits, expected[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(conv5, expected[1], rtol=1e-3, atol=1e-2)
+
+
+def test_bfloat16_gives_the_map_of_the_network_to_its_seven_bits() -> None:
+    needs("openvino_bf16")
+    net, x = network(**HEADS["places in context"]), torch.rand(3, 1, 64, 64)
+    conv5 = load_graph("openvino_bf16", converted("openvino", "places in context"))(x)[1]
+    with torch.no_grad():
+        expected = net.conv5(x)
+    assert not torch.allclose(conv5, expected, rtol=1e-4)
+    assert (conv5 - expected).abs().max() < 0.03 * expected.max()
 
 
 @pytest.mark.slow
@@ -159,6 +172,9 @@ def test_auto_takes_the_quickest_that_is_verified_and_installed(monkeypatch: pyt
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name if name in installed else None)
     assert choose("auto", FILES, "cpu")[0] == "openvino_int8"
     assert choose("auto", ["onnx", "openvino"], "cpu")[0] == "openvino"
+    for known, name in ((True, "openvino_bf16"), (False, "openvino")):
+        monkeypatch.setattr(backends, "computes", lambda name, known=known: known or name != "openvino_bf16")
+        assert choose("auto", ["openvino", "openvino_bf16"], "cpu")[0] == name
     assert choose("auto", [], "cpu")[0] == "torch"
     installed.remove("openvino")
     assert choose("auto", FILES, "cpu")[0] == "onnx"
@@ -180,6 +196,17 @@ def test_a_backend_that_cannot_be_had_is_an_error_with_the_way_out(
         ConfigError, match=rf"{package}, which is not installed.*chestct\[{name.removesuffix('_int8')}\]"
     ):
         load_bundle(tmp_path / "b", name)
+    assert load_bundle(tmp_path / "b", "auto").backend == "torch"
+
+
+def test_bfloat16_is_refused_where_the_processor_would_compute_in_fp32(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("openvino")
+    with_backend(small_bundle, tmp_path / "b", "openvino_bf16")
+    monkeypatch.setattr(backends, "computes", lambda name: name != "openvino_bf16")
+    with pytest.raises(ConfigError, match=r"no instructions for bfloat16.*Take openvino or torch"):
+        load_bundle(tmp_path / "b", "openvino_bf16")
     assert load_bundle(tmp_path / "b", "auto").backend == "torch"
 
 

@@ -142,7 +142,9 @@ def test_features_of_another_seed_are_those_that_are_there(small):
     assert data.features["train"][0] is not held[0]
 
 
-@pytest.mark.parametrize("backend", ["openvino", pytest.param("openvino_int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["openvino", "openvino_bf16", pytest.param("openvino_int8", marks=pytest.mark.slow)]
+)
 def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(small, tmp_path, monkeypatch, backend):
     needs(backend)
     cfg = small(f"features.backend={backend}", f"cache_dir={tmp_path}", "data.views=0")
@@ -157,7 +159,7 @@ def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(sma
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
         else:
             assert not torch.allclose(got, expected, rtol=1e-3)
-            assert np.corrcoef(got.flatten(), expected.flatten())[0, 1] > 0.98
+            assert np.corrcoef(got.flatten(), expected.flatten())[0, 1] > (0.98 if "int8" in backend else 0.9999)
     # Warm, nothing is converted.
     monkeypatch.setattr(backends, "convert", lambda *_: pytest.fail("converted again"))
     again = opened(cfg)
