@@ -32,7 +32,7 @@ from torchvision.models import vgg16
 
 from chestct.config.schema import ModelConfig, PhantomConfig
 from chestct.files import write_atomic
-from chestct.models.backends import conv5_by, has_int8
+from chestct.models.backends import computes, conv5_by, has_int8
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
 from chestct.models.features import Kept, extract
 from chestct.models.vgg16 import VGG16
@@ -43,7 +43,8 @@ from chestct.serving.predictor import Predictor
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT.parent / "shared" / "tools" / "seed_baseline.py"  # in Keras
 PACKAGES = ("torch", "torchvision", "lightning", "openvino", "nncf", "onnxruntime", "mlflow", "gradio")
-BACKENDS = ("torch", "openvino", "openvino_int8") if find_spec("openvino") else ("torch",)
+OPENVINO = ("openvino", "openvino_bf16", "openvino_int8") if find_spec("openvino") else ()
+BACKENDS = ("torch", *filter(computes, OPENVINO))
 RIVALS = KERAS, EAGER, PRODUCT, LOOP = "Keras", "PyTorch eager", "matrix product", "bare loop"
 FLOP = 30.69e9  # of VGG16's convolutions on a slice of 224 pixels, as torch.utils.flop_counter counts them
 EPOCHS = 20
@@ -230,13 +231,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="what is written (benchmarks.json)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="also write the page")
     given = parser.parse_args()
+    known = [name for name, there in (("bfloat16", "openvino_bf16" in BACKENDS), ("INT8", has_int8())) if there]
     cpuinfo = Path("/proc/cpuinfo").read_text("utf-8") if sys.platform == "linux" else ""
     facts = {
         "command": " ".join(["python -m benchmarks", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "processor": cpuinfo.partition("model name")[2].partition("\n")[0].strip(" \t:") or platform.processor(),
         "cores": os.cpu_count(),
-        "instructions": f"{torch.backends.cpu.get_cpu_capability()}, {'with' if has_int8() else 'no'} INT8",
+        "instructions": ", ".join([torch.backends.cpu.get_cpu_capability(), *known]),
         "load": round(os.getloadavg()[0], 1),
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name)),
         "python": platform.python_version(),

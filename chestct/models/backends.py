@@ -34,7 +34,7 @@ logger = logging.getLogger("chestct")
 PACKAGES = dict.fromkeys(("openvino", "openvino_bf16", "openvino_int8"), "openvino") | {"onnx": "onnxruntime"}
 """What runs each."""
 
-CALIBRATION = 300
+CALIBRATION = 100
 """Training slices that INT8 is calibrated on, at most."""
 
 STREAMS = 4
