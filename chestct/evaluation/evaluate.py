@@ -33,9 +33,9 @@ from chestct.evaluation.unseen import SPLITTING, leave_out_learned
 from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import Classifier, load_classifier
-from chestct.models.novelty import fit_novelty
+from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.predictions import prediction_table
+from chestct.models.predictions import of_patients_first, prediction_table
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
@@ -117,15 +117,14 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     if _cached(model, cfg):
         features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
     answers = {split: features.outputs(model.net, data.dataset(split), cfg.data.batch_size) for split in SPLITS}
-    novelty_model = fit_novelty(answers["train"][1], answers["valid"][1])
+    novelty_model = fit_marks(data.manifest, answers["train"][1], answers["valid"][1])
     parts = []
     for split in ("valid", "test"):
         logits, pooled = answers[split]
         part = prediction_table(data.manifest, split, logits, cfg.task)
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
-    valid = parts[0]
-    point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
     table = pd.concat(parts, ignore_index=True)
+    point = fit_point(table, cfg)
     table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
     about = {
         "data_hash": data.store.data_hash,
@@ -144,6 +143,17 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     return evaluation
 
 
+def fit_marks(manifest: pd.DataFrame, train: torch.Tensor, valid: torch.Tensor) -> NoveltyModel:
+    """The novelty model that the pooled features of these splits give, float [N, D] in the manifest's order."""
+    return fit_novelty(train, valid[of_patients_first(manifest, "valid")])
+
+
+def fit_point(table: pd.DataFrame, cfg: Config) -> OperatingPoint:
+    """The operating point that the validation slices of a table of predictions give."""
+    valid = table[table["split"] == "valid"][of_patients_first(table, "valid")]
+    return OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
+
+
 def assembled(
     cfg: Config,
     bundle: Bundle,
@@ -159,7 +169,11 @@ def assembled(
     training: what a bundle keeps of its training data, as `drift.training_facts` makes it.
     """
     threshold = bundle.point.threshold
-    metrics = {str(name): measured(part, cfg, threshold) for name, part in table.groupby("split", sort=False)}
+    splits = table["split"].unique()
+    metrics = {
+        split: measured(table[table["split"] == split][of_patients_first(table, split)], cfg, threshold)
+        for split in splits
+    }
     test = table[table["split"] == "test"]
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {

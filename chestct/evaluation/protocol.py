@@ -20,7 +20,7 @@ from chestct.data.prepare import prepare_store
 from chestct.data.sources import sources_of
 from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import Evaluation
+from chestct.evaluation.evaluate import Evaluation, fit_marks
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
 from chestct.evaluation.split_policies import (
     Train,
@@ -33,7 +33,6 @@ from chestct.evaluation.split_policies import (
     on_test,
 )
 from chestct.models import features
-from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import CANCER, NORMAL
 from chestct.models.vgg16 import VGG16
 from chestct.stats.bootstrap import MIN_GROUPS
@@ -237,7 +236,7 @@ def _probe(data: SliceModule, net: VGG16, real: Sequence[str]) -> Part:
 def _novelty(net: VGG16, data: SliceModule) -> np.ndarray:
     """Of valid and test slices, how unlike train they are, float [N]."""
     train, valid, test = (_pooled(net, data, split) for split in SPLITS)
-    return fit_novelty(train, valid).distance(torch.cat([valid, test])).numpy()
+    return fit_marks(data.manifest, train, valid).distance(torch.cat([valid, test])).numpy()
 
 
 def _pooled(net: VGG16, data: SliceModule, split: str) -> torch.Tensor:

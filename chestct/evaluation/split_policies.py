@@ -15,8 +15,7 @@ from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import Row, decided, logits_of, measured, row
-from chestct.models.operating_point import OperatingPoint
+from chestct.evaluation.evaluate import Row, decided, fit_point, logits_of, measured, row
 from chestct.models.vgg16 import pick_device
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import Estimate, measure
@@ -112,7 +111,6 @@ def on_test(predictions: pd.DataFrame, cfg: Config, novelty: np.ndarray | float 
 
     novelty: of each slice of the table; without, none is refused or uncertain for it.
     """
-    valid = predictions[predictions["split"] == "valid"]
-    point = OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
+    point = fit_point(predictions, cfg)
     table = decided(predictions, point, np.full(len(predictions), novelty), cfg.task)
     return table[table["split"] == "test"], point.threshold

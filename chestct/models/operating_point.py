@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chestct.config.schema import EvaluationConfig, of_patients
+from chestct.config.schema import EvaluationConfig
 from chestct.models.novelty import FOREIGN
 from chestct.stats.calibration import Calibration, choose_threshold, fit_calibration, fit_conformal, prediction_sets
 
@@ -104,14 +104,11 @@ class OperatingPoint:
 def source_weights(sources: Sequence[str], truth: np.ndarray) -> np.ndarray:
     """Weights float [N] under which each source counts alike within cancer and within normal slices.
 
-    sources: [N]; truth: bool [N], cancer. Phantoms count only where the others lack a class: what they say holds for no
-    patient.
+    sources: [N]; truth: bool [N], cancer.
     """
-    real = np.array([of_patients(source) for source in sources])
-    weighed = real if len(np.unique(truth[real])) == 2 else np.ones(len(real), bool)
     pairs = list(zip(sources, truth.tolist(), strict=True))
     counts = Counter(pairs)
-    return weighed / np.array([counts[pair] for pair in pairs])
+    return 1 / np.array([counts[pair] for pair in pairs])
 
 
 def _by_class(scores: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import classes_of
+from chestct.config.schema import classes_of, of_patients
 
 KEPT = ["source", "path", "split", "label", "subtype", "target", "group", "content", "leaked"]
 
@@ -23,3 +23,13 @@ def prediction_table(manifest: pd.DataFrame, split: str, logits: np.ndarray, tas
 def output_names(task: str) -> Sequence[str]:
     """The class of each output of the network."""
     return ("cancer",) if task == "binary" else classes_of(task)
+
+
+def of_patients_first(table: pd.DataFrame, split: str) -> np.ndarray:
+    """Which slices of a split are fitted to and measured on, bool [N]: phantoms only where the others lack a class.
+
+    They are there to learn from: what they say holds for no patient.
+    """
+    rows = table[table["split"] == split]
+    real = rows["source"].map(of_patients).to_numpy(bool)
+    return real if (rows["target"][real] > 0).nunique() == 2 else np.ones(len(rows), bool)

@@ -84,6 +84,21 @@ def mean_logits(trainings: Trainings, name: str) -> pd.DataFrame:
     return table.assign(first=first["logit_cancer"], second=second["logit_cancer"])
 
 
+def test_phantoms_beside_patients_are_neither_fitted_to_nor_measured_on(evaluation: Evaluation) -> None:
+    valid = evaluation.table[evaluation.table["split"] == "valid"]
+    patients = valid[valid["source"] != "phantom"]
+    cancer = patients["label"] == "cancer"
+    assert len(patients) < len(valid)
+    point = OperatingPoint.fit(
+        patients[["logit_cancer"]].to_numpy(), cancer.to_numpy(int), evaluation.cfg.evaluation, [*patients["source"]]
+    )
+    assert evaluation.point == point
+    assert (point.validation["cancers"], point.validation["normals"]) == (cancer.sum(), (~cancer).sum())
+    assert evaluation.metrics["valid"]["auroc"].value == pytest.approx(roc_auc_score(cancer, patients["logit_cancer"]))
+    # The 99th percentile of the novelty of patients' slices is 1, or a fitted one above it.
+    assert patients["novelty"].quantile(0.99) <= 1 + 1e-5
+
+
 @pytest.mark.slow
 def test_each_source_is_measured_by_heads_that_have_never_seen_it(measured: tuple[dict[str, Part], Trainings]) -> None:
     parts, trainings = measured
