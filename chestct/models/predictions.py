@@ -31,5 +31,5 @@ def of_patients_first(table: pd.DataFrame, split: str) -> np.ndarray:
     They are there to learn from: what they say holds for no patient.
     """
     rows = table[table["split"] == split]
-    real = rows["source"].map(of_patients).to_numpy(bool)
+    real = rows["source"].map(of_patients).to_numpy(bool, copy=True)
     return real if (rows["target"][real] > 0).nunique() == 2 else np.ones(len(rows), bool)
