@@ -55,7 +55,8 @@ def measure(
     reduction to cancer by 1 - P(normal).
 
     Intervals: shares of slices have Wilson's with their `effective_size`; all else the 2.5 and 97.5 % quantiles over
-    `resamples` draws of groups (ECE: the basic bootstrap's, from 2 * value - quantile), widened to `_unseen` where a class has few of them or no draw differs from another.
+    `resamples` draws of groups (of ECE turned round the value: the basic bootstrap), widened to `_unseen` where a class
+    has few of them or no draw differs from another.
     Raises DataError without slices, or where a score is not finite.
     """
     sample = sample_of(table, task, scores, threshold)
