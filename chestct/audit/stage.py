@@ -6,7 +6,6 @@ within them: a pixel-identical copy can be shown to anyone, a near-copy or a sli
 degree. Every split policy is judged on its own, so that the report can show them side by side.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,46 +28,37 @@ EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
 
 
-def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0) -> Audit:
-    """Everything that is wrong with the slices of a store, with the split policy `split` in force.
+def audit_store(cfg: Config, store: Store) -> Audit:
+    """Everything that is wrong with a store under the split policy of the settings, and how the others would leak.
 
-    splits: for each policy "train" | "valid" | "test" | "" for every slice. Raises KeyError if `split` is not among the
-    policies.
+    Raises DataError where data.split does not fit the folders.
     """
-    manifest, pairs, in_force = store.manifest, store.pairs, splits[split]
+    data, manifest, pairs = cfg.data, store.manifest, store.pairs
+    # Unchecked, for the audit is what shows why a class is missing.
+    in_force = make_splits(manifest, cfg.task, data, check=False)
+    policies = {data.split: in_force}
+    for policy in POLICIES:
+        if policy != data.split:
+            try:
+                policies[policy] = make_splits(manifest, cfg.task, replace(data, split=policy, folds=0, fold=0))
+            except DataError:  # the folders do not admit it
+                continue
     result = Audit(
-        name=name,
-        split=split,
-        seed=seed,
+        name=data.name,
+        split=data.split,
+        seed=data.split_seed,
         counts=counts(manifest, in_force),
         balance=balance(manifest, in_force),
         unreadable=store.unreadable,
         duplicates=duplicates(manifest, pairs),
-        leakage={policy: leaks(manifest, column, pairs) for policy, column in splits.items()},
+        leakage={policy: leaks(manifest, splits, pairs) for policy, splits in policies.items()},
         conflicts=conflicts(manifest, pairs),
-        shortcuts=shortcuts(manifest, store.images, seed=seed),
+        shortcuts=shortcuts(manifest, store.images, seed=data.split_seed),
         skipped=store.skipped,
         disbelieved=store.disbelieved,
         notes=store.notes,
     )
     return replace(result, findings=findings(result))
-
-
-def audit_store(cfg: Config, store: Store) -> Audit:
-    """Audits a store under the split policy of the settings, and under the others for comparison.
-
-    Raises DataError where data.split does not fit the folders.
-    """
-    data = cfg.data
-    # Unchecked, for the audit is what shows why a class is missing.
-    policies = {data.split: make_splits(store.manifest, cfg.task, data, check=False)}
-    for policy in POLICIES:
-        if policy != data.split:
-            try:
-                policies[policy] = make_splits(store.manifest, cfg.task, replace(data, split=policy, folds=0, fold=0))
-            except DataError:  # the folders do not admit it
-                continue
-    return audit(store, policies, name=data.name, split=data.split, seed=data.split_seed)
 
 
 def kept_audit(cfg: Config, store: Store) -> Audit:

@@ -42,7 +42,8 @@ def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], o
     copies: from `find_pairs`; named: sources whose column `patient` comes from file names; ordered: those whose file
     numbers run in patient order. Raises DataError for a file of the latter that has no number.
     """
-    ordered = [source for source in ordered if source in set(manifest["source"])]  # others have no readable slice
+    present = set(manifest["source"])  # others have no readable slice
+    ordered = [source for source in ordered if source in present]
     identifiers, disbelieved = believable(manifest, named)
     # Every hospital counts from 1: a bare number is one within its source only.
     numbers = identifiers["patient"].where(identifiers["patient"].str.isdigit(), "")

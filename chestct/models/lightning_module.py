@@ -155,18 +155,14 @@ class Classifier(L.LightningModule):
         warmup = round(cfg.warmup * steps)
 
         def factor(step: int) -> float:
+            if step < warmup and cfg.schedule == "one_cycle":
+                return 0.04 + 0.96 * (1 - math.cos(math.pi * step / warmup)) / 2  # as OneCycleLR rises
             if step < warmup:
                 return (step + 1) / (warmup + 1)
             done = min(1.0, (step - warmup) / max(1, steps - warmup))
             return 1.0 if cfg.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done))
 
-        schedule: lr_scheduler.LRScheduler
-        if cfg.schedule == "one_cycle":
-            top = [group["lr"] for group in optimizer.param_groups]
-            # One step more than will be taken: Lightning steps the schedule once after the last batch.
-            schedule = lr_scheduler.OneCycleLR(optimizer, top, steps + 1, pct_start=max(cfg.warmup, 1 / steps))
-        else:
-            schedule = lr_scheduler.LambdaLR(optimizer, factor)
+        schedule = lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _later(self) -> list[nn.Parameter]:

@@ -26,8 +26,8 @@ T = TypeVar("T")
 PROBE_SECONDS = 8.0
 DAGSHUB = "dagshub.com"
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-LENT: dict[str, tuple[str, str | None]] = {}
-"""What this process set of CREDENTIALS for DagsHub, and what stood there before, which other servers get again."""
+GIVEN: dict[str, tuple[str | None, str | None]] = {}
+"""What `server_uri` set of CREDENTIALS, and what the user had there, which other servers than DagsHub get again."""
 
 KIND = ("mlflow.experimentKind", "custom_model_development")
 """A tag without which MLflow's page shows an experiment as one of language models."""
@@ -121,39 +121,30 @@ def server_uri(cfg: TrackingConfig) -> str | None:
                 )
         uri = f"https://{DAGSHUB}/{cfg.owner}/{cfg.repo}.mlflow"
     refuse_password(uri)
-    token = os.environ.get("DAGSHUB_USER_TOKEN", "")
+    user, password = own = [_own(name) for name in CREDENTIALS]
     if _parts(uri).hostname == DAGSHUB:
-        if not (token or os.environ.get("MLFLOW_TRACKING_PASSWORD")):
+        if token := os.environ.get("DAGSHUB_USER_TOKEN"):  # those there are may be of another server
+            user = password = token  # DagsHub takes it for the user name, too
+        if not password:
             raise ConfigError(
                 f"No DagsHub token in the environment. Make one at {DAGSHUB} (User Settings, Tokens), then: "
                 "export DAGSHUB_USER_TOKEN=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             )
-        for name in CREDENTIALS if token else ():  # those there are may be of another server
-            _lend(name, token)  # DagsHub takes it for the user name, too
-        if CREDENTIALS[0] not in os.environ:
-            _lend(CREDENTIALS[0], os.environ[CREDENTIALS[1]])
-    else:
-        for name in CREDENTIALS:
-            _take_back(name)
+        user = user or password
+    for name, value, before in zip(CREDENTIALS, (user, password), own, strict=True):
+        GIVEN[name] = value, before
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     return uri.rstrip("/") if is_server(uri) else None
 
 
-def _lend(name: str, value: str) -> None:
-    if os.environ.get(name) != value:
-        _take_back(name)
-        LENT[name] = value, os.environ.get(name)
-        os.environ[name] = value
-
-
-def _take_back(name: str) -> None:
-    """Gives a variable the value that it had before `_lend`, unless somebody else has changed it since."""
-    value, before = LENT.pop(name, (None, None))
-    if value is None or os.environ.get(name) != value:
-        return
-    if before is None:
-        del os.environ[name]
-    else:
-        os.environ[name] = before
+def _own(name: str) -> str | None:
+    """What the user set: what stood there before `server_uri` gave another value, or what came after that."""
+    value = os.environ.get(name)
+    given, before = GIVEN.get(name, (value, value))
+    return before if value == given else value
 
 
 def _parts(uri: str) -> SplitResult:

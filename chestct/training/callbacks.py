@@ -15,11 +15,9 @@ from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
-from torch.optim.lr_scheduler import OneCycleLR
 
 from chestct.config.schema import Config
 from chestct.config.targets import build
-from chestct.errors import ConfigError
 from chestct.files import write_atomic
 from chestct.models.checkpoint import sealed
 from chestct.models.lightning_module import Classifier
@@ -34,8 +32,6 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
     """
     cfg = settings.trainer
     callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
-    if settings.optim.schedule == "one_cycle" and not settings.optim.scheduler:
-        callbacks.append(SameCycle())
     if cfg.unfreeze_epoch:
         callbacks.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
     if cfg.patience:
@@ -80,22 +76,6 @@ class History(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = list(state_dict["rows"])
-
-
-class SameCycle(Callback):
-    """Refuses to go on with a cycle of the learning rate that would take another number of steps than it began with.
-
-    That number is part of the checkpoint: with more, torch ends the training, with fewer, it stops within the cycle.
-    """
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        schedule = cast(OneCycleLR, trainer.lr_scheduler_configs[0].scheduler)
-        began, now = schedule.total_steps - 1, int(trainer.estimated_stepping_batches)  # see configure_optimizers
-        if began != now:
-            raise ConfigError(
-                f"The cycle of the learning rate began with {began} steps, and now has {now}. Go on with "
-                "trainer.devices, trainer.num_nodes and trainer.args as they were, or start anew without ckpt."
-            )
 
 
 class Unfreeze(Callback):

@@ -50,9 +50,7 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
 def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     stored = resolve(checkpoint["hyper_parameters"]["settings"])
     before, now = ({key: value for key, value, _ in leaves(settings)} for settings in (stored, cfg))
-    schedule = "" if cfg.optim.scheduler else cfg.optim.schedule
-    # A cycle has the number of steps that it began with.
-    fixed: tuple[str, ...] = (*FIXED, "trainer.max_epochs", "data.batch_size") if schedule == "one_cycle" else FIXED
+    fixed: tuple[str, ...] = FIXED
     began, begins, done = stored.trainer.unfreeze_epoch, cfg.trainer.unfreeze_epoch, checkpoint["epoch"] + 1
     if bool(begins) != bool(began) or began < done < begins:  # what has trained does not freeze again
         fixed += ("trainer.unfreeze_epoch",)
@@ -67,7 +65,8 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
             f"trainer.max_epochs={epochs}: {cfg.ckpt} has {done} epochs behind it. Give more, or start anew without "
             "ckpt."
         )
-    if schedule == "cosine" and epochs != stored.trainer.max_epochs:
+    falls = cfg.optim.schedule != "constant" and not cfg.optim.scheduler
+    if falls and epochs != stored.trainer.max_epochs:
         rank_zero_only(print)(f"From here on the learning rate is that of a run of {epochs} epochs.")
 
 

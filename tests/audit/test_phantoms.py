@@ -1,17 +1,15 @@
 """What is planted among phantoms, the audit finds, and on clean ones it finds nothing: through files and store."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from chestct.audit.findings import Audit
-from chestct.audit.stage import audit
-from chestct.config.schema import SUBTYPES, DataConfig, PhantomConfig
+from chestct.audit.stage import audit_store
+from chestct.config.schema import SUBTYPES, Config, DataConfig, PhantomConfig
 from chestct.data.prepare import ingest
-from chestct.data.splits import make_splits
 from chestct.phantom import dataset
 
 pytestmark = pytest.mark.slow
@@ -20,10 +18,7 @@ pytestmark = pytest.mark.slow
 def audited(folder: Path, split: str = "grouped") -> Audit:
     root, labels = str(folder / "phantoms"), {name: name for name in SUBTYPES}
     data = DataConfig(root=root, labels=labels, split=split, size=64, max_unreadable=9)
-    store = ingest(data, folder / "store")
-    policies = ("official", "grouped")
-    splits = {name: make_splits(store.manifest, "binary", replace(data, split=name)) for name in policies}
-    return audit(store, splits, name="phantom", split=split)
+    return audit_store(Config(data=data), ingest(data, folder / "store"))
 
 
 def test_a_thousand_clean_phantoms_have_no_shortcut(tmp_path: Path):

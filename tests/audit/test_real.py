@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from chestct.audit.findings import Audit, estimate, leaked
-from chestct.audit.stage import audit, leaks
-from chestct.config.schema import SUBTYPES, DataConfig
+from chestct.audit.stage import audit_store, leaks
+from chestct.config.schema import SUBTYPES, Config, DataConfig
 from chestct.data.prepare import ingest
 from chestct.data.splits import make_splits
 from chestct.data.store import Store
@@ -45,8 +45,8 @@ def splits(store: Store) -> dict[str, pd.Series]:
 
 
 @pytest.fixture(scope="module")
-def result(store: Store, splits: dict[str, pd.Series]) -> Audit:
-    return audit(store, splits, name=CFG.name, split="official", seed=0)
+def result(store: Store) -> Audit:
+    return audit_store(Config(data=replace(CFG, split="official")), store)
 
 
 def baseline(result: Audit, name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from chestct.models.bundle import Bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import VGG16
-from chestct.phantom.dataset import read_truth
+from chestct.phantom.dataset import write
 from chestct.training.train import train
 from tests.conftest import SMALL, network, opened
 from tests.evaluation.evaluations import made_up, with_images
@@ -118,20 +118,21 @@ def test_the_usual_place_of_a_slice_is_that_of_the_others():
         assert (found["heat map"].value, found["usual place"]) == (0, expected)
 
 
-def test_heat_maps_are_checked_on_new_phantoms_whose_lesions_lie_where_the_truth_says(tmp_path, monkeypatch):
+def test_heat_maps_are_checked_on_new_phantoms_whose_lesions_lie_where_their_masks_say(tmp_path, monkeypatch):
     evaluation = made_up()
     cfg = evaluation.cfg
     cfg.cache_dir, cfg.evaluation.phantoms, cfg.data.size, cfg.data.fit = str(tmp_path), 5, SIZE, "stretch"
     cfg.data.phantom.size = 96
     monkeypatch.setattr("chestct.evaluation.sections.check_explanation", lambda bundle, lesions: lesions)
     lesions = optional_sections(evaluation)["explanation"]
-    (root,) = (tmp_path / "phantom").glob("*/truth.json")
-    truth = read_truth(root.parent)
-    assert truth["settings"]["seed"] != cfg.data.phantom.seed
-    files = [file for file in truth["files"] if file["mask"]][:5]
+    (root,) = (path.parent for path in (tmp_path / "phantom").glob("*/masks"))
+    write(tmp_path / "own", replace(cfg.data.phantom, slices=12, cancer=0.95))
+    own, new = ({path.read_bytes() for path in folder.glob("t*/*/*.png")} for folder in (tmp_path / "own", root))
+    assert own.isdisjoint(new)
+    files = sorted((root / "masks").rglob("*.png"), key=lambda path: path.name)[:5]
     assert lesions.images.shape == lesions.masks.shape == (5, SIZE, SIZE)
     for file, mask, reach in zip(files, lesions.masks, lesions.reach, strict=True):
-        drawn = np.asarray(Image.open(root.parent / file["mask"]))
+        drawn = np.asarray(Image.open(file))
         assert reach == pytest.approx(TOLERANCE * SIZE / drawn.shape[1])
         assert np.divide(ndimage.center_of_mass(mask), SIZE) == pytest.approx(
             np.divide(ndimage.center_of_mass(drawn), drawn.shape), abs=0.02

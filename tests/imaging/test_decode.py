@@ -180,6 +180,7 @@ def test_files_of_countless_pieces_are_not_walked_to_their_end(flood: str) -> No
     [
         (b"", "it is empty"),
         (b"\0" * 4096, "neither PNG"),
+        (encoded(RAMP, "GIF"), "neither PNG.*GIF8.*Save it as one of these"),
         (b"<!DOCTYPE html><html><body>Sign in", "<!DOCTYPE html>"),
         (b"\x89PNG\r\n\x1a\n", "damaged PNG"),
         (bytes(128) + b"DICM", "no integer pixel data"),

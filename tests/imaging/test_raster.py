@@ -135,11 +135,6 @@ def test_animations_and_jpegs_of_several_pictures_are_refused_and_never_their_fi
     np.testing.assert_allclose(decode(one, LUNG).gray, RAMP / 255, atol=0.1)
 
 
-def test_what_to_do_with_another_format_is_said() -> None:
-    with pytest.raises(DecodeError, match=r"neither PNG.*GIF8.*Save it as one of these"):
-        decode(encoded(RAMP, "GIF"), LUNG)
-
-
 def test_tiff_pages_in_a_circle_come_to_an_end() -> None:
     data = encoded(RAMP, "TIFF")
     first = struct.unpack_from("<L", data, 4)[0]

@@ -1,8 +1,4 @@
-from pathlib import Path
-
-import pytest
-
-from chestct.imaging.slice_files import is_slice_name, walk, why_skipped
+from chestct.imaging.slice_files import is_slice_name, why_skipped
 
 LEFTOVERS = ("Thumbs.db", "THUMBS.DB", "desktop.ini", ".DS_Store", "._a.png", "DICOMDIR", "__MACOSX", "@eaDir")
 LEFTOVERS += (".AppleDouble", ".ipynb_checkpoints", ".thumbnails", "$RECYCLE.BIN", "~$list.xlsx", "Icon\r")
@@ -18,15 +14,3 @@ def test_what_systems_leave_behind_is_skipped_with_a_reason_and_nothing_else() -
     for name in (*names, "12:30.png"):
         assert is_slice_name(name)
     assert not any(is_slice_name(folder) for folder in ("", "a/", "a\\"))
-
-
-def test_every_file_is_listed_once_and_a_skipped_folder_stands_for_its_files(tmp_path: Path) -> None:
-    for path in ("b.png", "a.png", "c/d.png", "c/Thumbs.db", ".git/x", ".git/y", "@eaDir/a.png/SYNOPHOTO.jpg", "own/x"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).touch()
-    (tmp_path / "loop").symlink_to(tmp_path)
-    own = {str(tmp_path / "own")}
-    listed = {path.relative_to(tmp_path).as_posix(): reason for path, reason in walk(tmp_path, pytest.fail, own)}
-    assert [path for path, reason in listed.items() if not reason] == ["a.png", "b.png", "c/d.png"]
-    assert {path for path, reason in listed.items() if reason} == {".git", "@eaDir", "loop", "c/Thumbs.db"}
-    assert "link" in listed["loop"]

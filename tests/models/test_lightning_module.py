@@ -70,6 +70,8 @@ def test_schedules_warm_up_and_end_where_they_should(small, schedule):
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
     assert rates[0] < 0.2
+    if schedule == "one_cycle":
+        assert (rates[0], rates[5]) == pytest.approx((1 / 25, 0.52))
     assert max(rates) == pytest.approx(1, abs=0.02)
     assert 8 <= rates.index(max(rates)) <= 12
     assert rates[-1] == pytest.approx(1) if schedule == "constant" else rates[-1] < 0.02

@@ -172,9 +172,7 @@ def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_
 def train(tmp_path, phantoms, cache, *settings, before=""):
     """train.py in a process of its own, on the small phantoms; `before` is Python that it runs first."""
     code = f"import runpy, sys\n{before}\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
-    given = {setting.split("=")[0] for setting in settings}
-    more = [s for s in (*SMALL, f"data.root={phantoms}", f"cache_dir={cache}") if s.split("=")[0] not in given]
-    command = [sys.executable, "-c", code, *more, *settings]
+    command = [sys.executable, "-c", code, *SMALL, f"data.root={phantoms}", f"cache_dir={cache}", *settings]
     return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
 

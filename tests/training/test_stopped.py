@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from chestct.errors import ChestCTError, ConfigError, Interrupted, WeightsError
+from chestct.errors import ConfigError, Interrupted, WeightsError
 from chestct.models.checkpoint import sealed
 from chestct.models.weights import load_weights
 from chestct.training import callbacks, train
@@ -139,16 +139,14 @@ def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, t
         "trainer.unfreeze_epoch=1": r"unfreeze_epoch=1 \(was 0\)",
         "trainer.max_epochs=1": "",
     }
-    refused |= {"trainer.max_epochs=3": "max_epochs", "data.batch_size=4": "size"} if schedule == "one_cycle" else {}
     for setting, says in refused.items():
         with pytest.raises(ConfigError, match=f"{says}.*anew without"):
             train(small(*given, setting), tmp_path)
     capsys.readouterr()
-    if schedule == "cosine":
-        loss = ("optim.label_smoothing=0.1", "optim.class_weights=false", "trainer.unfreeze_blocks=1")
-        train(small(*given, "trainer.max_epochs=3", *loss), tmp_path)
-        assert "the learning rate is that of a run of 3 epochs" in capsys.readouterr().out
-        assert len(losses(tmp_path)) == 3
+    loss = ("optim.label_smoothing=0.1", "optim.class_weights=false", "trainer.unfreeze_blocks=1")
+    train(small(*given, "trainer.max_epochs=3", "data.batch_size=4", *loss), tmp_path)
+    assert "the learning rate is that of a run of 3 epochs" in capsys.readouterr().out
+    assert len(losses(tmp_path)) == 3
 
 
 @pytest.mark.slow
@@ -166,18 +164,6 @@ def test_two_stages_go_on_as_two_with_the_same_blocks_and_weights(small, tmp_pat
     (tmp_path / "first.safetensors").rename(tmp_path / "moved.safetensors")
     train(small(*given, f"model.weights={tmp_path}/moved.safetensors", "trainer.unfreeze_epoch=2"), tmp_path)
     assert len(losses(tmp_path)) == 4
-
-
-@pytest.mark.parametrize("processes", [(), pytest.param(("trainer=ddp", "trainer.devices=2"), marks=pytest.mark.slow)])
-def test_a_cycle_of_other_steps_than_it_began_with_is_one_error(small, tmp_path, monkeypatch, processes):
-    cycle = ("optim.schedule=one_cycle", "trainer.max_epochs=3", "trainer.accelerator=cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks, "EndWithParent", StopInTheSecond)
-        with pytest.raises(Interrupted):
-            train(small(*cycle), tmp_path)
-    given = (*cycle, *processes, "trainer.args.accumulate_grad_batches=2", f"ckpt={tmp_path}/checkpoints/last.ckpt")
-    with pytest.raises(ChestCTError, match=r"^The cycle .* began with \d+ steps.*without ckpt\.$"):
-        train(small(*given), tmp_path)
 
 
 @pytest.mark.slow
