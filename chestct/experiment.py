@@ -167,9 +167,7 @@ def evaluate(cfg: Config, out: Path) -> None:
         evaluation = _evaluate_checkpoint(cfg, out)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
-    # On its run's own data, and divided in the run's way?
-    own = evaluation.about.get("trained_on") == evaluation.about["data_hash"] and not evaluation.about["left_out"]
-    if own and cfg.ckpt and Path(cfg.ckpt).stem == "best":
+    if cfg.ckpt and Path(cfg.ckpt).stem == "best":
         with run_of(cfg, Path(cfg.ckpt)) as run:
             run.evaluation(flat(evaluation).get("test", {}), out)
 

@@ -26,10 +26,9 @@ from chestct.config.schema import Config, classes_of
 from chestct.config.schema_serving import ROUNDED
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import SPLITS, seen
+from chestct.data.splits import SPLITS, SPLITTING, check_own, identity
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
-from chestct.evaluation.unseen import SPLITTING, leave_out_learned
 from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import Classifier, load_classifier
@@ -95,10 +94,11 @@ class Evaluation:
 
 
 def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
-    """Measures the checkpoint cfg.ckpt on the slices that `cfg` describes, but for those that it learned from.
+    """Measures the checkpoint cfg.ckpt on its own slices, divided as it was trained.
 
     data: made from `cfg` unless it is given; features that it holds are not used. Raises ChestCTError where there is no
-    checkpoint (a network without training is never evaluated), and as `leave_out_learned` does.
+    checkpoint (a network without training is never evaluated), and DataError where the data or their division changed
+    since: a bundle knows what it has seen and leaves that out.
     """
     if not cfg.ckpt:
         raise ChestCTError(
@@ -112,7 +112,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     data.prepare_data()
     data.setup()
     assert data.store is not None
-    left_out = leave_out_learned(model, data, cfg)
+    now = identity(data.manifest, data.store.data_hash)
+    check_own(model.hparams["data"], now, cfg.ckpt, _on_other_data(Path(cfg.ckpt)))
     data.features = {}  # what training left there may come from convolutions that have changed since
     if _cached(model, cfg):
         features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
@@ -128,14 +129,11 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
     about = {
         "data_hash": data.store.data_hash,
-        "trained_on": model.hparams["data"]["hash"],
-        "left_out": left_out,
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
-    known = model.hparams["data"].get("seen", {}), seen(data.manifest)  # what was fitted just now counts, too
-    facts = {"task": cfg.task, "data": {"seen": sorted({one for of in known for part in of.values() for one in part})}}
+    facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
     training = drift.training_facts(data.manifest, table)
     evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
@@ -190,6 +188,13 @@ def assembled(
     } | about
     rows = [row(cfg, str(about["split"]), test, metrics["test"], data)]
     return Evaluation(cfg, bundle, table, manifest, images, metrics, rows, about, sections, data)
+
+
+def _on_other_data(ckpt: Path) -> str:
+    """How the model of a checkpoint is measured on data that are not its own, the end of a sentence."""
+    folder = ckpt.parent.parent / "bundle"
+    command = f"python evaluate.py {shlex.quote(f'bundle={folder}')} data=... data.root=..."
+    return f"measure its bundle, which leaves out what it has seen: {command}" if folder.is_dir() else "train anew."
 
 
 def _cached(model: Classifier, cfg: Config) -> bool:

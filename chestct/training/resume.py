@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from chestct.config.checks import resolve
 from chestct.config.fields import leaves
 from chestct.config.schema import Config
-from chestct.errors import ConfigError, DataError, WeightsError
+from chestct.data.splits import check_own
+from chestct.errors import ConfigError, WeightsError
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.lightning_module import Classifier, check_fits
@@ -32,18 +33,7 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
     _check_settings(cfg, checkpoint)  # first: it names the setting by which tensors differ
     check_fits(checkpoint, model)
     theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
-    if theirs["hash"] != ours["hash"]:
-        raise DataError(
-            f"The data changed since {cfg.ckpt} was written (hash {theirs['hash'][:12]}, now {ours['hash'][:12]}). "
-            "Resume with the data of that run, or start anew without ckpt."
-        )
-    # An earlier version did not keep what it has seen, and found other groups; the official split needs none.
-    if theirs.get("seen", ours["seen"] if cfg.data.split == "official" else None) != ours["seen"]:
-        raise DataError(
-            f"The data are divided otherwise than when {cfg.ckpt} was written, or an earlier version wrote it: it "
-            "would train on its own test slices. Leave out what divides them (data.split=..., "
-            "data.sources.NAME.patient=...), or start anew without ckpt."
-        )
+    check_own(theirs, ours, cfg.ckpt, "start anew without ckpt.")
     return Path(cfg.ckpt)
 
 

@@ -36,7 +36,7 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import seen
+from chestct.data.splits import identity
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
@@ -96,8 +96,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
                 f"{trainer.world_size} processes share batches and splits, the smallest of which has {smallest} "
                 "slices. Start fewer with trainer.devices=N, or raise data.batch_size."
             )
-        leaks = int(data.manifest["leaked"].sum())
-        about = {"hash": data.store.data_hash, "leaks": leaks, "seen": seen(data.manifest)}
+        about = identity(data.manifest, data.store.data_hash)
         model = Classifier(dataclasses.asdict(cfg), list(data.class_names), data.class_counts().tolist(), about)
         if not (cfg.model.hidden or cfg.model.head or has_places(model.net.head)):
             # A linear head has nothing to break the symmetry of, and what it draws at random is noise that a small
