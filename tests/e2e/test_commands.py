@@ -107,6 +107,17 @@ def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, command, s
         assert not list(tmp_path.glob("runs/*"))
 
 
+@pytest.mark.parametrize("elsewhere", ["hydra.run.dir=other", "-m"])
+def test_a_training_goes_on_in_its_own_folder_alone(call, tmp_path, elsewhere):
+    (last := tmp_path / "run" / "checkpoints" / "last.ckpt").parent.mkdir(parents=True)
+    last.touch()
+    status, _, err = call("train.py", "ckpt=run", elsewhere)
+    assert status == 2
+    assert f"in its own folder, {tmp_path}/run: leave out {elsewhere.split('=')[0]}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert "damaged" in call("train.py", "ckpt=run", "hydra.run.dir=run")[2]  # which is that folder
+
+
 @pytest.mark.parametrize(
     "command",
     [
