@@ -31,6 +31,7 @@ from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
 from chestct.models import features
 from chestct.models.bundle import Bundle
+from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
@@ -97,8 +98,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     """Measures the checkpoint cfg.ckpt on its own slices, divided as it was trained.
 
     data: made from `cfg` unless it is given; features that it holds are not used. Raises ChestCTError where there is no
-    checkpoint (a network without training is never evaluated), and DataError where the data or their division changed
-    since: a bundle knows what it has seen and leaves that out.
+    checkpoint (a network without training is never evaluated), DataError where the data or their division changed.
     """
     if not cfg.ckpt:
         raise ChestCTError(
@@ -203,8 +203,10 @@ def _cached(model: Classifier, cfg: Config) -> bool:
 
 
 @torch.no_grad()
-def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor:
-    """What NORMALS normal training slices show, which heat maps are held against (chestct.models.saliency)."""
+def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor | None:
+    """What NORMALS normal training slices show (see saliency); None for a head that judges places and needs none."""
+    if has_places(model.net.head):
+        return None
     dataset = data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
@@ -280,8 +282,7 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
     best = max(scores, key=lambda baseline: baseline.auroc)
     cancer = (test["label"] == "cancer").to_numpy()
     model = 1 - test["probability_normal"].to_numpy()
-    settings = (cfg.evaluation.resamples, cfg.data.split_seed)
-    margin = auroc_difference(model, best.scores, cancer, test["group"], *settings)
+    margin = auroc_difference(model, best.scores, cancer, test["group"], cfg.evaluation.resamples, cfg.data.split_seed)
     return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
 
 
