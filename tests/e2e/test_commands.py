@@ -90,9 +90,8 @@ def test_train_then_evaluate_tell_the_same_numbers_and_the_mlflow_run_holds_them
         ("train.py optim=sgd,adamw", "add -m"),
         ("train.py runs_dir=file/below", "runs_dir=FOLDER"),
         ("train.py cache_dir=file/below", "cache_dir=FOLDER"),
-        ("evaluate.py", "ckpt="),
+        ("evaluate.py", "Nothing to evaluate: give a checkpoint with ckpt="),
         ("evaluate.py ckpt=last", "ckpt="),
-        ("evaluate.py ckpt=gone.ckpt", "ckpt="),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, command, says):

@@ -12,16 +12,11 @@ from PIL import Image
 from chestct import experiment
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
-from chestct.errors import ChestCTError, ConfigError, DataError
+from chestct.errors import ConfigError, DataError
 from chestct.evaluation.evaluate import Evaluation, evaluate, made
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
-
-
-def test_nothing_is_evaluated_without_a_checkpoint(small) -> None:
-    with pytest.raises(ChestCTError, match="Nothing to evaluate"):
-        evaluate(small())
 
 
 def test_a_checkpoint_is_measured_on_its_own_slices_alone_and_its_bundle_on_others(
