@@ -76,10 +76,10 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         beside = ckpt.resolve().parent
         # The first process alone has the run's folder, which is that of the checkpoint where this has the name.
         in_place = beside.name == "checkpoints" if rank() else beside == (out / "checkpoints").resolve()
-        if not (rank() or in_place) and (out / "checkpoints").exists():
+        if not (rank() or in_place) and (beside.name == "checkpoints" or (out / "checkpoints").exists()):
             raise ConfigError(
-                f"{out} holds another run than {ckpt}, and would be written over. Give ckpt and runs_dir on the "
-                "command line, or another folder with hydra.run.dir=FOLDER."
+                f"{out} is not the folder of {ckpt}, where its training goes on, and what another run has there would "
+                "be written over. Give ckpt and runs_dir on the command line, and leave out hydra.run.dir."
             )
         if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
@@ -167,9 +167,7 @@ def evaluate(cfg: Config, out: Path) -> None:
         evaluation = _evaluate_checkpoint(cfg, out)
     write(evaluation, out)
     print(f"{summary(evaluation)}\n\nreport  {out / 'report.html'}")
-    # On its run's own data, and divided in the run's way?
-    own = evaluation.about.get("trained_on") == evaluation.about["data_hash"] and not evaluation.about["left_out"]
-    if own and cfg.ckpt and Path(cfg.ckpt).stem == "best":
+    if cfg.ckpt and Path(cfg.ckpt).stem == "best":
         with run_of(cfg, Path(cfg.ckpt)) as run:
             run.evaluation(flat(evaluation).get("test", {}), out)
 

@@ -58,14 +58,18 @@ def program(
                 if int(started) > 1 and (config_name != "train" or sweep):
                     raise ConfigError(f"{started} processes were started; only a single training takes several.")
                 given = {key: value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
-                if int(started) > 1 and {"ckpt", "hydra.run.dir"} <= given.keys():
-                    raise ConfigError("Several processes go on in the run's own folder: leave out hydra.run.dir.")
                 overrides = [readable(override, sweep) for override in overrides]
                 for key in {"tracking.uri", "tracking.local"} & given.keys():
                     from chestct.tracking.stores import refuse_password
 
                     refuse_password(given[key])  # before Hydra writes it into the run's folder
-                folder = None if sweep else run_folder(given)
+                folder = run_folder(given)
+                if folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
+                    elsewhere = "-m" if sweep else "hydra.run.dir"
+                    raise ConfigError(
+                        f"A training goes on in its own folder, {folder}: leave out {elsewhere}. To branch it, copy "
+                        "its checkpoints/*.ckpt to checkpoints/ of another folder, and name that."
+                    )
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")
                     overrides += [quoted("hydra.run.dir", scratch.name), "hydra.output_subdir=null"]

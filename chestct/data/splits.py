@@ -5,6 +5,8 @@ data set it does so for 46 of 54 normal test slices. Every split made here is ch
 """
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +16,9 @@ from chestct.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 LEFT_OUT = ""
+
+SPLITTING = ("split", "split_seed", "valid_fraction", "test_fraction", "folds", "fold", "allow_leakage", "holdout")
+"""Settings of `data` that decide which slices are test."""
 
 LARGE = 1 / 3  # share of a class in validation or test that one group should not exceed
 
@@ -112,14 +117,41 @@ def leaked(manifest: pd.DataFrame, splits: pd.Series) -> pd.Series:
     return order.gt(first) & order.notna()
 
 
-def seen(manifest: pd.DataFrame) -> dict[str, list[str]]:
-    """What a model keeps of the slices that it learns from, train and valid: 16 digits of each content hash."""
+def identity(manifest: pd.DataFrame, data_hash: str) -> dict[str, Any]:
+    """What a checkpoint keeps of its data: the hash, how many slices leak, and which are `seen` in train and valid, by
+    16 digits of each content hash.
+
+    manifest: as load_splits makes it, of the store with that hash.
+    """
     short = manifest["content"].str[:16]
-    return {split: sorted(set(short[manifest["split"] == split])) for split in ("train", "valid")}
+    seen = {split: sorted(set(short[manifest["split"] == split])) for split in ("train", "valid")}
+    return {"hash": data_hash, "leaks": int(manifest["leaked"].sum()), "seen": seen}
+
+
+def check_own(then: Mapping[str, Any], now: Mapping[str, Any], ckpt: Path | str, otherwise: str) -> None:
+    """Raises DataError unless the data are those of a checkpoint, and the same slices train and validate.
+
+    One file more deals all groups anew, and other patterns for patients make other groups: what it has learned from
+    would be test.
+
+    then, now: `identity` of the data when the checkpoint was written, and as they are; otherwise: what the user can do
+    where neither the data nor the settings are to be as they were, the end of a sentence.
+    """
+    if then["hash"] != now["hash"]:
+        raise DataError(
+            f"The data changed since {ckpt} was written (hash {then['hash'][:12]}, now {now['hash'][:12]}). Take the "
+            f"data of that run, or {otherwise}"
+        )
+    if then != now:
+        raise DataError(
+            f"The data are divided otherwise than when {ckpt} was written, or an earlier version wrote it: slices that "
+            "it has learned from would be test. Leave out what divides them (data.split=..., "
+            f"data.sources.NAME.patient=...), or {otherwise}"
+        )
 
 
 def groups_of(manifest: pd.DataFrame, contents: Collection[str]) -> set[int]:
-    """The groups that hold a slice of these contents, which are given as by `seen`."""
+    """The groups that hold a slice of these contents, which are given as by `identity`."""
     return set(manifest["group"][manifest["content"].str[:16].isin(contents)])
 
 

@@ -26,12 +26,12 @@ from chestct.config.schema import Config, classes_of
 from chestct.config.schema_serving import ROUNDED
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import SPLITS, seen
+from chestct.data.splits import SPLITS, SPLITTING, check_own, identity
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
-from chestct.evaluation.unseen import SPLITTING, leave_out_learned
 from chestct.models import features
 from chestct.models.bundle import Bundle
+from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
@@ -95,10 +95,10 @@ class Evaluation:
 
 
 def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
-    """Measures the checkpoint cfg.ckpt on the slices that `cfg` describes, but for those that it learned from.
+    """Measures the checkpoint cfg.ckpt on its own slices, divided as it was trained.
 
     data: made from `cfg` unless it is given; features that it holds are not used. Raises ChestCTError where there is no
-    checkpoint (a network without training is never evaluated), and as `leave_out_learned` does.
+    checkpoint (a network without training is never evaluated), DataError where the data or their division changed.
     """
     if not cfg.ckpt:
         raise ChestCTError(
@@ -112,7 +112,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     data.prepare_data()
     data.setup()
     assert data.store is not None
-    left_out = leave_out_learned(model, data, cfg)
+    now = identity(data.manifest, data.store.data_hash)
+    check_own(model.hparams["data"], now, cfg.ckpt, _on_other_data(Path(cfg.ckpt)))
     data.features = {}  # what training left there may come from convolutions that have changed since
     if _cached(model, cfg):
         features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
@@ -128,14 +129,11 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
     about = {
         "data_hash": data.store.data_hash,
-        "trained_on": model.hparams["data"]["hash"],
-        "left_out": left_out,
         # The run's folder and below: where it lies on this machine is nobody's business.
         "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
-    known = model.hparams["data"].get("seen", {}), seen(data.manifest)  # what was fitted just now counts, too
-    facts = {"task": cfg.task, "data": {"seen": sorted({one for of in known for part in of.values() for one in part})}}
+    facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
     training = drift.training_facts(data.manifest, table)
     evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
@@ -192,14 +190,23 @@ def assembled(
     return Evaluation(cfg, bundle, table, manifest, images, metrics, rows, about, sections, data)
 
 
+def _on_other_data(ckpt: Path) -> str:
+    """How the model of a checkpoint is measured on data that are not its own, the end of a sentence."""
+    folder = ckpt.parent.parent / "bundle"
+    command = f"python evaluate.py {shlex.quote(f'bundle={folder}')} data=... data.root=..."
+    return f"measure its bundle, which leaves out what it has seen: {command}" if folder.is_dir() else "train anew."
+
+
 def _cached(model: Classifier, cfg: Config) -> bool:
     """Whether what convolutions give may come from the cache: while they are the given ones."""
     return cfg.features.cache and model.cfg.always_frozen
 
 
 @torch.no_grad()
-def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor:
-    """What NORMALS normal training slices show, which heat maps are held against (chestct.models.saliency)."""
+def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor | None:
+    """What NORMALS normal training slices show (see saliency); None for a head that judges places and needs none."""
+    if has_places(model.net.head):
+        return None
     dataset = data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
@@ -275,8 +282,7 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
     best = max(scores, key=lambda baseline: baseline.auroc)
     cancer = (test["label"] == "cancer").to_numpy()
     model = 1 - test["probability_normal"].to_numpy()
-    settings = (cfg.evaluation.resamples, cfg.data.split_seed)
-    margin = auroc_difference(model, best.scores, cancer, test["group"], *settings)
+    margin = auroc_difference(model, best.scores, cancer, test["group"], cfg.evaluation.resamples, cfg.data.split_seed)
     return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
 
 

@@ -26,7 +26,6 @@ from chestct.imaging.decode import decode
 from chestct.imaging.lungs import find_lungs
 from chestct.imaging.preprocess import as_bytes, placement
 from chestct.models.bundle import Bundle
-from chestct.models.head import has_places
 from chestct.models.lightning_module import load_classifier
 from chestct.models.saliency import explained_output, heat, heat_to_square, normalised_cam
 from chestct.phantom import insertion
@@ -113,7 +112,7 @@ def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str
     every = {kind: make(test, data.store.images, cfg) for kind, make in kinds.items()}
     heads = [load_classifier(path, cfg.trust).eval() for path in models]
     shown = {}
-    baselines = [None if has_places(head.net.head) else normal_baseline(head, data, cfg) for head in heads]
+    baselines = [normal_baseline(head, data, cfg) for head in heads]
     taught = [held[:].sum((0, 1)) for held in data.places.get("train", []) if held.rows[0].shape[-1] > 1]
     usual = torch.stack(taught).sum(0).numpy() if taught else None
     for kind, lesions in every.items():

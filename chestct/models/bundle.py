@@ -28,6 +28,7 @@ from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import Graph, choose, load_graph
 from chestct.models.bundle_schema import check_facts
+from chestct.models.head import has_places
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint, Outputs
 from chestct.models.saliency import explained_output, heat, normalised_cam
@@ -56,7 +57,7 @@ class Bundle:
     net: VGG16
     point: OperatingPoint
     novelty_model: NoveltyModel
-    baseline: torch.Tensor  # what normal training slices show, see chestct.models.saliency
+    baseline: torch.Tensor | None  # what normal training slices show, see saliency; None where a head judges places
     facts: dict[str, Any]
     card: str = ""
     backend: str = "torch"
@@ -89,8 +90,7 @@ class Bundle:
     @property
     def elsewhere(self) -> str:
         """How the same recipe did at its threshold in collections that it had not seen; "" where that is not known."""
-        rows = self.facts.get("elsewhere", [])
-        if not rows:
+        if not (rows := self.facts.get("elsewhere", [])):
             return ""
         spans = [sorted(row[name] for row in rows) for name in ("sensitivity", "specificity")]
         found, flagged = spans[0], sorted(1 - share for share in spans[1])
@@ -138,7 +138,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     if own:
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
     tensors |= {f"novelty.{key}": value for key, value in asdict(bundle.novelty_model).items()}
-    tensors["saliency.baseline"] = bundle.baseline
+    tensors |= {} if bundle.baseline is None else {"saliency.baseline": bundle.baseline}
     files = {TENSORS: save({key: value.contiguous() for key, value in tensors.items()}), CARD: bundle.card.encode()}
     files |= bundle.files
     mean, scale = net.mean.flatten().tolist(), net.scale.flatten().tolist()
@@ -214,15 +214,15 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
     parts = [_read(folder, file, facts["files"][file]) for file in FILES.get(name, ())]
     try:
         tensors = load(files[TENSORS])
+        net = _network(facts, tensors, folder).eval().requires_grad_(False).to(device)
         bundle = Bundle(
-            _network(facts, tensors, folder).eval().requires_grad_(False),
+            net,
             OperatingPoint.from_dict(facts["operating_point"]),
             NoveltyModel.from_tensors(_part(tensors, "novelty.")),
-            tensors["saliency.baseline"],
+            None if has_places(net.head) else tensors["saliency.baseline"],
             facts,
             files[CARD].decode(),
         )
-        bundle.net.to(device)
         if parts:
             novelty_model = bundle.novelty_model.marked(facts["backends"][name].get("novelty", 1.0))
             bundle = replace(bundle, backend=name, graph=load_graph(name, parts), novelty_model=novelty_model)

@@ -286,5 +286,5 @@ def sole_writer(out: Path) -> Iterator[None]:
     except Timeout:
         raise ChestCTError(
             f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
-            "or with hydra.run.dir=FOLDER."
+            "and in another folder."
         ) from None

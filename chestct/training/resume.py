@@ -1,6 +1,5 @@
-"""Going on from a checkpoint: what it has to agree with, and what comes along."""
+"""Going on from a checkpoint: what it has to agree with."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from chestct.config.checks import resolve
 from chestct.config.fields import leaves
 from chestct.config.schema import Config
-from chestct.errors import ConfigError, DataError, WeightsError
-from chestct.files import write_atomic
+from chestct.data.splits import check_own
+from chestct.errors import ConfigError
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.lightning_module import Classifier, check_fits
 
@@ -32,18 +31,7 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
     _check_settings(cfg, checkpoint)  # first: it names the setting by which tensors differ
     check_fits(checkpoint, model)
     theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
-    if theirs["hash"] != ours["hash"]:
-        raise DataError(
-            f"The data changed since {cfg.ckpt} was written (hash {theirs['hash'][:12]}, now {ours['hash'][:12]}). "
-            "Resume with the data of that run, or start anew without ckpt."
-        )
-    # An earlier version did not keep what it has seen, and found other groups; the official split needs none.
-    if theirs.get("seen", ours["seen"] if cfg.data.split == "official" else None) != ours["seen"]:
-        raise DataError(
-            f"The data are divided otherwise than when {cfg.ckpt} was written, or an earlier version wrote it: it "
-            "would train on its own test slices. Leave out what divides them (data.split=..., "
-            "data.sources.NAME.patient=...), or start anew without ckpt."
-        )
+    check_own(theirs, ours, cfg.ckpt, "start anew without ckpt.")
     return Path(cfg.ckpt)
 
 
@@ -68,27 +56,3 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     falls = cfg.optim.schedule != "constant" and not cfg.optim.scheduler
     if falls and epochs != stored.trainer.max_epochs:
         rank_zero_only(print)(f"From here on the learning rate is that of a run of {epochs} epochs.")
-
-
-def bring_best(resume: Path, out: Path) -> None:
-    """Copies the best checkpoint next to `resume` into the run's folder, where Keeper sees it.
-
-    Else the next epoch of a run that goes on in another folder would count as the best, however bad. One that is later,
-    damaged, or not the best that `resume` knows stays behind.
-    """
-    best, own = resume.with_name("best.ckpt"), out / "checkpoints" / "best.ckpt"
-    if not best.is_file() or best.resolve() == own.resolve():
-        return
-    try:
-        kept, ours = read_checkpoint(best), read_checkpoint(resume)
-    except WeightsError:
-        print(f"Left out: {best}, which is damaged. The best epoch will be one of those to come.")
-        return
-    if kept["epoch"] <= ours["epoch"] and _best_score(kept) == _best_score(ours):
-        write_atomic(own, best.read_bytes())
-
-
-def _best_score(checkpoint: dict[str, Any]) -> float:
-    """What the Keeper of the best checkpoint noted; NaN, which equals nothing, where none did."""
-    states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("Keeper")]
-    return next((float(state["best_model_score"]) for state in states if state["monitor"]), math.nan)

@@ -36,7 +36,7 @@ from chestct.config.schema import Config
 from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import seen
+from chestct.data.splits import identity
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import read_checkpoint
@@ -49,7 +49,7 @@ from chestct.progress import phase
 from chestct.reporting.audit_report import kept_report
 from chestct.tracking import Run
 from chestct.training.callbacks import Keeper, SealedCheckpoints, callbacks_of
-from chestct.training.resume import bring_best, resumable
+from chestct.training.resume import resumable
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Result:
 def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | None = None) -> Result:
     """Trains as `cfg` says, keeps checkpoints and history in `out`, and measures the best checkpoint.
 
-    data: made from `cfg` unless it is given, set up or not. With cfg.ckpt, goes on from that checkpoint. With
-    trainer.strategy=ddp, other processes take part in the training, and each that returns has measured all slices.
-    Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C or SIGTERM; the checkpoint of the last
-    whole epoch is then in place.
+    data: made from `cfg` unless it is given, set up or not. With cfg.ckpt, goes on from that checkpoint; the best so
+    far is known where it lies in `out`. With trainer.strategy=ddp, other processes take part in the training, and each
+    that returns has measured all slices. Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C
+    or SIGTERM; the checkpoint of the last whole epoch is then in place.
     """
     run = run or Run()
     L.seed_everything(cfg.seed, verbose=False)
@@ -96,8 +96,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
                 f"{trainer.world_size} processes share batches and splits, the smallest of which has {smallest} "
                 "slices. Start fewer with trainer.devices=N, or raise data.batch_size."
             )
-        leaks = int(data.manifest["leaked"].sum())
-        about = {"hash": data.store.data_hash, "leaks": leaks, "seen": seen(data.manifest)}
+        about = identity(data.manifest, data.store.data_hash)
         model = Classifier(dataclasses.asdict(cfg), list(data.class_names), data.class_counts().tolist(), about)
         if not (cfg.model.hidden or cfg.model.head or has_places(model.net.head)):
             # A linear head has nothing to break the symmetry of, and what it draws at random is noise that a small
@@ -116,8 +115,6 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
     phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
-    if resume and trainer.is_global_zero:
-        bring_best(resume, out)
     with _ended_in_order(trainer, out, cfg):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices

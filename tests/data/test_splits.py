@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chestct.config.schema import SUBTYPES, Config, DataConfig, SourceConfig
-from chestct.data.splits import balanced_weights, leaked, load_splits, make_splits, stratified_group_split
+from chestct.data.splits import (
+    balanced_weights,
+    check_own,
+    identity,
+    leaked,
+    load_splits,
+    make_splits,
+    stratified_group_split,
+)
 from chestct.errors import DataError
 
 
@@ -160,6 +168,21 @@ def test_leakage_stops_the_run_unless_it_is_allowed_and_is_then_marked():
         load_splits(manifest, Config(data=DataConfig(split="official")))
     table = load_splits(manifest, Config(data=DataConfig(split="official", allow_leakage=True)))
     assert table["leaked"].sum() == 1
+
+
+def test_who_trains_and_validates_and_what_leaks_is_as_it_was_or_an_error():
+    manifest = load_splits(make_manifest(range(14), CLASSES, OFFICIAL), Config(data=DataConfig(split="official")))
+    then = identity(manifest, "h" * 64)
+    check_own(then, identity(manifest.sample(frac=1, random_state=0), "h" * 64), "best.ckpt", "train anew.")
+    with pytest.raises(DataError, match=r"data changed since best\.ckpt .*, or train anew\."):
+        check_own(then, identity(manifest, "i" * 64), "best.ckpt", "train anew.")
+    swapped = manifest.replace({"split": {"train": "valid", "valid": "train"}})
+    taken = manifest.assign(split=manifest["split"].where(manifest.index != 0, "test"))
+    for other in (swapped, taken, manifest.assign(leaked=manifest["split"] == "test")):
+        with pytest.raises(DataError, match=r"divided otherwise than when best\.ckpt .*, or train anew\."):
+            check_own(then, identity(other, "h" * 64), "best.ckpt", "train anew.")
+    with pytest.raises(DataError, match="earlier version wrote it"):
+        check_own({"hash": "h" * 64, "leaks": 0}, then, "best.ckpt", "train anew.")
 
 
 def test_validation_and_test_do_not_hang_on_one_large_group():

@@ -90,9 +90,8 @@ def test_train_then_evaluate_tell_the_same_numbers_and_the_mlflow_run_holds_them
         ("train.py optim=sgd,adamw", "add -m"),
         ("train.py runs_dir=file/below", "runs_dir=FOLDER"),
         ("train.py cache_dir=file/below", "cache_dir=FOLDER"),
-        ("evaluate.py", "ckpt="),
+        ("evaluate.py", "Nothing to evaluate: give a checkpoint with ckpt="),
         ("evaluate.py ckpt=last", "ckpt="),
-        ("evaluate.py ckpt=gone.ckpt", "ckpt="),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, command, says):
@@ -105,6 +104,17 @@ def test_a_mistake_is_one_message_without_a_traceback(call, tmp_path, command, s
     if "cache_dir" not in command:  # which is met when the run has begun
         assert err.startswith("error: ")
         assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize("elsewhere", ["hydra.run.dir=other", "-m"])
+def test_a_training_goes_on_in_its_own_folder_alone(call, tmp_path, elsewhere):
+    (last := tmp_path / "run" / "checkpoints" / "last.ckpt").parent.mkdir(parents=True)
+    last.touch()
+    status, _, err = call("train.py", "ckpt=run", elsewhere)
+    assert status == 2
+    assert f"in its own folder, {tmp_path}/run: leave out {elsewhere.split('=')[0]}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert "damaged" in call("train.py", "ckpt=run", "hydra.run.dir=run")[2]  # which is that folder
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import torch
 
 from chestct.config.compose import CONF
 from chestct.models.checkpoint import find_checkpoint, read_checkpoint
-from chestct.models.weights import convolutions
 
 ROOT = CONF.parent
 TEXT = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -98,20 +97,6 @@ def test_another_head_that_only_who_trusts_it_may_load(run, tmp_path):
     assert last(tmp_path)["state_dict"]["net.head.1.1.weight"].shape == (16, 512)
     assert "trust=[mine]" in run.evaluate("ckpt=last", code=2)
     run.evaluate("ckpt=last", "trust=[mine]", "evaluation.resamples=100")
-
-
-@pytest.mark.slow
-def test_another_torchvision_backbone(run, tmp_path):
-    _, (*settings, file) = commands("mobilenet")
-    path = tmp_path / file.split("=", 1)[1]
-    path.parent.mkdir()
-    torch.manual_seed(0)
-    tensors = {
-        key: torch.rand(x.shape) * 0.1 + 0.01 for key, x in convolutions("mobilenet_v3_small").state_dict().items()
-    }
-    torch.save({f"features.{key}": tensor for key, tensor in tensors.items()}, path)
-    run(*settings, file)
-    assert last(tmp_path)["state_dict"]["net.head.2.weight"].shape == (1, 576)
 
 
 @pytest.mark.slow

@@ -38,13 +38,8 @@ def store(made, tmp_path, small):
     return client, small("tracking=mlflow", f"tracking.uri={uri}", f"cache_dir={tmp_path}/cache"), run
 
 
-@pytest.fixture
-def images():
-    return np.random.default_rng(0).integers(0, 256, (3, 50, 70), np.uint8)
-
-
-def test_an_mlflow_model_answers_as_the_bundle_does_and_holds_no_pickle(made, images):
-    bundle = load_bundle("packaged")
+def test_an_mlflow_model_answers_as_the_bundle_does_and_holds_no_pickle(made):
+    bundle, images = load_bundle("packaged"), np.random.default_rng(0).integers(0, 256, (3, 50, 70), np.uint8)
     model = pyfunc.load_model(str(made / "model"))
     answers = model.predict(images)
     assert model.metadata.get_output_schema() == infer_signature(answers).inputs
@@ -71,16 +66,11 @@ def test_every_name_of_a_bundle_finds_it_and_an_alias_that_moves_is_followed(sto
     assert fetch_bundle("models:/chest/1", cfg) == before
 
 
-def test_what_was_exported_again_is_what_is_fetched_and_the_last_one_stays_at_hand(
-    store, small_bundle, tmp_path, monkeypatch
-):
+def test_what_was_exported_again_is_what_is_fetched(store, small_bundle, tmp_path):
     client, cfg, run = store
     first = load_bundle(fetch_bundle(f"runs:/{run}", cfg)).id
     log_bundle(Run(client, run), shutil.copytree(small_bundle, tmp_path / "v2"))
-    found = fetch_bundle(f"runs:/{run}", cfg)
-    assert load_bundle(found).id == load_bundle(small_bundle).id != first
-    monkeypatch.setattr(MlflowClient, "list_artifacts", lambda *_: (_ for _ in ()).throw(ConnectionError("offline")))
-    assert fetch_bundle(f"runs:/{run}", cfg) == found
+    assert load_bundle(fetch_bundle(f"runs:/{run}", cfg)).id == load_bundle(small_bundle).id != first
 
 
 def test_a_bundle_whose_model_carries_the_package_is_the_one_that_is_found(store, small_bundle, tmp_path):
@@ -135,7 +125,7 @@ def test_an_evaluation_is_added_to_the_run_of_its_checkpoint_while_that_is_there
     # Divided otherwise, slices that it learned from would be test.
     status, _, err = call("evaluate.py", f"ckpt={run}", "data.split_seed=1", *out, small=False)
     assert status == 2
-    assert "trained with data.split_seed=0" in err
+    assert "data are divided otherwise" in err
     assert client.get_run(run_id).data.metrics["test/auroc"] == 0
     status, printed, err = call("evaluate.py", f"ckpt={run}", "evaluation.threshold=half", *out, small=False)
     assert status == 0, err

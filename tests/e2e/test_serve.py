@@ -116,17 +116,10 @@ def test_a_service_is_alive_while_it_waits_for_its_bundle_and_can_be_stopped_the
     assert (running.returncode, "Terminated" in printed, "Traceback" in printed) == (130, True, False), printed
 
 
-@pytest.mark.parametrize(
-    ("changed", "setting", "message"),
-    [
-        ({}, "bundle=gone", "No bundle in gone"),
-        ({}, "bundle=", "bundle= is empty"),
-        ({"CHESTCT_USERNAME": "a"}, "bundle=packaged", "CHESTCT_PASSWORD"),
-    ],
-)
-def test_a_service_that_cannot_start_says_why_in_one_sentence(tmp_path: Path, changed, setting, message) -> None:
-    command = [*SERVE, setting, f"serve.port={free_port()}"]
-    ended = subprocess.run(command, cwd=tmp_path, env=os.environ | changed, capture_output=True, text=True)
+def test_a_service_that_cannot_start_says_why_in_one_sentence(tmp_path: Path) -> None:
+    command = [*SERVE, "bundle=packaged", f"serve.port={free_port()}"]
+    environment = os.environ | {"CHESTCT_USERNAME": "a"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert message in ended.stderr
+    assert "CHESTCT_PASSWORD" in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -37,12 +37,6 @@ def settings(server, empty_store, tmp_path, monkeypatch):
     return ("tracking=mlflow", f"tracking.uri={server.uri}", local, f"cache_dir={tmp_path}/cache")
 
 
-@pytest.fixture
-def away(small, settings):
-    """The same settings while the server cannot be reached."""
-    return small(*settings, "tracking.uri=http://127.0.0.1:9")
-
-
 def copies(server, local):
     """(local run, its copies on the server), for the newest local run."""
     client, here = MlflowClient(server.uri), MlflowClient(local.tracking.local)
@@ -123,9 +117,9 @@ def test_a_server_that_hangs_neither_slows_the_run_nor_loses_anything(
 
 
 def test_sync_sends_what_was_trained_offline_once_and_goes_on_after_a_break(
-    settings, server, small, away, tmp_path, monkeypatch, capsys
+    settings, server, small, tmp_path, monkeypatch, capsys
 ):
-    with recorded(away, tmp_path / "out") as run:
+    with recorded(small(*settings, "tracking.uri=http://127.0.0.1:9"), tmp_path / "out") as run:  # out of reach
         act(run, range(5), tmp_path / "evaluation")
     assert "cannot be written to" in capsys.readouterr().out
     cfg, send = small(*settings), MlflowClient.log_artifacts

@@ -1,23 +1,42 @@
+import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from chestct import experiment
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
-from chestct.errors import ChestCTError, ConfigError
+from chestct.errors import ConfigError, DataError
 from chestct.evaluation.evaluate import Evaluation, evaluate, made
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
 
 
-def test_nothing_is_evaluated_without_a_checkpoint(small) -> None:
-    with pytest.raises(ChestCTError, match="Nothing to evaluate"):
-        evaluate(small())
+def test_a_checkpoint_is_measured_on_its_own_slices_alone_and_its_bundle_on_others(
+    run: tuple[Config, Result], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(run[0].data.root or "", tmp_path / "moved"))
+    ckpt = tmp_path / "run (1)" / "checkpoints" / "best.ckpt"
+    ckpt.parent.mkdir(parents=True)
+    shutil.copy(run[0].ckpt or "", ckpt)
+    cfg = replace(run[0], ckpt=str(ckpt), data=replace(run[0].data, root=str(root)))
+    assert evaluate(cfg).table["path"].tolist() == run[1].predictions["path"].tolist()
+    with pytest.raises(DataError, match=r"divided otherwise .*, or train anew\."):
+        evaluate(replace(cfg, data=replace(cfg.data, split_seed=1)))
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)
+    Image.fromarray(noise).save(next(root.glob("train/normal/*.png")).with_name("new.png"))
+    (tmp_path / "run (1)" / "bundle").mkdir()
+    with pytest.raises(DataError, match=rf"data changed since {re.escape(str(ckpt))}") as refused:
+        evaluate(cfg)
+    _, program, *given = shlex.split(str(refused.value).partition("has seen: ")[2])  # as it is pasted
+    assert (program, *given) == ("evaluate.py", f"bundle={tmp_path}/run (1)/bundle", "data=...", "data.root=...")
 
 
 def test_features_that_training_left_are_not_believed(run: tuple[Config, Result], evaluation: Evaluation) -> None:

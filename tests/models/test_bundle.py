@@ -175,10 +175,14 @@ def test_a_head_that_would_make_its_target_by_an_expression_runs_nothing(folder:
     assert not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("name", ["novelty.mean", "saliency.baseline", "head.2.weight"])
-def test_tensors_of_other_shapes_are_refused(folder: Path, name: str) -> None:
+def test_tensors_of_other_shapes_and_tensors_that_are_not_there_are_refused(
+    folder: Path, name: str, there: bool
+) -> None:
     tensors = load_file(folder / TENSORS)
-    tensors[name] = tensors[name].repeat_interleave(3, -1)
+    tensor = tensors.pop(name)
+    tensors |= {name: tensor.repeat_interleave(3, -1)} if there else {}
     save_file(tensors, folder / TENSORS)
     rewrite(folder, lambda facts: facts["files"].update({TENSORS: file_digest(folder / TENSORS)}))
     with pytest.raises(BundleError, match="cannot be used"):

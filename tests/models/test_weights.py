@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchvision.models import VGG16_Weights, vgg16
+from torchvision.models import VGG16_Weights
 
 from chestct.errors import ConfigError, WeightsError
 from chestct.models import weights
@@ -68,13 +68,6 @@ def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):
     monkeypatch.setattr(VGG16_Weights, "get_state_dict", unreachable)
     with pytest.raises(WeightsError, match=r"cannot be reached.*model\.weights=oxford"):
         load_weights("imagenet1k_v1")
-
-
-def test_the_convolutions_are_those_of_torchvision():
-    with torch.device("meta"):
-        theirs, own = vgg16().features, weights.convolutions()
-    assert str(own) == str(theirs)
-    assert {k: v.shape for k, v in own.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 def test_a_backbone_without_features_is_refused_with_those_that_have_them():

@@ -22,7 +22,7 @@ from chestct.errors import ConfigError
 from chestct.serving import limits, server
 from chestct.serving.limits import HEADERS, RequestLimits, login_from, route_of
 from chestct.serving.server import PatientServer, bind, running
-from tests.serving.conftest import Served, until
+from tests.serving.conftest import until
 
 PASSWORD = "correct horse battery staple"
 LOGIN = {"CHESTCT_USERNAME": "ann", "CHESTCT_PASSWORD": PASSWORD}
@@ -271,13 +271,3 @@ def test_an_answer_that_is_not_read_ends_its_connection(monkeypatch: pytest.Monk
         connections = service.server.server_state.connections
         until(lambda: len(connections) == 1)
         until(lambda: not connections)
-
-
-@pytest.mark.slow
-def test_one_upload_cannot_be_read_many_times_by_naming_it_often(served: Served, files: list[bytes]) -> None:
-    from tests.serving.visitor import Visitor  # Gradio with it
-
-    visitor = Visitor(served.url)
-    visitor.send(("upload", "upload"), [visitor.upload([("a.png", files[0])]) * 20])
-    assert "listed twice" in visitor.values["status"]
-    assert not served.left()
