@@ -18,7 +18,7 @@ from chestct.audit.findings import Audit, Table, findings
 from chestct.audit.shortcuts import shortcuts
 from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import SUBTYPES, Config
-from chestct.data.splits import LEFT_OUT, SPLITS, make_splits
+from chestct.data.splits import LEFT_OUT, SPLITS, lacking, make_splits, targets
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import digest, json_digest, write_atomic
@@ -29,7 +29,9 @@ EARLIER = {"test": ("train", "valid"), "valid": ("train",)}
 """What a slice of each held-out split must not be known from; decisions are made on valid, so test counts it too."""
 
 
-def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0) -> Audit:
+def audit(
+    store: Store, splits: Mapping[str, pd.Series], *, name: str, split: str, seed: int = 0, task: str = "binary"
+) -> Audit:
     """Everything that is wrong with the slices of a store, with the split policy `split` in force.
 
     splits: for each policy "train" | "valid" | "test" | "" for every slice. Raises KeyError if `split` is not among the
@@ -42,6 +44,7 @@ def audit(store: Store, splits: Mapping[str, pd.Series], *, name: str, split: st
         seed=seed,
         counts=counts(manifest, in_force),
         balance=balance(manifest, in_force),
+        lacking=lacking(in_force, targets(manifest, task), task),
         unreadable=store.unreadable,
         duplicates=duplicates(manifest, pairs),
         leakage={policy: leaks(manifest, column, pairs) for policy, column in splits.items()},
@@ -68,7 +71,7 @@ def audit_store(cfg: Config, store: Store) -> Audit:
                 policies[policy] = make_splits(store.manifest, cfg.task, replace(data, split=policy, folds=0, fold=0))
             except DataError:  # the folders do not admit it
                 continue
-    return audit(store, policies, name=data.name, split=data.split, seed=data.split_seed)
+    return audit(store, policies, name=data.name, split=data.split, seed=data.split_seed, task=cfg.task)
 
 
 def kept_audit(cfg: Config, store: Store) -> Audit:
@@ -83,8 +86,9 @@ def kept_audit(cfg: Config, store: Store) -> Audit:
 
 def kept_folder(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir for the audit of this store under this split, by this code."""
-    data = cfg.data
-    code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    data, package = cfg.data, Path(__file__).parents[1]
+    makes = [*package.glob("audit/*.py"), *package.glob("stats/*.py"), package / "data" / "splits.py"]
+    code = [digest(path.read_bytes()) for path in sorted(makes)]
     splits = make_splits(store.manifest, cfg.task, data, check=False).tolist()
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
     what += [store.skipped, store.disbelieved, store.notes, cfg.task, data.name, data.split, data.split_seed]
@@ -114,6 +118,7 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
     one group with one), and `by_class` with the same three; under `list` every leaked slice with the earlier one
     (`twin`) that gives it away; `left_out` counts slices in no split.
     """
+    manifest = _named(manifest)
     result: dict[str, Any] = {"left_out": int((split == LEFT_OUT).sum()), "list": []}
     alike = pd.concat([pairs, pairs.rename(columns={"a": "b", "b": "a"})]).sort_values("similarity", ascending=False)
     for held_out, earlier in EARLIER.items():
@@ -162,6 +167,7 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     ("near"), with paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of unknown
     subtype does not contradict a subtype.
     """
+    manifest = _named(manifest)
     copied = manifest[manifest.duplicated("content", keep=False)]
     alike = [("copy", part.index.tolist()) for _, part in copied.groupby("content", sort=False)]
     near, classes = _near(manifest, pairs)[["a", "b"]].to_numpy(int), manifest["subtype"].to_numpy()
@@ -173,6 +179,12 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
             paths, classes = part["path"].to_list(), part["subtype"].to_list()
             rows.append({"kind": kind, "paths": paths, "classes": classes, "labels": labels})
     return sorted(rows, key=lambda row: (row["kind"] != "copy", not row["labels"]))
+
+
+def _named(manifest: pd.DataFrame) -> pd.DataFrame:
+    """The manifest with paths that tell slices apart: with the source, where there are several."""
+    several = manifest["source"].nunique() > 1
+    return manifest.assign(path=manifest["source"] + "/" + manifest["path"]) if several else manifest
 
 
 def _near(manifest: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from chestct.audit.findings import counted
+from chestct.audit.findings import counted, without_examples
 
 
 def as_text(value: Any, signed: bool = False) -> str:
@@ -66,7 +66,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {function.__name__: function for function in (as_text, records, literal)}
+ENVIRONMENT.filters |= {function.__name__: function for function in (as_text, records, literal, without_examples)}
 ENVIRONMENT.globals["counted"] = counted
 
 
