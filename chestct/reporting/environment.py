@@ -1,14 +1,11 @@
 """The one Jinja environment of all reports, and how they write numbers and names."""
 
 import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from PIL import Image
 
 from chestct.audit.findings import counted, without_examples
 
@@ -45,13 +42,6 @@ def literal(value: Any) -> str:
     """Text that Markdown shows as it is, on one line: names of files and folders come from strangers."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\`*_|" else char for char in text).replace("](", "]\\(")
-
-
-def jpeg(pixels: np.ndarray, side: int) -> str:
-    """Pixels uint8 [S, S] or [S, S, 3] as a JPEG of `side` pixels, in a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=82)
-    return data_uri(buffer.getvalue(), "image/jpeg")
 
 
 def data_uri(content: bytes, kind: str) -> str:
