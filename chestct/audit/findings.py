@@ -37,7 +37,7 @@ VERDICTS = {
     "leakage": "Scores on this split cannot be trusted: part of the test was seen in training.",
     "label_conflict": "Labels contradict each other, and scores are no better than they are.",
     "shortcut": "A high score proves little here: cancer can be recognised without seeing a lesion.",
-    "imbalance": "Nothing can be learned from one class.",
+    "imbalance": "Nothing can be trained on this split: slices of a class are missing from it.",
 }
 """What an error of a kind means for whoever wants to believe a score."""
 
@@ -46,7 +46,10 @@ Table = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault, or a caveat of a result. severity: one of `SEVERITIES`; text, action: one plain sentence each."""
+    """One fault, or a caveat of a result. severity: one of `SEVERITIES`; text, action: plain sentences.
+
+    What names files comes last in a text, after "For example": see `without_examples`.
+    """
 
     kind: str
     severity: str
@@ -65,8 +68,8 @@ class Verdict(NamedTuple):
 class Audit:
     """Everything that the audit measured and concluded, in plain Python values that go into JSON as they are.
 
-    `leakage` is keyed by split policy, and `split` names the one in force; the other tables are described where they
-    are made (chestct.audit.stage, shortcuts).
+    `leakage` is keyed by split policy, and `split` names the one in force; `lacking` is what that one does not have and
+    training needs; the tables are described where they are made (chestct.audit.stage, shortcuts).
     """
 
     name: str
@@ -74,6 +77,7 @@ class Audit:
     seed: int
     counts: Table
     balance: Table
+    lacking: list[str]
     unreadable: Table
     duplicates: dict[str, Any]
     leakage: dict[str, dict[str, Any]]
@@ -122,6 +126,11 @@ def leaked(tally: dict[str, int]) -> int:
     return tally["copies"] + tally["related"]
 
 
+def without_examples(text: str) -> str:
+    """The text of a finding without the names of files, which may be those of patients: for what is published."""
+    return text.partition(" For example ")[0]
+
+
 def estimate(row: dict[str, Any]) -> str:
     """`0.98 [0.97, 0.99]`, or n/a and the reason."""
     if row["auroc"] is None:
@@ -149,12 +158,14 @@ def _about_the_split(audit: Audit) -> Iterator[Finding]:
         text += "a single wrong answer moves the score visibly."
         action = "Quote scores with intervals, or test every slice by cross-validation: 'evaluation.protocol=[within]'."
         yield Finding("sample_size", "warning", text, action)
+    if audit.lacking:
+        text = f"There are no {' and no '.join(audit.lacking)}, which training cannot do without."
+        action = "Check data.labels and the class folders; where a class has few groups, take larger fractions "
+        action += "(data.valid_fraction, data.test_fraction), or add slices of other patients."
+        yield Finding("imbalance", "error", text, action)
     groups = {row["label"]: row["groups"] for row in audit.balance if row["split"] == "train"}
     rare, common = sorted(groups, key=lambda label: groups[label])
-    if not groups[rare]:
-        action = "Check data.labels and the class folders."
-        yield Finding("imbalance", "error", f"Train has no slices of {rare}.", action)
-    elif groups[common] > IMBALANCE * groups[rare]:
+    if groups[common] > IMBALANCE * groups[rare] > 0:
         text = f"Train has {groups[common] / groups[rare]:.1f} times as many independent slices of {common}"
         text += f" ({groups[common]}) as of {rare} ({groups[rare]})."
         action = "Keep optim.class_weights=true, and judge by AUROC and balanced accuracy, not by accuracy."
@@ -176,8 +187,7 @@ def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
         if rows := [row for row in audit.conflicts if (row["kind"], row["labels"]) == (kind, labels)]:
             what = "Identical images" if kind == "copy" else "Near-copies"
             called = "both cancer and normal" if labels else "two subtypes of cancer"
-            text = f"{what} are called {called} in {counted(len(rows), 'place')}, for example "
-            text += f"{' and '.join(rows[0]['paths'][:2])}."
+            text = f"{what} are called {called} in {counted(len(rows), 'place')}. For example {_opposed(rows[0])}."
             action = "Look at them side by side: neighbouring slices may differ, copies may not; delete what is wrong."
             yield Finding("label_conflict", severity, text, action)
     copies = audit.duplicates
@@ -192,17 +202,30 @@ def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
         yield Finding("duplicates", "warning" if share[worst] >= MANY_COPIES else "info", text, action)
 
 
+def _opposed(row: dict[str, Any]) -> str:
+    """Two paths of a conflict that contradict each other; cancer of unknown subtype contradicts normal alone."""
+    paths: dict[str, str] = {}
+    for name, path in zip(row["classes"], row["paths"], strict=True):
+        if row["labels"] or name != "cancer":
+            paths.setdefault("cancer" if row["labels"] and name != "normal" else name, path)
+    return " and ".join(list(paths.values())[:2])
+
+
 def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
     flagged = [row for row in audit.shortcuts if row["flagged"]]
-    families = {row["family"] for row in flagged}
-    # Metadata taken together repeat what size and file say; they are a finding only where neither says it alone.
-    families -= {"metadata"} if families & {"size", "file"} else set()
-    for family in sorted(families, key=list(FAMILIES).index):
-        best = max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
+    best = {
+        family: max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
+        for family in FAMILIES
+        if any(row["family"] == family for row in flagged)
+    }
+    severity = {family: "error" if row["auroc"] >= STRONG_SHORTCUT else "warning" for family, row in best.items()}
+    # Metadata taken together repeat what size and file say; they are a finding only where neither is as bad alone.
+    if {severity.get("metadata", ""), "error"} & {severity.get("size"), severity.get("file")}:
+        best.pop("metadata", None)
+    for family, row in best.items():
         what, action = FAMILIES[family]
-        text = f"{what} cancer from normal without a look at the lesion: {_lower(best['title'])} alone gives AUROC "
-        severity = "error" if best["auroc"] >= STRONG_SHORTCUT else "warning"
-        yield Finding("shortcut", severity, f"{text}{estimate(best)}.", action)
+        text = f"{what} cancer from normal without a look at the lesion: {_lower(row['title'])} alone gives AUROC "
+        yield Finding("shortcut", severity[family], f"{text}{estimate(row)}.", action)
     for row in audit.shortcuts:
         # A large lesion survives in a thumbnail, so its score is a bar for the model, not evidence of a shortcut.
         if row["family"] == "picture" and row["low"] is not None and row["low"] > 0.5:
@@ -211,14 +234,19 @@ def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
 
 
 def _about_files(audit: Audit) -> Iterator[Finding]:
-    if audit.unreadable:
-        first = audit.unreadable[0]
-        text = f"{counted(len(audit.unreadable), 'file')} unreadable and left out, for example {first['path']}"
-        action = "Fetch what is damaged again (dvc pull), or delete it."
-        yield Finding("unreadable", "warning", f"{text} ({first['reason']}).", action)
-    if audit.skipped:
-        text = f"{describe_skipped([(row['path'], row['reason']) for row in audit.skipped])}."
-        yield Finding("skipped", "info", text, "If slices are among them, put them into class folders, as CT.")
+    several = len({row["source"] for row in (*audit.counts, *audit.unreadable, *audit.skipped)}) > 1
+    unreadable, skipped = (
+        [(f"{row['source']}/{row['path']}" if several else row["path"], row["reason"]) for row in rows]
+        for rows in (audit.unreadable, audit.skipped)
+    )
+    if unreadable:
+        path, reason = unreadable[0]
+        text = f"{counted(len(unreadable), 'file')} unreadable and left out. For example {path} ({reason})."
+        yield Finding("unreadable", "warning", text, "Fetch what is damaged again (dvc pull), or delete it.")
+    if skipped:
+        number, _, names = describe_skipped(skipped).partition(": ")
+        action = "If slices are among them, put them into class folders, as CT."
+        yield Finding("skipped", "info", f"{number}. For example {names}.", action)
     for text in audit.disbelieved:
         action = "Slices of one patient may stand on both sides of the split unnoticed: keep real patient numbers, or "
         yield Finding("identifiers", "warning", text, f"{action}pseudonyms for them, when files are anonymised.")

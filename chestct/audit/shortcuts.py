@@ -89,7 +89,8 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
             else:
                 scores = _score(baseline, X, y, X, seed)
             resampled = np.concatenate([auroc(scores, y, part.astype(float)) for part in weights])
-            low, high, corrected = np.quantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
+            # NaN: without a normal slice, which may happen where all of them are of groups that have cancers, too.
+            low, high, corrected = np.nanquantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
             row |= {"auroc": float(auroc(scores, y)[0]), "low": low, "high": high, "significant": corrected > 0.5}
         row["flagged"] = row["significant"] and row["low"] > MATERIAL and baseline.family != "picture"
         rows.append(row)

@@ -17,7 +17,7 @@ from chestct.audit.findings import Audit, Table, findings
 from chestct.audit.shortcuts import shortcuts
 from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import SUBTYPES, Config
-from chestct.data.splits import LEFT_OUT, SPLITS, make_splits
+from chestct.data.splits import LEFT_OUT, SPLITS, lacking, make_splits, targets
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import digest, json_digest, write_atomic
@@ -49,6 +49,7 @@ def audit_store(cfg: Config, store: Store) -> Audit:
         seed=data.split_seed,
         counts=counts(manifest, in_force),
         balance=balance(manifest, in_force),
+        lacking=lacking(in_force, targets(manifest, cfg.task), cfg.task),
         unreadable=store.unreadable,
         duplicates=duplicates(manifest, pairs),
         leakage={policy: leaks(manifest, splits, pairs) for policy, splits in policies.items()},
@@ -73,8 +74,9 @@ def kept_audit(cfg: Config, store: Store) -> Audit:
 
 def kept_folder(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir for the audit of this store under this split, by this code."""
-    data = cfg.data
-    code = [digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))]
+    data, package = cfg.data, Path(__file__).parents[1]
+    makes = [*package.glob("audit/*.py"), *package.glob("stats/*.py"), package / "data" / "splits.py"]
+    code = [digest(path.read_bytes()) for path in sorted(makes)]
     splits = make_splits(store.manifest, cfg.task, data, check=False).tolist()
     what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
     what += [store.skipped, store.disbelieved, store.notes, cfg.task, data.name, data.split, data.split_seed]
@@ -104,6 +106,7 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
     one group with one), and `by_class` with the same three; under `list` every leaked slice with the earlier one
     (`twin`) that gives it away; `left_out` counts slices in no split.
     """
+    manifest = _named(manifest)
     result: dict[str, Any] = {"left_out": int((split == LEFT_OUT).sum()), "list": []}
     alike = pd.concat([pairs, pairs.rename(columns={"a": "b", "b": "a"})]).sort_values("similarity", ascending=False)
     for held_out, earlier in EARLIER.items():
@@ -152,6 +155,7 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     ("near"), with paths, classes and whether cancer and normal contradict each other (`labels`). Cancer of unknown
     subtype does not contradict a subtype.
     """
+    manifest = _named(manifest)
     copied = manifest[manifest.duplicated("content", keep=False)]
     alike = [("copy", part.index.tolist()) for _, part in copied.groupby("content", sort=False)]
     near, classes = _near(manifest, pairs)[["a", "b"]].to_numpy(int), manifest["subtype"].to_numpy()
@@ -163,6 +167,12 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
             paths, classes = part["path"].to_list(), part["subtype"].to_list()
             rows.append({"kind": kind, "paths": paths, "classes": classes, "labels": labels})
     return sorted(rows, key=lambda row: (row["kind"] != "copy", not row["labels"]))
+
+
+def _named(manifest: pd.DataFrame) -> pd.DataFrame:
+    """The manifest with paths that tell slices apart: with the source, where there are several."""
+    several = manifest["source"].nunique() > 1
+    return manifest.assign(path=manifest["source"] + "/" + manifest["path"]) if several else manifest
 
 
 def _near(manifest: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:

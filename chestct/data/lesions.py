@@ -113,7 +113,7 @@ def not_shown(manifest: pd.DataFrame, known: Mapping[str, Known], empty: Collect
     ):
         where = "mask is empty" if shows_none else "lesion lies outside of what data.fit shows"
         sentences.append(
-            f"In {len(rows)} slices of {source} the {where}, for example {rows['path'].iat[0]}: where it is counts as "
-            "not known."
+            f"In {len(rows)} slices of {source} the {where}: where it is counts as not known. For example "
+            f"{rows['path'].iat[0]}."
         )
     return sentences

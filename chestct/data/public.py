@@ -6,10 +6,12 @@ so that other file names or a lossless repacking are no difference, and one slic
 
 import shlex
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from omegaconf import OmegaConf
 
 from chestct.config.schema import WindowConfig
@@ -91,6 +93,19 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
     return part.rename(target)
 
 
+def published(name: str, manifest: pd.DataFrame) -> PublicSet | None:
+    """The collection of this name, where the slices of a manifest are those that were published, all and no others."""
+    known = SETS.get(name)
+    if not known or len(manifest) != sum(count for count, _ in known.folders.values()):
+        return None
+    paths = manifest["path"].str.lower()
+    for folder, (_, expected) in known.folders.items():
+        within = tuple(f"{name.lower()}/" for name in (folder, known.also.get(folder, folder)))
+        if _digest(manifest["content"][paths.str.startswith(within)]) != expected:
+            return None
+    return known
+
+
 def settings_of(name: str, folder: Path) -> str:
     """The settings that read a collection from a folder, as a shell takes them."""
     place = "root" if name == "chest_ct" else f"sources.{name}.root"
@@ -101,7 +116,11 @@ def content_digest(paths: list[Path], label: str = "", progress: bool = False) -
     """16 hex digits of what slices show, whatever their names and order. Raises DecodeError for one without pixels."""
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda path: pixel_hash(decode(path, WindowConfig()).levels), paths)
-        return json_digest(sorted(steps(hashes, f"Checking {label}", len(paths), progress)))[:16]
+        return _digest(steps(hashes, f"Checking {label}", len(paths), progress))
+
+
+def _digest(hashes: Iterable[str]) -> str:
+    return json_digest(sorted(hashes))[:16]
 
 
 def _known(name: str) -> PublicSet:

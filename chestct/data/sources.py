@@ -131,8 +131,8 @@ class _Source:
             raise DataError(f"{setting} matches none of the {len(files)} files, for example {without[0]}. Change it.")
         if without:
             self.listing.notes.append(
-                f"{setting} does not match {len(without)} of {len(files)} files, for example {without[0]}: of their "
-                "patients nothing is known but near-copies."
+                f"{setting} does not match {len(without)} of {len(files)} files: of their patients nothing is known "
+                f"but near-copies. For example {without[0]}."
             )
 
     def _folders(self, parent: Path) -> list[Path]:

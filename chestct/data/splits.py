@@ -228,6 +228,13 @@ def _official(manifest: pd.DataFrame, cfg: DataConfig) -> pd.Series:
     return splits
 
 
+def lacking(splits: pd.Series, classes: pd.Series, task: str) -> list[str]:
+    """What training needs and these splits do not have, such as `normal slices in valid`."""
+    wanted = [(split, name) for split in ("train", "valid") for name in classes_of(task)]
+    missing = [f"{name} slices in {part}" for part, name in wanted if not ((splits == part) & (classes == name)).any()]
+    return missing if (splits == "test").any() else [*missing, "slices in test"]
+
+
 def _check_classes(splits: pd.Series, classes: pd.Series, groups: pd.Series, task: str) -> None:
     names = classes_of(task)
     present = [name for name in names if (classes == name).any()]
@@ -236,12 +243,7 @@ def _check_classes(splits: pd.Series, classes: pd.Series, groups: pd.Series, tas
             f"Only one class is there: {', '.join(present) or 'none'}. Training needs slices of {' and '.join(names)}; "
             "check data.labels and the class folders."
         )
-    wanted = [(split, name) for split in ("train", "valid") for name in names]
-    missing = [
-        f"{name} slices in {split}" for split, name in wanted if not ((splits == split) & (classes == name)).any()
-    ]
-    missing += ["slices in test"] if not (splits == "test").any() else []
-    if missing:
+    if missing := lacking(splits, classes, task):
         sizes = [f"{(classes == n).sum()} {n} slices make {groups[classes == n].nunique()} groups" for n in names]
         raise DataError(
             f"There are no {' and no '.join(missing)}. Groups (copies, near-copies, one patient) stay whole: "

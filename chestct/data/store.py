@@ -21,7 +21,7 @@ from chestct.files import digest, file_digest, json_digest, write_atomic
 from chestct.imaging.preprocess import THUMBNAIL, Preprocess
 from chestct.imaging.slice_files import why_skipped
 
-FORMAT = 10  # of the files below, and of how groups are made; another version is made anew
+FORMAT = 11  # of the files below, of its sentences, and of how groups are made; another version is made anew
 STORE = "chestct-store.json"  # the file that names the pieces, with what no table holds
 PIECES = {"slices": "u8", "manifest": "parquet", "pairs": "parquet"}
 # Names of pieces, finished and not, earlier versions' too; nothing else is ever removed from a store's folder

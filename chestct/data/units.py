@@ -120,12 +120,14 @@ def believable(manifest: pd.DataFrame, named: Collection[str] = ()) -> tuple[pd.
             classes = given.groupby(rows["subtype"]).nunique()
             most = 2 * contents[given.index].nunique() > contents.nunique() > len(classes)
             constant = given if most and (classes <= 1).all() else given[:0]
-            for what, aside in (("a placeholder", values[placeholder]), ("the same throughout each class", constant)):
+            shown = ", ".join(map(repr, values[placeholder].unique()[:3]))
+            # Not its values, which may be patients: notes go into cards and records.
+            same = f"the same throughout each class (different values: {constant.nunique()})"
+            for what, aside in ((f"a placeholder ({shown})", values[placeholder]), (same, constant)):
                 if len(aside):
-                    shown = ", ".join(map(repr, aside.unique()[:3]))
                     notes.append(
-                        f"{attribute} is {what} ({shown}) in {len(aside)} slices of {source}: it tells no slices apart "
-                        "and was not used."
+                        f"{attribute} is {what} in {len(aside)} slices of {source}: it tells no slices apart and was "
+                        "not used."
                     )
                     result.loc[aside.index, column] = ""
     return result, notes

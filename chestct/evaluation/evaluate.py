@@ -126,11 +126,11 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
     table = pd.concat(parts, ignore_index=True)
     point = fit_point(table, cfg)
-    table = decided(table, point, table["novelty"].to_numpy(), cfg.task)
+    table, ckpt = decided(table, point, table["novelty"].to_numpy(), cfg.task), Path(cfg.ckpt).resolve()
     about = {
         "data_hash": data.store.data_hash,
-        # The run's folder and below: where it lies on this machine is nobody's business.
-        "checkpoint": "/".join(Path(cfg.ckpt).resolve().parts[-3:]),
+        # In a run, its folder and below; else the name: where it lies on this machine is nobody's business.
+        "checkpoint": "/".join(ckpt.parts[-3:] if ckpt.parent.name == "checkpoints" else ckpt.parts[-1:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
     facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}

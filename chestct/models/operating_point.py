@@ -13,7 +13,7 @@ import numpy as np
 
 from chestct.config.schema import EvaluationConfig
 from chestct.models.novelty import FOREIGN
-from chestct.stats.calibration import Calibration, choose_threshold, fit_calibration, fit_conformal, prediction_sets
+from chestct.stats.calibration import Calibration, choose_threshold, fit_calibration, fit_conformal
 
 CANCER, NORMAL, UNCERTAIN, REFUSED = "cancer", "normal", "uncertain", "refused"
 
@@ -91,8 +91,8 @@ class OperatingPoint:
         return np.where(novelty > FOREIGN, REFUSED, decision)
 
     def sets(self, probabilities: np.ndarray) -> np.ndarray:
-        """Conformal sets, bool [N, classes]: the classes that cannot be excluded at the stated coverage."""
-        return prediction_sets(probabilities, list(self.quantiles))
+        """Conformal sets, bool [N, classes]: which cannot be excluded at the stated coverage, possibly none."""
+        return 1 - probabilities <= np.asarray(self.quantiles)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "OperatingPoint":

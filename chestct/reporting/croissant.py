@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from chestct.audit.findings import Audit
-from chestct.data.public import SETS
+from chestct.audit.findings import Audit, without_examples
+from chestct.data.public import published
 from chestct.files import digest
 
 RECORD = Path(__file__).with_name("templates") / "croissant.json"
-"""A record as far as it is the same for all: its columns are those of the table; none identifies a patient."""
+"""A record as far as it is the same for all: its columns are those of the table. None is an identifier from a DICOM
+header; but `path` stands as it is, whatever the file is called."""
 
 BIASES = ("shortcut", "imbalance")
 """Kinds of findings that go to rai:dataBiases; identifiers have a field of their own, all others are limitations."""
@@ -25,8 +26,8 @@ def croissant(audit: Audit, manifest: pd.DataFrame) -> dict[str, str]:
     (file,), (rows,) = record["distribution"], record["recordSet"]
     table = manifest[[field["name"] for field in rows["field"]]].to_csv(index=False)
     file["sha256"] = digest(table)
-    known = SETS.get(audit.name)
-    findings = [(finding.kind, f"{finding.text} {finding.action}") for finding in audit.findings]
+    known = published(audit.name, manifest)  # the settings of a public collection read folders of one's own, too
+    findings = [(finding.kind, f"{without_examples(finding.text)} {finding.action}") for finding in audit.findings]
     record |= {
         "name": audit.name,
         "description": f"{known.title if known else audit.name}: {len(manifest)} chest CT slices, "

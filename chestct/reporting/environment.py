@@ -1,16 +1,13 @@
 """The one Jinja environment of all reports, and how they write numbers and names."""
 
 import base64
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from PIL import Image
 
-from chestct.audit.findings import counted
+from chestct.audit.findings import counted, without_examples
 
 
 def as_text(value: Any, signed: bool = False) -> str:
@@ -47,13 +44,6 @@ def literal(value: Any) -> str:
     return "".join(f"\\{char}" if char in "\\`*_|" else char for char in text).replace("](", "]\\(")
 
 
-def jpeg(pixels: np.ndarray, side: int) -> str:
-    """Pixels uint8 [S, S] or [S, S, 3] as a JPEG of `side` pixels, in a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=82)
-    return data_uri(buffer.getvalue(), "image/jpeg")
-
-
 def data_uri(content: bytes, kind: str) -> str:
     """A file that stands in the page itself."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
@@ -66,7 +56,7 @@ ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-ENVIRONMENT.filters |= {function.__name__: function for function in (as_text, records, literal)}
+ENVIRONMENT.filters |= {function.__name__: function for function in (as_text, records, literal, without_examples)}
 ENVIRONMENT.globals["counted"] = counted
 
 

@@ -11,6 +11,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from PIL import Image
 from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay, roc_curve
 
@@ -18,8 +19,9 @@ from chestct.config.schema import classes_of
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.models.bundle import Bundle
 from chestct.models.saliency import blend, heat_to_square
-from chestct.reporting.environment import as_text, jpeg
+from chestct.reporting.environment import as_text
 from chestct.reporting.text import called
+from chestct.serving.prediction import data_uri
 from chestct.stats.calibration import reliability_table
 
 COLOURS = {"normal": "#8a96a3", "cancer": "#0b5cad"}
@@ -164,4 +166,5 @@ def _pictures(gray: np.ndarray, bundle: Bundle) -> dict[str, Any]:
     heat = bundle.predict(gray[None], explain=True).heat
     assert heat is not None
     over = blend(gray, heat_to_square(heat[0], len(gray)))
-    return {"plain": jpeg(gray, 192), "heat": jpeg(over, 192), "silent": not heat.any()}
+    plain, hot = (data_uri(Image.fromarray(pixels), "JPEG", 192, quality=82) for pixels in (gray, over))
+    return {"plain": plain, "heat": hot, "silent": not heat.any()}

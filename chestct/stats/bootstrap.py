@@ -11,7 +11,8 @@ def draws(group: np.ndarray, resamples: int, seed: int, strata: np.ndarray | Non
     """How often each slice is drawn, float [r, N] in blocks of bounded memory: groups [N] = 0..G-1, with replacement.
 
     The whole group comes or stays away (Field & Welsh 2007). strata: int [N] >= 0; groups are then drawn within the
-    largest stratum of their slices, so that none is ever empty.
+    largest stratum of their slices. A stratum that has groups of its own is never empty; one all of whose slices lie in
+    groups of larger strata may be.
     """
     groups = int(group.max()) + 1
     stratum = np.zeros(groups, int)

@@ -130,11 +130,6 @@ def fit_conformal(scores: np.ndarray, targets: np.ndarray, coverage: float) -> l
     return quantiles
 
 
-def prediction_sets(scores: np.ndarray, quantiles: list[float]) -> np.ndarray:
-    """Which classes cannot be excluded, possibly none: bool [N, K], for scores float [N, K]."""
-    return 1 - scores <= np.asarray(quantiles)
-
-
 def wilson(k: float, n: float) -> tuple[float, float]:
     """95 % score interval of a share k / n (Wilson 1927), n > 0; unlike SciPy's, of numbers that are not whole, too."""
     p, z = min(max(k / n, 0.0), 1.0), 1.959963984540054

@@ -47,9 +47,11 @@ def holm(p: np.ndarray) -> np.ndarray:
 def psi(before: np.ndarray, now: np.ndarray) -> float:
     """Population stability index, sum of (p - q) ln(p / q) over ten bins of equal mass before; at least 0.
 
-    before, now: float [N] and [M]. Empty bins count as half a value, so that it stays finite; ties merge bins.
+    before, now: float [N] and [M]. Empty bins count as half a value, so that it stays finite; a value that is many of
+    the edges has a bin of its own.
     """
-    edges = np.unique(np.quantile(before, np.linspace(0, 1, BINS + 1)[1:-1]))
+    edges, times = np.unique(np.quantile(before, np.linspace(0, 1, BINS + 1)[1:-1]), return_counts=True)
+    edges = np.sort([*edges, *np.nextafter(edges[times > 1], -np.inf)])
     counts = [np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1) for values in (before, now)]
     q, p = (np.maximum(count, 0.5) / count.sum() for count in counts)
     return float(((p - q) * np.log(p / q)).sum())

@@ -63,7 +63,7 @@ def measure(
     values = {name: float(v[0]) for name, v in statistics(sample, np.ones((1, len(table)))).items()}
     drawn = [statistics(sample, weights) for weights in draws(sample.group, resamples, seed)]
     proportions, extremes = proportions_of(sample), _unseen(sample)
-    few = any(0 < len(np.unique(sample.group[sample.target == k])) < MIN_GROUPS for k in range(len(sample.names)))
+    few = fewest_groups(sample.target, sample.group) < MIN_GROUPS
     estimates = {}
     for name, value in values.items():
         hit, base, empty = proportions.get(name, (None, np.ones(len(table), bool), ""))

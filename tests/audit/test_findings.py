@@ -1,13 +1,15 @@
 """What the audit concludes from what it measured, on made-up slices with planted faults."""
 
 import json
+from copy import copy
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from chestct.audit import stage
-from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS, Audit
+from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS, Audit, findings
 from chestct.audit.stage import audit_store
 from chestct.config.schema import Config
 from tests.audit.conftest import run
@@ -16,6 +18,46 @@ from tests.audit.conftest import run
 def kinds(audit: Audit) -> dict[str, str]:
     """The worst severity of each kind of finding."""
     return {finding.kind: finding.severity for finding in reversed(audit.findings)}
+
+
+def test_what_training_refuses_is_an_error_whichever_split_or_class_it_is(make_data):
+    data = make_data(120)
+    manifest, splits = data.manifest, data.splits["grouped"]
+    data.splits["grouped"] = splits.mask((manifest["label"] == "normal") & (splits == "valid"), "test")
+    audit = run(data)
+    (told,) = (finding.text for finding in audit.findings if finding.kind == "imbalance")
+    assert told == "There are no normal slices in valid, which training cannot do without."
+    assert audit.verdict == ("error", VERDICTS["imbalance"])
+    data.splits["grouped"] = splits.replace("test", "train")
+    assert run(data).lacking == ["slices in test"]
+    data.splits["grouped"] = splits.mask((manifest["label"] == "normal") & (splits == "test"), "train")
+    assert run(data).lacking == []  # a test of cancers alone, such as a held-out source, is one of sensitivity
+    manifest.loc[manifest["subtype"] == "squamous", "subtype"] = "large_cell"
+    missing = ["squamous slices in train", "squamous slices in valid"]
+    assert audit_store(Config(task="subtype"), data).lacking == missing
+
+
+def test_the_example_of_contradicting_labels_is_a_slice_of_each(make_data):
+    data = make_data(20)
+    alike = ["large_cell", "large_cell", "cancer", "squamous"]
+    data.manifest.loc[range(4), ["content", "subtype", "label"]] = [["x", name, "cancer"] for name in alike]
+    data.manifest["path"] = [f"{i}.png" for i in range(20)]
+    first = next(finding.text for finding in run(data).findings if finding.kind == "label_conflict")
+    assert first.endswith(" For example 0.png and 3.png.")
+    data.manifest.loc[4, ["content", "subtype", "label"]] = ["x", "normal", "normal"]
+    first = next(finding.text for finding in run(data).findings if finding.kind == "label_conflict")
+    assert first.endswith(" For example 0.png and 4.png.")
+
+
+def test_where_there_are_several_sources_every_file_is_named_with_its_own(faulty):
+    data = copy(faulty)
+    data.manifest = faulty.manifest.assign(source=np.where(faulty.manifest.index == 1, "a", "b"))
+    audit = run(data, "official")
+    first, second = data.manifest["path"][:2]
+    known = [(row["path"], row["twin_path"]) for row in audit.leakage["official"]["list"]]
+    assert (f"a/{second}", f"b/{first}") in known
+    assert [f"b/{first}", f"a/{second}"] in [row["paths"] for row in audit.conflicts]
+    assert "s/<b>broken</b>.png" in next(finding.text for finding in audit.findings if finding.kind == "unreadable")
 
 
 def test_findings_come_worst_first_and_only_the_policy_in_force_can_be_in_error_for_leaking(faulty, official):
@@ -64,6 +106,15 @@ def test_one_class_only_is_an_error(make_data):
         assert kinds(audit_store(Config(), data))["imbalance"] == "error"
 
 
+@pytest.mark.parametrize(("width", "told"), [(0.0, ["error"]), (0.7, ["error", "warning"]), (0.92, ["error"])])
+def test_metadata_taken_together_are_left_out_only_where_size_alone_is_as_bad(official, width, told):
+    rows = [{"title": "Width", "family": "size", "auroc": width}, {"title": "All", "family": "metadata", "auroc": 0.97}]
+    rows = [row | {"low": row["auroc"], "high": 1.0, "flagged": row["auroc"] > 0.6} for row in rows]
+    found = [finding for finding in findings(replace(official, shortcuts=rows)) if finding.kind == "shortcut"]
+    assert [finding.severity for finding in found] == told
+    assert ("all alone" in found[0].text) == (width < 0.9)
+
+
 def test_the_json_tells_everything_without_nan_and_gives_the_same_audit_back(faulty, official):
     values = json.loads(official.to_json(), parse_constant=pytest.fail)
     assert values["leakage"]["official"]["test"]["copies"] == 1
@@ -93,7 +144,9 @@ def test_an_audit_is_kept_for_one_store_and_made_anew_for_another(tmp_path, monk
     with monkeypatch.context() as patch:  # the same settings, dealt by another rule
         patch.setattr(stage, "make_splits", lambda manifest, *_, **__: pd.Series("train", index=manifest.index))
         stage.kept_audit(cfg, store)
-    (tmp_path / "stage.py").write_text("another audit", encoding="utf-8")
-    monkeypatch.setattr(stage, "__file__", str(tmp_path / "stage.py"))
-    stage.kept_audit(cfg, store)
-    assert len(made) == 11
+    monkeypatch.setattr(stage, "__file__", str(tmp_path / "audit" / "stage.py"))
+    for name in ("data/splits.py", "audit/stage.py", "stats/metrics.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"another {name}", encoding="utf-8")
+        stage.kept_audit(cfg, store)
+    assert len(made) == 13

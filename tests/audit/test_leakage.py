@@ -8,7 +8,7 @@ def table(rows: list[tuple[str, str, int]]) -> pd.DataFrame:
     """Rows of (subtype, content, group)."""
     manifest = pd.DataFrame(rows, columns=["subtype", "content", "group"])
     manifest["label"] = manifest["subtype"].where(manifest["subtype"] == "normal", "cancer")
-    return manifest.assign(path=[f"{i}.png" for i in range(len(rows))])
+    return manifest.assign(source="s", path=[f"{i}.png" for i in range(len(rows))])
 
 
 def pairs_of(*rows: tuple[int, int, float, str]) -> pd.DataFrame:

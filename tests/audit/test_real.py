@@ -11,6 +11,7 @@ from chestct.audit.findings import Audit, estimate, leaked
 from chestct.audit.stage import audit_store, leaks
 from chestct.config.schema import SUBTYPES, Config, DataConfig
 from chestct.data.prepare import ingest
+from chestct.data.public import SETS, published
 from chestct.data.splits import make_splits
 from chestct.data.store import Store
 
@@ -57,6 +58,11 @@ def assert_quoted(page: str, *sentences: str) -> None:
     """That the page says all of these, whatever its line breaks and bold type."""
     text = " ".join((PROJECT / page).read_text(encoding="utf-8").replace("**", "").split())
     assert [sentence for sentence in sentences if sentence not in text] == []
+
+
+def test_it_is_known_as_what_was_published_whole_only(store: Store) -> None:
+    assert published(CFG.name, store.manifest) is SETS[CFG.name]
+    assert published(CFG.name, store.manifest[1:]) is None
 
 
 def test_copies(result: Audit, store: Store) -> None:

@@ -83,6 +83,16 @@ def test_slices_of_one_group_do_not_narrow_the_interval_and_copies_count_once(ma
     assert repeated["high"] - repeated["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.05)
 
 
+def test_draws_without_a_normal_slice_leave_the_interval_whole(make_data, monkeypatch):
+    monkeypatch.setattr("chestct.audit.shortcuts.MIN_GROUPS", 3)
+    data = make_data(60)
+    normal = data.manifest["label"] == "normal"  # of three patients, who have a cancer, too
+    patients = data.manifest["group"][~normal].head(3).to_numpy()
+    data.manifest.loc[normal, "group"] = patients[np.arange(normal.sum()) % 3]
+    rows = measure(data)
+    assert all(row["low"] <= row["auroc"] <= row["high"] for row in rows.values())
+
+
 def test_undefined_figures_have_a_reason_instead_of_a_number(make_data):
     data = make_data(100)
     data.manifest["border_std"] = 0.0

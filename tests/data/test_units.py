@@ -47,6 +47,13 @@ def test_an_identifier_is_believed_where_it_tells_slices_apart_and_else_named(co
     assert all(units.IDENTIFIERS[column] in note for note in notes)
 
 
+def test_an_identifier_that_is_set_aside_is_shown_only_where_it_is_a_placeholder():
+    _, (note,) = believable(table(patient=["MUELLER^HANS"] * 3 + ["SCHMIDT^EVA"] * 3))
+    assert "is the same throughout each class (different values: 2) in 6 slices of s:" in note
+    _, (note,) = believable(table(patient=["Anonymized"] * 6))
+    assert "is a placeholder ('Anonymized') in 6 slices" in note
+
+
 def test_each_source_is_judged_by_itself():
     other = table(patient=list("aabbcc")).assign(source="t", content=list("ghijkl"))
     result, (note,) = believable(pd.concat([table(patient=["id1"] * 6), other], ignore_index=True))
@@ -105,7 +112,8 @@ def test_a_patient_in_the_name_joins_slices_and_is_believed_whatever_it_is(tmp_p
     assert made.manifest["patient"].tolist() == ["A7", "A7", "", "", "A7", "B"]
     assert made.manifest["group"].tolist() == [0, 0, 1, 2, 0, 3]
     (note,) = made.notes
-    assert "does not match 2 of 6 files, for example normal/12.png" in note
+    assert "does not match 2 of 6 files: " in note
+    assert note.endswith(" For example normal/12.png.")
     numbers = ingest(named(tmp_path / "data", patient=r"_(\d)"), tmp_path / "store")
     assert set(numbers.manifest["patient"]) == {"", "s 1", "s 2", "s 3"}  # another source's 1 is somebody else
     assert numbers.manifest["group"].nunique() == 5

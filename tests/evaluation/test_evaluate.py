@@ -39,11 +39,16 @@ def test_a_checkpoint_is_measured_on_its_own_slices_alone_and_its_bundle_on_othe
     assert (program, *given) == ("evaluate.py", f"bundle={tmp_path}/run (1)/bundle", "data=...", "data.root=...")
 
 
-def test_features_that_training_left_are_not_believed(run: tuple[Config, Result], evaluation: Evaluation) -> None:
-    data = SliceModule(cfg := replace(run[0], features=replace(run[0].features, cache=False)))
+def test_features_that_training_left_are_not_believed_and_of_a_lone_file_the_name_is_told(
+    run: tuple[Config, Result], evaluation: Evaluation, tmp_path: Path
+) -> None:
+    cfg = replace(run[0], ckpt=str(shutil.copy(run[1].best, tmp_path)), features=replace(run[0].features, cache=False))
+    data = SliceModule(cfg)
     data.features = {split: [torch.rand(1000, 512)] for split in ("train", "valid", "test")}
     again = evaluate(cfg, data)
     assert np.abs(again.table["logit_cancer"] - evaluation.table["logit_cancer"]).max() < 1e-3
+    assert again.about["checkpoint"] == run[1].best.name
+    assert evaluation.about["checkpoint"] == "/".join(run[1].best.parts[-3:])
 
 
 @pytest.mark.slow

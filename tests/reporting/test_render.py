@@ -135,8 +135,10 @@ def test_other_data_is_held_against_training_and_names_that_are_no_utf_8_are_wri
 
 @pytest.mark.parametrize("task", ["binary", "subtype"])
 def test_the_card_says_what_the_report_says(task):
-    evaluation = made_up(task, audit=AUDIT, explanation=EXPLANATION)
+    named = [{**finding, "text": f"{finding['text']} For example MUELLER_1.png."} for finding in AUDIT["findings"]]
+    evaluation = made_up(task, audit={**AUDIT, "findings": named}, explanation=EXPLANATION)
     evaluation.about["synthetic"] = True
+    evaluation.cfg.model.weights = "/home/somebody/trial/vgg.safetensors"
     evaluation.rows.append(Row("official", {}, {}, 0, 0, note="no <train> | folder"))
     card = render.model_card(evaluation)
     assert headline(evaluation) in card
@@ -144,6 +146,9 @@ def test_the_card_says_what_the_report_says(task):
     for text in ("They are not patients", "A high score proves little here.", "46 of 54 &lt;b>leak&lt;/b>.",
                  "**The heat maps fail the check**", "license_name: MIT AND CC-BY-4.0"):  # fmt: skip
         assert text in card
+    assert "VGG16 convolutions vgg.safetensors (" in card
+    assert "somebody" not in card
+    assert "MUELLER" not in card
     assert "Not for clinical use" in card.split("## ")[0]
     tables = re.findall(r"(?:^\|.*\n)+", card, re.M)
     assert len(tables) == 3

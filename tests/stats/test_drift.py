@@ -22,6 +22,15 @@ def test_psi_is_siddiqis_sum_over_ten_bins():
     assert psi(ties, ties[::-1]) == pytest.approx(0)
 
 
+def test_psi_sees_a_change_from_a_value_that_all_or_many_slices_had_to_either_side():
+    width = np.full(1000, 512.0)
+    some = np.where(np.arange(1000) < 250, 512.0, np.arange(1000.0))
+    for other in (256.0, 1024.0):
+        assert psi(width, np.full(200, other)) > 1
+        assert psi(some, np.where(some == 512, other, some)) > 1
+    assert psi(width, np.full(50, 512.0)) < 0.1  # two empty bins of half a value each
+
+
 @pytest.mark.parametrize("shift", [0.0, 0.1, 1.0])
 def test_quantiles_tell_distance_and_p_nearly_as_the_slices_themselves_would(shift):
     values = np.random.default_rng(2).normal(shift, 1, 400)
