@@ -269,7 +269,7 @@ def from_checkpoint(cfg: Config, best: bool = True) -> Config:
     groups = PARTS if not best else []
     if best and (cfg.evaluation.policies or cfg.evaluation.protocol):
         groups = PARTS[:-1]  # heads that are trained anew have no logger
-    unsaid = [name for name in groups if not any(override.startswith(f"{name}=") for override in overrides)]
+    unsaid = [name for name in groups if not any(override.lstrip("+").startswith(f"{name}=") for override in overrides)]
     if lacking := left_behind(stored, unsaid, cfg):
         raise ConfigError(
             f"{path} was trained with parts that no file may choose. Say them again: {' '.join(lacking)}; or leave "
