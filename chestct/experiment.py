@@ -182,20 +182,22 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections
-    from chestct.evaluation.split_policies import refits
+    from chestct.evaluation.split_policies import check_anew, refits
     from chestct.training import train as fit
 
+    if data is None:
+        check_anew(cfg)  # now, not after an evaluation and trainings of hours
     evaluation = evaluate(cfg, data)
 
     def again(name: str, cfg: Config, data: "SliceModule") -> "tuple[pd.DataFrame, list[Path]]":
         result = fit(cfg, out / REFITS / name, data=data)
         return result.predictions, [result.best]
 
+    evaluation.sections |= optional_sections(evaluation)  # of minutes: what fails there fails before hours of training
     if data is None:
         evaluation.rows += refits(cfg, again)
         if parts := protocol(evaluation, again):
             evaluation.sections["protocol"] = parts
-    evaluation.sections |= optional_sections(evaluation)
     return evaluation
 
 
