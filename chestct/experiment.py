@@ -180,20 +180,22 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections
-    from chestct.evaluation.split_policies import refits
+    from chestct.evaluation.split_policies import check_anew, refits
     from chestct.training import train as fit
 
+    if data is None:
+        check_anew(cfg)  # now, not after an evaluation and trainings of hours
     evaluation = evaluate(cfg, data)
 
     def again(name: str, cfg: Config, data: "SliceModule") -> "tuple[pd.DataFrame, list[Path]]":
         result = fit(cfg, out / REFITS / name, data=data)
         return result.predictions, [result.best]
 
+    evaluation.sections |= optional_sections(evaluation)  # of minutes: what fails there fails before hours of training
     if data is None:
         evaluation.rows += refits(cfg, again)
         if parts := protocol(evaluation, again):
             evaluation.sections["protocol"] = parts
-    evaluation.sections |= optional_sections(evaluation)
     return evaluation
 
 
@@ -267,7 +269,7 @@ def from_checkpoint(cfg: Config, best: bool = True) -> Config:
     groups = PARTS if not best else []
     if best and (cfg.evaluation.policies or cfg.evaluation.protocol):
         groups = PARTS[:-1]  # heads that are trained anew have no logger
-    unsaid = [name for name in groups if not any(override.startswith(f"{name}=") for override in overrides)]
+    unsaid = [name for name in groups if not any(override.lstrip("+").startswith(f"{name}=") for override in overrides)]
     if lacking := left_behind(stored, unsaid, cfg):
         raise ConfigError(
             f"{path} was trained with parts that no file may choose. Say them again: {' '.join(lacking)}; or leave "

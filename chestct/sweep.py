@@ -100,7 +100,7 @@ def _examples(overrides: list[Override]) -> Iterator[list[str]]:
     first = [lines[0] for lines in choices]
     yield first
     for at, lines in enumerate(choices):
-        if lines[0].startswith(("data=", "data.root=", "data.sources")):
+        if lines[0].lstrip("+").startswith(("data=", "data.root=", "data.sources")):
             yield from ([*first[:at], line, *first[at + 1 :]] for line in lines[1:])
 
 

@@ -25,7 +25,7 @@ NO_RESULT = {"config", "errors", "files", "progress", "pyfunc", "tracking", "swe
 """What passes settings on or keeps records: it decides no output."""
 
 NOT_THE_PIPELINES = (
-    *("ckpt", "cache_dir", "bundle", "compare", "loggers", "trust", "seeds", "runs_dir", "tracking", "serve"),
+    *("ckpt", "cache_dir", "bundle", "compare", "loggers", "trust", "runs_dir", "tracking", "serve"),
     *("monitor", "data.store", "data.workers"),
 )
 """Settings that decide where things lie and who is told, not what comes out."""
@@ -74,6 +74,10 @@ def test_every_setting_that_decides_a_result_belongs_to_a_stage():
         parts = key.split(".")
         prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
         assert prefixes & (params | set(NOT_THE_PIPELINES)), key
+
+
+def test_the_training_whose_checkpoint_is_evaluated_is_of_one_seed():
+    assert "seeds=1" in STAGES["train"]["cmd"].split()
 
 
 def test_every_plot_and_metric_is_an_output():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from omegaconf import OmegaConf
 
 from chestct.config.checks import explain, resolve
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import Config
+from chestct.config.schema import Config, SourceConfig
 from chestct.errors import ConfigError
 from chestct.files import write_atomic
 
@@ -70,22 +71,24 @@ def readable(override: str, sweep: bool = False) -> str:
     from hydra.errors import OverrideParseException
 
     key, equals, value = override.partition("=")
-    kinds = {name: type_name(item) for name, _, item in leaves(Config)}
-    if any(kind.startswith("dict") and f"{key}.".startswith(f"{name}.") for name, kind in kinds.items()):
+    settings = [*leaves(Config), *leaves(SourceConfig, "data.sources.*.")]
+    kinds = {name: type_name(item) for name, _, item in settings}
+    kind = kinds.get(re.sub(r"^(data\.sources)\.[^.]+", r"\1.*", key.lstrip("+")), "")
+    if any(kinds[name].startswith("dict") and f"{key}.".startswith(f"{name}.") for name in kinds):
         key, override = f"++{key}", f"++{override}"
-    if not equals or value.startswith(("{", "[")):
+    if not equals or (value.startswith(("{", "[")) and not kind.startswith("str")):
         return override
     try:
         (parsed,) = OverridesParser.create().parse_overrides([override])
     except OverrideParseException:
         return quoted(key, value)
-    one_text = kinds.get(key.lstrip("+"), "").startswith("str") and not sweep
+    one_text = kind.startswith("str") and not sweep
     return quoted(key, value) if one_text and parsed.is_sweep_override() else override
 
 
 def quoted(key: str, value: str) -> str:
     """An override whose value Hydra's grammar reads as this text, whatever it contains."""
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", "\\'")  # other backslashes stand for themselves
     return f"{key}='{escaped}'"
 
 

@@ -26,7 +26,6 @@ from chestct.evaluation.split_policies import (
     Train,
     anew,
     averaging,
-    check_anew,
     fold_tests,
     of_cancer,
     of_decisions,
@@ -68,23 +67,15 @@ class Spread:
 
 
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
-    """The parts that cfg.evaluation.protocol asks for.
+    """The parts that cfg.evaluation.protocol asks for; `check_anew` has seen that they can be measured.
 
-    Raises ChestCTError where convolutions would have to be trained on a processor, or where there are fewer than two
-    sources of patients and more is asked for than `within`. Where all are phantoms, `within` is measured on them.
+    Where all sources are phantoms, `within` is measured on them.
     """
     cfg, wanted = evaluation.cfg, evaluation.cfg.evaluation.protocol
     if not wanted:
         return {}
-    check_anew(cfg)
     sources = list(sources_of(cfg.data))
     real = list(filter(of_patients, sources))
-    if len(real) < 2 and wanted != ["within"]:
-        raise ChestCTError(
-            f"evaluation.protocol measures on one source what was learned from others; of patients there "
-            f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals. "
-            "One is enough for 'evaluation.protocol=[within]'."
-        )
     assert evaluation.data is not None
     net, several = evaluation.bundle.net, averaging(train, cfg.seeds)
     parts: dict[str, Part] = {}

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 
 from chestct.config.schema import SPLITS as POLICIES
-from chestct.config.schema import Config
+from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
+from chestct.data.sources import sources_of
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, fit_point, logits_of, measured, row
 from chestct.models.vgg16 import pick_device
@@ -25,18 +26,30 @@ Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 
 
 def refits(cfg: Config, train: Train) -> Iterator[Row]:
-    """The rows of evaluation.policies. Raises ChestCTError where they cannot be trained again."""
+    """The rows of evaluation.policies; `check_anew` has seen that they can be trained."""
     if cfg.evaluation.policies:
-        check_anew(cfg)
         yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
 
 
 def check_anew(cfg: Config) -> None:
-    """Raises ChestCTError where training again would mean training convolutions on a processor."""
+    """Raises ChestCTError where evaluation.policies and .protocol ask for what cannot be trained or measured here.
+
+    That is convolutions on a processor, and parts of the protocol across sources where fewer than two are of patients.
+    """
+    protocol = cfg.evaluation.protocol
+    if not (cfg.evaluation.policies or protocol):
+        return
     if not cfg.always_frozen and pick_device(cfg.trainer.accelerator).type == "cpu":
         raise ChestCTError(
             "Without a GPU only heads on frozen convolutions are trained again for a comparison: others take hours. "
             "Leave out evaluation.policies and .protocol, or train those runs one by one."
+        )
+    real = list(filter(of_patients, sources_of(cfg.data)))
+    if len(real) < 2 and protocol not in ([], ["within"]):
+        raise ChestCTError(
+            f"evaluation.protocol measures on one source what was learned from others; of patients there "
+            f"{f'is only {real[0]}' if real else 'is none'}. Give two or more with data.sources, or data=hospitals. "
+            "One is enough for 'evaluation.protocol=[within]'."
         )
 
 

@@ -39,7 +39,7 @@ from chestct.data.prepare import is_synthetic
 from chestct.data.splits import identity
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
-from chestct.models.checkpoint import read_checkpoint
+from chestct.models.checkpoint import REFITS, read_checkpoint
 from chestct.models.features import attach, outputs
 from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier
@@ -202,6 +202,8 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     last = out / "checkpoints" / "last.ckpt"
     parts = left_behind(dataclasses.asdict(cfg), PARTS)
     resume = " ".join(["Go on with: python train.py", shlex.quote(f"ckpt={last}"), *parts])
+    if REFITS in out.parts:  # one of many heads of an evaluation, none of which is a run
+        resume = "The same command starts the evaluation anew."
     try:
         yield
     except (Interrupted, KeyboardInterrupt, SystemExit):

@@ -1,10 +1,14 @@
 import dataclasses
 import shlex
+from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
+from chestct import experiment
 from chestct.config.checks import OTHER_NAMES, resolve, suggest
-from chestct.config.compose import CONF, compose, derived_files, left_behind, merge_settings
+from chestct.config.compose import CONF, compose, derived_files, left_behind, merge_settings, readable
 from chestct.config.fields import leaves
 from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from chestct.errors import ConfigError
@@ -198,9 +202,26 @@ def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():
     assert left_behind(dataclasses.asdict(cfg), groups, pasted) == []
 
 
+def test_parts_that_are_left_out_knowingly_are_not_asked_for_again(monkeypatch):
+    stored = {"settings": dataclasses.asdict(compose("callbacks.a._target_=mine.A"))}
+    said = OmegaConf.create({"overrides": {"task": [readable("callbacks={}")]}, "job": {"config_name": "train"}})
+    monkeypatch.setattr(HydraConfig, "get", lambda: said)
+    monkeypatch.setattr(experiment, "find_checkpoint", lambda *_: Path("last.ckpt"))
+    monkeypatch.setattr(experiment, "read_checkpoint", lambda _: {"hyper_parameters": stored})
+    assert experiment.from_checkpoint(compose("ckpt=last"), best=False).callbacks == {}
+
+
 @pytest.mark.parametrize("value", ["a b", "a=b", "a,b", "runs (1)/x", "it's", "健康", "back\\slash", "'quoted, (1)'"])
 def test_a_path_is_read_as_typed(value):
     assert compose(f"data.root={value}").data.root == value.strip("'").replace("\\'", "'")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [r"(LIDC-IDRI-\d+)", r"[A-Z]+-(\d{1,3})", r"LIDC(\d+)", r"(it\'s)", "runs (1)\\", r"a=\\", "a,b", "'a, (1)'"],
+)
+def test_what_is_said_of_a_source_is_read_as_typed(value):
+    assert compose(f"data.sources.a.root={value}").data.sources["a"].root == value.strip("'")
 
 
 def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():

@@ -182,6 +182,7 @@ def test_jobs_run_in_processes_of_their_own(call, tmp_path, monkeypatch, launche
         (("hydra.sweeper.jobs=0", "optim.lr=1,2"), "hydra.sweeper.jobs=0"),
         (("launcher=ray", "optim.lr=1,2"), "pip install hydra-ray-launcher"),
         (("data.root=.,gone", "optim.lr=1,2"), "No folder gone"),
+        (("data.sources.a.root=.,gone", "optim.lr=1,2"), "No folder gone"),
         (("--cfg", "job"), "--multirun"),  # what Hydra itself refuses
     ],
 )

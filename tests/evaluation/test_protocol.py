@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from chestct import experiment
 from chestct.config.compose import compose
 from chestct.config.schema import Config, PhantomConfig, SourceConfig
 from chestct.data.datamodule import SliceModule
@@ -302,11 +303,12 @@ def test_what_cannot_be_measured_says_why() -> None:
     assert all(row["AUROC"] is None for row in parts["loso"].rows[:4])
 
 
-def test_it_takes_two_sources_of_patients_and_frozen_convolutions() -> None:
+def test_it_takes_two_sources_of_patients_and_says_so_before_anything_is_measured(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("chestct.evaluation.evaluate.evaluate", lambda *_: 1 / 0)
     for names, told in (({"north", "phantom"}, "is only north"), ({"phantom"}, "is none")):
         with pytest.raises(ChestCTError, match=rf"{told}.*data\.sources"):
-            protocol(asked(of_sources(*names), "loso"), None)
-    two = of_sources("north", "south")
-    with pytest.raises(ChestCTError, match="frozen"):
-        protocol(asked(two, "loso", model=replace(two.cfg.model, freeze=False)), None)
-    assert protocol(asked(two), None) == {}
+            experiment._evaluate_checkpoint(asked(of_sources(*names), "within", "loso").cfg, tmp_path)
+    for possible in (asked(of_sources("north"), "within"), asked(of_sources("north", "south"), "loso")):
+        with pytest.raises(ZeroDivisionError):
+            experiment._evaluate_checkpoint(possible.cfg, tmp_path)
+    assert protocol(asked(of_sources("north")), None) == {}

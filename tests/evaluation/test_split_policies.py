@@ -10,7 +10,7 @@ from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError, DataError
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.protocol import protocol
-from chestct.evaluation.split_policies import refits
+from chestct.evaluation.split_policies import check_anew, refits
 from chestct.training.train import Result, train
 
 
@@ -60,5 +60,7 @@ def test_a_policy_that_the_data_do_not_admit_is_a_row_with_the_reason(run: tuple
 def test_nothing_is_trained_unless_it_is_asked_for_and_fine_tuned_models_never(run, tmp_path: Path) -> None:
     assert rows_of(run[0], tmp_path) == {}
     cfg = replace(run[0], model=replace(run[0].model, freeze=False))
-    with pytest.raises(ChestCTError, match="frozen"):
-        rows_of(settings(cfg, policies=True), tmp_path)
+    check_anew(cfg)
+    for asked in ({"policies": True}, {"protocol": ["within"]}):
+        with pytest.raises(ChestCTError, match="frozen"):
+            check_anew(settings(cfg, **asked))

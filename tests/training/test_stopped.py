@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from chestct.errors import ConfigError, Interrupted, WeightsError
-from chestct.models.checkpoint import sealed
+from chestct.models.checkpoint import REFITS, sealed
 from chestct.models.weights import load_weights
 from chestct.training import callbacks, train
 from tests.training.test_train import ROOT, losses
@@ -48,6 +48,12 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
     resumed = train(small(*overrides, resume), cut)
     assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-6)
     assert losses(cut).to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
+
+
+def test_a_head_of_an_evaluation_that_is_stopped_is_no_run_to_go_on_with(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "EndWithParent", StopInTheSecond)
+    with pytest.raises(Interrupted, match=r"^Stopped in epoch \d\. The same command starts the evaluation anew\.$"):
+        train(small("trainer.max_epochs=2"), tmp_path / REFITS / "fold-0")
 
 
 def wait_for_an_epoch(process, folder):
