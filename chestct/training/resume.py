@@ -16,6 +16,9 @@ from chestct.models.lightning_module import Classifier, check_fits
 FIXED = ("optim.", "model.freeze", "trainer.monitor")
 """Settings, or how they begin, that a checkpoint's states of optimiser, schedule and callbacks decide."""
 
+STEPS = ("data.batch_size", "trainer.args.accumulate_grad_batches")
+"""Those that decide how many steps an epoch has, by which a falling learning rate counts."""
+
 LOSS = ("optim.label_smoothing", "optim.class_weights", "optim.places")
 """Those of the loss, which has no state."""
 
@@ -37,8 +40,13 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
 
 def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     stored = resolve(checkpoint["hyper_parameters"]["settings"])
-    before, now = ({key: value for key, value, _ in leaves(settings)} for settings in (stored, cfg))
-    fixed: tuple[str, ...] = FIXED
+    before, now = (
+        {key: value for key, value, _ in leaves(settings)}
+        | {STEPS[1]: settings.trainer.args.get("accumulate_grad_batches", 1)}
+        for settings in (stored, cfg)
+    )
+    falls = cfg.optim.schedule != "constant" and not cfg.optim.scheduler
+    fixed: tuple[str, ...] = (*FIXED, *STEPS) if falls else FIXED
     began, begins, done = stored.trainer.unfreeze_epoch, cfg.trainer.unfreeze_epoch, checkpoint["epoch"] + 1
     if bool(begins) != bool(began) or began < done < begins:  # what has trained does not freeze again
         fixed += ("trainer.unfreeze_epoch",)
@@ -53,6 +61,5 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
             f"trainer.max_epochs={epochs}: {cfg.ckpt} has {done} epochs behind it. Give more, or start anew without "
             "ckpt."
         )
-    falls = cfg.optim.schedule != "constant" and not cfg.optim.scheduler
     if falls and epochs != stored.trainer.max_epochs:
         rank_zero_only(print)(f"From here on the learning rate is that of a run of {epochs} epochs.")
