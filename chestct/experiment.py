@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from chestct.training import Result
 
 
+CODELESS = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
+
+
 def _resumed_folder(given: dict[str, str]) -> Path | None:
     """Where a resumed run began, and goes on."""
     ckpt = given.get("ckpt", "null")
@@ -118,7 +121,7 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
     evaluation = _evaluate_checkpoint(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), out, result.data)
     write(evaluation, out / "evaluation")
-    bundle = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
+    bundle = CODELESS
     if not foreign(cfg.model.head):
         export(evaluation, out / "bundle", model_card(evaluation))
         bundle = f"bundle           {out / 'bundle'}  (python serve.py {shlex.quote(f'bundle={out}/bundle')})"
@@ -212,20 +215,24 @@ def export(cfg: Config, out: Path) -> None:
     """
     from chestct.evaluation.backends import add_backends, own_slices
     from chestct.evaluation.export import export
-    from chestct.models.bundle import bundle_path, check_target, load_bundle
+    from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.serving.model import ELSEWHERE
     from chestct.tracking import run_of
 
+    if cfg.bundle == "packaged":
+        raise ConfigError(
+            "bundle=packaged is the bundle in the package, which stays as it is. Give another folder with "
+            f"bundle=FOLDER; to add a backend to it, one with a copy of {PACKAGED_BUNDLE}"
+        )
     if cfg.bundle and cfg.bundle.startswith(ELSEWHERE):
         raise ConfigError(
             f"bundle={cfg.bundle}: an export goes into a folder. Give one with bundle=FOLDER; from there it goes to "
             "the hub with chestct push FOLDER USER/NAME, and to MLflow with tracking.register=NAME."
         )
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
-        folder = bundle_path(cfg.bundle)
-        bundle = load_bundle(folder)
+        folder, bundle = Path(cfg.bundle), load_bundle(cfg.bundle)
         _say(add_backends(bundle, folder, cfg, *own_slices(cfg, bundle)), folder)
         return
     if not cfg.ckpt:
@@ -234,6 +241,8 @@ def export(cfg: Config, out: Path) -> None:
             "and what it is to get: bundle=FOLDER format=openvino_int8 data=..."
         )
     cfg = from_checkpoint(cfg)
+    if foreign(cfg.model.head):
+        raise ConfigError(f"{CODELESS} Train with a head of torch.nn, or measure this one with python evaluate.py.")
     folder = Path(cfg.bundle) if cfg.bundle else out / "bundle"
     check_target(folder)  # now, not after an evaluation of minutes
     evaluation = _evaluate_checkpoint(cfg, out)

@@ -72,7 +72,7 @@ def compared(expected: Outputs, answers: Outputs, valid: pd.DataFrame, cfg: Conf
     Heat maps are compared where they are shown: on slices that torch does not call normal.
     """
     shown = np.flatnonzero(expected.decision != NORMAL)
-    maps = [of.heat[shown].reshape(len(shown), -1) if of.heat is not None else None for of in (expected, answers)]
+    maps = [np.asarray(of.heat)[shown].reshape(len(shown), -1) for of in (expected, answers)]
     settings = (cfg.evaluation.resamples, cfg.data.split_seed)
     cancer = (valid["label"] == "cancer").to_numpy()
     auroc = auroc_difference(answers.score, expected.score, cancer, valid["group"], *settings)
@@ -95,15 +95,14 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> float:
 def shortcomings(name: str, numbers: dict[str, Any]) -> list[str]:
     """What of the numbers lies beyond LIMITS, a sentence each."""
     limits = LIMITS[ROUNDED.get(name, "fp32")]
-    lost = numbers["auroc"]["value"]
-    faults = {
-        f"a logit differs by {numbers['logits']:.3g} standard deviations": numbers["logits"] > limits["logits"],
-        f"{numbers['decisions']:.1%} of the decisions change": numbers["decisions"] > limits["decisions"],
-        f"the AUROC changes by {lost:+.4f}": lost < limits["auroc"],
-        f"heat maps correlate by {numbers['heat']:.3f} only": numbers["heat"] < limits["heat"],
-    }
-    bounds = dict(zip(faults, limits.values(), strict=True))
-    return [f"{fault} (limit {bounds[fault]:g})" for fault, falls_short in faults.items() if falls_short]
+    of = numbers | {"auroc": numbers["auroc"]["value"]}
+    checks = [  # in this form because NaN, too, falls short
+        ("logits", of["logits"] <= limits["logits"], f"a logit differs by {of['logits']:.3g} standard deviations"),
+        ("decisions", of["decisions"] <= limits["decisions"], f"{of['decisions']:.1%} of the decisions change"),
+        ("auroc", of["auroc"] >= limits["auroc"], f"the AUROC changes by {of['auroc']:+.4f}"),
+        ("heat", of["heat"] >= limits["heat"], f"heat maps correlate by {of['heat']:.3f} only"),
+    ]
+    return [f"{text} (limit {limits[key]:g})" for key, within, text in checks if not within]
 
 
 def table(backends: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import Graph, choose, load_graph
-from chestct.models.bundle_schema import check_facts
+from chestct.models.bundle_schema import LARGEST, LITTER, check_facts
 from chestct.models.head import has_places
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint, Outputs
@@ -41,10 +41,6 @@ SCHEMA = 2
 
 PACKAGED_BUNDLE = Path(__file__).with_name("bundle")
 """The bundle in the package, trained on real slices; its model card says on which."""
-
-LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
-LARGEST |= {name: 16_000_000 if "xml" in name else 2_000_000_000 for names in FILES.values() for name in names}
-"""Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +88,8 @@ class Bundle:
         """How the same recipe did at its threshold in collections that it had not seen; "" where that is not known."""
         if not (rows := self.facts.get("elsewhere", [])):
             return ""
-        spans = [sorted(row[name] for row in rows) for name in ("sensitivity", "specificity")]
-        found, flagged = spans[0], sorted(1 - share for share in spans[1])
-        cancers, normals = (f"{100 * span[0]:.0f} to {100 * span[-1]:.0f} %" for span in (found, flagged))
+        found, flagged = [row["sensitivity"] for row in rows], [1 - row["specificity"] for row in rows]
+        cancers, normals = (f"{100 * min(of):.0f} to {100 * max(of):.0f} %" for of in (found, flagged))
         return (
             f"In {len(rows)} collections, each left out of training in turn, a threshold set this way called {cancers} "
             f"of the slices with cancer possible cancer, and {normals} of the normal ones."
@@ -153,7 +148,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     facts = json.loads(json.dumps(facts, allow_nan=False))
     check_facts(facts)
     text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
-    folder = folder.absolute()
+    folder = folder.resolve()  # a link goes on leading to its folder, which gets the bundle
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):  # exports to one folder wait for each other
         _replace(folder, files | {FACTS: text.encode()})
@@ -186,7 +181,7 @@ def check_target(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
-    entries = sorted(folder.iterdir())
+    entries = sorted(entry for entry in folder.iterdir() if not LITTER.fullmatch(entry.name))
     other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
     if other or (entries and not (folder / FACTS).is_file()):
         raise BundleError(
@@ -224,7 +219,8 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
             files[CARD].decode(),
         )
         if parts:
-            novelty_model = bundle.novelty_model.marked(facts["backends"][name].get("novelty", 1.0))
+            threshold = bundle.novelty_model.threshold * facts["backends"][name].get("novelty", 1.0)
+            novelty_model = replace(bundle.novelty_model, threshold=threshold)
             bundle = replace(bundle, backend=name, graph=load_graph(name, parts), novelty_model=novelty_model)
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other

@@ -1,15 +1,24 @@
-"""What bundle.json must hold, checked before anything in it is used.
+"""What a bundle's folder may hold, and what bundle.json must hold, checked before anything in it is used.
 
 What only describes the bundle (metrics, reliability) is checked as well, because the page shows it; further keys may
 stand at the top and in `data`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from chestct.config.schema import BLOCKS, classes_of
-from chestct.config.schema_serving import CARD, FILES, TENSORS
+from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
+from chestct.config.targets import foreign
+
+LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
+LARGEST |= {name: 16_000_000 if "xml" in name else 2_000_000_000 for names in FILES.values() for name in names}
+"""Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
+
+LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""What file browsers put into any folder, and an export may remove; .git, hidden too, is none of that."""
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -124,5 +133,7 @@ def check_facts(facts: dict[str, Any]) -> None:
     names = {TENSORS, CARD}.union(*(FILES[name] for name in facts.get("backends", {})))
     if facts["files"].keys() != names:
         raise ValueError(f"files: {', '.join(facts['files'])} are not {', '.join(sorted(names))}")
+    if outside := foreign(facts["model"].get("head", {})):
+        raise ValueError(f"model.head: {outside[0]} is of code outside this package and torch, and a bundle holds none")
     if tuple(facts["classes"]) != classes_of(facts["task"]):
         raise ValueError(f"classes={facts['classes']} are not those of task={facts['task']}")

@@ -55,10 +55,6 @@ class NoveltyModel:
         squared = (along**2 / self.variances.double()).sum(1) + (beyond**2).sum(1) / self.rest.double()
         return squared.sqrt().float() / self.threshold
 
-    def marked(self, at: float) -> "NoveltyModel":
-        """The same with 1 at what was `at` before."""
-        return replace(self, threshold=self.threshold * at)
-
     @classmethod
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "NoveltyModel":
         """The inverse of dataclasses.asdict; raises TypeError or ValueError for tensors that do not fit each other."""

@@ -5,10 +5,12 @@ ever loaded, and the packaged file is checked against its hash before use.
 """
 
 import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -21,9 +23,16 @@ from chestct.files import digest, file_digest
 PACKAGED = Path(__file__).with_name("vgg16_features.fp16.safetensors")
 PACKAGED_SHA256 = "608705a5e8e9a7d5d75e2eb4a72185943564b134fca29f49123ae440f73775ed"
 
-OXFORD = (0.48235, 0.45882, 0.40784), (255.0, 255.0, 255.0)
-TORCHVISION = (0.485, 0.456, 0.406), (1 / 0.229, 1 / 0.224, 1 / 0.225)
+Three = tuple[float, float, float]
+
+OXFORD: tuple[Three, Three] = (0.48235, 0.45882, 0.40784), (255.0, 255.0, 255.0)
 """Mean and scale."""
+
+OF_TORCHVISION = re.compile("imagenet1k|397923af")
+"""In the name or the digest of a file of torchvision's VGG16; it puts the first digits of the one into the other."""
+
+BACKBONES = ("alexnet", "convnext_*", "densenet*", "efficientnet_*", "mobilenet_*", "squeezenet*", "vgg*")
+"""Torchvision's networks with `features`, 2-D convolutions that give maps [B, C, h, w]; Swin's are [B, h, w, C]."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,8 @@ class Weights:
     """Convolutions and the input they expect: (x - mean) * scale for RGB x in [0, 1]."""
 
     tensors: Mapping[str, torch.Tensor] | None  # `{i}.weight|bias` as in torchvision's vgg16().features; None: random
-    mean: tuple[float, float, float]
-    scale: tuple[float, float, float]
+    mean: Three
+    scale: Three
     digest: str  # identity of the tensors, and of a file with its mean and scale
     backbone: str = "vgg16"  # the name of torchvision's network
 
@@ -44,24 +53,20 @@ BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 def convolutions(backbone: str = "vgg16", device: str = "meta") -> nn.Sequential:
     """`features` of a network of torchvision's; on the meta device they have shapes without numbers.
 
-    Raises ConfigError where torchvision has no network of that name, or it has no such part.
+    Raises ConfigError where it is none of BACKBONES.
     """
     if (backbone, device) == ("vgg16", "meta"):
         with torch.device(device):
             return _vgg16()
-    from torchvision.models import get_model
+    from torchvision.models import get_model, list_models
 
-    try:
-        with torch.device(device):
-            features = getattr(get_model(backbone, weights=None), "features", None)
-    except ValueError:
-        features = None
-    if not isinstance(features, nn.Sequential):
+    if backbone not in list_models(include=BACKBONES):
         raise ConfigError(
-            f"model.backbone={backbone} is not a network of torchvision's with `features`. Those that have it are "
-            "alexnet, convnext_*, densenet*, efficientnet_*, mobilenet_*, squeezenet* and vgg*."
+            f"model.backbone={backbone} is no network of torchvision's that can be used. Those are "
+            f"{', '.join(BACKBONES)}."
         )
-    return features
+    with torch.device(device):
+        return cast(nn.Sequential, get_model(backbone, weights=None).features)
 
 
 def _vgg16() -> nn.Sequential:
@@ -79,11 +84,14 @@ def _vgg16() -> nn.Sequential:
 def load_weights(name: str, backbone: str = "vgg16") -> Weights:
     """oxford (packaged), imagenet1k_v1 (torchvision's hub), none (random), or a file (safetensors, or a state dict).
 
-    A file is taken to expect the same input as `oxford` unless its name contains `imagenet1k`, as torchvision's do.
-    Raises WeightsError for a file that is missing, altered, unsafe or of another network, and for a hub out of reach.
+    A file of VGG16's is taken to expect the same input as `oxford` unless it is torchvision's, see OF_TORCHVISION, and
+    one of another network as torchvision's; a line says so. Raises ConfigError for an unknown network, and WeightsError
+    for a file that is missing, altered, unsafe or of another network, and for a hub out of reach.
     """
-    mean, scale = TORCHVISION if backbone != "vgg16" or "imagenet1k" in Path(name).name.lower() else OXFORD
+    if backbone != "vgg16":
+        convolutions(backbone)  # raises ConfigError
     if name == "none":
+        mean, scale = OXFORD if backbone == "vgg16" else _input(backbone)
         return Weights(None, mean, scale, "none", backbone)
     if name == "oxford":
         if backbone != "vgg16":
@@ -99,8 +107,29 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
         tensors, identity = _torchvision(backbone)
     else:
         tensors, identity = _file(Path(name))
+    theirs = backbone != "vgg16" or OF_TORCHVISION.search(f"{identity[:8]} {Path(name).name.lower()}")
+    mean, scale = _input(backbone) if theirs else OXFORD
+    if name not in ("oxford", "imagenet1k_v1"):
         identity = digest(f"{identity} {mean} {scale}")  # the file's name decides about them
+        numbers = " and scale ".join(", ".join(f"{x:g}" for x in three) for three in (mean, scale))
+        like = "torchvision's do" if theirs else "oxford does; imagenet1k in its name would say: as torchvision's do"
+        _say(f"model.weights={name}: taken to expect mean {numbers}, as {like}.")
     return Weights(_checked(tensors, name, backbone), mean, scale, identity, backbone)
+
+
+def _input(backbone: str) -> tuple[Three, Three]:
+    """Mean and scale of torchvision's weights of a network."""
+    from torchvision.models import get_model_weights
+
+    weights: Any = get_model_weights(backbone)
+    expected = weights.IMAGENET1K_V1.transforms()
+    return cast(Three, tuple(expected.mean)), cast(Three, tuple(1 / std for std in expected.std))
+
+
+@cache
+def _say(text: str) -> None:
+    """Prints it once, though a run loads its weights for training and again for its report."""
+    print(text)
 
 
 def _torchvision(backbone: str) -> tuple[dict[str, torch.Tensor], str]:
@@ -112,7 +141,7 @@ def _torchvision(backbone: str) -> tuple[dict[str, torch.Tensor], str]:
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"model.weights=imagenet1k_v1 is downloaded from torchvision's hub, which cannot be reached ({error}). "
-            "Use model.weights=oxford, which is in the package, or a file."
+            f"Use {'model.weights=oxford, which is in the package, or ' if backbone == 'vgg16' else ''}a file."
         ) from None
     return dict(tensors), weights.IMAGENET1K_V1.url.rsplit("-", 1)[-1]
 

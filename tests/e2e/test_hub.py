@@ -18,7 +18,8 @@ import yaml
 
 from chestct import cli
 from chestct.errors import ChestCTError, ConfigError
-from chestct.models.bundle import LARGEST, PACKAGED_BUNDLE, load_bundle
+from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
+from chestct.models.bundle_schema import LARGEST
 from chestct.portable import write_space
 from chestct.pyfunc import save_model
 from chestct.serving.model import bundle_folder

@@ -57,19 +57,23 @@ def test_what_is_verified_travels_in_facts_and_card_and_answers(bundle: Path, ru
     assert not np.array_equal(quick.predict(squares).logits, before.predict(squares).logits)
 
 
+@pytest.mark.parametrize(
+    ("factor", "reason"),
+    [(-1, "logit differs by .*limit 0.01.*AUROC changes by -"), (np.nan, "logit differs by nan .*correlate by nan")],
+)
 def test_a_backend_that_falls_short_is_refused_with_numbers_and_nothing_changes(
-    bundle: Path, run: tuple[Config, Result], monkeypatch: pytest.MonkeyPatch
+    bundle: Path, run: tuple[Config, Result], monkeypatch: pytest.MonkeyPatch, factor: float, reason: str
 ) -> None:
     def wrong(net: VGG16, name: str, squares: np.ndarray) -> list[bytes]:
         assert len(squares) == int((run[1].data.manifest["split"] == "train").sum())
         return [b"", b""]
 
     before, cfg = load_bundle(bundle), settings(run, "openvino")
-    flipped = lambda x: (-before.net.answer(x)[0], -before.net.answer(x)[1].flip(-1))  # noqa: E731
+    flipped = lambda x: (factor * before.net.answer(x)[0], factor * before.net.answer(x)[1].flip(-1))  # noqa: E731
     monkeypatch.setattr(backends, "convert", wrong)
     monkeypatch.setattr(backends, "load_graph", lambda name, files: flipped)
     files = {path.name: path.read_bytes() for path in bundle.iterdir()}
-    with pytest.raises(BundleError, match=r"openvino is refused: .*logit differs by .*limit 0.01.*AUROC changes by -"):
+    with pytest.raises(BundleError, match=f"openvino is refused: .*{reason}"):
         add_backends(before, bundle, cfg, *own_slices(cfg, before))
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == files
 
@@ -93,6 +97,14 @@ def test_an_export_without_anything_to_export_says_what_to_give(tmp_path: Path) 
     with pytest.raises(ConfigError, match="format"):
         compose("format=tensorrt")
     assert compose("format=openvino_int8+onnx").format == "openvino_int8+onnx"
+
+
+def test_nan_is_within_no_limit() -> None:
+    good = {"logits": 0.0, "decisions": 0.0, "auroc": {"value": 0.0}, "heat": 1.0}
+    assert backends.shortcomings("onnx", good) == []
+    for name in good:
+        wrong = {"value": np.nan} if name == "auroc" else np.nan
+        assert len(backends.shortcomings("onnx", good | {name: wrong})) == 1
 
 
 def test_agreement_of_heat_maps() -> None:

@@ -4,7 +4,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from chestct import experiment
+from chestct.config.compose import compose
 from chestct.config.schema import Config
+from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import elsewhere
 from chestct.evaluation.protocol import Part
@@ -29,6 +32,19 @@ def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_
         assert not answer.known
     learned = manifest.query("split == 'train'").iloc[0]
     assert predictor.predict(root / learned["path"]).known
+
+
+def test_an_export_that_can_make_no_bundle_ends_before_it_evaluates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
+    monkeypatch.setattr(experiment, "_evaluate_checkpoint", lambda cfg, out: pytest.fail("evaluated"))
+    own = compose("experiment=head", "ckpt=x", f"bundle={tmp_path}", "model.head._target_=mine.Narrow", "trust=[mine]")
+    with pytest.raises(ConfigError, match="holds no code"):
+        experiment.export.__wrapped__(own, tmp_path)  # type: ignore[attr-defined]
+    for given in ("ckpt=x", "format=onnx"):
+        with pytest.raises(ConfigError, match=r"packaged is the bundle in the package.*bundle=FOLDER"):
+            experiment.export.__wrapped__(compose("bundle=packaged", given), tmp_path)  # type: ignore[attr-defined]
 
 
 def test_the_bundle_knows_what_it_was_made_from(folder: Path, evaluation: Evaluation) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -140,6 +141,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     (folder / FACTS).write_text(json.dumps(facts | {"digest": json_digest(facts)}), "utf-8")
 
 
+FOREIGN = {"_target_": "mine.Narrow"}
 FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "classes: Field required": lambda facts: facts.pop("classes"),
     "files: .* are not": lambda facts: facts["files"].pop(CARD),
@@ -148,6 +150,7 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     r"preprocess\.size: .* 1024": lambda facts: facts["preprocess"].update(size=100_000),
     r"preprocess\.fit: .*'pad'": lambda facts: facts["preprocess"].update(fit="crop"),
     r"preprocess\.resize: ": lambda facts: facts["preprocess"].update(resize=1),
+    r"model\.head: mine\.Narrow is of code outside": lambda facts: facts["model"].update(head=FOREIGN),
     "size mismatch|Missing key": lambda facts: facts["model"].update(hidden=[50_000, 50_000]),
     "classes=.* are not those of task=binary": lambda facts: facts.update(classes=["normal", "benign"]),
     "cannot be used": lambda facts: facts["operating_point"].update(quantiles=[0.1, 0.2, 0.3]),
@@ -173,6 +176,14 @@ def test_a_head_that_would_make_its_target_by_an_expression_runs_nothing(folder:
     with pytest.raises(ChestCTError, match="expression"):
         load_bundle(folder)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_a_bundle_that_nothing_could_load_takes_the_place_of_none(folder: Path) -> None:
+    before = load_bundle(folder)
+    facts = before.facts | {"model": before.facts["model"] | {"head": FOREIGN}}
+    with pytest.raises(ValueError, match=r"mine\.Narrow is of code outside"):
+        save_bundle(folder, replace(before, facts=facts))
+    assert load_bundle(folder).id == before.id
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -223,7 +234,25 @@ def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"bundle", ".bundle.lock"}
 
 
-@pytest.mark.parametrize("names", [("thesis.tex",), (FACTS, "thesis.tex"), (TENSORS,), (FACTS, "folder/a")])
+def test_an_export_through_a_link_goes_into_the_folder_that_it_leads_to(folder: Path) -> None:
+    link = folder.with_name("current")
+    link.symlink_to(folder.name)
+    for classes in (2, 4):
+        made = make(link, classes=classes)
+        assert link.is_symlink()
+        assert load_bundle(folder).id == made.id
+    assert {path.name for path in folder.parent.iterdir()} == {"current", "bundle", ".bundle.lock"}
+
+
+def test_what_a_file_browser_leaves_makes_a_bundle_no_other_folder(folder: Path) -> None:
+    for name in (".DS_Store", "._bundle.json", "Thumbs.db"):
+        (folder / name).touch()
+    assert make(folder, classes=4).id == load_bundle(folder).id
+
+
+@pytest.mark.parametrize(
+    "names", [(FACTS, ".git/HEAD"), ("thesis.tex",), (FACTS, "thesis.tex"), (TENSORS,), (FACTS, "folder/a")]
+)
 def test_a_folder_with_somebody_s_files_is_never_replaced(
     tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,8 +51,3 @@ def test_too_few_slices_are_named_and_slices_that_are_all_alike_give_finite_dist
     distances = fit_novelty(same, same).distance(torch.cat([same, torch.rand(1, 512), torch.zeros(1, 512)]))
     assert distances.isfinite().all()
     assert (distances[-2:] > 1).all()
-
-
-def test_what_was_at_the_mark_is_at_one():
-    model = fit_novelty(torch.rand(40, 8), torch.rand(20, 8))
-    torch.testing.assert_close(model.marked(2.0).distance(torch.ones(3, 8)), model.distance(torch.ones(3, 8)) / 2)

@@ -1,9 +1,10 @@
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchvision.models import VGG16_Weights
+from torchvision.models import VGG16_Weights, get_model_weights, list_models
 
 from chestct.errors import ConfigError, WeightsError
 from chestct.models import weights
@@ -30,17 +31,31 @@ def test_altered_packaged_weights_are_refused(tmp_path, monkeypatch):
         load_weights("oxford")
 
 
-@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "vgg16_imagenet1k_v1.safetensors"])
-def test_a_file_of_the_same_tensors_gives_the_same_convolutions(tmp_path, name):
+THEIRS = VGG16_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("w.safetensors", False), ("w.pt", False), ("vgg16_imagenet1k.pt", True), (THEIRS, True)]
+)
+def test_a_file_of_the_same_tensors_gives_the_same_convolutions(tmp_path, name, theirs, capsys):
     tensors, oxford = load_file(PACKAGED), load_weights("oxford")
     save_file(tensors, tmp_path / name) if name.endswith("safetensors") else torch.save(tensors, tmp_path / name)
     loaded = load_weights(str(tmp_path / name))
     assert torch.equal(loaded.tensors["0.weight"], oxford.tensors["0.weight"])
-    assert loaded.mean == ((0.485, 0.456, 0.406) if "imagenet1k" in name else oxford.mean)
+    assert loaded.mean == ((0.485, 0.456, 0.406) if theirs else oxford.mean)
+    assert loaded.scale == ((1 / 0.229, 1 / 0.224, 1 / 0.225) if theirs else oxford.scale)
+    stated = "0.485, 0.456, 0.406 and scale 4.36681, " if theirs else "0.48235, 0.45882, 0.40784 and scale 255, "
+    assert f"{name}: taken to expect mean {stated}" in capsys.readouterr().out
     # A file with another mean is another network, whose features are in the cache.
-    (tmp_path / name).rename(tmp_path / f"other-{name.replace('imagenet1k', '')}")
-    renamed = load_weights(str(tmp_path / f"other-{name.replace('imagenet1k', '')}"))
-    assert (renamed.digest != loaded.digest) == ("imagenet1k" in name)
+    other = (tmp_path / name).rename(tmp_path / f"other{Path(name).suffix}")
+    assert (load_weights(str(other)).digest != loaded.digest) == theirs
+
+
+def test_torchvision_s_file_is_known_under_any_name(tmp_path, monkeypatch):
+    save_file(load_file(PACKAGED), tmp_path / "mine.safetensors")
+    digest = f"{THEIRS.removesuffix('.pth').rsplit('-', 1)[-1]:0<64}"
+    monkeypatch.setattr(weights, "file_digest", lambda path: digest)
+    assert load_weights(str(tmp_path / "mine.safetensors")).mean == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.parametrize(
@@ -70,9 +85,28 @@ def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):
         load_weights("imagenet1k_v1")
 
 
-def test_a_backbone_without_features_is_refused_with_those_that_have_them():
-    for name in ("resnet18", "vgg17"):
-        with pytest.raises(ConfigError, match=rf"model\.backbone={name}.*mobilenet"):
-            weights.convolutions(name)
+@pytest.mark.parametrize("name", ["resnet18", "vgg17", "swin_t", "swin_v2_t", "s3d", "VGG16"])
+def test_a_backbone_that_gives_no_maps_is_refused_with_those_that_do(name):
+    with pytest.raises(ConfigError, match=rf"model\.backbone={name}.*mobilenet"):
+        load_weights("none", name)
+
+
+def test_the_packaged_weights_are_vgg16_s_alone():
     with pytest.raises(WeightsError, match=r"are VGG16's.*imagenet1k_v1"):
         load_weights("oxford", "vgg11")
+
+
+@pytest.mark.parametrize(
+    "name", ["alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "mobilenet_v2", "squeezenet1_1", "vgg11_bn"]
+)
+def test_the_other_families_give_maps(name):
+    maps = weights.convolutions(name).eval()(torch.empty(1, 3, 64, 64, device="meta"))
+    assert maps.ndim == 4
+    assert maps.shape[1] > 100 > 4 >= maps.shape[2] == maps.shape[3]
+
+
+def test_other_networks_get_the_input_that_torchvision_trained_them_on():
+    loaded = load_weights("none", "efficientnet_v2_l")
+    assert (loaded.mean, loaded.scale) == ((0.5, 0.5, 0.5), (2, 2, 2))
+    assert load_weights("none", "efficientnet_v2_s").mean == (0.485, 0.456, 0.406)
+    assert all(hasattr(get_model_weights(name), "IMAGENET1K_V1") for name in list_models(include=weights.BACKBONES))
