@@ -83,9 +83,11 @@ class Classifier(L.LightningModule):
         """Loss and metrics, `stage/NAME`, of a whole split at once: logits float32 [N, K], y int [N], w float [N]."""
         metrics = metric_collection(logits.shape[1], stage)
         metrics.update(_scores(logits), y)
+        # Of a split that lacks a class the loss alone: torchmetrics takes an AUROC that is not defined for 0.
+        values = metrics.compute() if len(set(y.tolist())) == len(self.class_names) else {}
         device = cast(torch.Tensor, self.class_weight).device
-        loss = self.loss(logits.to(device), y.to(device), w if w is None else w.to(device))
-        return {name: float(value) for name, value in (metrics.compute() | {f"{stage}/loss": loss}).items()}
+        values[f"{stage}/loss"] = self.loss(logits.to(device), y.to(device), w if w is None else w.to(device))
+        return {name: float(value) for name, value in values.items()}
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self._step(batch, "train")

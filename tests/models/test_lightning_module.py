@@ -51,6 +51,11 @@ def test_logits_between_0_and_1_are_not_taken_for_scores(small):
     assert measured["test/specificity"] == 0
 
 
+def test_of_a_split_that_lacks_a_class_only_the_loss_is_known(small):
+    logits, y, model = torch.tensor([[0.3], [-1.0]]), torch.tensor([1, 1]), make(small())
+    assert model.measured(logits, y, "test") == {"test/loss": pytest.approx(model.loss(logits, y).item())}
+
+
 def test_convolutions_learn_more_slowly_than_the_head(small):
     model = make(small("model.freeze=3", "optim.lr=0.1", "optim.backbone_lr_ratio=0.01"))
     model.trainer = type("T", (), {"estimated_stepping_batches": 10})()
