@@ -129,7 +129,9 @@ class Classifier(L.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
-        seed = (self.cfg.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.trainer.global_rank
+        # By batches, not by `global_step`: several may make one step (accumulate_grad_batches).
+        batches = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        seed = (self.cfg.seed * 1_000_003 + batches) * self.trainer.world_size + self.trainer.global_rank
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds where there is no GPU
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
