@@ -51,6 +51,7 @@ class Classifier(L.LightningModule):
         outputs = 1 if cfg.task == "binary" else len(class_names)
         self.net = VGG16(cfg.model, outputs, cfg.data.size, weights)
         self.net.set_frozen(cfg.model.freeze)
+        self.maps = self.net.maps  # for training steps of a head that judges places; compiled if that is asked for
         counts = torch.tensor(class_counts, dtype=torch.float32)
         weight = counts.sum() / (len(counts) * counts) if cfg.optim.class_weights else torch.ones(len(counts))
         self.register_buffer("class_weight", weight, persistent=False)
@@ -104,7 +105,7 @@ class Classifier(L.LightningModule):
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
         w = batch.get("w")
         if "places" in batch and has_places(self.net.head):
-            evidence = self.net.head[:-1](batch["x"] if batch["x"].shape[1] > 1 else self.net.maps(batch["x"]))
+            evidence = self.net.head[:-1](batch["x"] if batch["x"].shape[1] > 1 else self.maps(batch["x"]))
             logits = self.net.head[-1](evidence)
             known = functional.adaptive_avg_pool2d(batch["places"], evidence.shape[2:])
             loss = self.loss(logits, batch["y"], w) + self.cfg.optim.places * places_loss(evidence, known, w)
@@ -125,7 +126,8 @@ class Classifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.cfg.trainer.compile:
-            self.net.compile()
+            self.net.compile()  # what `forward` calls
+            self.maps = torch.compile(self.net.maps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.

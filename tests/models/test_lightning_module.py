@@ -66,6 +66,17 @@ def test_dropout_draws_anew_in_each_batch_however_many_make_a_step(small):
     assert seeds == [(2 * 1_000_003 + step) * 2 + 1 for step in (10, 11)]
 
 
+def test_compiled_training_of_a_head_that_judges_places_calls_what_was_compiled(small, monkeypatch):
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: called.append(function.__name__) or function(x))
+    model = make(small("model.pool=topk", "trainer.compile=true"))
+    model.on_fit_start()
+    batch = {"x": torch.rand(2, 1, 64, 64), "y": torch.tensor([0, 1])}
+    model._step(batch | {"places": torch.zeros(2, 1, 64, 64)}, "train")
+    model._step(batch, "valid")
+    assert called == ["maps", "_call_impl"]
+
+
 def test_convolutions_learn_more_slowly_than_the_head(small):
     model = make(small("model.freeze=3", "optim.lr=0.1", "optim.backbone_lr_ratio=0.01"))
     model.trainer = type("T", (), {"estimated_stepping_batches": 10})()
