@@ -28,6 +28,9 @@ WHOLE = {
 }
 """A part of the user's own -> settings next to it that only shape the part that it replaces."""
 
+EPOCHS = {"max_steps": -1, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
+"""Arguments of Lightning's Trainer with which an epoch could end without its validation -> the value that they have."""
+
 
 def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """Composed settings as checked plain dataclasses.
@@ -117,6 +120,14 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
     if "fast_dev_run" in trainer.args:
         yield "trainer.args.fast_dev_run keeps no checkpoint, and the best one is measured in the end: say debug=fast."
+    if trainer.args.get("overfit_batches"):
+        yield "trainer.args.overfit_batches replaces what deals out the slices of a batch: say debug=overfit."
+    for name, value in trainer.args.items():
+        if value != EPOCHS.get(name, value) or (name in ("limit_train_batches", "limit_val_batches") and value == 0):
+            yield (
+                f"trainer.args.{name}={value}: each epoch ends with one validation, by which the best checkpoint is "
+                "chosen. Leave it out; trainer.max_epochs=N says how long."
+            )
     several = trainer.num_nodes > 1 or not re.fullmatch(r"auto|1|\d+,", trainer.devices)
     if trainer.strategy == "single" and several:
         yield f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.num_nodes}: for several say trainer=ddp."
@@ -190,13 +201,13 @@ OTHER_NAMES = {
     "data.valid_fraction": ("val_size", "valid_size", "val_split", "val_fraction"),
     "data.test_fraction": ("test_size", "test_split"),
     "data.folds": ("k_folds", "kfold", "cv", "n_splits"),
-    "trainer.max_epochs": ("epochs", "epoch", "num_epochs", "n_epochs"),
+    "trainer.max_epochs": ("epochs", "epoch", "num_epochs", "n_epochs", "max_steps"),
     "trainer.patience": ("early_stopping", "early_stopping_patience"),
     "trainer.devices": ("gpus", "num_gpus"),
     "trainer.accelerator": ("device", "cuda", "gpu"),
     "trainer.precision": ("amp", "fp16", "mixed_precision"),
     "trainer.progress": ("verbose", "progress_bar"),
-    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "max_steps", "profiler"),
+    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "profiler"),
     "debug=fast": ("fast_dev_run", "trainer.fast_dev_run"),
     "model.freeze": ("frozen", "freeze_backbone"),
     "model.weights": ("pretrained",),

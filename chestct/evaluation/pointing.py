@@ -25,6 +25,7 @@ from chestct.evaluation.evaluate import conv5_of, normal_baseline
 from chestct.imaging.decode import decode
 from chestct.imaging.lungs import find_lungs
 from chestct.imaging.preprocess import as_bytes, placement
+from chestct.imaging.slice import Limits
 from chestct.models.bundle import Bundle
 from chestct.models.lightning_module import load_classifier
 from chestct.models.saliency import explained_output, heat, heat_to_square, normalised_cam
@@ -92,8 +93,9 @@ def _lesions(
     if rows.empty:
         return None
     preprocess, reach = preprocess_of(cfg.data), []
+    limits = Limits(cfg.data.max_bytes, cfg.data.max_pixels)
     for root, path in zip(rows["root"], rows["path"], strict=True):
-        place = placement(as_bytes(decode(Path(root, path), cfg.data.window).gray), preprocess)
+        place = placement(as_bytes(decode(Path(root, path), cfg.data.window, limits).gray), preprocess)
         reach.append(TOLERANCE * (place.target[2] - place.target[0]) / (place.source[2] - place.source[0]))
     return Lesions(np.stack(images), np.stack(masks), np.array(reach), rows["group"].to_numpy(), contents)
 

@@ -225,6 +225,13 @@ def _rows(path: Path, wanted: set[str] | None = None) -> dict[str, torch.Tensor]
         return {content: row for content, row in rows if wanted is None or content in wanted}
 
 
+def plain_maps(net: VGG16, dataset: SliceDataset, batch_size: int) -> Iterable[torch.Tensor]:
+    """What the head gets for the plain slices of a split, some at a time: as the dataset holds it, else computed."""
+    if dataset.features:
+        return (dataset.features[0][at : at + 256] for at in range(0, len(dataset), 256))
+    return (net.maps(x) for x in net.batches(dataset.images, batch_size, dataset.rows))
+
+
 @torch.no_grad()
 def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndarray, torch.Tensor]:
     """Logits [N, K] and mean-pooled features [N, 512] of the plain slices of a split, both float32, on the CPU.
@@ -232,11 +239,8 @@ def outputs(net: VGG16, dataset: SliceDataset, batch_size: int) -> tuple[np.ndar
     From the features that the dataset holds, else by the convolutions; `net` is put into eval mode.
     """
     net.eval()
-    every: Iterable[torch.Tensor] = (net.maps(x) for x in net.batches(dataset.images, batch_size, dataset.rows))
-    if dataset.features:
-        every = (dataset.features[0][at : at + 256] for at in range(0, len(dataset), 256))
     logits, pooled = [], []
-    for maps in every:
+    for maps in plain_maps(net, dataset, batch_size):
         logits.append(net.head(maps.to(net.mean.device)).float().cpu())
         pooled.append(net.channel_means(maps).float().cpu())
     return torch.cat(logits).numpy(), torch.cat(pooled)

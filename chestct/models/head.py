@@ -1,6 +1,6 @@
 """The head on the convolutions' maps: pooled and linear, or a judge of each place whose map is the explanation."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -8,9 +8,6 @@ from torch.nn import functional
 
 from chestct.config.schema import ModelConfig
 from chestct.config.targets import build
-
-if TYPE_CHECKING:
-    from chestct.data.rows import Rows
 
 
 def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int]) -> nn.Sequential:
@@ -80,17 +77,20 @@ class Standardise(nn.BatchNorm2d):
         self.places, self.fitted = places, False
 
     @torch.no_grad()
-    def fit(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None = None) -> None:
-        """Takes means and spreads from maps [N, C, h, w], weighted by w [N], for good: not batch by batch.
+    def fit(self, maps: Iterable[torch.Tensor], w: torch.Tensor | None = None) -> None:
+        """Takes means and spreads from maps [N, C, h, w], given in parts, weighted by w [N], for good: not by batch.
 
         A batch's own would depend on what else is in it, and count phantoms or a large source by their slices.
         """
-        w = torch.ones(len(maps)) if w is None else w
         mean, square = torch.zeros(2, self.num_features, dtype=torch.float64)
-        for at, weight in zip(range(0, len(maps), 64), torch.split(w.double() / w.sum(), 64), strict=True):
-            places = maps[at : at + 64].float().flatten(2)
-            mean += weight @ places.mean(2).double()
-            square += weight @ places.square().mean(2).double()
+        count, total = 0, 0.0
+        for part in maps:
+            weight = torch.ones(len(part)) if w is None else w[count : count + len(part)]
+            places, weight = part.float().flatten(2), weight.double()
+            mean += weight @ places.mean(2).cpu().double()
+            square += weight @ places.square().mean(2).cpu().double()
+            count, total = count + len(part), total + float(weight.sum())
+        mean, square = mean / total, square / total
         self.get_buffer("running_mean").copy_(mean)
         self.get_buffer("running_var").copy_(square - mean.square())
         self.fitted = True

@@ -51,6 +51,7 @@ class Classifier(L.LightningModule):
         outputs = 1 if cfg.task == "binary" else len(class_names)
         self.net = VGG16(cfg.model, outputs, cfg.data.size, weights)
         self.net.set_frozen(cfg.model.freeze)
+        self.maps = self.net.maps  # for training steps of a head that judges places; compiled if that is asked for
         counts = torch.tensor(class_counts, dtype=torch.float32)
         weight = counts.sum() / (len(counts) * counts) if cfg.optim.class_weights else torch.ones(len(counts))
         self.register_buffer("class_weight", weight, persistent=False)
@@ -83,9 +84,11 @@ class Classifier(L.LightningModule):
         """Loss and metrics, `stage/NAME`, of a whole split at once: logits float32 [N, K], y int [N], w float [N]."""
         metrics = metric_collection(logits.shape[1], stage)
         metrics.update(_scores(logits), y)
+        # Of a split that lacks a class the loss alone: torchmetrics takes an AUROC that is not defined for 0.
+        values = metrics.compute() if len(set(y.tolist())) == len(self.class_names) else {}
         device = cast(torch.Tensor, self.class_weight).device
-        loss = self.loss(logits.to(device), y.to(device), w if w is None else w.to(device))
-        return {name: float(value) for name, value in (metrics.compute() | {f"{stage}/loss": loss}).items()}
+        values[f"{stage}/loss"] = self.loss(logits.to(device), y.to(device), w if w is None else w.to(device))
+        return {name: float(value) for name, value in values.items()}
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor:
         loss = self._step(batch, "train")
@@ -102,7 +105,7 @@ class Classifier(L.LightningModule):
     def _step(self, batch: Batch, stage: str) -> torch.Tensor:
         w = batch.get("w")
         if "places" in batch and has_places(self.net.head):
-            evidence = self.net.head[:-1](batch["x"] if batch["x"].shape[1] > 1 else self.net.maps(batch["x"]))
+            evidence = self.net.head[:-1](batch["x"] if batch["x"].shape[1] > 1 else self.maps(batch["x"]))
             logits = self.net.head[-1](evidence)
             known = functional.adaptive_avg_pool2d(batch["places"], evidence.shape[2:])
             loss = self.loss(logits, batch["y"], w) + self.cfg.optim.places * places_loss(evidence, known, w)
@@ -123,11 +126,14 @@ class Classifier(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.cfg.trainer.compile:
-            self.net.compile()
+            self.net.compile()  # what `forward` calls
+            self.maps = torch.compile(self.net.maps)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout draws from here: a resumed run draws in each step what the uninterrupted one would have drawn.
-        seed = (self.cfg.seed * 1_000_003 + self.global_step) * self.trainer.world_size + self.trainer.global_rank
+        # By batches, not by `global_step`: several may make one step (accumulate_grad_batches).
+        batches = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        seed = (self.cfg.seed * 1_000_003 + batches) * self.trainer.world_size + self.trainer.global_rank
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds where there is no GPU
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

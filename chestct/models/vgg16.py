@@ -7,8 +7,7 @@ place, `model.head` another head.
 """
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,9 +18,6 @@ from chestct.config.schema import ModelConfig
 from chestct.errors import ConfigError
 from chestct.models.head import Standardise, make_head
 from chestct.models.weights import BLOCKS, Weights, convolutions
-
-if TYPE_CHECKING:
-    from chestct.data.rows import Rows
 
 
 class VGG16(nn.Module):
@@ -125,8 +121,8 @@ class VGG16(nn.Module):
         parts = features.reshape(len(features), self.channels, -1)
         return parts[..., 0] if features.ndim == 2 and self.head[0].pool in ("max", "mean_max_std") else parts.mean(2)
 
-    def fit_standardise(self, maps: "torch.Tensor | Rows", w: torch.Tensor | None) -> None:
-        """Fixes how a head that judges places standardises, by the cached maps of train and what each slice counts."""
+    def fit_standardise(self, maps: Iterable[torch.Tensor], w: torch.Tensor | None) -> None:
+        """Fixes how a head that judges places standardises, by the maps of train and what each slice counts [N]."""
         for layer in self.head:
             if isinstance(layer, Standardise) and layer.places:
                 layer.fit(maps, w)

@@ -40,7 +40,7 @@ from chestct.data.splits import identity
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.models.checkpoint import REFITS, read_checkpoint
-from chestct.models.features import attach, outputs
+from chestct.models.features import attach, outputs, plain_maps
 from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier
 from chestct.models.predictions import prediction_table
@@ -106,11 +106,13 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
         resume = resumable(cfg, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *own]
-        if cfg.features.cache and cfg.starts_frozen:
+        if cfg.starts_frozen:
             model.to(trainer.strategy.root_device)
-            splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
-            attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
-            model.net.fit_standardise(data.features["train"][0], data.dataset("train", train=True).w)
+            if cfg.features.cache:
+                splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
+                attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
+            slices = data.dataset("train", train=True)
+            model.net.fit_standardise(plain_maps(model.net, slices, cfg.features.batch_size), slices.w)
         _record(cfg, data, model, run)
 
     where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from chestct.config.compose import compose
 from chestct.config.schema import SourceConfig
+from chestct.errors import DecodeError
 from chestct.evaluation.pointing import (
     TOLERANCE,
     Lesions,
@@ -184,6 +185,12 @@ def test_lesions_are_drawn_into_the_normal_slices_of_every_unit_in_turn(small, m
     assert np.array_equal(drawn_lesions(rows, store.images, cfg).images, lesions.images)
     cancers = rows[rows["label"] == "cancer"]
     assert drawn_lesions(cancers, store.images, cfg) is known_lesions(rows[:0], store.images, cfg) is None
+
+
+def test_slices_are_read_within_the_limits_of_the_settings(small) -> None:
+    store = opened(small()).store
+    with pytest.raises(DecodeError, match=r"data\.max_pixels allows 9"):
+        drawn_lesions(store.manifest.assign(group=0), store.images, small("data.max_pixels=9"))
 
 
 @pytest.mark.slow

@@ -51,6 +51,32 @@ def test_logits_between_0_and_1_are_not_taken_for_scores(small):
     assert measured["test/specificity"] == 0
 
 
+def test_of_a_split_that_lacks_a_class_only_the_loss_is_known(small):
+    logits, y, model = torch.tensor([[0.3], [-1.0]]), torch.tensor([1, 1]), make(small())
+    assert model.measured(logits, y, "test") == {"test/loss": pytest.approx(model.loss(logits, y).item())}
+
+
+def test_dropout_draws_anew_in_each_batch_however_many_make_a_step(small):
+    model, about = make(small("seed=2")), {"world_size": 2, "global_rank": 1, "global_step": 5}
+    model.trainer = type("T", (), about | {"current_epoch": 1, "num_training_batches": 10})()
+    seeds = []
+    for batch in range(2):
+        model.on_train_batch_start({}, batch)
+        seeds.append(torch.initial_seed())
+    assert seeds == [(2 * 1_000_003 + step) * 2 + 1 for step in (10, 11)]
+
+
+def test_compiled_training_of_a_head_that_judges_places_calls_what_was_compiled(small, monkeypatch):
+    called = []
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: called.append(function.__name__) or function(x))
+    model = make(small("model.pool=topk", "trainer.compile=true"))
+    model.on_fit_start()
+    batch = {"x": torch.rand(2, 1, 64, 64), "y": torch.tensor([0, 1])}
+    model._step(batch | {"places": torch.zeros(2, 1, 64, 64)}, "train")
+    model._step(batch, "valid")
+    assert called == ["maps", "_call_impl"]
+
+
 def test_convolutions_learn_more_slowly_than_the_head(small):
     model = make(small("model.freeze=3", "optim.lr=0.1", "optim.backbone_lr_ratio=0.01"))
     model.trainer = type("T", (), {"estimated_stepping_batches": 10})()
