@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
-DATA ?= ../shared/data
+DATA ?= hospitals
 
 .DEFAULT_GOAL := help
 .PHONY: help setup docs hooks train test test-fast lint format params repro audit bench bench-scale bench-gpu bundle demo ui clean
@@ -59,7 +59,7 @@ repro: $(READY) ## run the DVC pipeline as far as something changed
 demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDER serve.port=...")
 	$(BIN)/python serve.py $(ARGS)
 
-bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again (DATA=../shared/data)
+bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again, from what `chestct data fetch` copied (DATA=FOLDER)
 	$(BIN)/python train.py data=hospitals experiment=places 'data.sources.phantom={weight: 0.1}' \
 		data.sources.chest_ct.root=$(DATA)/chest-ct data.sources.iq_oth.root=$(DATA)/iq-oth-nccd \
 		data.sources.lidc.root=$(DATA)/lidc data.sources.lung_pet_ct_dx.root=$(DATA)/lung-pet-ct-dx \
@@ -68,8 +68,8 @@ bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again (DAT
 		hydra.run.dir=runs/bundle/export 'evaluation.protocol=[loso,matrix,within,probe]' seeds=3 \
 		evaluation.phantoms=100 evaluation.novelty=24 evaluation.robustness=40
 
-ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000
-	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000 (ARGS="--port 5050")
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 $(ARGS)
 
 bench: $(READY) ## time everything, ten minutes; writes docs/benchmarks.md (ARGS="--turns 1", "--data FOLDER --keras PYTHON")
 	$(BIN)/python -m benchmarks --json docs/benchmarks.json --write docs/benchmarks.md $(ARGS)

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from chestct.config.schema import Config
@@ -37,6 +37,7 @@ def serve(cfg: Config, out: Path) -> None:
     CHESTCT_USERNAME and CHESTCT_PASSWORD in the environment ask visitors for them. SIGHUP loads the bundle again, and
     asks MLflow where its name points by now; SIGTERM ends the service when requests under way are answered.
     """
+    from chestct.serving.monitor import Monitor
     from chestct.serving.server import serve
 
     def locate() -> str:
@@ -44,13 +45,9 @@ def serve(cfg: Config, out: Path) -> None:
 
         return bundle_folder(cfg.bundle or "packaged", cfg)
 
-    with ExitStack() as stack:
-        record = None
-        if cfg.monitor.enabled:
-            from chestct.serving.monitor import Monitor
-
-            record = stack.enter_context(closing(Monitor(cfg.monitor.path, cfg.monitor.keep_days))).record
-        serve(cfg, locate, record)
+    opened = closing(Monitor(cfg.monitor.path, cfg.monitor.keep_days)) if cfg.monitor.enabled else nullcontext()
+    with opened as monitor:
+        serve(cfg, locate, monitor.record if monitor else None)
 
 
 @program("stage")

@@ -135,3 +135,23 @@ def test_compose_starts_stages_that_exist_and_is_open_to_this_machine_only():
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_mlflow_can_have_another_port_where_5000_is_taken():
+    """As it is by AirPlay on macOS."""
+    (port,) = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]["mlflow"]["ports"]
+    assert port == "127.0.0.1:${MLFLOW_PORT:-5000}:5000"
+    recipe = (ROOT / "Makefile").read_text().partition("\nui:")[2].partition("\n\n")[0]
+    assert recipe.endswith("--port 5000 $(ARGS)")  # the later --port counts
+
+
+def test_the_extra_docs_has_what_builds_the_site():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    there = {Requirement(line).name for line in extras["docs"]}
+    assert there >= {"mkdocs-material", "mkdocstrings", "ipykernel", "nbclient", "nbformat"}
+
+
+def test_a_version_without_a_release_has_no_date_of_one():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    unreleased = f"## {citation['version']} (unreleased)" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert unreleased != ("date-released" in citation)

@@ -16,6 +16,15 @@ def test_notebooks_are_committed_without_outputs_and_name_no_place_of_one_machin
     assert not re.search(r"/(home|root|work|tmp|Users)/", text)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_promise_what_their_commands_do(path: Path) -> None:
+    cells = nbformat.read(path, as_version=4).cells
+    texts = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    for text in texts:
+        assert ("robustness," in text) == ("evaluation.robustness=" in text), text
+    assert "DICOM" not in "".join(texts) or any(".dcm" in cell.source for cell in cells)
+
+
 def test_a_page_shows_what_a_notebook_printed_and_drew():
     from notebooks.pages import as_markdown
 

@@ -168,13 +168,15 @@ def as_yaml(group: Any = Config, indent: str = "") -> str:
     return text
 
 
-def derived_files() -> dict[Path, str]:
-    """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml."""
-    composed = OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it, so that git sees no change
-    return {DEFAULTS: HEAD + as_yaml(), CONF.parent / "params.yaml": composed}
+def derived_files() -> Iterator[tuple[Path, str]]:
+    """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml.
+
+    Write each before the next is asked for, which is composed on top of it.
+    """
+    yield DEFAULTS, HEAD + as_yaml()
+    yield CONF.parent / "params.yaml", OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it
 
 
-if __name__ == "__main__":  # `make params`; the defaults first, since params.yaml is composed on top of them
-    write_atomic(DEFAULTS, HEAD + as_yaml())
-    for derived, text in derived_files().items():
+if __name__ == "__main__":  # `make params`
+    for derived, text in derived_files():
         write_atomic(derived, text)

@@ -146,7 +146,7 @@ def test_freeze_is_a_switch_or_a_number_of_blocks_until_convolutions_join_in():
 
 
 def test_committed_files_follow_from_the_schema():
-    for path, text in derived_files().items():
+    for path, text in derived_files():
         assert path.read_text() == text, f"{path.name}: run `make params`"
     assert all(item.metadata.get("help") for _, _, item in leaves(Config))
 

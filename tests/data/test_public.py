@@ -1,14 +1,16 @@
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 
 import pytest
 
 from chestct import cli
-from chestct.config.compose import compose
+from chestct.config.compose import CONF, compose
 from chestct.data import public
 from chestct.data.public import SETS, PublicSet, content_digest, describe, fetch
-from chestct.data.sources import list_slices
+from chestct.data.sources import label_of, list_slices
 from chestct.errors import DataError
 from tests.conftest import real
 
@@ -92,6 +94,29 @@ def test_each_collection_says_where_it_lives_and_lies_where_the_settings_look_fo
         }
     with pytest.raises(DataError, match="There are: chest_ct"):
         describe("kaggle")
+
+
+def test_git_ignores_slices_of_patients_and_what_commands_write():
+    if not shutil.which("git") or not (CONF.parent / ".git").exists():
+        pytest.skip("no git, or no checkout")
+    written = ["data", *(known.root for known in SETS.values()), "scores.csv", "scores.scans.json", "features.parquet"]
+    paths = [f"{path}/x.png" if "." not in path else path for path in written]
+    done = subprocess.run(["git", "check-ignore", *paths], cwd=CONF.parent, capture_output=True, text=True)
+    assert done.stdout.split() == paths
+
+
+def test_make_bundle_reads_what_was_fetched():
+    makefile = (CONF.parent / "Makefile").read_text(encoding="utf-8")
+    (folder,) = re.findall(r"^DATA \?= (.*)$", makefile, re.M)
+    roots = dict(re.findall(r"data\.sources\.(\w+)\.root=\$\(DATA\)/(\S+)", makefile))
+    assert {name: f"{folder}/{below}" for name, below in roots.items()} == {n: known.root for n, known in SETS.items()}
+
+
+@pytest.mark.parametrize("data", ["iq_oth", "hospitals"])
+def test_the_published_folders_of_iq_oth_have_labels_benign_ones_as_they_are_misspelt_there(data):
+    labels = compose(f"data={data}").data.labels
+    named = {name: label_of(f"{name} cases", labels) for name in ("Bengin", "Malignant", "Normal", "Benign")}
+    assert named == {"Bengin": "ignore", "Malignant": "cancer", "Normal": "normal", "Benign": "ignore"}
 
 
 @pytest.mark.slow

@@ -78,6 +78,20 @@ def test_every_setting_that_is_named_exists():
                 assert name in known or f"{name}.".startswith(tables), f"{page.name}: {text}"
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md"])
+def test_the_first_pages_say_how_to_enter_the_environment_before_they_name_a_command_of_it(name):
+    page = (ROOT / name).read_text(encoding="utf-8")
+    first = re.search(r"(`|^\$ |^    )(python \w+\.py|chestct \S)", page, re.M)
+    assert 0 < page.find(". .venv/bin/activate") < first.start()
+
+
+def test_a_picture_has_one_command_on_all_pages():
+    """README names that of the report in its alternative text, docs/evaluation.md below the picture."""
+    alternative = re.search(r"!\[.*`(.*)`\]\(docs/report\.png\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    below = re.search(r"\(report\.png\)\n\*`(.*)`\*", (ROOT / "docs/evaluation.md").read_text(encoding="utf-8"))
+    assert alternative[1] == below[1]
+
+
 def test_commands_can_be_pasted_into_zsh():
     """Typed there, # begins no comment, and a bracket that is not quoted is a pattern that no file matches."""
     texts = {page: page.read_text(encoding="utf-8") for page in (*PAGES, ROOT / "CONTRIBUTING.md")}

@@ -71,3 +71,5 @@ def test_in_a_fresh_clone_dvc_says_where_its_files_come_from_and_a_remote_of_one
     told = dvc(*arguments.split())
     assert "public copy" not in told.stderr
     assert (told.returncode == 0) == arguments.startswith("push")
+    (clone / "data.dvc").unlink()  # as docs/dagshub.md says where nobody has these files
+    assert dvc("pull").returncode == 0

@@ -25,7 +25,7 @@ QUICK = """
 data: {phantom: {slices: 60, size: 64, difficulty: 0.0}, size: 32}
 trainer: {max_epochs: 3, progress: false}
 """
-OUTPUTS = ("store", "audit", "train/checkpoints", "bundle")
+OUTPUTS = ("data", *(f"artifacts/{name}" for name in ("store", "audit", "train/checkpoints", "bundle")))
 
 
 def run(folder: Path, *command: str) -> str:
@@ -45,7 +45,7 @@ def origin(tmp_path, monkeypatch):
     for name in ("chestct", "conf", "hydra_plugins"):
         shutil.copytree(ROOT / name, draft / name, ignore=shutil.ignore_patterns("__pycache__"))
     (draft / ".dvc").mkdir()
-    for name in ("train.py", "evaluate.py", "dvc.yaml", ".gitignore", ".dvcignore", ".dvc/config"):
+    for name in ("train.py", "evaluate.py", "dvc.yaml", "data.dvc", ".gitignore", ".dvcignore", ".dvc/config"):
         shutil.copy(ROOT / name, draft / name)
     (draft / ".dvc" / ".gitignore").write_text("/config.local\n/tmp\n/cache\n")
     with (draft / "conf/train.yaml").open("a") as file:
@@ -88,7 +88,7 @@ def remotes(folder: Path, s3: str, http: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for name in OUTPUTS for path in (folder / "artifacts" / name).rglob("*") if path.is_file()]
+    files = [path for name in OUTPUTS for path in (folder / name).rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
@@ -107,11 +107,14 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     ada = clone(origin, "ada")
     shutil.copy(empty_store, ada / "mlflow.db")
 
-    # The pipeline, and the commit that others start from.
+    # The pipeline, and the commit that others start from. A slice stands for those that data.dvc names.
+    (ada / "data").mkdir()
+    (ada / "data/slice.png").write_bytes(b"slice")
+    run(ada, "dvc", "add", "data")
     run(ada, "dvc", "repro")
     run(ada, "git", "add", ".")
     kept = run(ada, "git", "diff", "--cached", "--name-only").split()
-    assert kept == ["artifacts/evaluation/metrics.json", "dvc.lock"]
+    assert kept == ["artifacts/evaluation/metrics.json", "data.dvc", "dvc.lock"]
     run(ada, "git", "commit", "-q", "-m", "results")
     baseline = metrics(ada / "artifacts/evaluation")
 
@@ -184,7 +187,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
         assert "Running stage" not in run(bob, "dvc", "repro")
         shutil.rmtree(bob / ".dvc/cache")
         for name in OUTPUTS:
-            shutil.rmtree(bob / "artifacts" / name)
+            shutil.rmtree(bob / name)
     run(bob, "dvc", "pull")
     printed = run(bob, "python", "evaluate.py", "ckpt=artifacts/train/checkpoints/best.ckpt", "hydra.run.dir=again")
     again = metrics(bob / "again")
