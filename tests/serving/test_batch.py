@@ -82,7 +82,7 @@ def test_the_exit_status_and_errors_say_what_went_wrong(call, scans, tmp_path, c
 def test_an_accelerator_computes_where_there_is_one(small_bundle, scans, tmp_path, monkeypatch):
     devices: list[object] = []
     monkeypatch.setattr(backends, "pick_device", lambda accelerator: torch.device("meta"))
-    monkeypatch.setattr(VGG16, "to", lambda net, device: devices.append(device))  # none is needed for this test
+    monkeypatch.setattr(VGG16, "to", lambda net, device: devices.append(device) or net)  # none is needed for this test
     predict_files([scans / "b" / "s1.png"], tmp_path / "s.csv", Predictor(small_bundle))
     assert devices == [torch.device("meta")]
 
