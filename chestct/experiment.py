@@ -81,8 +81,8 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         in_place = beside.name == "checkpoints" if rank() else beside == (out / "checkpoints").resolve()
         if not (rank() or in_place) and (beside.name == "checkpoints" or (out / "checkpoints").exists()):
             raise ConfigError(
-                f"{out} is not the folder of {ckpt}, where its training goes on, and what another run has there would "
-                "be written over. Give ckpt and runs_dir on the command line, and leave out hydra.run.dir."
+                f"{out} is not the folder of {ckpt}, where its training goes on. Give ckpt and runs_dir on the command "
+                "line, without hydra.run.dir and -m."
             )
         if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
@@ -186,7 +186,7 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
     from chestct.evaluation.split_policies import check_anew, refits
     from chestct.training import train as fit
 
-    if data is None:
+    if data is None and cfg.ckpt:  # without one, `evaluate` says so
         check_anew(cfg)  # now, not after an evaluation and trainings of hours
     evaluation = evaluate(cfg, data)
 

@@ -68,7 +68,7 @@ def program(
                     elsewhere = "-m" if sweep else "hydra.run.dir"
                     raise ConfigError(
                         f"A training goes on in its own folder, {folder}: leave out {elsewhere}. To branch it, copy "
-                        "its checkpoints/*.ckpt to checkpoints/ of another folder, and name that."
+                        "its checkpoints/*.ckpt to checkpoints/ of another folder, and give ckpt=THAT alone."
                     )
                 if rank():  # the first process has the run folder
                     scratch = tempfile.TemporaryDirectory(prefix="chestct-")

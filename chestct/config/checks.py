@@ -123,7 +123,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if trainer.args.get("overfit_batches"):
         yield "trainer.args.overfit_batches replaces what deals out the slices of a batch: say debug=overfit."
     for name, value in trainer.args.items():
-        if value != EPOCHS.get(name, value) or (name in ("limit_train_batches", "limit_val_batches") and value == 0):
+        usual, none = EPOCHS.get(name, value), name in ("limit_train_batches", "limit_val_batches") and value == 0
+        if none or (type(value), value) != (type(usual), usual):  # val_check_interval=1 is after every batch
             yield (
                 f"trainer.args.{name}={value}: each epoch ends with one validation, by which the best checkpoint is "
                 "chosen. Leave it out; trainer.max_epochs=N says how long."

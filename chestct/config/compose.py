@@ -83,7 +83,8 @@ def readable(override: str, sweep: bool = False) -> str:
     except OverrideParseException:
         return quoted(key, value)
     one_text = kind.startswith("str") and not sweep
-    return quoted(key, value) if one_text and parsed.is_sweep_override() else override
+    listed = value.startswith(("{", "["))
+    return quoted(key, value) if one_text and (listed or parsed.is_sweep_override()) else override
 
 
 def quoted(key: str, value: str) -> str:

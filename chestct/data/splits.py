@@ -74,14 +74,14 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig, *, check: bo
         kept = ~manifest["content"].reindex(order).duplicated().reindex(manifest.index) & ~conflicting
         divide = _held_out if cfg.holdout else _grouped
         splits = divide(manifest[kept], classes[kept], cfg).reindex(manifest.index, fill_value=LEFT_OUT)
-        # Next to patients, phantoms are there to learn from, not to be measured on.
-        if any(map(of_patients, cfg.sources)) and PHANTOM not in cfg.holdout:
-            splits = splits.mask(~manifest["source"].map(of_patients) & (splits == "test"), "train")
     else:
         splits = _official(manifest, cfg)
-        if cfg.split == "official_clean":
-            copies = manifest.assign(split=splits).duplicated(["content", "split"])
-            splits = splits.mask(leaked(manifest, splits) | copies | conflicting, LEFT_OUT)
+    # Next to patients, phantoms are there to learn from, not to be measured on.
+    if any(map(of_patients, cfg.sources)) and PHANTOM not in cfg.holdout:
+        splits = splits.mask(~manifest["source"].map(of_patients) & (splits == "test"), "train")
+    if cfg.split == "official_clean":
+        copies = manifest.assign(split=splits).duplicated(["content", "split"])
+        splits = splits.mask(leaked(manifest, splits) | copies | conflicting, LEFT_OUT)
     if check:
         _check_classes(splits, classes, manifest["group"], task)
     return splits

@@ -20,6 +20,7 @@ from chestct.evaluation.external import as_made, own_manifest
 from chestct.models.backends import calibration_slices, convert, load_graph, version_of
 from chestct.models.bundle import Bundle, backend_files, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
+from chestct.models.predictions import measurable
 from chestct.stats.metrics import auroc_difference
 
 LIMITS = {
@@ -40,7 +41,7 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
     Raises ConfigError where a package is missing, and BundleError, with the numbers, where a backend falls short; the
     folder is then as it was.
     """
-    train, valid = (manifest[manifest["split"] == split] for split in ("train", "valid"))
+    train, valid = manifest[manifest["split"] == "train"], measurable(manifest, "valid")
     order = train["row"].to_numpy()[calibration_slices(len(train))]
     squares = images[valid["row"]]
     expected = bundle.predict(squares, explain=True)

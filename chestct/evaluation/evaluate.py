@@ -35,7 +35,7 @@ from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.predictions import of_patients_first, prediction_table
+from chestct.models.predictions import measurable, of_patients_first, prediction_table
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
@@ -135,7 +135,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
     facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
-    training = drift.training_facts(data.manifest, table)
+    training = drift.training_facts(data.manifest, measurable(data.manifest, "train"), measurable(table, "valid"))
     evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
     evaluation.sections["audit"] = kept_audit(cfg, data.store)
     return evaluation
@@ -148,7 +148,7 @@ def fit_marks(manifest: pd.DataFrame, train: torch.Tensor, valid: torch.Tensor) 
 
 def fit_point(table: pd.DataFrame, cfg: Config) -> OperatingPoint:
     """The operating point that the validation slices of a table of predictions give."""
-    valid = table[table["split"] == "valid"][of_patients_first(table, "valid")]
+    valid = measurable(table, "valid")
     return OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
 
 
@@ -167,11 +167,7 @@ def assembled(
     training: what a bundle keeps of its training data, as `drift.training_facts` makes it.
     """
     threshold = bundle.point.threshold
-    splits = table["split"].unique()
-    metrics = {
-        split: measured(table[table["split"] == split][of_patients_first(table, split)], cfg, threshold)
-        for split in splits
-    }
+    metrics = {split: measured(measurable(table, split), cfg, threshold) for split in table["split"].unique()}
     test = table[table["split"] == "test"]
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {

@@ -290,6 +290,6 @@ def check_fits(checkpoint: dict[str, Any], model: Classifier) -> None:
     # Features are of the weights, and so are mean and scale of the input, which no checkpoint holds.
     if checkpoint["chestct"].get("weights") != model.net.digest:
         raise WeightsError(
-            f"model.weights={model.cfg.model.weights} are not the convolutions that the checkpoint began with. Give "
-            "those, or start anew without ckpt."
+            f"model.weights={model.cfg.model.weights} are not the convolutions that the checkpoint began with, or "
+            "expect another mean and scale since. Put the file of then in that place, or start anew without ckpt."
         )

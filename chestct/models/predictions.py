@@ -25,6 +25,11 @@ def output_names(task: str) -> Sequence[str]:
     return ("cancer",) if task == "binary" else classes_of(task)
 
 
+def measurable(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The slices of a split that are fitted to and measured on, see `of_patients_first`."""
+    return table[table["split"] == split][of_patients_first(table, split)]
+
+
 def of_patients_first(table: pd.DataFrame, split: str) -> np.ndarray:
     """Which slices of a split are fitted to and measured on, bool [N]: phantoms only where the others lack a class.
 

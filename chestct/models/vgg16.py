@@ -111,9 +111,11 @@ class VGG16(nn.Module):
         for end in (self._block_ends(layers)[block] for block in self.blocks):
             x = layers[done:end](x)
             maps, done = [*maps, x], end
-        steps = [2 ** (self.block - block) for block in self.blocks]
-        # Not adaptive, which OpenVINO computes slowly.
-        finer = [functional.avg_pool2d(one, step) for one, step in zip(maps[:-1], steps[:-1], strict=True)]
+        finer, side = [], x.shape[2]
+        for one in maps[:-1]:
+            step, left = divmod(one.shape[2], side)
+            # Adaptive, which OpenVINO computes slowly, only where blocks of places do not fit.
+            finer.append(functional.adaptive_avg_pool2d(one, side) if left else functional.avg_pool2d(one, step))
         return torch.cat([*finer, x], 1)
 
     def channel_means(self, features: torch.Tensor) -> torch.Tensor:

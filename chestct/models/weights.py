@@ -109,6 +109,8 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
         tensors, identity = _file(Path(name))
     theirs = backbone != "vgg16" or OF_TORCHVISION.search(f"{identity[:8]} {Path(name).name.lower()}")
     mean, scale = _input(backbone) if theirs else OXFORD
+    if name == "imagenet1k_v1" and backbone != "vgg16":
+        identity = digest(f"{identity} {mean} {scale}")  # earlier versions gave all of them VGG16's
     if name not in ("oxford", "imagenet1k_v1"):
         identity = digest(f"{identity} {mean} {scale}")  # the file's name decides about them
         numbers = " and scale ".join(", ".join(f"{x:g}" for x in three) for three in (mean, scale))

@@ -57,12 +57,13 @@ def psi(before: np.ndarray, now: np.ndarray) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def training_facts(manifest: "pd.DataFrame", predictions: "pd.DataFrame") -> dict[str, Any]:
+def training_facts(manifest: "pd.DataFrame", train: "pd.DataFrame", valid: "pd.DataFrame") -> dict[str, Any]:
     """What a bundle keeps to be compared with later slices: QUANTILES of all that is MEASURED, and slices by split.
 
-    manifest: the slices of all splits; predictions: those of validation with `probability_normal` and `novelty`.
+    manifest: the slices of all splits; train: those of it to compare with; valid: predictions with
+    `probability_normal` and `novelty`.
     """
-    columns = measured(manifest[manifest["split"] == "train"], predictions[predictions["split"] == "valid"])
+    columns = measured(train, valid)
     return {
         "data": {"slices": {str(split): int(n) for split, n in manifest["split"].value_counts().items()}},
         "statistics": {name: np.quantile(values, QUANTILES).tolist() for name, values in columns.items()},

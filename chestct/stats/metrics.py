@@ -55,7 +55,7 @@ def measure(
     reduction to cancer by 1 - P(normal).
 
     Intervals: shares of slices have Wilson's with their `effective_size`; all else the 2.5 and 97.5 % quantiles over
-    `resamples` draws of groups (of ECE turned round the value: the basic bootstrap), widened to `_unseen` where a class
+    `resamples` draws of groups (of ECE turned round the value, in squares), widened to `_unseen` where a class
     has few of them or no draw differs from another.
     Raises DataError without slices, or where a score is not finite.
     """
@@ -76,8 +76,9 @@ def measure(
         else:
             low, high, reason = percentiles(np.concatenate([part[name] for part in drawn]), value)
             if name == "ece" and low is not None and high is not None:
-                # Chance widens gaps: in the value, and in each draw once more. So the draws are turned round the value.
-                low, high = max(0.0, 2 * value - high), max(value, 2 * value - low)
+                # Chance widens gaps, in the value, and in each draw once more, by their squares: these are turned round.
+                low, high = (max(0.0, 2 * value**2 - end**2) ** 0.5 for end in (high, low))
+                high = max(value, high)
             if low is not None and high is not None and (few or high - low < 1e-9):
                 low, high = min(low, float(extremes[name].min())), max(high, float(extremes[name].max()))
             estimates[name] = Estimate(value, low, high, slices, groups, reason)

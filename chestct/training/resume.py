@@ -16,8 +16,9 @@ from chestct.models.lightning_module import Classifier, check_fits
 FIXED = ("optim.", "model.freeze", "trainer.monitor")
 """Settings, or how they begin, that a checkpoint's states of optimiser, schedule and callbacks decide."""
 
-STEPS = ("data.batch_size", "trainer.args.accumulate_grad_batches")
-"""Those that decide how many steps an epoch has, by which a falling learning rate counts."""
+STEPS = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0}
+"""Arguments of Lightning's Trainer that decide, as data.batch_size does, how many steps an epoch has, by which a
+falling learning rate counts -> what they are when nothing is said."""
 
 LOSS = ("optim.label_smoothing", "optim.class_weights", "optim.places")
 """Those of the loss, which has no state."""
@@ -42,11 +43,12 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     stored = resolve(checkpoint["hyper_parameters"]["settings"])
     before, now = (
         {key: value for key, value, _ in leaves(settings)}
-        | {STEPS[1]: settings.trainer.args.get("accumulate_grad_batches", 1)}
+        | {f"trainer.args.{name}": settings.trainer.args.get(name, usual) for name, usual in STEPS.items()}
         for settings in (stored, cfg)
     )
     falls = cfg.optim.schedule != "constant" and not cfg.optim.scheduler
-    fixed: tuple[str, ...] = (*FIXED, *STEPS) if falls else FIXED
+    steps = ("data.batch_size", *(f"trainer.args.{name}" for name in STEPS))
+    fixed: tuple[str, ...] = (*FIXED, *steps) if falls else FIXED
     began, begins, done = stored.trainer.unfreeze_epoch, cfg.trainer.unfreeze_epoch, checkpoint["epoch"] + 1
     if bool(begins) != bool(began) or began < done < begins:  # what has trained does not freeze again
         fixed += ("trainer.unfreeze_epoch",)
@@ -61,5 +63,7 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
             f"trainer.max_epochs={epochs}: {cfg.ckpt} has {done} epochs behind it. Give more, or start anew without "
             "ckpt."
         )
+    if falls and any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
+        raise ConfigError(f"{cfg.ckpt}: its one_cycle is that of an earlier version. Start anew without ckpt.")
     if falls and epochs != stored.trainer.max_epochs:
         rank_zero_only(print)(f"From here on the learning rate is that of a run of {epochs} epochs.")

@@ -25,6 +25,7 @@ from chestct.errors import ConfigError
         ("trainer.args.max_steps=5", "trainer.max_epochs=N"),
         ("trainer.args.check_val_every_n_epoch=2", "trainer.max_epochs=N"),
         ("trainer.args.val_check_interval=0.3", "trainer.max_epochs=N"),
+        ("trainer.args.val_check_interval=1", "trainer.max_epochs=N"),  # an int counts batches
         ("trainer.args.limit_val_batches=0", "trainer.max_epochs=N"),
         ("trainer.args.limit_train_batches=0.0", "trainer.max_epochs=N"),
         ("trainer.args.overfit_batches=1", "say debug=overfit"),
@@ -225,7 +226,17 @@ def test_a_path_is_read_as_typed(value):
 
 @pytest.mark.parametrize(
     "value",
-    [r"(LIDC-IDRI-\d+)", r"[A-Z]+-(\d{1,3})", r"LIDC(\d+)", r"(it\'s)", "runs (1)\\", r"a=\\", "a,b", "'a, (1)'"],
+    [
+        r"(LIDC-IDRI-\d+)",
+        r"[A-Z]+-(\d{1,3})",
+        r"LIDC(\d+)",
+        r"(it\'s)",
+        "runs (1)\\",
+        r"a=\\",
+        "a,b",
+        "[old]",
+        "'a, (1)'",
+    ],
 )
 def test_what_is_said_of_a_source_is_read_as_typed(value):
     assert compose(f"data.sources.a.root={value}").data.sources["a"].root == value.strip("'")

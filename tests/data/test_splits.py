@@ -92,11 +92,12 @@ def test_a_held_out_source_is_test_alone_and_nothing_of_it_is_trained_on():
     assert (splits == "valid").sum() == pytest.approx(4, abs=1)
 
 
-def test_next_to_patients_phantoms_are_never_tested():
-    manifest = make_manifest(range(200), ["normal", "squamous"] * 100)
+@pytest.mark.parametrize("split", ["grouped", "official", "official_clean"])
+def test_next_to_patients_phantoms_are_never_tested(split):
+    manifest = make_manifest(range(200), ["normal", "squamous"] * 100, ["train", "valid", "test", "train", "test"] * 40)
     manifest["source"] = ["clinic", "clinic", "phantom", "phantom"] * 50
     both = {"clinic": SourceConfig("x"), "phantom": SourceConfig()}
-    splits = make_splits(manifest, "binary", DataConfig(sources=both))
+    splits = make_splits(manifest, "binary", DataConfig(sources=both, split=split))
     phantom = manifest["source"] == "phantom"
     assert set(splits[phantom]) == {"train", "valid"}
     assert set(splits[~phantom]) == {"train", "valid", "test"}

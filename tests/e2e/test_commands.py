@@ -91,6 +91,7 @@ def test_train_then_evaluate_tell_the_same_numbers_and_the_mlflow_run_holds_them
         ("train.py runs_dir=file/below", "runs_dir=FOLDER"),
         ("train.py cache_dir=file/below", "cache_dir=FOLDER"),
         ("evaluate.py", "Nothing to evaluate: give a checkpoint with ckpt="),
+        ("evaluate.py evaluation.protocol=[loso]", "Nothing to evaluate: give a checkpoint with ckpt="),
         ("evaluate.py ckpt=last", "ckpt="),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
+from chestct.errors import DataError
 from chestct.phantom import dataset
 
 SMALL = {"slices": 14, "size": 64}
@@ -58,8 +59,10 @@ def test_what_is_there_already_is_left_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"precious")
     before = hashes(tmp_path)
     monkeypatch.setattr(dataset.thorax, "draw", lambda *_: pytest.fail("drawn again"))
-    for name in ("set", "mine", "file"):
-        dataset.write(tmp_path / name, cfg)
+    dataset.write(tmp_path / "set", cfg)
+    for name in ("mine", "file"):
+        with pytest.raises(DataError, match=f"missing from .*{name}. Remove that"):
+            dataset.write(tmp_path / name, cfg)
     assert before.items() <= hashes(tmp_path).items()
 
 
