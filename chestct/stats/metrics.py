@@ -76,7 +76,7 @@ def measure(
         else:
             low, high, reason = percentiles(np.concatenate([part[name] for part in drawn]), value)
             if name == "ece" and low is not None and high is not None:
-                # Chance widens gaps, in the value, and in each draw once more, by their squares: these are turned round.
+                # Chance widens gaps by their squares, in the value, and in each draw once more: these are turned round.
                 low, high = (max(0.0, 2 * value**2 - end**2) ** 0.5 for end in (high, low))
                 high = max(value, high)
             if low is not None and high is not None and (few or high - low < 1e-9):
