@@ -308,8 +308,9 @@ def test_it_takes_two_sources_of_patients_and_says_so_before_anything_is_measure
     monkeypatch.setattr("chestct.evaluation.evaluate.evaluate", lambda *_: 1 / 0)
     for names, told in (({"north", "phantom"}, "is only north"), ({"phantom"}, "is none")):
         with pytest.raises(ChestCTError, match=rf"{told}.*data\.sources"):
-            experiment._evaluate_checkpoint(asked(of_sources(*names), "within", "loso").cfg, tmp_path)
-    for possible in (asked(of_sources("north"), "within"), asked(of_sources("north", "south"), "loso")):
+            experiment._evaluate_checkpoint(asked(of_sources(*names), "within", "loso", ckpt="x").cfg, tmp_path)
+    for names, part in ((["north"], "within"), (["north", "south"], "loso")):
+        possible = asked(of_sources(*names), part, ckpt="x")
         with pytest.raises(ZeroDivisionError):
             experiment._evaluate_checkpoint(possible.cfg, tmp_path)
     assert protocol(asked(of_sources("north")), None) == {}
