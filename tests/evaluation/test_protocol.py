@@ -85,6 +85,7 @@ def mean_logits(trainings: Trainings, name: str) -> pd.DataFrame:
     return table.assign(first=first["logit_cancer"], second=second["logit_cancer"])
 
 
+@pytest.mark.slow
 def test_phantoms_beside_patients_are_neither_fitted_to_nor_measured_on(evaluation: Evaluation) -> None:
     valid = evaluation.table[evaluation.table["split"] == "valid"]
     patients = valid[valid["source"] != "phantom"]
