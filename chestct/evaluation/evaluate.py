@@ -35,7 +35,7 @@ from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.predictions import measurable, of_patients_first, prediction_table
+from chestct.models.predictions import measurable, of_patients_first, prediction_table, training_facts
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
@@ -135,7 +135,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
     facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
-    training = drift.training_facts(data.manifest, measurable(data.manifest, "train"), measurable(table, "valid"))
+    training = training_facts(data.manifest, table)
     evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
     evaluation.sections["audit"] = kept_audit(cfg, data.store)
     return evaluation
@@ -164,7 +164,7 @@ def assembled(
 ) -> Evaluation:
     """All that follows from a table of decisions: metrics, the headline's row, and what every report has.
 
-    training: what a bundle keeps of its training data, as `drift.training_facts` makes it.
+    training: what a bundle keeps of its training data, as `training_facts` makes it.
     """
     threshold = bundle.point.threshold
     metrics = {split: measured(measurable(table, split), cfg, threshold) for split in table["split"].unique()}

@@ -8,8 +8,7 @@ from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.models.predictions import measurable
-from chestct.stats.drift import training_facts
+from chestct.models.predictions import training_facts
 from chestct.tracking import code_version
 
 
@@ -18,8 +17,7 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
     card: the model card, as chestct.reporting.render.model_card makes it.
     """
-    cfg, manifest = evaluation.cfg, evaluation.manifest
-    training = training_facts(manifest, measurable(manifest, "train"), measurable(evaluation.table, "valid"))
+    cfg, training = evaluation.cfg, training_facts(evaluation.manifest, evaluation.table)
     model = {key: value for key, value in dataclasses.asdict(cfg.model).items() if key not in ("weights", "freeze")}
     facts = {
         "task": cfg.task,

@@ -91,6 +91,7 @@ def has_int8(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     return any(flag in text for flag in ("vnni", "amx_int8", "asimddp", "i8mm"))
 
 
+@cache
 def computes(name: str) -> bool:
     """Whether the processor knows the arithmetic of a backend; OpenVINO would put fp32 in place of bfloat16."""
     if name != "openvino_bf16":

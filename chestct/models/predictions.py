@@ -1,11 +1,13 @@
 """The table of predictions: one row a slice, from which every metric can be computed again by anyone."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from chestct.config.schema import classes_of, of_patients
+from chestct.stats import drift
 
 KEPT = ["source", "path", "split", "label", "subtype", "target", "group", "content", "leaked"]
 
@@ -28,6 +30,11 @@ def output_names(task: str) -> Sequence[str]:
 def measurable(table: pd.DataFrame, split: str) -> pd.DataFrame:
     """The slices of a split that are fitted to and measured on, see `of_patients_first`."""
     return table[table["split"] == split][of_patients_first(table, split)]
+
+
+def training_facts(manifest: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+    """`drift.training_facts` of the measurable slices of train, and of the predictions for those of validation."""
+    return drift.training_facts(manifest, measurable(manifest, "train"), measurable(table, "valid"))
 
 
 def of_patients_first(table: pd.DataFrame, split: str) -> np.ndarray:
