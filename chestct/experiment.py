@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from chestct.config.compose import PARTS, PIPELINE, left_behind, merge_settings
+from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
@@ -183,7 +184,7 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections
-    from chestct.evaluation.split_policies import check_anew, refits
+    from chestct.evaluation.split_policies import check_anew, policy_row
     from chestct.training import train as fit
 
     if data is None and cfg.ckpt:  # without one, `evaluate` says so
@@ -196,7 +197,8 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
 
     evaluation.sections |= optional_sections(evaluation)  # of minutes: what fails there fails before hours of training
     if data is None:
-        evaluation.rows += refits(cfg, again)
+        others = [name for name in POLICIES if name != cfg.data.split] if cfg.evaluation.policies else []
+        evaluation.rows += [policy_row(cfg, name, again) for name in others]
         if parts := protocol(evaluation, again):
             evaluation.sections["protocol"] = parts
     return evaluation
