@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,10 +133,10 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         "checkpoint": "/".join(ckpt.parts[-3:] if ckpt.parent.name == "checkpoints" else ckpt.parts[-1:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
-    facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}
+    facts = training_facts(data.manifest, table) | {"task": cfg.task}
+    facts["data"]["seen"] = sorted({*now["seen"]["train"], *now["seen"]["valid"]})
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
-    training = training_facts(data.manifest, table)
-    evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
+    evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, data)
     evaluation.sections["audit"] = kept_audit(cfg, data.store)
     return evaluation
 
@@ -159,12 +159,11 @@ def assembled(
     manifest: pd.DataFrame,
     images: np.ndarray,
     about: dict[str, Any],
-    training: Mapping[str, Any],
     data: SliceModule | None = None,
 ) -> Evaluation:
     """All that follows from a table of decisions: metrics, the headline's row, and what every report has.
 
-    training: what a bundle keeps of its training data, as `training_facts` makes it.
+    bundle: with the facts that `training_facts` makes.
     """
     threshold = bundle.point.threshold
     metrics = {split: measured(measurable(table, split), cfg, threshold) for split in table["split"].unique()}
@@ -172,7 +171,7 @@ def assembled(
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {
         "subgroups": subgroups(test, threshold, resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed),
-        "shift": drift.differences(training, of_test),
+        "shift": drift.differences(bundle.facts, of_test),
         "made": made(),
     }
     about = {

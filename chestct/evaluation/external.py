@@ -37,7 +37,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     manifest, counts = _slices(cfg, store, bundle)
     table = _predicted(manifest, store, bundle, cfg)
     about = {"data_hash": store.data_hash, "bundle": bundle.id} | counts
-    evaluation = assembled(cfg, bundle, table, manifest, store.images, about, bundle.facts)
+    evaluation = assembled(cfg, bundle, table, manifest, store.images, about)
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
 

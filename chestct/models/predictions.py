@@ -33,8 +33,15 @@ def measurable(table: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def training_facts(manifest: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
-    """`drift.training_facts` of the measurable slices of train, and of the predictions for those of validation."""
-    return drift.training_facts(manifest, measurable(manifest, "train"), measurable(table, "valid"))
+    """What a bundle keeps to be compared with later slices: quantiles of all that drift looks at, and slices by split.
+
+    Those of measurable slices: of train in the manifest, of validation in the table of predictions.
+    """
+    columns = drift.measured(measurable(manifest, "train"), measurable(table, "valid"))
+    return {
+        "data": {"slices": {str(split): int(n) for split, n in manifest["split"].value_counts().items()}},
+        "statistics": {name: np.quantile(values, drift.QUANTILES).tolist() for name, values in columns.items()},
+    }
 
 
 def of_patients_first(table: pd.DataFrame, split: str) -> np.ndarray:

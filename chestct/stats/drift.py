@@ -57,19 +57,6 @@ def psi(before: np.ndarray, now: np.ndarray) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def training_facts(manifest: "pd.DataFrame", train: "pd.DataFrame", valid: "pd.DataFrame") -> dict[str, Any]:
-    """What a bundle keeps to be compared with later slices: QUANTILES of all that is MEASURED, and slices by split.
-
-    manifest: the slices of all splits; train: those of it to compare with; valid: predictions with
-    `probability_normal` and `novelty`.
-    """
-    columns = measured(train, valid)
-    return {
-        "data": {"slices": {str(split): int(n) for split, n in manifest["split"].value_counts().items()}},
-        "statistics": {name: np.quantile(values, QUANTILES).tolist() for name, values in columns.items()},
-    }
-
-
 def reference(facts: Mapping[str, Any], name: str) -> np.ndarray:
     """Values with the quantiles that a bundle keeps of one of MEASURED, as many as there were slices."""
     quantiles = facts["statistics"][name]
