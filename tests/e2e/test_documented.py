@@ -24,8 +24,6 @@ from tests.e2e.loopback import log_in
 from tests.e2e.test_commands import ROOT
 from tests.e2e.test_extend import code
 from tests.reporting.test_drift_report import records, write
-from tests.serving.conftest import examples as examples
-from tests.serving.conftest import scan as scan
 from tests.serving.conftest import zipped
 
 PROGRAMS = {"train": "train", "evaluate": "evaluate", "export": "evaluate", "serve": "serve"}
