@@ -219,27 +219,15 @@ def test_parts_that_are_left_out_knowingly_are_not_asked_for_again(monkeypatch):
     assert experiment.from_checkpoint(compose("ckpt=last"), best=False).callbacks == {}
 
 
-@pytest.mark.parametrize("value", ["a b", "a=b", "a,b", "runs (1)/x", "it's", "健康", "back\\slash", "'quoted, (1)'"])
-def test_a_path_is_read_as_typed(value):
-    assert compose(f"data.root={value}").data.root == value.strip("'").replace("\\'", "'")
+TYPED = ("a b", "a=b", "a,b", "[old]", "runs (1)/x", "runs (1)\\", r"a=\\", "back\\slash", "'quoted, (1)'")
+TYPED += ("it's", "健康", r"(LIDC-IDRI-\d+)", r"[A-Z]+-(\d{1,3})", r"LIDC(\d+)", r"(it\'s)")
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        r"(LIDC-IDRI-\d+)",
-        r"[A-Z]+-(\d{1,3})",
-        r"LIDC(\d+)",
-        r"(it\'s)",
-        "runs (1)\\",
-        r"a=\\",
-        "a,b",
-        "[old]",
-        "'a, (1)'",
-    ],
-)
-def test_what_is_said_of_a_source_is_read_as_typed(value):
-    assert compose(f"data.sources.a.root={value}").data.sources["a"].root == value.strip("'")
+@pytest.mark.parametrize("key", ["data.root", "data.sources.a.root"])
+@pytest.mark.parametrize("value", TYPED)
+def test_a_path_is_read_as_typed(key, value):
+    data = compose(f"{key}={value}").data
+    assert (data.root or data.sources["a"].root) == value.strip("'")
 
 
 def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():
