@@ -26,7 +26,7 @@ from chestct.config.schema import Config, classes_of
 from chestct.config.schema_serving import ROUNDED
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import SPLITS, SPLITTING, check_own, identity
+from chestct.data.splits import SPLITS, SPLITTING, check_own, identity, measurable, of_patients_first
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
 from chestct.models import features
@@ -35,7 +35,7 @@ from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.predictions import measurable, of_patients_first, prediction_table, training_facts
+from chestct.models.predictions import prediction_table, training_facts
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
@@ -143,7 +143,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
 
 def fit_marks(manifest: pd.DataFrame, train: torch.Tensor, valid: torch.Tensor) -> NoveltyModel:
     """The novelty model that the pooled features of these splits give, float [N, D] in the manifest's order."""
-    return fit_novelty(train, valid[of_patients_first(manifest, "valid")])
+    counts = of_patients_first(manifest[manifest["split"] == "valid"])
+    return fit_novelty(train, valid[counts])
 
 
 def fit_point(table: pd.DataFrame, cfg: Config) -> OperatingPoint:
