@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import ks_2samp
 
+from chestct.errors import BundleError
 from chestct.imaging.statistics import STATISTICS
 
 if TYPE_CHECKING:  # the drift report of a service works without pandas
@@ -55,6 +56,15 @@ def psi(before: np.ndarray, now: np.ndarray) -> float:
     counts = [np.bincount(np.searchsorted(edges, values), minlength=len(edges) + 1) for values in (before, now)]
     q, p = (np.maximum(count, 0.5) / count.sum() for count in counts)
     return float(((p - q) * np.log(p / q)).sum())
+
+
+def check_reference(facts: Mapping[str, Any], bundle: str) -> None:
+    """Raises BundleError where a bundle keeps too little to compare with. bundle: its id."""
+    statistics, slices = facts.get("statistics", {}), facts.get("data", {}).get("slices", {})
+    missing = [f"statistics of {name}" for name in MEASURED if name not in statistics]
+    missing += [f"number of {split} slices" for split in ("train", "valid") if not slices.get(split)]
+    if missing:
+        raise BundleError(f"The bundle {bundle} has no {missing[0]} to compare with. Export it again.")
 
 
 def reference(facts: Mapping[str, Any], name: str) -> np.ndarray:
