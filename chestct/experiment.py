@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config.compose import PARTS, PIPELINE, left_behind, merge_settings
+from chestct.config.compose import PARTS, PIPELINE, idle_with_bundle, left_behind, merge_settings
 from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
@@ -147,6 +147,8 @@ def evaluate(cfg: Config, out: Path) -> None:
 
     Settings that are not given come from the checkpoint.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.external import evaluate_bundle
     from chestct.reporting.render import flat, write
@@ -165,6 +167,8 @@ def evaluate(cfg: Config, out: Path) -> None:
             raise ConfigError(
                 "evaluation.protocol and .policies train heads anew, which takes a run: give ckpt=, not bundle=."
             )
+        if idle := idle_with_bundle(HydraConfig.get().overrides.task):
+            print(f"{' '.join(idle)}: no effect, for a bundle has its own.")
         evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=bundle_folder(cfg.bundle, cfg)))
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
