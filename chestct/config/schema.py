@@ -107,9 +107,7 @@ class SourceConfig:
 class DataConfig:
     """Where slices come from and how they become pixels, splits and batches."""
 
-    name: str = setting(
-        PHANTOM, "name of the source, shown in tables; of a data.root, its folder's; without / and \\", form=NAME
-    )
+    name: str = setting(PHANTOM, "source's name in tables; a data.root's folder's; without / and \\", form=NAME)
     root: str | None = setting(None, "folder with the class folders; null for phantoms: they are drawn when needed")
     sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
     labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label", choices=LABEL_NAMES)
