@@ -59,7 +59,7 @@ repro: $(READY) ## run the DVC pipeline as far as something changed
 demo: $(READY) ## open the web page at http://127.0.0.1:7860 (ARGS="bundle=FOLDER serve.port=...")
 	$(BIN)/python serve.py $(ARGS)
 
-bundle: $(READY) ## make the packaged bundle and RESULTS.md's figures again, from what `chestct data fetch` copied (DATA=FOLDER)
+bundle: $(READY) ## make the packaged bundle and RESULTS.md's tables down to "What it says" again, from what `chestct data fetch` copied (DATA=FOLDER)
 	$(BIN)/python train.py data=hospitals experiment=places 'data.sources.phantom={weight: 0.1}' \
 		data.sources.chest_ct.root=$(DATA)/chest-ct data.sources.iq_oth.root=$(DATA)/iq-oth-nccd \
 		data.sources.lidc.root=$(DATA)/lidc data.sources.lung_pet_ct_dx.root=$(DATA)/lung-pet-ct-dx \

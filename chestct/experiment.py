@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chestct.config.compose import PARTS, PIPELINE, left_behind, merge_settings
+from chestct.config.compose import PARTS, PIPELINE, idle_with_bundle, left_behind, merge_settings
+from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
@@ -146,6 +147,8 @@ def evaluate(cfg: Config, out: Path) -> None:
 
     Settings that are not given come from the checkpoint.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     from chestct.evaluation.compare import compare_runs
     from chestct.evaluation.external import evaluate_bundle
     from chestct.reporting.render import flat, write
@@ -164,6 +167,8 @@ def evaluate(cfg: Config, out: Path) -> None:
             raise ConfigError(
                 "evaluation.protocol and .policies train heads anew, which takes a run: give ckpt=, not bundle=."
             )
+        if idle := idle_with_bundle(HydraConfig.get().overrides.task):
+            print(f"{' '.join(idle)}: no effect, for a bundle has its own.")
         evaluation = evaluate_bundle(dataclasses.replace(cfg, bundle=bundle_folder(cfg.bundle, cfg)))
     else:
         cfg = from_checkpoint(cfg) if cfg.ckpt else cfg
@@ -183,7 +188,7 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
     from chestct.evaluation.evaluate import evaluate
     from chestct.evaluation.protocol import protocol
     from chestct.evaluation.sections import optional_sections
-    from chestct.evaluation.split_policies import check_anew, refits
+    from chestct.evaluation.split_policies import check_anew, policy_row
     from chestct.training import train as fit
 
     if data is None and cfg.ckpt:  # without one, `evaluate` says so
@@ -196,7 +201,8 @@ def _evaluate_checkpoint(cfg: Config, out: Path, data: "SliceModule | None" = No
 
     evaluation.sections |= optional_sections(evaluation)  # of minutes: what fails there fails before hours of training
     if data is None:
-        evaluation.rows += refits(cfg, again)
+        others = [name for name in POLICIES if name != cfg.data.split] if cfg.evaluation.policies else []
+        evaluation.rows += [policy_row(cfg, name, again) for name in others]
         if parts := protocol(evaluation, again):
             evaluation.sections["protocol"] = parts
     return evaluation

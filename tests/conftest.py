@@ -3,13 +3,18 @@
 import contextlib
 import copy
 import functools
+import io
 import logging
 import os
+import resource
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +24,9 @@ from chestct.config.schema import Config, ModelConfig, PhantomConfig
 from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
+
+Met = TypeVar("Met")
+Slices = Callable[..., dict[str, bytes]]
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
@@ -77,6 +85,38 @@ def command(*arguments: object) -> int:
     return int(stop.value.code or 0)
 
 
+def until(
+    condition: Callable[[], Met],
+    seconds: float = 20.0,
+    process: subprocess.Popen | None = None,
+    log: Path | None = None,
+    every: float = 0.02,
+) -> Met:
+    """What `condition` gives as soon as that is true, which another thread or process brings about.
+
+    The test fails after so many seconds, or when the process has ended, with what that printed, or wrote to `log`.
+    """
+    deadline = time.monotonic() + seconds
+    while not (met := condition()):
+        ended = process is not None and process.poll() is not None
+        if ended or time.monotonic() > deadline:
+            said = log.read_text()[-3000:] if log else process.communicate() if ended else ""
+            pytest.fail(f"{'the process has ended' if ended else f'not within {seconds} s'}: {said}")
+        time.sleep(every)
+    return met
+
+
+@contextlib.contextmanager
+def limited(what: int, soft: int) -> Iterator[None]:
+    """This process with another limit, one of resource.RLIMIT_*."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """A command that a test runs in this process logs to that test's streams, which are closed when others log."""
@@ -112,6 +152,82 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "small"
     make(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+    """A bundle for cancer or normal, whose head was fitted to the phantoms. Read only."""
+    from tests.serving.conftest import make_bundle
+
+    folder = tmp_path_factory.mktemp("served") / "bundle"
+    make_bundle(folder, phantoms)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def served(bundle_folder: Path) -> Iterator[Any]:
+    """The service with that bundle, for all tests that change nothing in it."""
+    from tests.serving.conftest import serving
+
+    limits = {"max_upload_bytes": 3_000_000, "max_slices": 20}
+    with serving(bundle_folder, host="2001:db8::1", **limits) as running:  # which is what it is told, and listens here
+        yield running
+
+
+@pytest.fixture(scope="session")
+def files(phantoms: Path) -> list[bytes]:
+    """Six slices as PNG, all different."""
+    return [path.read_bytes() for path in sorted(phantoms.glob("test/*/*.png"))[::2][:6]]
+
+
+@pytest.fixture(scope="session")
+def examples() -> dict[str, bytes]:
+    """The page's own examples by file name; the phantoms as DICOM."""
+    from pydicom.uid import generate_uid
+
+    from chestct.phantom.thorax import draw
+    from chestct.serving.examples import PHANTOMS, make_examples
+    from tests.imaging.files import dicom
+
+    files = {example.name: example.data for example in make_examples()}
+    for name, (_, kind, difficulty, seed) in PHANTOMS.items():
+        phantom = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384))
+        elements = {
+            "PatientID": f"PHANTOM-{seed}",
+            "PatientName": "PHANTOM",
+            "SOPInstanceUID": generate_uid(entropy_srcs=[name]),
+            "ImagePositionPatient": [0, 0, 0],
+            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "PixelSpacing": [round(phantom.spacing, 5)] * 2,
+            "InstanceNumber": 1,
+        }
+        stored = (np.round(phantom.hu) + 1024).astype(np.int16)
+        files[name.replace(".png", ".dcm")] = dicom(stored, **elements)
+    return files
+
+
+@pytest.fixture
+def scan(examples: dict[str, bytes]) -> Slices:
+    """scan(n, uid, **elements): n slices as DICOM; names run against the positions, and numbers mislead."""
+    import pydicom
+    from pydicom.uid import generate_uid
+
+    from chestct.serving.examples import PHANTOMS
+
+    def make(count: int = 8, uid: str = "1.2.3", **elements: object) -> dict[str, bytes]:
+        files = {}
+        for i in range(count):
+            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)].replace(".png", ".dcm")]))
+            dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid, generate_uid(entropy_srcs=[uid, str(i)])
+            dataset.ImagePositionPatient, dataset.InstanceNumber = [0, 0, 5.0 * i - 20], (7 * i) % count + 1
+            for name, value in elements.items():
+                setattr(dataset, name, value)
+            file = io.BytesIO()
+            dataset.save_as(file)
+            files[f"{uid}/IM{count - i:03}"] = file.getvalue()
+        return files
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,11 @@ class Audit:
             text = f"Phantoms, of which no score says anything about patients. {text}"
         return Verdict(level, text)
 
+    @property
+    def phantoms(self) -> int:
+        """Phantoms beside slices of patients: there to learn from, and in no figure of copies, balance or shortcuts."""
+        return sum(row["files"] for row in self.counts) - self.duplicates["files"]
+
     def to_json(self) -> str:
         """The audit and its verdict; undefined numbers are None with a reason next to them."""
         # allow_nan=False: a NaN that slips through is a bug.

@@ -18,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from chestct.audit.findings import Table
+from chestct.data.splits import measurable, of_patients_first
 from chestct.stats.bootstrap import MIN_GROUPS, draws
 from chestct.stats.metrics import auroc
 
@@ -61,12 +62,13 @@ STATISTICS = [baseline.name for baseline in BASELINES if not baseline.model and 
 
 
 def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table:
-    """AUROC (cancer against normal) of every baseline on distinct contents.
+    """AUROC (cancer against normal) of every baseline on distinct contents, of phantoms only where nothing else counts.
 
     images: uint8 [M, S, S], by the manifest's `row`. One row for each baseline: `auroc`, `low`, `high` (95 %, bootstrap
     over groups), direction-free for single numbers, cross-validated over groups for models; `significant`, above 0.5
     after correction; `flagged`. Undefined figures are None with a `reason`.
     """
+    manifest = manifest[of_patients_first(manifest)].reset_index(drop=True)
     # A content with two labels is no evidence either way.
     clear = manifest.groupby("content")["label"].transform("nunique").eq(1) & ~manifest.duplicated("content")
     once = np.flatnonzero(clear)
@@ -106,11 +108,11 @@ class ShortcutScores(NamedTuple):
 
 
 def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> list[ShortcutScores]:
-    """Every baseline that is defined on these slices, learned on `split` "train" and applied to "test".
+    """Every baseline that is defined on these slices, learned on the measurable of `split` "train", applied to "test".
 
     manifest: as in `shortcuts`, with the column `split`. For comparing a model with its best shortcut, slice by slice.
     """
-    manifest = manifest[manifest["split"].isin(["train", "test"])].reset_index(drop=True)
+    manifest = pd.concat([measurable(manifest, "train"), manifest[manifest["split"] == "test"]], ignore_index=True)
     y = (manifest["label"] == "cancer").to_numpy()
     train, test = (np.flatnonzero(manifest["split"] == name) for name in ("train", "test"))
     features = _features(manifest, images)

@@ -17,7 +17,7 @@ from chestct.audit.findings import Audit, Table, findings
 from chestct.audit.shortcuts import shortcuts
 from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import SUBTYPES, Config
-from chestct.data.splits import LEFT_OUT, SPLITS, lacking, make_splits, targets
+from chestct.data.splits import LEFT_OUT, SPLITS, lacking, make_splits, measurable, of_patients_first, targets
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.files import digest, json_digest, write_atomic
@@ -92,9 +92,9 @@ def counts(manifest: pd.DataFrame, split: pd.Series) -> Table:
 
 
 def balance(manifest: pd.DataFrame, split: pd.Series) -> Table:
-    """The same for every split and label, with a row of zeros where a label is missing from a split."""
-    part = manifest[split.isin(SPLITS)]
-    label, held = pd.Categorical(part["label"], ["normal", "cancer"]), pd.Categorical(split[part.index], SPLITS)
+    """The same for every split and label of what counts there, with a row of zeros where a label is missing."""
+    part = pd.concat([measurable(manifest.assign(split=split), name) for name in SPLITS])
+    label, held = pd.Categorical(part["label"], ["normal", "cancer"]), pd.Categorical(part["split"], SPLITS)
     return _sizes(part.assign(split=held, label=label), ["split", "label"], observed=False)
 
 
@@ -135,7 +135,11 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
 
 
 def duplicates(manifest: pd.DataFrame, pairs: pd.DataFrame) -> dict[str, Any]:
-    """Counts of exact copies and near-copies, whatever the split; `redundant` files are copies of another one."""
+    """Counts of exact copies and near-copies, whatever the split; `redundant` files are copies of another one.
+
+    Phantoms beside patients do not count.
+    """
+    manifest = manifest[of_patients_first(manifest)]
     copies = manifest["content"].value_counts()
     by_class = manifest.groupby("subtype").agg(files=("path", "size"), contents=("content", "nunique"))
     return {
@@ -176,8 +180,9 @@ def _named(manifest: pd.DataFrame) -> pd.DataFrame:
 
 
 def _near(manifest: pd.DataFrame, pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs of near-copies, one for each two contents; copies have near-copies in common."""
-    near, content = pairs[pairs["kind"] == "near"], manifest["content"].to_numpy()
+    """The pairs of near-copies in the manifest, one for each two contents; copies have near-copies in common."""
+    near, content = pairs[pairs["kind"] == "near"], manifest["content"]
+    near = near[near["a"].isin(content.index) & near["b"].isin(content.index)]
     both = pd.DataFrame(np.sort([content[near["a"]], content[near["b"]]], axis=0).T, near.index)
     return near[(both[0] != both[1]) & ~both.duplicated()]
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import HIGHEST_SEED, NAME, Config, OptimConfig, SourceConfig
+from chestct.config.schema import HIGHEST_SEED, NAME, PHANTOM, Config, DataConfig, OptimConfig, SourceConfig
 from chestct.errors import ConfigError
 
 REMOVED = (
@@ -56,8 +56,21 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
         # What the file says becomes part of the settings: a checkpoint then needs the file no more.
         result.data.labels |= _read_labels(Path(result.data.labels_file))
         result.data.labels_file = None
+    result.data.name = _name_of(result.data)
     check(result)
     return result
+
+
+def _name_of(data: DataConfig) -> str:
+    """The name of the source: a folder that was given none lends its own, lest patients be taken for phantoms.
+
+    Where its slices are named as phantoms are, that is what they are.
+    """
+    root = Path(data.root or "")
+    if data.name != PHANTOM or not data.root or not root.is_dir() or next(root.rglob("phantom_?????.png"), None):
+        return data.name
+    name = root.resolve().name.replace("\\", "_")
+    return f"{name} slices".strip() if name in ("", PHANTOM) else name
 
 
 def _read_labels(path: Path) -> dict[str, Any]:

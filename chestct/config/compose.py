@@ -43,6 +43,13 @@ SOURCE = ("name", "root", "sources", "labels")
 """Of what the files of conf/data set, whose slices these are. How they are seen is a checkpoint's own."""
 
 
+BUNDLED = (
+    *("task=", "model.", "data.size=", "data.fit=", "data.contrast=", "data.window"),
+    *("evaluation.threshold=", "evaluation.coverage=", "evaluation.cost_ratio="),
+)
+"""How overrides begin of what a bundle brings along."""
+
+
 def compose(*overrides: str, config_name: str = "train") -> Config:
     """The settings that the program of conf/<config_name>.yaml sees for these overrides; raises ConfigError as it does.
 
@@ -59,6 +66,11 @@ def compose(*overrides: str, config_name: str = "train") -> Config:
             raise ConfigError(explain(error)) from None
         raise
     return resolve(composed)
+
+
+def idle_with_bundle(overrides: Sequence[str]) -> list[str]:
+    """Those of Hydra's override strings that have no effect on a bundle, which brings its own along."""
+    return [override for override in overrides if override.lstrip("+").startswith(BUNDLED)]
 
 
 def readable(override: str, sweep: bool = False) -> str:

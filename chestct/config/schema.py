@@ -107,7 +107,7 @@ class SourceConfig:
 class DataConfig:
     """Where slices come from and how they become pixels, splits and batches."""
 
-    name: str = setting(PHANTOM, "name of the source, shown in tables; without / and \\", form=NAME)
+    name: str = setting(PHANTOM, "source's name in tables; a data.root's folder's; without / and \\", form=NAME)
     root: str | None = setting(None, "folder with the class folders; null for phantoms: they are drawn when needed")
     sources: dict[str, SourceConfig] = setting({}, "several collections at once: {name: {root: ..., labels: ...}}")
     labels: dict[str, str] = setting({}, "class folder (or how its name begins) -> label", choices=LABEL_NAMES)
@@ -222,7 +222,9 @@ class EvaluationConfig:
     """What is measured, and how the operating point is chosen; all of it from validation slices."""
 
     threshold: str = setting(
-        "half", "score that counts as cancer: half, youden, sensitivity>=0.95, specificity>=0.95, cost", form=THRESHOLD
+        "half",
+        "score that counts as cancer: half, youden, sensitivity>=0.95, specificity>=0.95, cost; sources count alike",
+        form=THRESHOLD,
     )
     cost_ratio: float = setting(5.0, "with `cost`: what a missed cancer costs, in false alarms", low=0.01, high=1000)
     coverage: float = setting(0.9, "share of each class whose conformal set holds the truth", low=0.5, high=0.999)

@@ -87,6 +87,21 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig, *, check: bo
     return splits
 
 
+def measurable(table: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The slices of a split that are fitted to and measured on, see `of_patients_first`."""
+    slices = table[table["split"] == split]
+    return slices[of_patients_first(slices)]
+
+
+def of_patients_first(slices: pd.DataFrame) -> np.ndarray:
+    """Which of the slices are fitted to and measured on, bool [N]: phantoms only where the others lack a class.
+
+    They are there to learn from: what they say holds for no patient.
+    """
+    real = slices["source"].map(of_patients).to_numpy(bool, copy=True)
+    return real if slices["label"][real].nunique() == 2 else np.ones(len(slices), bool)
+
+
 def balanced_weights(
     manifest: pd.DataFrame, target: np.ndarray, drawn: float = 0.0, sources: Mapping[str, float] | None = None
 ) -> np.ndarray:

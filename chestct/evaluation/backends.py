@@ -15,12 +15,12 @@ import pandas as pd
 from chestct.config.schema import Config
 from chestct.config.schema_serving import FILES, ROUNDED
 from chestct.data.prepare import prepare_store
+from chestct.data.splits import measurable
 from chestct.errors import BundleError, DataError
 from chestct.evaluation.external import as_made, own_manifest
 from chestct.models.backends import calibration_slices, convert, load_graph, version_of
 from chestct.models.bundle import Bundle, backend_files, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
-from chestct.models.predictions import measurable
 from chestct.stats.metrics import auroc_difference
 
 LIMITS = {

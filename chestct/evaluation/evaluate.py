@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from chestct.config.schema import Config, classes_of
 from chestct.config.schema_serving import ROUNDED
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
-from chestct.data.splits import SPLITS, SPLITTING, check_own, identity
+from chestct.data.splits import SPLITS, SPLITTING, check_own, identity, measurable, of_patients_first
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
 from chestct.models import features
@@ -35,7 +35,7 @@ from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
 from chestct.models.operating_point import OperatingPoint
-from chestct.models.predictions import measurable, of_patients_first, prediction_table, training_facts
+from chestct.models.predictions import prediction_table, training_facts
 from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
@@ -133,17 +133,18 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         "checkpoint": "/".join(ckpt.parts[-3:] if ckpt.parent.name == "checkpoints" else ckpt.parts[-1:]),
         "splitting": {name: getattr(cfg.data, name) for name in SPLITTING},
     } | ({"features": cfg.features.backend} if cfg.features.backend in ROUNDED else {})
-    facts = {"task": cfg.task, "data": {"seen": sorted({*now["seen"]["train"], *now["seen"]["valid"]})}}
+    facts = training_facts(data.manifest, table) | {"task": cfg.task}
+    facts["data"]["seen"] = sorted({*now["seen"]["train"], *now["seen"]["valid"]})
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
-    training = training_facts(data.manifest, table)
-    evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, training, data)
+    evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, data)
     evaluation.sections["audit"] = kept_audit(cfg, data.store)
     return evaluation
 
 
 def fit_marks(manifest: pd.DataFrame, train: torch.Tensor, valid: torch.Tensor) -> NoveltyModel:
     """The novelty model that the pooled features of these splits give, float [N, D] in the manifest's order."""
-    return fit_novelty(train, valid[of_patients_first(manifest, "valid")])
+    counts = of_patients_first(manifest[manifest["split"] == "valid"])
+    return fit_novelty(train, valid[counts])
 
 
 def fit_point(table: pd.DataFrame, cfg: Config) -> OperatingPoint:
@@ -159,12 +160,11 @@ def assembled(
     manifest: pd.DataFrame,
     images: np.ndarray,
     about: dict[str, Any],
-    training: Mapping[str, Any],
     data: SliceModule | None = None,
 ) -> Evaluation:
     """All that follows from a table of decisions: metrics, the headline's row, and what every report has.
 
-    training: what a bundle keeps of its training data, as `training_facts` makes it.
+    bundle: with the facts that `training_facts` makes.
     """
     threshold = bundle.point.threshold
     metrics = {split: measured(measurable(table, split), cfg, threshold) for split in table["split"].unique()}
@@ -172,7 +172,7 @@ def assembled(
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {
         "subgroups": subgroups(test, threshold, resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed),
-        "shift": drift.differences(training, of_test),
+        "shift": drift.differences(bundle.facts, of_test),
         "made": made(),
     }
     about = {

@@ -8,7 +8,6 @@ from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.models.predictions import training_facts
 from chestct.tracking import code_version
 
 
@@ -17,7 +16,7 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
 
     card: the model card, as chestct.reporting.render.model_card makes it.
     """
-    cfg, training = evaluation.cfg, training_facts(evaluation.manifest, evaluation.table)
+    cfg = evaluation.cfg
     model = {key: value for key, value in dataclasses.asdict(cfg.model).items() if key not in ("weights", "freeze")}
     facts = {
         "task": cfg.task,
@@ -25,12 +24,12 @@ def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:
         "model": model | {"trained_convolutions": not cfg.always_frozen},
         "preprocess": dataclasses.asdict(preprocess_of(cfg.data)),
         "window": dataclasses.asdict(cfg.data.window),
-        "data": evaluation.about | training["data"] | evaluation.bundle.facts["data"],
+        "data": evaluation.about | evaluation.bundle.facts["data"],
         "metrics": {
             split: {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()}
             for split, estimates in evaluation.metrics.items()
         },
-        "statistics": training["statistics"],
+        "statistics": evaluation.bundle.facts["statistics"],
         "elsewhere": elsewhere(evaluation),
         "code": code_version(),
     }

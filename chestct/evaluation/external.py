@@ -12,13 +12,14 @@ import pandas as pd
 
 from chestct.config.schema import Config, ModelConfig, classes_of
 from chestct.data.prepare import prepare_store
-from chestct.data.splits import groups_of, load_splits
+from chestct.data.splits import groups_of, load_splits, of_patients_first
 from chestct.data.store import Store
 from chestct.errors import DataError
 from chestct.evaluation.evaluate import Evaluation, assembled, decided
 from chestct.evaluation.sections import optional_sections
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
+from chestct.stats import drift
 
 
 def evaluate_bundle(cfg: Config) -> Evaluation:
@@ -30,6 +31,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     # The same figures on every machine, whatever is installed there: another backend is measured where it is named.
     backend = "torch" if cfg.serve.backend == "auto" else cfg.serve.backend
     bundle = load_bundle(cfg.bundle or "packaged", backend, cfg.trainer.accelerator)
+    drift.check_reference(bundle.facts, bundle.id)  # now, not after minutes
     cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
     if not store.manifest["subtype"].isin(bundle.classes).all():
@@ -37,7 +39,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     manifest, counts = _slices(cfg, store, bundle)
     table = _predicted(manifest, store, bundle, cfg)
     about = {"data_hash": store.data_hash, "bundle": bundle.id} | counts
-    evaluation = assembled(cfg, bundle, table, manifest, store.images, about, bundle.facts)
+    evaluation = assembled(cfg, bundle, table, manifest, store.images, about)
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
 
@@ -51,9 +53,9 @@ def as_made(cfg: Config, bundle: Bundle) -> Config:
 
 
 def own_manifest(cfg: Config, store: Store, bundle: Bundle) -> pd.DataFrame | None:
-    """The slices that a bundle was made with, divided as then; None where the store holds others."""
+    """The slices that a bundle was made with, divided as then; None for others, or where it does not say how."""
     facts = bundle.facts["data"]
-    if store.data_hash != facts.get("data_hash"):
+    if store.data_hash != facts.get("data_hash") or not facts.get("splitting"):
         return None
     data = dataclasses.replace(cfg.data, **facts["splitting"])
     return load_splits(store.manifest, dataclasses.replace(cfg, data=data))
@@ -61,7 +63,7 @@ def own_manifest(cfg: Config, store: Store, bundle: Bundle) -> pd.DataFrame | No
 
 def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, dict[str, Any]]:
     """The slices to measure, with `split` "test" and `leaked`; and what reports say of them: `split`, and how many
-    slices were `left_out` as known, and how many contents for their `label_conflicts`.
+    slices were `left_out` as known, contents for their `label_conflicts`, and `phantoms` beside patients.
     """
     own, split, conflicts = own_manifest(cfg, store, bundle), "external", 0
     if own is not None:
@@ -80,8 +82,10 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, di
             f"Nothing is left to measure of {cfg.data.name}: {len(manifest)} slices were in the bundle's training data "
             f"or are near-copies of such, and {conflicts} have more than one label. Give other data."
         )
+    manifest = manifest[~known]
+    measured = of_patients_first(manifest)
     counts = {"split": split, "left_out": int(known.sum()), "label_conflicts": conflicts}
-    return manifest[~known].reset_index(drop=True), counts
+    return manifest[measured].reset_index(drop=True), counts | {"phantoms": int((~measured).sum())}
 
 
 def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:

@@ -14,7 +14,6 @@ import pydicom
 import sklearn.datasets
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
-from sklearn.metrics import roc_auc_score
 
 from chestct.config.schema import WindowConfig
 from chestct.errors import DecodeError
@@ -23,7 +22,7 @@ from chestct.imaging.preprocess import Preprocess
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import FOREIGN
 from chestct.stats.calibration import wilson
-from chestct.stats.metrics import Estimate
+from chestct.stats.metrics import Estimate, auroc
 
 SIDE = 320
 """Side of what is drawn here, in pixels."""
@@ -64,12 +63,12 @@ def _row(kind: str, novelty: np.ndarray, of_test: np.ndarray) -> dict[str, Any]:
     def share(hit: np.ndarray) -> Estimate:
         return Estimate(float(hit.mean()), *wilson(int(hit.sum()), len(hit)), len(hit), len(hit))
 
-    foreign = [False] * len(of_test) + [True] * len(novelty)
+    foreign = np.repeat([False, True], [len(of_test), len(novelty)])
     return {
         "kind": kind,
         "pictures": len(novelty),
         "median": float(np.median(novelty)),
-        "auroc": float(roc_auc_score(foreign, np.concatenate([of_test, novelty]))),
+        "auroc": float(auroc(np.concatenate([of_test, novelty]), foreign)[0]),
         "beyond": share(novelty > 1),
         "refused": share(novelty > FOREIGN),
     }

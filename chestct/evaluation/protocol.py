@@ -22,15 +22,7 @@ from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, fit_marks
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
-from chestct.evaluation.split_policies import (
-    Train,
-    anew,
-    averaging,
-    fold_tests,
-    of_cancer,
-    of_decisions,
-    on_test,
-)
+from chestct.evaluation.split_policies import Train, anew, averaging, of_cancer, on_test
 from chestct.models import features
 from chestct.models.operating_point import CANCER, NORMAL
 from chestct.models.vgg16 import VGG16
@@ -111,7 +103,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
             called.append({"held out": source, "sensitivity": None, "specificity": None})
             continue
         answered = test[test["decision"].isin((CANCER, NORMAL))]
-        sure = {} if answered.empty else believed(of_decisions(answered, held))
+        sure = {} if answered.empty else believed(of_cancer(answered, held, answered["flagged"], 0.5))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
         for kind, row in points.items():
             pointed.append({"held out": source, "lesions": kind} | believed(row))
@@ -176,12 +168,16 @@ def _within(cfg: Config, train: Train, real: Sequence[str]) -> Part:
             row["groups"] = " / ".join(map(str, groups))
             if min(groups) < MIN_GROUPS:
                 raise ChestCTError(f"{min(groups)} groups of a class, needs {MIN_GROUPS}.")
-            tests = fold_tests(alone, FOLDS, lambda n, c, d, s=source: train(f"within-{s}/{n}", c, d))  # type: ignore[misc]
+            tests = []
+            for fold in range(FOLDS):
+                part = anew(alone, split="grouped", allow_leakage=False, holdout=[], folds=FOLDS, fold=fold)
+                tests.append(on_test(train(f"within-{source}/fold-{fold}", part, SliceModule(part))[0], part)[0])
             pooled = pd.concat(tests, ignore_index=True)
             row["groups"] = " / ".join(map(str, groups_by_class(pooled)))
             row["AUROC"] = _figures(pooled, alone, 0.5)["auroc"]
             row |= {"single seeds": _by_seed(tests)}
-            row |= {name: of_decisions(pooled, alone)[name] for name in ("sensitivity", "specificity")}
+            called = of_cancer(pooled, alone, pooled["flagged"], 0.5)
+            row |= {name: called[name] for name in ("sensitivity", "specificity")}
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
         rows.append(row)

@@ -5,13 +5,12 @@ has learned. With frozen convolutions a new head costs seconds, so every row get
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
 from chestct.data.sources import sources_of
@@ -23,12 +22,6 @@ from chestct.stats.metrics import Estimate, measure
 
 Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 """(name, settings, data) -> predictions of the valid and test slices of the model trained so, and its checkpoints."""
-
-
-def refits(cfg: Config, train: Train) -> Iterator[Row]:
-    """The rows of evaluation.policies; `check_anew` has seen that they can be trained."""
-    if cfg.evaluation.policies:
-        yield from (_policy(cfg, policy, train) for policy in POLICIES if policy != cfg.data.split)
 
 
 def check_anew(cfg: Config) -> None:
@@ -53,7 +46,7 @@ def check_anew(cfg: Config) -> None:
         )
 
 
-def _policy(cfg: Config, policy: str, train: Train) -> Row:
+def policy_row(cfg: Config, policy: str, train: Train) -> Row:
     """The recipe under another policy, with its own operating point; a row with the reason where that cannot be."""
     cfg = anew(cfg, split=policy, allow_leakage=policy == "official", holdout=[], folds=0, fold=0)
     data = SliceModule(cfg)
@@ -62,23 +55,6 @@ def _policy(cfg: Config, policy: str, train: Train) -> Row:
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
     return row(cfg, policy, test, measured(test, cfg, threshold), data)
-
-
-def fold_tests(cfg: Config, folds: int, train: Train) -> list[pd.DataFrame]:
-    """The test slices of each fold, as `on_test` gives them: each slice scored by a model that has not seen its group.
-
-    Each fold has its own calibration and threshold.
-    """
-    tests = []
-    for fold in range(folds):
-        changed = anew(cfg, split="grouped", allow_leakage=False, holdout=[], folds=folds, fold=fold)
-        tests.append(on_test(train(f"fold-{fold}", changed, SliceModule(changed))[0], changed)[0])
-    return tests
-
-
-def of_decisions(table: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
-    """What rests on decisions alone, from the column `flagged`."""
-    return of_cancer(table, cfg, table["flagged"], 0.5)
 
 
 def of_cancer(table: pd.DataFrame, cfg: Config, scores: pd.Series, threshold: float) -> dict[str, Estimate]:

@@ -1,6 +1,6 @@
 """What a bundle's folder may hold, and what bundle.json must hold, checked before anything in it is used.
 
-What only describes the bundle (metrics, reliability) is checked as well, because the page shows it; further keys may
+What only describes the bundle (metrics) is checked as well, because the page shows it; further keys may
 stand at the top and in `data`.
 """
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from chestct.config.schema import BLOCKS, classes_of
+from chestct.config.schema import BLOCKS, HIGHEST_SEED, classes_of
 from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
 from chestct.config.targets import foreign
 
@@ -72,10 +72,24 @@ class Point(Part):
     validation: Annotated[dict[Literal["cancers", "found", "normals", "flagged"], Count], Field(min_length=4)]
 
 
+class Splitting(Part):
+    """How the slices of its own data were divided."""
+
+    split: Literal["grouped", "official", "official_clean"]
+    split_seed: Annotated[int, Field(ge=0, le=HIGHEST_SEED)]
+    valid_fraction: Annotated[float, Field(ge=0.01, le=0.5)]
+    test_fraction: Annotated[float, Field(ge=0.01, le=0.5)]
+    folds: Annotated[int, Field(ge=0, le=50)]
+    fold: Count
+    allow_leakage: bool
+    holdout: list[str] = []
+
+
 class Data(Part, extra="allow"):
     seen: list[str]
     data_hash: str = ""
-    slices: dict[str, Count] = {}
+    slices: dict[str, Annotated[int, Field(ge=0, le=10_000_000)]] = {}
+    splitting: Splitting | None = None
 
 
 class Metric(Part, extra="allow"):

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import classes_of, of_patients
+from chestct.config.schema import classes_of
+from chestct.data.splits import SPLITS, measurable
 from chestct.stats import drift
 
 KEPT = ["source", "path", "split", "label", "subtype", "target", "group", "content", "leaked"]
@@ -27,21 +28,13 @@ def output_names(task: str) -> Sequence[str]:
     return ("cancer",) if task == "binary" else classes_of(task)
 
 
-def measurable(table: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The slices of a split that are fitted to and measured on, see `of_patients_first`."""
-    return table[table["split"] == split][of_patients_first(table, split)]
-
-
 def training_facts(manifest: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
-    """`drift.training_facts` of the measurable slices of train, and of the predictions for those of validation."""
-    return drift.training_facts(manifest, measurable(manifest, "train"), measurable(table, "valid"))
+    """What a bundle keeps to be compared with later slices: quantiles of all that drift looks at, and slices by split.
 
-
-def of_patients_first(table: pd.DataFrame, split: str) -> np.ndarray:
-    """Which slices of a split are fitted to and measured on, bool [N]: phantoms only where the others lack a class.
-
-    They are there to learn from: what they say holds for no patient.
+    Those of measurable slices: of train in the manifest, of validation in the table of predictions.
     """
-    rows = table[table["split"] == split]
-    real = rows["source"].map(of_patients).to_numpy(bool, copy=True)
-    return real if (rows["target"][real] > 0).nunique() == 2 else np.ones(len(rows), bool)
+    columns = drift.measured(measurable(manifest, "train"), measurable(table, "valid"))
+    return {
+        "data": {"slices": {split: len(measurable(manifest, split)) for split in SPLITS}},
+        "statistics": {name: np.quantile(values, drift.QUANTILES).tolist() for name, values in columns.items()},
+    }

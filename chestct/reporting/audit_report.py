@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from chestct.audit import findings
-from chestct.audit.findings import Audit, Table, estimate, leaked
+from chestct.audit.findings import Audit, Table, counted, estimate, leaked
 from chestct.audit.stage import audit_store, kept_audit, kept_folder
 from chestct.config.schema import Config
 from chestct.data.prepare import prepare_store
@@ -51,9 +51,10 @@ def kept_report(cfg: Config, store: Store) -> Path:
 def summary(audit: Audit) -> str:
     """The audit for a terminal: verdict, findings, leakage under each policy, the strongest baselines."""
     copies = audit.duplicates
+    beside = f" Beside them {counted(audit.phantoms, 'phantom')}, not measured." if audit.phantoms else ""
     lines = [
         f"Audit of {audit.name}, split {audit.split}: {audit.verdict.severity}. {audit.verdict.text}",
-        f"{copies['files']} files, {copies['contents']} different images, {len(audit.unreadable)} unreadable.",
+        f"{copies['files']} files, {copies['contents']} different images, {len(audit.unreadable)} unreadable.{beside}",
         "",
     ]
     for finding in audit.findings:

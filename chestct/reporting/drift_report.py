@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import fisher_exact
 
-from chestct.errors import ChestCTError
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED
 from chestct.serving.monitor import read_records
-from chestct.stats.drift import MEASURED, PSI_LARGE, differences, holm, reference
+from chestct.stats.drift import MEASURED, PSI_LARGE, check_reference, differences, holm, reference
 
 FEWEST = 50  # slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2
 
@@ -51,21 +50,25 @@ class Drift:
 
     @property
     def verdict(self) -> str:
-        """`few`, `drift` or `same`."""
-        if self.slices < FEWEST:
-            return "few"
-        return "drift" if any(shift.drifted for shift in self.shifts) else "same"
+        """`drift`, `few` (where nothing but refusals could be compared, and they are as they were) or `same`."""
+        if any(shift.drifted for shift in self.shifts):
+            return "drift"
+        return "few" if self.answered < FEWEST else "same"
+
+    @property
+    def answered(self) -> int:
+        """Slices that were not refused."""
+        return self.slices - self.decisions.get(REFUSED, 0)
 
 
 def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     """The records (see chestct.serving.monitor.read_records) against what `bundle` was trained on.
 
     Records of other bundles are left out, and so are slices that the model was trained on: they lie nearer to the
-    training data than any new slice. Raises ChestCTError for a bundle that keeps no statistics.
+    training data than any new slice. Raises BundleError for a bundle that keeps no statistics.
     """
     facts = bundle.facts
-    if missing := next((name for name in MEASURED if name not in facts.get("statistics", {})), ""):
-        raise ChestCTError(f"The bundle {bundle.id} has no statistics of {missing} to compare with. Export it again.")
+    check_reference(facts, bundle.id)
     own = np.char.startswith(records["bundle"].astype(str), bundle.id)  # whatever its backend
     fresh = own & ~records["known"]
     refused = fresh & (records["decision"] == REFUSED)
@@ -97,9 +100,9 @@ def summary(drift: Drift) -> str:
     """The report for a terminal, one line for each thing compared."""
     names = ", ".join(shift.name for shift in drift.shifts if shift.drifted)
     verdict = {
-        "few": f"{drift.slices} slices are too few to judge: {FEWEST} are needed.",
+        "few": f"{drift.answered} answered slices, of {drift.slices}, are too few to judge: {FEWEST} are needed.",
         "drift": f"Of {len(drift.shifts)} things compared these have drifted: {names}.",
-        "same": f"No drift in {drift.slices:,} slices: nothing compared has changed by much.",
+        "same": f"No drift in {drift.slices:,} slices ({drift.answered:,} answered): nothing has changed by much.",
     }[drift.verdict]
     lines = [f"Bundle {drift.bundle}, {drift.period}. {verdict}"]
     lines += [f"  {'DRIFT' if s.drifted else 'same':<7}{s.name:<13}{s.change}, p {s.p:.2g}" for s in drift.shifts]

@@ -1,6 +1,5 @@
 """The one Jinja environment of all reports, and how they write numbers and names."""
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,11 +41,6 @@ def literal(value: Any) -> str:
     """Text that Markdown shows as it is, on one line: names of files and folders come from strangers."""
     text = " ".join(str(value).split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{char}" if char in "\\`*_|" else char for char in text).replace("](", "]\\(")
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    """A file that stands in the page itself."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 ENVIRONMENT = Environment(

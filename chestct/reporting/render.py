@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+from base64 import b64encode
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def contents(evaluation: Evaluation) -> dict[str, Any]:
 def html(evaluation: Evaluation, drawn: Mapping[str, bytes | str] | None = None) -> str:
     """The report for people: one file that fetches nothing, light and dark, for screen, phone and paper."""
     given = (drawn or figures(evaluation)).items()
-    svg = {name: environment.data_uri(f, "image/svg+xml") if isinstance(f, bytes) else f for name, f in given}
+    svg = {n: f"data:image/svg+xml;base64,{b64encode(f).decode()}" if isinstance(f, bytes) else f for n, f in given}
     return _render("evaluation.html.j2", evaluation, figures=svg, galleries=gallery(evaluation))
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 
 from chestct.audit.findings import FEW_GROUPS, Finding, counted
-from chestct.config.schema import classes_of
+from chestct.config.schema import classes_of, of_patients
 from chestct.config.schema_serving import ROUNDED
+from chestct.data.splits import measurable
 from chestct.evaluation.evaluate import Evaluation, calibrated
 from chestct.reporting.environment import as_text, display_name
 from chestct.stats.bootstrap import effective_size
@@ -48,6 +49,12 @@ def caveats(evaluation: Evaluation) -> list[Finding]:
     """Everything in this evaluation that limits what its numbers prove, the worst first."""
     listed = [*_about_the_data(evaluation), *_about_the_scores(evaluation), *_about_the_sections(evaluation)]
     return sorted(listed, key=lambda caveat: caveat.severity)
+
+
+def alike(evaluation: Evaluation) -> str:
+    """How the rule of the threshold counts slices of several sources; a bundle does not say how many it had."""
+    several = measurable(evaluation.table, "valid")["source"].nunique() != 1
+    return " (each source counting alike)" if several and evaluation.point.policy != "half" else ""
 
 
 def comparison(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -111,8 +118,11 @@ def summary(evaluation: Evaluation) -> str:
 
 def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     about = evaluation.about
-    if about["synthetic"]:
-        yield Finding("Synthetic", "error", "Trained and tested on phantoms; these numbers say nothing about patients.")
+    if not evaluation.test["source"].map(of_patients).any():
+        yield Finding("Synthetic", "error", "Tested on phantoms: these numbers say nothing about patients.")
+    # A checkpoint is measured on its own data; what a bundle learned from it says itself.
+    if evaluation.bundle.facts.get("data", {}).get("synthetic", about["synthetic"] and "bundle" not in about):
+        yield Finding("Synthetic", "error", "Trained on phantoms: the model has seen no patient.")
     if about["leaked"]:
         text = f"{about['leaked']} validation and test slices of the split {about['split']} have copies in an earlier"
         yield Finding("Leaky split", "error", f"{text} one; these numbers are too good.")
@@ -121,6 +131,8 @@ def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
         yield Finding("Left out", "warning", text)
     if number := about.get("label_conflicts"):
         yield Finding("Left out", "warning", f"Not measured: {counted(number, 'picture')} with more than one label.")
+    if number := about.get("phantoms"):
+        yield Finding("Left out", "warning", f"Not measured: {counted(number, 'phantom')} beside slices of patients.")
     if about.get("features"):
         text = f"Measured on features in {ROUNDED[about['features']]}, and the bundle answers in fp32; "
         text += "features.backend=torch measures that."

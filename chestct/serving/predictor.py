@@ -110,7 +110,7 @@ class Predictor:
         seen through the bundle's window. Raises DecodeError for whatever is wrong with the file, and BusyError.
         """
         bundle = self.bundle  # `reload` may come in between
-        return self._answer(bundle, decode(source, bundle.window, self.limits, name=name), explain, gone)
+        return self._answers(bundle, [decode(source, bundle.window, self.limits, name=name)], explain, gone)[0]
 
     def predict_frames(
         self, source: Path | bytes, *, name: str | None = None, explain: bool = True, bundle: Bundle | None = None
@@ -121,16 +121,13 @@ class Predictor:
         """
         bundle = bundle or self.bundle
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
-            yield self._answer(bundle, decoded, explain, NEVER.is_set)
+            yield self._answers(bundle, [decoded], explain, NEVER.is_set)[0]
 
     def predict_slices(self, slices: Iterable[Slice]) -> Iterator[Prediction]:
         """The answers for decoded slices with their heat, BATCH at a time, in the same order."""
         bundle, rest = self.bundle, iter(slices)
         while batch := list(islice(rest, BATCH)):
-            squares, places = zip(*(bundle.preprocess.placed(decoded.gray) for decoded in batch), strict=True)
-            with self._network:
-                answer = bundle.predict(np.stack(squares), explain=True)
-            yield from (_prediction(bundle, *part, answer, i) for i, part in enumerate(zip(batch, places, strict=True)))
+            yield from self._answers(bundle, batch, explain=True, gone=NEVER.is_set)
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
@@ -140,21 +137,22 @@ class Predictor:
             torch.set_num_threads(1 if self.bundle.graph else threads())
         return self.bundle.id
 
-    def _answer(self, bundle: Bundle, decoded: Slice, explain: bool, gone: Gone) -> Prediction:
-        square, place = bundle.preprocess.placed(decoded.gray)
+    def _answers(self, bundle: Bundle, batch: list[Slice], explain: bool, gone: Gone) -> list[Prediction]:
+        """The answers for decoded slices, in one pass of the network."""
+        squares, places = zip(*(bundle.preprocess.placed(decoded.gray) for decoded in batch), strict=True)
         network, held = self._network, False  # `reload` replaces it
         while not held:
             if gone():
                 raise BusyError
             held = network.acquire(timeout=0.1)
         try:
-            answer = bundle.predict(square[None], explain)
+            answer = bundle.predict(np.stack(squares), explain)
         finally:
             network.release()
-        return _prediction(bundle, decoded, place, answer)
+        return [_prediction(bundle, *part, answer, i) for i, part in enumerate(zip(batch, places, strict=True))]
 
 
-def _prediction(bundle: Bundle, decoded: Slice, place: Placement, answer: Outputs, i: int = 0) -> Prediction:
+def _prediction(bundle: Bundle, decoded: Slice, place: Placement, answer: Outputs, i: int) -> Prediction:
     """The i-th of a bundle's answers as that for a slice."""
     novelty = float(answer.novelty[i])
     sets = bundle.point.sets(answer.probabilities[i : i + 1])[0]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import ks_2samp
 
+from chestct.errors import BundleError
 from chestct.imaging.statistics import STATISTICS
 
 if TYPE_CHECKING:  # the drift report of a service works without pandas
@@ -57,17 +58,13 @@ def psi(before: np.ndarray, now: np.ndarray) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def training_facts(manifest: "pd.DataFrame", train: "pd.DataFrame", valid: "pd.DataFrame") -> dict[str, Any]:
-    """What a bundle keeps to be compared with later slices: QUANTILES of all that is MEASURED, and slices by split.
-
-    manifest: the slices of all splits; train: those of it to compare with; valid: predictions with
-    `probability_normal` and `novelty`.
-    """
-    columns = measured(train, valid)
-    return {
-        "data": {"slices": {str(split): int(n) for split, n in manifest["split"].value_counts().items()}},
-        "statistics": {name: np.quantile(values, QUANTILES).tolist() for name, values in columns.items()},
-    }
+def check_reference(facts: Mapping[str, Any], bundle: str) -> None:
+    """Raises BundleError where a bundle keeps too little to compare with. bundle: its id."""
+    statistics, slices = facts.get("statistics", {}), facts.get("data", {}).get("slices", {})
+    missing = [f"statistics of {name}" for name in MEASURED if name not in statistics]
+    missing += [f"number of {split} slices" for split in ("train", "valid") if not slices.get(split)]
+    if missing:
+        raise BundleError(f"The bundle {bundle} has no {missing[0]} to compare with. Export it again.")
 
 
 def reference(facts: Mapping[str, Any], name: str) -> np.ndarray:

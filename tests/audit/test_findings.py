@@ -37,6 +37,24 @@ def test_what_training_refuses_is_an_error_whichever_split_or_class_it_is(make_d
     assert audit_store(Config(task="subtype"), data).lacking == missing
 
 
+def test_phantoms_beside_patients_count_in_no_finding(make_data):
+    data = make_data(200)
+    data.manifest["source"] = np.where(data.manifest.index < 120, "clinic", "phantom")
+    data.splits["grouped"][[0, *range(120, 200)]] = "train"
+    data.manifest.loc[120:, ["label", "subtype"]] = "normal"
+    data.manifest.loc[150:, "content"] = "drawn twice"
+    data.pairs = pd.DataFrame({"a": [0, 121, 2], "b": [122, 123, 3], "similarity": 0.99, "kind": "near"})
+    audit = run(data)
+    patients = copy(data)
+    patients.manifest, patients.pairs = data.manifest[:120], data.pairs[2:]
+    patients.splits = {"grouped": data.splits["grouped"][:120]}
+    alone = run(patients)
+    assert (audit.phantoms, alone.phantoms) == (80, 0)
+    assert (audit.duplicates["files"], audit.duplicates["near_pairs"]) == (120, 1)
+    assert (audit.balance, audit.duplicates) == (alone.balance, alone.duplicates)
+    assert [finding.kind for finding in audit.findings] == [finding.kind for finding in alone.findings]
+
+
 def test_the_example_of_contradicting_labels_is_a_slice_of_each(make_data):
     data = make_data(20)
     alike = ["large_cell", "large_cell", "cancer", "squamous"]

@@ -116,3 +116,17 @@ def test_scores_for_a_test_set_use_the_direction_learned_on_train_and_all_repeat
     rows = measure(data)
     assert list(rows) == [baseline.name for baseline in BASELINES]
     assert measure(data) == rows
+
+
+def test_phantoms_beside_patients_neither_measure_nor_teach_a_shortcut(make_data):
+    data = make_data(600)
+    phantom, cancer = data.manifest.index >= 200, data.manifest["label"] == "cancer"
+    data.manifest["source"] = np.where(phantom, "phantom", "clinic")
+    data.manifest["std"] += np.where(phantom, -0.2, 0.2) * cancer
+    both = measure(data)
+    split = np.where(phantom, "train", data.splits["grouped"])
+    learned = shortcut_scores(data.manifest.assign(split=split), data.images, seed=0)
+    assert next(one.auroc for one in learned if one.title == "Standard deviation of grey levels") > 0.8
+    data.manifest = data.manifest[~phantom]
+    assert both == measure(data)
+    assert both["std"]["flagged"]

@@ -8,9 +8,10 @@ from omegaconf import OmegaConf
 
 from chestct import experiment
 from chestct.config.checks import OTHER_NAMES, resolve, suggest
-from chestct.config.compose import CONF, compose, derived_files, left_behind, merge_settings, readable
+from chestct.config.compose import CONF, compose, derived_files, idle_with_bundle, left_behind, merge_settings, readable
 from chestct.config.fields import leaves
 from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
+from chestct.data.prepare import is_synthetic
 from chestct.errors import ConfigError
 
 
@@ -219,27 +220,34 @@ def test_parts_that_are_left_out_knowingly_are_not_asked_for_again(monkeypatch):
     assert experiment.from_checkpoint(compose("ckpt=last"), best=False).callbacks == {}
 
 
-@pytest.mark.parametrize("value", ["a b", "a=b", "a,b", "runs (1)/x", "it's", "健康", "back\\slash", "'quoted, (1)'"])
-def test_a_path_is_read_as_typed(value):
-    assert compose(f"data.root={value}").data.root == value.strip("'").replace("\\'", "'")
+def test_a_folder_without_a_name_takes_its_own_unless_it_holds_phantoms(tmp_path):
+    clinic, drawn = tmp_path / "clinic" / "normal", tmp_path / "drawn" / "train" / "normal"
+    for folder, name in ((clinic, "1.png"), (drawn, "phantom_00042.png")):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+    root = f"data.root={tmp_path}/clinic"
+    assert compose(root).data.name == "clinic"
+    assert not is_synthetic(compose(root).data)
+    assert compose(root, "data.name=mine").data.name == "mine"
+    assert compose(f"data.root={tmp_path}/drawn").data.name == compose().data.name == "phantom"
+    clinic.parent.rename(tmp_path / "phantom")
+    assert not is_synthetic(compose(f"data.root={tmp_path}/phantom").data)
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        r"(LIDC-IDRI-\d+)",
-        r"[A-Z]+-(\d{1,3})",
-        r"LIDC(\d+)",
-        r"(it\'s)",
-        "runs (1)\\",
-        r"a=\\",
-        "a,b",
-        "[old]",
-        "'a, (1)'",
-    ],
-)
-def test_what_is_said_of_a_source_is_read_as_typed(value):
-    assert compose(f"data.sources.a.root={value}").data.sources["a"].root == value.strip("'")
+def test_settings_that_a_bundle_has_of_its_own_are_named():
+    idle = ["evaluation.threshold=youden", "++data.window.center=40", "model.pool=gap"]
+    assert idle_with_bundle(["bundle=packaged", *idle, "data.root=x", "evaluation.phantoms=9"]) == idle
+
+
+TYPED = ("a b", "a=b", "a,b", "[old]", "runs (1)/x", "runs (1)\\", r"a=\\", "back\\slash", "'quoted, (1)'")
+TYPED += ("it's", "健康", r"(LIDC-IDRI-\d+)", r"[A-Z]+-(\d{1,3})", r"LIDC(\d+)", r"(it\'s)")
+
+
+@pytest.mark.parametrize("key", ["data.root", "data.sources.a.root"])
+@pytest.mark.parametrize("value", TYPED)
+def test_a_path_is_read_as_typed(key, value):
+    data = compose(f"{key}={value}").data
+    assert (data.root or data.sources["a"].root) == value.strip("'")
 
 
 def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():

@@ -17,6 +17,7 @@ from chestct.data import duplicates, prepare, store
 from chestct.data.prepare import ingest
 from chestct.data.store import open_store, store_folder
 from chestct.errors import DataError, DecodeError
+from tests.conftest import limited
 from tests.imaging.files import dicom
 
 pytestmark = pytest.mark.usefixtures("quick_ingest")
@@ -230,13 +231,8 @@ def test_an_unwritable_folder_is_one_clear_error(cfg, tmp_path):
 def test_a_full_disk_is_one_clear_error_and_the_old_state_stays(cfg, tmp_path, room):
     before = ingest(cfg, tmp_path / "store").manifest
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        with pytest.raises(DataError, match=r"File too large.*cache_dir=FOLDER"):
-            ingest(cfg, tmp_path / "store")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited(resource.RLIMIT_FSIZE, room), pytest.raises(DataError, match=r"File too large.*cache_dir=FOLDER"):
+        ingest(cfg, tmp_path / "store")
     assert open_store(tmp_path / "store").manifest.equals(before)
     assert not list((tmp_path / "store").glob("*partial"))
 

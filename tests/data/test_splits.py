@@ -12,6 +12,7 @@ from chestct.data.splits import (
     leaked,
     load_splits,
     make_splits,
+    of_patients_first,
     stratified_group_split,
 )
 from chestct.errors import DataError
@@ -219,3 +220,15 @@ def test_classes_of_a_source_count_alike_and_sources_and_groups_by_roots():
     assert tenth.mean() == pytest.approx(1)  # whatever sources count, a step is as long
     ratio = tenth / table["w"]
     np.testing.assert_allclose(ratio / ratio.max(), np.where(table["source"] == "a", 0.1, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sources", "labels", "kept"),
+    [
+        (["a", "phantom", "b", "phantom"], ["normal", "cancer", "cancer", "normal"], [True, False, True, False]),
+        (["phantom", "phantom"], ["cancer", "normal"], [True, True]),
+        (["a", "phantom"], ["cancer", "normal"], [True, True]),  # there are no other normals
+    ],
+)
+def test_phantoms_do_not_count_where_there_are_patients(sources, labels, kept):
+    assert of_patients_first(pd.DataFrame({"source": sources, "label": labels})).tolist() == kept

@@ -17,6 +17,15 @@ from tests.e2e.test_commands import ROOT
 from tests.e2e.test_commands import call as call
 
 
+def bare_python(folder: Path) -> Path:
+    """Python of a new environment with the dependencies of this one, and without chestct."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    # A path alone: the editable installation of this environment stays out of it.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    return folder / "bin" / "python"
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that holds the wheel, and the dependencies of this one; returns its folder of programs."""
@@ -30,11 +39,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build = [*pip, *["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", "./source"]]
     subprocess.run(build, cwd=folder, check=True)
     (wheel,) = (folder / "wheels").glob("*.whl")
-    venv.create(folder / "env", with_pip=False)
-    (site,) = (folder / "env").glob("lib/python*/site-packages")
-    # A path alone: the editable installation of this environment stays out of it.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    python = folder / "env" / "bin" / "python"
+    python = bare_python(folder / "env")
     subprocess.run(
         [*pip, "--python", str(python), "install", "-q", "--no-deps", "--force-reinstall", str(wheel)], check=True
     )

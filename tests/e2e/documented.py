@@ -17,7 +17,7 @@ NOT_RUN = {
     r"^srun ": "SLURM starts it, on two machines; test_ddp has its variables",
     r"^chestct (predict|space)$": "no command, named in passing",
 }
-"""What is composed and not run, and why."""
+"""What is not run, and why."""
 
 ANSWERED = {
     r"launcher=slurm": ("a SLURM cluster, and its plugin, which is not in [dev]", r"chestct\[slurm\]"),

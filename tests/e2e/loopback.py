@@ -1,5 +1,6 @@
 """Servers on loopback that stand for DagsHub's: MLflow with users, S3, and plain HTTP with a password."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -7,13 +8,13 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 
 from chestct.tracking import probe
+from tests.conftest import until
 
 TOKEN = "loopback-token-of-no-use"
 PASSWORDS = {"admin": secrets.token_hex(16), "writer": secrets.token_hex(16), "reader": secrets.token_hex(16)}
@@ -23,6 +24,27 @@ def free_port() -> int:
     with socket.socket() as made:
         made.bind(("127.0.0.1", 0))
         return made.getsockname()[1]
+
+
+def answers(url: str) -> bool:
+    """Whether there is a server that answers there, and no error."""
+    with contextlib.suppress(OSError):
+        urllib.request.urlopen(url, timeout=5).close()
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def served(app):
+    """The address of an application of Flask, which runs in a thread of this process."""
+    from werkzeug.serving import make_server
+
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
 
 
 class Server:
@@ -56,14 +78,7 @@ class Server:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        deadline = time.monotonic() + 150
-        while time.monotonic() < deadline:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
-                return
-            except OSError:
-                time.sleep(0.2)
-        pytest.fail(f"mlflow server did not start: {(self.folder / 'server.log').read_text()[-2000:]}")
+        until(lambda: answers(f"{self.uri}/health"), 150, self.process, self.folder / "server.log", every=0.2)
 
     def signal(self, signum: int) -> None:
         os.killpg(self.process.pid, signum)
@@ -117,7 +132,6 @@ def s3():
 def plain_http():
     """A server that keeps what is posted to it and asks for the token, as DagsHub's plain one does; its address."""
     from flask import Flask, request
-    from werkzeug.serving import make_server
 
     app, kept = Flask("plain"), {}
 
@@ -130,12 +144,8 @@ def plain_http():
             kept[name] = request.get_data()
         return (kept[name], 200) if name in kept else ("", 404)
 
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
+    with served(app) as address:
+        yield address
 
 
 @pytest.fixture
@@ -149,7 +159,6 @@ def hub(monkeypatch, tmp_path):
     from base64 import b64decode
 
     from flask import Flask, Response, abort, jsonify, request
-    from werkzeug.serving import make_server
 
     app, commits = Flask("hub"), {}
 
@@ -213,12 +222,8 @@ def hub(monkeypatch, tmp_path):
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": sha(f"{user}/{repo}", at)}
         return Response(data, 200, headers)
 
-    server = make_server("127.0.0.1", 0, app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
-    yield f"http://127.0.0.1:{server.server_port}", commits
-    server.shutdown()
-    thread.join()
+    with served(app) as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+        yield address, commits

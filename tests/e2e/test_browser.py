@@ -12,9 +12,7 @@ from chestct.evaluation.protocol import Part
 from chestct.reporting import render
 from chestct.stats.metrics import Estimate
 from tests.evaluation.evaluations import made_up
-from tests.serving.conftest import Served, bundle_folder, examples, files, scan, served, zipped
-
-__all__ = ["bundle_folder", "examples", "files", "scan", "served"]  # fixtures
+from tests.serving.conftest import Served, zipped
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install 'chestct[dev]'")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python")

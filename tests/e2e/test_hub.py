@@ -4,10 +4,6 @@ import os
 import shlex
 import subprocess
 import sys
-import sysconfig
-import time
-import urllib.request
-import venv
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,8 +21,9 @@ from chestct.pyfunc import save_model
 from chestct.serving.model import bundle_folder
 from chestct.tracking import TrackingError, fetch_bundle
 from chestct.tracking import hub as bundles
-from tests.conftest import command
-from tests.e2e.loopback import free_port
+from tests.conftest import command, until
+from tests.e2e.conftest import bare_python
+from tests.e2e.loopback import answers, free_port
 from tests.reporting.test_drift_report import records, write
 
 
@@ -80,12 +77,7 @@ def test_what_the_hub_does_not_have_or_permit_says_the_way_out(hub, small_bundle
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
-    """Python of an environment with the dependencies of this one, and without chestct."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    venv.create(folder, with_pip=False)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    return folder / "bin" / "python"
+    return bare_python(tmp_path_factory.mktemp("elsewhere"))
 
 
 def started(command, folder, health):
@@ -96,15 +88,8 @@ def started(command, folder, health):
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log = (folder / "log").open("w+")
     process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 400
-    while True:
-        try:
-            urllib.request.urlopen(health, timeout=5).close()
-            return process
-        except OSError:
-            ended = process.poll() is not None or time.monotonic() > deadline
-            assert not ended, (folder / "log").read_text()[-3000:]
-            time.sleep(0.3)
+    until(lambda: answers(health), 400, process, folder / "log")
+    return process
 
 
 def stop(process):

@@ -1,12 +1,12 @@
 """The configuration in docs/deploy.md, but for addresses and files, run by a real nginx in front of a real service."""
 
 import base64
+import contextlib
 import os
 import shutil
 import socket
 import ssl
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +15,10 @@ import pytest
 
 from chestct.config.compose import CONF
 from chestct.serving.sentences import HEADLINES
+from tests.conftest import until
 from tests.e2e.loopback import free_port
-from tests.serving.conftest import Served, bundle_folder, files, serving
+from tests.serving.conftest import Served, serving
 from tests.serving.visitor import Visitor
-
-__all__ = ["bundle_folder", "files"]  # fixtures
 
 pytestmark = pytest.mark.slow
 
@@ -69,18 +68,15 @@ def proxy(service: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         main = f"user root;\n{main}"
     (folder / "nginx.conf").write_text(main, encoding="utf-8")
     running = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"], stderr=subprocess.PIPE)
-    extensions = {"sni_hostname": NAME}
     client = httpx.Client(base_url=f"https://127.0.0.1:{port}", headers={"host": NAME}, verify=False, timeout=60)
+
+    def answer() -> httpx.Response | None:
+        with contextlib.suppress(httpx.TransportError):
+            return client.get("/", extensions={"sni_hostname": NAME})
+        return None
+
     try:
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                client.get("/", extensions=extensions)
-                break
-            except httpx.TransportError:
-                assert running.poll() is None, running.communicate()[1]
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        until(answer, process=running)
         yield client
     finally:
         client.close()

@@ -1,6 +1,5 @@
 """`python serve.py` as a process: how it starts, what it prints, and how it ends."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -8,7 +7,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -17,26 +15,12 @@ import pytest
 from chestct.config.compose import CONF
 from chestct.config.schema_serving import FACTS
 from chestct.serving.monitor import read_records
-from tests.e2e.loopback import free_port
-from tests.serving.conftest import bundle_folder, examples, files
+from tests.conftest import until
+from tests.e2e.loopback import answers, free_port
 from tests.serving.test_monitor import prediction, record
 from tests.serving.visitor import Visitor
 
-__all__ = ["bundle_folder", "examples", "files"]  # fixtures
-
 SERVE = [sys.executable, str(CONF.parent / "serve.py")]
-
-
-def answer(process: subprocess.Popen, url: str, statuses: tuple[int, ...]) -> httpx.Response:
-    """The first answer with one of these."""
-    deadline = time.monotonic() + 120
-    while True:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        with contextlib.suppress(httpx.TransportError):
-            if (answer := httpx.get(url, timeout=60)).status_code in statuses:
-                return answer
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -50,7 +34,7 @@ def started(bundle_folder: Path, tmp_path: Path):
     environment = os.environ | {"TMPDIR": str(here), "PYTHONPATH": str(CONF.parent)}
     running = subprocess.Popen(command, cwd=here, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True)
     try:
-        answer(running, f"{url}/readyz", (200,))
+        until(lambda: answers(f"{url}/readyz"), 120, running)
         yield running, url, bundle
     finally:
         running.kill()
@@ -65,7 +49,7 @@ def test_it_serves_reloads_and_ends_well_with_a_page_open(started, files, exampl
     with sqlite3.connect(records) as database:
         database.execute("UPDATE answers SET time = time - 8 * 86400")  # what the service is not to keep
 
-    def until(text: str) -> None:
+    def says(text: str) -> None:
         nonlocal printed
         while text not in (line := running.stdout.readline()):
             assert line, printed
@@ -74,10 +58,10 @@ def test_it_serves_reloads_and_ends_well_with_a_page_open(started, files, exampl
     with httpx.stream("GET", f"{url}/gradio_api/heartbeat/abc", timeout=60) as page:  # what an open page holds on to
         next(page.iter_lines())
         running.send_signal(signal.SIGHUP)
-        until("bundle reloaded")
+        says("bundle reloaded")
         (bundle / FACTS).write_text("{")
         running.send_signal(signal.SIGHUP)
-        until("bundle not reloaded")  # and the old one goes on
+        says("bundle not reloaded")  # and the old one goes on
         assert httpx.post(f"{url}/predict", content=files[0], timeout=60).status_code == 200
         odd = examples["no-lesion.dcm"].replace(b"PHANTOM", b"JaneDoe").replace(b"IS\x02\0001 ", b"IS\x02\0JD")
         assert odd != examples["no-lesion.dcm"]
@@ -103,7 +87,8 @@ def test_a_service_is_alive_while_it_waits_for_its_bundle_and_can_be_stopped_the
             [*SERVE, *settings], cwd=tmp_path, env=environment, stdout=-1, stderr=subprocess.STDOUT, text=True
         )
         try:
-            assert answer(running, f"{url}/healthz", (200,)).json()["status"] == "starting"
+            until(lambda: answers(f"{url}/healthz"), 120, running)
+            assert httpx.get(f"{url}/healthz", timeout=60).json()["status"] == "starting"
             assert httpx.get(f"{url}/readyz", timeout=60).status_code == 503
             running.send_signal(signal.SIGHUP)  # which has nothing to load anew yet
             assert httpx.get(f"{url}/healthz", timeout=60).json()["status"] == "starting"

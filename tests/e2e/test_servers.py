@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import requests
 from mlflow import MlflowClient
 
 from chestct.tracking import TrackingError, probe, sync
+from tests.conftest import until
 from tests.e2e.loopback import log_in
 from tests.tracking.conftest import fit, recorded
 
@@ -80,12 +80,9 @@ def test_a_run_is_on_the_server_while_it_lasts_and_whole_at_its_end(server, sett
     cfg = small(*settings)
     with recorded(cfg, tmp_path / "out") as run:
         act(run, range(20), tmp_path / "evaluation")
-        deadline = time.monotonic() + 60
-        while not (there := copies(server, cfg)[1]) or not there[0].data.metrics:
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        assert there[0].info.status == "RUNNING"
-        assert there[0].data.params["optim.lr"] == "0.01"
+        (there,) = until(lambda: [copy for copy in copies(server, cfg)[1] if copy.data.metrics], 60, every=0.2)
+        assert there.info.status == "RUNNING"
+        assert there.data.params["optim.lr"] == "0.01"
     assert_same(server, cfg)
 
 

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 
 from chestct.config.compose import CONF
 from chestct.models.bundle import load_bundle
+from tests.conftest import until
 from tests.e2e.loopback import PASSWORDS, TOKEN, log_in
 
 pytestmark = pytest.mark.slow
@@ -132,10 +132,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     run(ada, "dvc", "exp", "run", "--queue", *queue.split())
     try:
         run(ada, "dvc", "queue", "start", "-j", "2")
-        deadline = time.monotonic() + 600
-        while run(ada, "dvc", "queue", "status").count("Success") < 2:
-            assert time.monotonic() < deadline
-            time.sleep(2)
+        until(lambda: run(ada, "dvc", "queue", "status").count("Success") >= 2, 600, every=2)
     finally:
         run(ada, "dvc", "queue", "stop", "--kill")
 

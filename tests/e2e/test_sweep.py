@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -15,7 +14,7 @@ from mlflow import MlflowClient
 
 from chestct.config.compose import CONF, compose
 from chestct.sweep import _next_trials
-from tests.conftest import SMALL
+from tests.conftest import SMALL, until
 
 ROOT = CONF.parent
 QUICK = ("trainer.max_epochs=1", "trainer.patience=0")
@@ -134,11 +133,7 @@ def test_a_stopped_search_goes_on_with_the_trial_it_was_at_and_finds_what_it_wou
     given = [setting for setting in small if not setting.startswith(("trainer.max_epochs", "tracking=off"))]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *settings, *given]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("1/checkpoints/last.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    until((folder / "1" / "checkpoints" / "last.ckpt").exists, 300, process)
     process.send_signal(signum)
     printed, _ = process.communicate(timeout=120)
     assert not (folder / "2").exists()

@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from chestct.config.schema import Config, PhantomConfig
+from chestct.config.schema import Config, PhantomConfig, SourceConfig
 from chestct.data.splits import load_splits
+from chestct.errors import BundleError
 from chestct.evaluation import external
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.external import evaluate_bundle
@@ -60,6 +61,42 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     shown = [picture for pictures in gallery(result).values() for picture in pictures]
     assert {picture["path"] for picture in shown} <= set(result.table["path"])
     assert len(shown) > 0
+
+
+def test_a_bundle_that_keeps_nothing_to_compare_with_is_refused_before_anything_is_predicted(
+    run: tuple[Config, Result], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(folder)
+    del bundle.facts["statistics"]
+    monkeypatch.setattr(external, "load_bundle", lambda *given: bundle)
+    monkeypatch.setattr(external, "prepare_store", lambda *given: pytest.fail("went on"))
+    with pytest.raises(BundleError, match=r"no statistics of .* to compare with\. Export it again"):
+        evaluate_bundle(settings(run, folder))
+
+
+def test_a_bundle_that_does_not_say_how_its_data_were_divided_is_measured_as_on_others(
+    run: tuple[Config, Result], folder: Path, evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(folder)
+    del bundle.facts["data"]["splitting"]
+    monkeypatch.setattr(external, "load_bundle", lambda *given: bundle)
+    result = evaluate_bundle(settings(run, folder))
+    assert result.about["split"] == "external"
+    assert sorted(result.table["path"]) == sorted(evaluation.test["path"])
+
+
+def test_phantoms_beside_patients_are_not_measured_and_said_to_be_left_out(
+    run: tuple[Config, Result], folder: Path, others: Path
+) -> None:
+    labels = {**run[0].data.labels, **LABELS}
+    sources = {"clinic": SourceConfig(str(others)), "phantom": SourceConfig(run[0].data.root or "")}
+    result = evaluate_bundle(settings(run, folder, root=None, sources=sources, labels=labels))
+    alone = evaluate_bundle(settings(run, folder, name="clinic", root=str(others), labels=LABELS))
+    assert result.headline == alone.headline
+    assert result.sections["subgroups"] == alone.sections["subgroups"]
+    assert result.about["phantoms"] > 0
+    assert f"Not measured: {result.about['phantoms']} phantoms beside slices of patients." in summary(result)
+    assert "SYNTHETIC: Tested" not in summary(result)
 
 
 def test_its_own_data_give_its_test_slices_and_no_others_where_the_split_has_become_another(

@@ -253,8 +253,10 @@ def test_within_a_source_groups_are_those_that_the_figures_rest_on(monkeypatch) 
     evaluation = made_up()
     alone = evaluation.test.assign(seed_0=evaluation.test["logit_cancer"], group=lambda t: np.arange(len(t)) // 4)
     monkeypatch.setattr(module, "prepare_store", lambda cfg: SimpleNamespace(manifest=alone))
-    monkeypatch.setattr(module, "fold_tests", lambda *_: [alone.iloc[:40], alone.iloc[40:72]])
-    (row,) = module._within(evaluation.cfg, None, ["north"]).rows
+    folds = iter([alone.iloc[:40], alone.iloc[40:72]])
+    monkeypatch.setattr(module, "FOLDS", 2)
+    monkeypatch.setattr(module, "on_test", lambda *_: (next(folds), 0.5))
+    (row,) = module._within(evaluation.cfg, lambda *_: (None, []), ["north"]).rows
     assert row["groups"] == "18 / 18"
     alone["group"] //= 4
     part = module._within(evaluation.cfg, None, ["north"])

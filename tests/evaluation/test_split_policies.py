@@ -5,12 +5,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from chestct import experiment
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError, DataError
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.protocol import protocol
-from chestct.evaluation.split_policies import check_anew, refits
+from chestct.evaluation.split_policies import check_anew, policy_row
 from chestct.training.train import Result, train
 
 
@@ -23,17 +24,14 @@ def again(out: Path, name: str, cfg: Config, data: SliceModule) -> tuple[pd.Data
     return result.predictions, [result.best]
 
 
-def rows_of(cfg: Config, out: Path):
-    return {row.policy: row for row in refits(cfg, partial(again, out))}
-
-
 @pytest.mark.slow
 def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_path: Path) -> None:
     # As a job of a search leaves them, whose own training never looked at test.
-    rows = rows_of(settings(run[0], policies=True, report=False), tmp_path)
-    assert set(rows) == {"official", "official_clean"}
-    assert all(row.estimates["auroc"].value is not None for row in rows.values())
-    assert rows["official"].groups > 0
+    rows = experiment._evaluate_checkpoint(settings(run[0], policies=True, report=False), tmp_path).rows
+    assert [row.policy for row in rows] == ["grouped", "official", "official_clean"]
+    assert all(row.estimates["auroc"].value is not None for row in rows)
+    assert rows[1].groups > 0
+    assert {path.name for path in (tmp_path / "refits").iterdir()} == {"official", "official_clean"}
 
 
 @pytest.mark.slow
@@ -53,12 +51,13 @@ def test_a_policy_that_the_data_do_not_admit_is_a_row_with_the_reason(run: tuple
     def impossible(name: str, cfg: Config, data: SliceModule) -> tuple[pd.DataFrame, list[Path]]:
         raise DataError("no test folder")
 
-    rows = refits(settings(run[0], policies=True), impossible)
+    rows = [policy_row(run[0], policy, impossible) for policy in ("official", "official_clean")]
     assert [row.note for row in rows] == ["not available: no test folder"] * 2
 
 
 def test_nothing_is_trained_unless_it_is_asked_for_and_fine_tuned_models_never(run, tmp_path: Path) -> None:
-    assert rows_of(run[0], tmp_path) == {}
+    assert [row.policy for row in experiment._evaluate_checkpoint(run[0], tmp_path).rows] == ["grouped"]
+    assert not list(tmp_path.iterdir())
     cfg = replace(run[0], model=replace(run[0].model, freeze=False))
     check_anew(cfg)
     for asked in ({"policies": True}, {"protocol": ["within"]}):

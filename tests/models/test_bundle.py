@@ -156,6 +156,8 @@ FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "cannot be used": lambda facts: facts["operating_point"].update(quantiles=[0.1, 0.2, 0.3]),
     r"operating_point\.threshold: ": lambda facts: facts["operating_point"].update(threshold=None),
     r"statistics\.mean\.1: ": lambda facts: facts.update(statistics={"mean": [0.1, "<b>"]}),
+    r"data\.slices\.train: .* 10000000": lambda facts: facts["data"].update(slices={"train": 10**12}),
+    r"data\.splitting\.split: ": lambda facts: facts["data"].update(splitting={"root": "/"}),
     r"auroc\.value: ": lambda facts: facts.update(
         metrics={"test": {"auroc": {"value": "high", "low": None, "high": None, "slices": 1}}}
     ),

@@ -10,7 +10,7 @@ from chestct.config.schema import AugmentConfig
 from chestct.models import backends
 from chestct.models.features import Kept, attach, extract, settled, space_folder
 from chestct.program import errors_for_people
-from tests.conftest import network, opened
+from tests.conftest import limited, network, opened
 from tests.models.test_backends import needs
 
 
@@ -93,13 +93,8 @@ def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("room", [0, 2_000])
 def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing_half_written(net, tmp_path, capsys, room):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        with pytest.raises(SystemExit), errors_for_people():
-            run(net, Slices(4), list("abcd"), tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited(resource.RLIMIT_FSIZE, room), pytest.raises(SystemExit), errors_for_people():
+        run(net, Slices(4), list("abcd"), tmp_path)
     assert "File too large" in (message := capsys.readouterr().err)
     assert "cache_dir=FOLDER" in message
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

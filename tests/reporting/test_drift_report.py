@@ -102,6 +102,15 @@ def test_refusals_raise_an_alarm_of_their_own_and_do_not_colour_the_rest(bundle)
     assert drifted(drift) == [shift.name for shift in drift.shifts] == ["refused"]
 
 
+def test_too_few_answers_are_no_sign_that_nothing_changed(bundle):
+    drift = compare(bundle, records(bundle, 3, 52, refused=3))
+    assert [shift.name for shift in drift.shifts] == ["refused"]
+    assert drift.verdict == "few"
+    assert "49 answered slices, of 52, are too few to judge" in drift_report.summary(drift)
+    everything = compare(bundle, records(bundle, 3, 52, refused=52))
+    assert everything.verdict == "drift"
+
+
 def test_slices_of_other_bundles_and_of_the_training_data_are_counted_and_left_out(bundle):
     window = records(bundle, 3, 150)
     window["bundle"] = np.array(["other"] * 30 + [bundle.id] * 60 + [f"{bundle.id}-openvino_int8"] * 60)

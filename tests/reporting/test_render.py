@@ -142,6 +142,11 @@ def test_the_card_says_what_the_report_says(task):
     evaluation.rows.append(Row("official", {}, {}, 0, 0, note="no <train> | folder"))
     card = render.model_card(evaluation)
     assert headline(evaluation) in card
+    rule = evaluation.point.validation
+    assert f"of which it calls {rule['found']} and {rule['flagged']} cancer" in card
+    assert "each source counting alike" not in card  # validation has one
+    evaluation.table["source"] = [f"clinic {i % 2}" for i in range(len(evaluation.table))]
+    assert "`sensitivity>=0.95` (each source counting alike) on" in render.model_card(evaluation)
     assert all(as_text(estimate) in card for estimate in evaluation.metrics["test"].values())
     for text in ("They are not patients", "A high score proves little here.", "46 of 54 &lt;b>leak&lt;/b>.",
                  "**The heat maps fail the check**", "license_name: MIT AND CC-BY-4.0"):  # fmt: skip

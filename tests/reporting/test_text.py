@@ -34,6 +34,24 @@ def test_serious_caveats_come_first_then_the_answer_then_numbers_with_interval_a
     assert not {"Synthetic", "Leaky split"} & set(kinds(made_up()))
 
 
+@pytest.mark.parametrize(
+    ("about", "facts", "source", "said"),
+    [
+        ({"synthetic": True}, {}, "phantom", ["Tested", "Trained"]),
+        ({"synthetic": True, "bundle": "b"}, {"synthetic": False}, "phantom", ["Tested"]),
+        ({"synthetic": False, "bundle": "b"}, {"synthetic": True}, "clinic", ["Trained"]),
+        ({"synthetic": False, "bundle": "b"}, {}, "clinic", []),
+    ],
+)
+def test_what_was_trained_and_what_was_tested_on_phantoms_is_said_apart(about, facts, source, said):
+    evaluation = made_up()
+    evaluation.about |= about
+    evaluation.table["source"] = source
+    evaluation.bundle.facts["data"] = facts
+    told = [caveat.text for caveat in caveats(evaluation) if caveat.kind == "Synthetic"]
+    assert [text.split(" on phantoms: ")[0] for text in told] == said
+
+
 @pytest.mark.parametrize(("low", "high", "shown"), [(0.05, 0.15, True), (-0.01, 0.2, False), (None, None, False)])
 def test_a_margin_that_is_not_shown_is_a_serious_caveat(low, high, shown):
     evaluation = with_margin(Estimate(0.1, low, high, 200, 200), n=200)

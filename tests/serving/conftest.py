@@ -4,23 +4,20 @@ import contextlib
 import csv
 import io
 import os
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pydicom
 import pytest
 import torch
-from pydicom.uid import generate_uid
 from sklearn.linear_model import Ridge
 
 import chestct
-from chestct.config.schema import Config, EvaluationConfig, PhantomConfig, WindowConfig
+from chestct.config.schema import Config, EvaluationConfig, WindowConfig
 from chestct.config.schema_serving import ServeConfig
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Preprocess
@@ -28,13 +25,10 @@ from chestct.models.bundle import Bundle, save_bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
-from chestct.phantom.thorax import draw
-from chestct.serving.examples import PHANTOMS, make_examples
 from chestct.serving.model import Model
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import PatientServer, bind, make_server, predictor_for, running, upload_folder
 from tests.conftest import command, network
-from tests.imaging.files import dicom
 from tests.models.test_bundle import make
 
 SIZE = 64
@@ -75,14 +69,6 @@ def make_bundle(folder: Path, phantoms: Path, classes: int = 2) -> None:
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
-    """A bundle for cancer or normal. Read only."""
-    folder = tmp_path_factory.mktemp("served") / "bundle"
-    make_bundle(folder, phantoms)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def model(bundle_folder: Path) -> Model:
     """The same in Python."""
     return chestct.load(str(bundle_folder))
@@ -116,48 +102,6 @@ def serving(bundle: Path, on_answer=None, login=b"", loading=None, **settings) -
             yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", uploads, predictor, server)
 
 
-@pytest.fixture(scope="session")
-def served(bundle_folder: Path) -> Iterator[Served]:
-    """The service with the small bundle, for all tests that change nothing in it."""
-    limits = {"max_upload_bytes": 3_000_000, "max_slices": 20}
-    with serving(bundle_folder, host="2001:db8::1", **limits) as running:  # which is what it is told, and listens here
-        yield running
-
-
-@pytest.fixture(scope="session")
-def files(phantoms: Path) -> list[bytes]:
-    """Six slices as PNG, all different."""
-    return [path.read_bytes() for path in sorted(phantoms.glob("test/*/*.png"))[::2][:6]]
-
-
-@pytest.fixture(scope="session")
-def examples() -> dict[str, bytes]:
-    """The page's own examples by file name; the phantoms as DICOM."""
-    files = {example.name: example.data for example in make_examples()}
-    for name, (_, kind, difficulty, seed) in PHANTOMS.items():
-        phantom = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384))
-        elements = {
-            "PatientID": f"PHANTOM-{seed}",
-            "PatientName": "PHANTOM",
-            "SOPInstanceUID": generate_uid(entropy_srcs=[name]),
-            "ImagePositionPatient": [0, 0, 0],
-            "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
-            "PixelSpacing": [round(phantom.spacing, 5)] * 2,
-            "InstanceNumber": 1,
-        }
-        stored = (np.round(phantom.hu) + 1024).astype(np.int16)
-        files[name.replace(".png", ".dcm")] = dicom(stored, **elements)
-    return files
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for the server, which works in another thread, and fails where it takes too long."""
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", compression) as made:
@@ -175,26 +119,3 @@ def rows(path: Path) -> list[dict[str, str]]:
 def call(small_bundle):
     """call(*arguments): the exit status of `chestct predict`, with a small bundle unless one is given."""
     return lambda *given: command("predict", *given, *(() if "--bundle" in given else ("--bundle", small_bundle)))
-
-
-Slices = Callable[..., dict[str, bytes]]
-
-
-@pytest.fixture
-def scan(examples: dict[str, bytes]) -> Slices:
-    """scan(n, uid, **elements): n slices as DICOM; names run against the positions, and numbers mislead."""
-
-    def make(count: int = 8, uid: str = "1.2.3", **elements: object) -> dict[str, bytes]:
-        files = {}
-        for i in range(count):
-            dataset = pydicom.dcmread(io.BytesIO(examples[list(PHANTOMS)[i % len(PHANTOMS)].replace(".png", ".dcm")]))
-            dataset.SeriesInstanceUID, dataset.SOPInstanceUID = uid, generate_uid(entropy_srcs=[uid, str(i)])
-            dataset.ImagePositionPatient, dataset.InstanceNumber = [0, 0, 5.0 * i - 20], (7 * i) % count + 1
-            for name, value in elements.items():
-                setattr(dataset, name, value)
-            file = io.BytesIO()
-            dataset.save_as(file)
-            files[f"{uid}/IM{count - i:03}"] = file.getvalue()
-        return files
-
-    return make

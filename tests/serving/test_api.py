@@ -22,8 +22,9 @@ from chestct.serving.examples import Example, make_examples
 from chestct.serving.limits import HEADERS
 from chestct.serving.predictor import Predictor
 from chestct.serving.server import QuietFormatter
+from tests.conftest import until
 from tests.imaging.files import encoded
-from tests.serving.conftest import Served, serving, until
+from tests.serving.conftest import Served, serving
 
 pytestmark = pytest.mark.slow  # a service is started
 

@@ -22,7 +22,7 @@ from chestct.errors import ConfigError
 from chestct.serving import limits, server
 from chestct.serving.limits import HEADERS, RequestLimits, login_from, route_of
 from chestct.serving.server import PatientServer, bind, running
-from tests.serving.conftest import until
+from tests.conftest import until
 
 PASSWORD = "correct horse battery staple"
 LOGIN = {"CHESTCT_USERNAME": "ann", "CHESTCT_PASSWORD": PASSWORD}

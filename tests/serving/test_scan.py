@@ -21,7 +21,8 @@ from chestct.serving.predictor import Predictor
 from chestct.serving.reading import expand, scan_of
 from chestct.serving.reading import read as read_file
 from chestct.serving.scan import BEST, VALIDATION, describe_scans, in_order, scans_in
-from tests.serving.conftest import Slices, rows, zipped
+from tests.conftest import Slices, limited
+from tests.serving.conftest import rows, zipped
 from tests.serving.test_predictor import png
 
 
@@ -177,15 +178,11 @@ def test_a_bad_archive_below_a_folder_is_a_row_with_its_reason_and_spoils_no_oth
 def test_more_archives_than_a_system_lets_a_program_open_are_read(tmp_path) -> None:
     for i in range(60):
         (tmp_path / f"{i:02}.zip").write_bytes(zipped({"a": bytes([i]), "b": b"b"}))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)
     os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + 30, hard))
-    try:
+    with limited(resource.RLIMIT_NOFILE, lowest + 30):
         files, _ = find_files([tmp_path], Path("s.csv"))
         assert [read(file) for file in files[::2]] == [bytes([i]) for i in range(60)]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_score_of_an_earlier_run_stays_and_all_that_is_left_out_is_named(

@@ -13,8 +13,8 @@ import pytest
 from chestct.errors import DataError
 from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.viewer import write_dicom
-from tests.conftest import real
-from tests.serving.conftest import Slices, zipped
+from tests.conftest import Slices, real
+from tests.serving.conftest import zipped
 
 
 def check(path: Path) -> None:

@@ -9,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 
 import pytest
@@ -20,6 +19,7 @@ from chestct.config.schema import TrackingConfig
 from chestct.errors import ConfigError
 from chestct.tracking import TrackingError, fetch_bundle, open_run, probe, run_of, sync
 from chestct.tracking.stores import CREDENTIALS, local_uri, prepare, refuse_elsewhere, server_uri
+from tests.conftest import until
 from tests.tracking.conftest import recorded, runs
 
 PREPARE = "import sys\nfrom chestct.tracking.stores import prepare\nprepare(sys.argv[1])"
@@ -33,9 +33,7 @@ def started(code, uri):
 
 def killed_when_there_is(process, file, size):
     """SIGKILL once the file has so many bytes, which it passes while it is migrated."""
-    while not file.is_file() or file.stat().st_size < size:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.001)
+    until(lambda: file.is_file() and file.stat().st_size >= size, 120, process, every=0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

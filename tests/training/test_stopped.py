@@ -4,7 +4,6 @@ import io
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +15,7 @@ from chestct.errors import ConfigError, Interrupted, WeightsError
 from chestct.models.checkpoint import REFITS, sealed
 from chestct.models.weights import load_weights
 from chestct.training import callbacks, train
+from tests.conftest import until
 from tests.training.test_train import ROOT, losses
 
 
@@ -56,15 +56,6 @@ def test_a_head_of_an_evaluation_that_is_stopped_is_no_run_to_go_on_with(small, 
         train(small("trainer.max_epochs=2"), tmp_path / REFITS / "fold-0")
 
 
-def wait_for_an_epoch(process, folder):
-    """Returns when a run in a folder has its first checkpoint; a training that ended before that fails the test."""
-    deadline = time.monotonic() + 900
-    while not list(folder.glob("**/checkpoints/last.ckpt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no epoch in 15 minutes"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cache, tmp_path):
     settings = ("data.size=64", "data.batch_size=8", "tracking=off", "trainer.progress=false", "trainer.patience=0")
@@ -74,7 +65,7 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cac
     command = [sys.executable, str(ROOT / "train.py"), *settings, f"hydra.run.dir={run}", "evaluation.report=false"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([*command, "experiment=head"], cwd=tmp_path, **quiet)
-    wait_for_an_epoch(process, run)
+    until((run / "checkpoints" / "last.ckpt").exists, 900, process)
     process.kill()
     process.wait()
     assert len(losses(run)) < 60
@@ -91,7 +82,7 @@ def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms
     settings += [f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", f"tracking.uri={uri}"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.max_epochs=4000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for_an_epoch(process, tmp_path / "runs")
+    until(lambda: [*(tmp_path / "runs").glob("*/checkpoints/last.ckpt")], 900, process)
     process.terminate()
     _, errors = process.communicate()
     assert process.returncode == 130, errors
