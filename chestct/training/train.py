@@ -229,7 +229,7 @@ def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> t
 
     By each process alone, on all slices: none is then counted twice.
     """
-    model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
+    model.load_state_dict(read_checkpoint(best)["state_dict"])
     model.to(pick_device(cfg.trainer.accelerator))
     torch.backends.cudnn.benchmark = False  # which trainer=gpu asks for: in float32 it tries algorithms for minutes
     metrics: dict[str, float] = {}
