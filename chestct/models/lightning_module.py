@@ -20,13 +20,12 @@ from torchmetrics import classification as tm
 
 from chestct.config.checks import resolve
 from chestct.config.targets import build, check_trusted
+from chestct.data.augment import Batch
 from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.head import has_places
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
-
-Batch = dict[str, torch.Tensor]
 
 
 class Classifier(L.LightningModule):

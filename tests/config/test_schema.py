@@ -201,7 +201,7 @@ def test_no_source_of_a_checkpoint_is_called_like_a_path(name):
 
 def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():
     given = (
-        "callbacks.a={_target_: mine.A, words: [x, 2], path: 'a (1),b', n: '007', deep: {on: true}}",
+        "callbacks.a={_target_: mine.A, words: [x, 2], path: 'a (1),b', n: '1_0', deep: {on: true}}",
         "trainer.args.b=0.5",
     )
     cfg = compose(*given, "trainer=gpu")
