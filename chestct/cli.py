@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
+from chestct.config.compose import in_home
 from chestct.config.schema import Config
 from chestct.config.schema_serving import BACKENDS
 from chestct.errors import ChestCTError, ConfigError, Interrupted
@@ -67,8 +68,9 @@ def ingest(cfg: Config, out: Path) -> None:
 
     chestct ingest data=chest_ct data.root=FOLDER
     """
-    from chestct.data.prepare import describe, prepare_store
+    from chestct.data.prepare import check_pipeline, describe, prepare_store
 
+    check_pipeline(cfg.data)
     print(describe(prepare_store(cfg, cfg.trainer.progress)))
 
 
@@ -282,6 +284,7 @@ COMMANDS = (train, evaluate, predict, embed, serve, audit, export, data, push, s
 
 def main() -> None:
     """The command `chestct`."""
+    sys.argv[1:] = map(in_home, sys.argv[1:])
     with errors_for_people():
         commands = {command.__name__: command for command in COMMANDS}
         name = sys.argv[1] if len(sys.argv) > 1 else "--help"

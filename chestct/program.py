@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from chestct.config.checks import explain, resolve, suggest
-from chestct.config.compose import CONF, help_text, quoted, readable
+from chestct.config.compose import CONF, help_text, in_home, quoted, readable
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 
@@ -57,7 +57,7 @@ def program(
                 started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1
                 if int(started) > 1 and (config_name != "train" or sweep):
                     raise ConfigError(f"{started} processes were started; only a single training takes several.")
-                given = {key: value.strip("'\"") for key, _, value in (o.partition("=") for o in overrides)}
+                given = {key: in_home(value.strip("'\"")) for key, _, value in (o.partition("=") for o in overrides)}
                 overrides = [readable(override, sweep) for override in overrides]
                 for key in {"tracking.uri", "tracking.local"} & given.keys():
                     from chestct.tracking.stores import refuse_password
@@ -174,8 +174,8 @@ def _remove_if_empty(out: Path) -> None:
 
     written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
     if written <= FIRST_FILES:
-        with contextlib.suppress(ChestCTError), sole_writer(out):
-            shutil.rmtree(out)
+        with contextlib.suppress(ChestCTError, OSError), sole_writer(out):
+            shutil.rmtree(out, ignore_errors=True)  # what cannot be removed must not hide the mistake
 
 
 def _explained(error: Exception) -> str:

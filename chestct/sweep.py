@@ -121,6 +121,7 @@ def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "Bas
     mode: min or max of the objective. facts: what makes it this sweep; raises ConfigError in the folder of another.
     """
     import optuna
+    from optuna.trial import TrialState
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage, direction = f"sqlite:///{folder / STUDY}", f"{mode}imize"
@@ -134,6 +135,9 @@ def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "Bas
         for values in product(*(distribution.choices for distribution in space.values())):
             study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
     study.set_user_attr("facts", facts)
+    for trial in study.get_trials(states=[TrialState.RUNNING]):
+        if trial.params.keys() != space.keys():
+            _fail(study, trial.number, "the sweep was stopped while its settings were being proposed")
     return study
 
 
@@ -168,18 +172,22 @@ def _next_trials(
 
 def _record(study: "Study", number: int, job: JobReturn) -> None:
     """Keeps what a job reached. One that failed on a mistake of the user's says so; any other exception is raised."""
-    from optuna.trial import TrialState
-
     try:
         value = job.return_value
         problem = None if math.isfinite(value) else f"the objective is {value}"
     except ChestCTError as error:
         problem = str(error)
     if problem:
-        study.set_user_attr(f"error {number}", problem)
-        study.tell(number, state=TrialState.FAIL)
+        _fail(study, number, problem)
     else:
         study.tell(number, value)
+
+
+def _fail(study: "Study", number: int, problem: str) -> None:
+    from optuna.trial import TrialState
+
+    study.set_user_attr(f"error {number}", problem)
+    study.tell(number, state=TrialState.FAIL)
 
 
 def _errors(study: "Study") -> dict[int, str]:

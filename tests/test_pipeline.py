@@ -1,14 +1,20 @@
 """dvc.yaml against the code: a stage depends on what it imports, on what it reads, and on the settings that it uses."""
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import grimp
 import pytest
 import yaml
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
-from chestct.config.compose import CONF
+from chestct.config.compose import CONF, compose
 from chestct.config.fields import leaves
 from chestct.config.schema import Config
+from chestct.data.prepare import check_pipeline
+from chestct.errors import ConfigError
 
 ROOT = CONF.parent
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -74,6 +80,44 @@ def test_every_setting_that_decides_a_result_belongs_to_a_stage():
         parts = key.split(".")
         prefixes = {".".join(parts[: n + 1]) for n in range(len(parts))}
         assert prefixes & (params | set(NOT_THE_PIPELINES)), key
+
+
+@pytest.mark.parametrize("module", ["data/datamodule", "models/lightning_module"])
+def test_what_training_itself_reads_are_its_own_settings(module):
+    read = set(re.findall(r"\bcfg\.(\w+(?:\.\w+)?)", (ROOT / "chestct" / f"{module}.py").read_text(encoding="utf-8")))
+    settings = {key for key, _, _ in leaves(Config)} & read
+    assert settings
+    params, elsewhere = STAGES["train"]["params"], ("data.workers", "ckpt")
+    assert not [key for key in settings - {*elsewhere} if not {key, key.split(".")[0]} & {*params}]
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    """pipeline(deps) stands for the stage ingest with these deps, run by DVC."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HydraConfig, "get", lambda: OmegaConf.create({"job": {"config_name": "params"}}))
+
+    def written(deps):
+        (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"ingest": {"deps": ["chestct/data", *deps]}}}))
+        (tmp_path / "params.yaml").write_text("data: {labels_file: labels.yaml}")
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("deps", "lacking"), [([], "labels.yaml - data/ct"), (["labels.yaml"], "data/ct"), (["data", "labels.yaml"], "")]
+)
+def test_ingest_refuses_slices_whose_change_dvc_would_not_notice(pipeline, deps, lacking):
+    pipeline(deps)
+    with pytest.raises(ConfigError) if lacking else nullcontext() as refused:
+        check_pipeline(compose("data.root=data/ct").data)
+    assert not lacking or " ".join(str(refused.value).split()).endswith(f"Add to its deps: - {lacking}")
+
+
+def test_phantoms_need_no_line_in_dvc_yaml(pipeline):
+    pipeline(["labels.yaml"])
+    check_pipeline(compose("data.sources={phantom: {}}").data)
+    check_pipeline(compose().data)
 
 
 def test_the_training_whose_checkpoint_is_evaluated_is_of_one_seed():

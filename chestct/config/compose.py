@@ -73,30 +73,38 @@ def idle_with_bundle(overrides: Sequence[str]) -> list[str]:
     return [override for override in overrides if override.lstrip("+").startswith(BUNDLED)]
 
 
-def readable(override: str, sweep: bool = False) -> str:
+def readable(override: str, sweep: bool = False, text: bool = False) -> str:
     """An override as Hydra's grammar takes it.
 
     Tables such as data.labels take new keys, which Hydra admits only where the override begins with ++. A value is
-    quoted where it would not be read as typed: a path with `=`, parentheses or, unless `sweep`, a comma.
+    quoted where it would not be read as typed: a path with `=`, parentheses or, unless `sweep`, a comma, or a text that
+    looks like a number, such as 2024_11_27. text: whether it is one; else the schema says so, where it knows the key.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
     key, equals, value = override.partition("=")
     settings = [*leaves(Config), *leaves(SourceConfig, "data.sources.*.")]
-    kinds = {name: type_name(item) for name, _, item in settings}
-    kind = kinds.get(re.sub(r"^(data\.sources)\.[^.]+", r"\1.*", key.lstrip("+")), "")
+    kinds = {name: type_name(item) for name, _, item in settings} | {"hydra.run.dir": "str", "hydra.sweep.dir": "str"}
+    kind = "str" if text else kinds.get(re.sub(r"^(data\.sources)\.[^.]+", r"\1.*", key.lstrip("+")), "")
     if any(kinds[name].startswith("dict") and f"{key}.".startswith(f"{name}.") for name in kinds):
-        key, override = f"++{key}", f"++{override}"
+        key = f"++{key}"
+    value = in_home(value) if "str" in kind else value
+    override = f"{key}{equals}{value}"
     if not equals or (value.startswith(("{", "[")) and not kind.startswith("str")):
         return override
     try:
         (parsed,) = OverridesParser.create().parse_overrides([override])
     except OverrideParseException:
         return quoted(key, value)
-    one_text = kind.startswith("str") and not sweep
-    listed = value.startswith(("{", "["))
-    return quoted(key, value) if one_text and (listed or parsed.is_sweep_override()) else override
+    several = value.startswith(("{", "[")) or parsed.is_sweep_override()
+    altered = not several and isinstance(number := parsed.value(), int | float) and str(number) != value
+    return quoted(key, value) if kind.startswith("str") and (altered or (several and not sweep)) else override
+
+
+def in_home(text: str) -> str:
+    """A path below the home folder as a whole one: behind `key=` and `--option=`, shells leave `~` as it is."""
+    return re.sub(r"(?<![^,=\[])~(?=/)", lambda _: str(Path.home()), text)
 
 
 def quoted(key: str, value: str) -> str:
@@ -149,8 +157,10 @@ def _overrides(key: str, value: Any) -> Iterator[str]:
     if isinstance(value, dict) and value:
         for name, part in value.items():
             yield from _overrides(f"{key}.{name}", part)
+    elif isinstance(value, str):
+        yield readable(f"{key}={value}", text=True).lstrip("+")
     else:
-        yield readable(f"{key}={value}").lstrip("+") if isinstance(value, str) else f"{key}={json.dumps(value)}"
+        yield f"{key}={json.dumps(value)}"
 
 
 def help_text(usage: str) -> str:

@@ -197,11 +197,6 @@ def _joined(answers: Sequence[Sequence[np.ndarray]]) -> tuple[torch.Tensor, torc
     return logits, conv5
 
 
-def best_for_features(device: torch.device) -> str:
-    """What features.backend=auto stands for, the quickest exact one: OpenVINO on a processor where it is installed."""
-    return "openvino" if device.type == "cpu" and importlib.util.find_spec("openvino") else "torch"
-
-
 def conv5_by(
     name: str, net: VGG16, contents: Sequence[str], squares: Callable[[np.ndarray], np.ndarray]
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], str]:

@@ -5,6 +5,7 @@ of some hundred slices, each named by its own digest and written whole or not at
 most, and several processes can write at once; a damaged shard is never believed.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from chestct.data.datamodule import SliceDataset, SliceModule
 from chestct.data.rows import Rows
 from chestct.data.store import preprocess_of
 from chestct.files import digest, file_digest, json_digest, write_atomic
-from chestct.models.backends import best_for_features, conv5_by
+from chestct.models.backends import conv5_by
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
 from chestct.progress import steps
@@ -98,8 +99,10 @@ def convolutions(data: SliceModule, net: VGG16, cfg: Config) -> tuple[Layer, tor
 
 
 def settled(cfg: Config, device: torch.device) -> Config:
-    """The settings with the backend that features.backend=auto is on a device."""
-    backend = best_for_features(device) if cfg.features.backend == "auto" else cfg.features.backend
+    """The settings with the backend that features.backend=auto is on a device: the quickest exact one."""
+    backend = cfg.features.backend
+    if backend == "auto":
+        backend = "openvino" if device.type == "cpu" and importlib.util.find_spec("openvino") else "torch"
     return replace(cfg, features=replace(cfg.features, backend=backend))
 
 

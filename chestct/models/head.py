@@ -149,7 +149,7 @@ class Smooth(nn.Module):
 
 
 class BestPlaces(nn.Module):
-    """Evidence [B, K, h, w] -> logits [B, K]: the mean over the BEST places of each slice and output.
+    """Evidence [B, K, h, w] -> logits [B, K]: the mean over the BEST places, or all if fewer, of each slice and output.
 
     One place is noise, and the mean over all of them is what a small lesion drowns in.
     """
@@ -157,4 +157,5 @@ class BestPlaces(nn.Module):
     BEST = 3
 
     def forward(self, evidence: torch.Tensor) -> torch.Tensor:
-        return evidence.flatten(2).topk(self.BEST, 2).values.mean(2)
+        places = evidence.flatten(2)
+        return places.topk(min(self.BEST, places.shape[2]), 2).values.mean(2)

@@ -20,13 +20,12 @@ from torchmetrics import classification as tm
 
 from chestct.config.checks import resolve
 from chestct.config.targets import build, check_trusted
+from chestct.data.augment import Batch
 from chestct.errors import WeightsError
 from chestct.models.checkpoint import read_checkpoint
 from chestct.models.head import has_places
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
-
-Batch = dict[str, torch.Tensor]
 
 
 class Classifier(L.LightningModule):
@@ -36,9 +35,6 @@ class Classifier(L.LightningModule):
     each class in train, for the class weights; data: what identifies the data (hash, leaks, the slices that are seen),
     kept for the record and for evaluation.
     """
-
-    # Frozen convolutions are not in the checkpoint; `on_load_checkpoint` looks that nothing else is missing.
-    strict_loading = False
 
     def __init__(
         self, settings: dict[str, Any], class_names: Sequence[str], class_counts: Sequence[float], data: dict[str, Any]
@@ -51,6 +47,9 @@ class Classifier(L.LightningModule):
         outputs = 1 if cfg.task == "binary" else len(class_names)
         self.net = VGG16(cfg.model, outputs, cfg.data.size, weights)
         self.net.set_frozen(cfg.model.freeze)
+        if cfg.always_frozen:  # hooks work in wrappers, too, such as that of a callback that averages weights
+            self.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_put_back)  # type: ignore[no-untyped-call]
         self.maps = self.net.maps  # for training steps of a head that judges places; compiled if that is asked for
         counts = torch.tensor(class_counts, dtype=torch.float32)
         weight = counts.sum() / (len(counts) * counts) if cfg.optim.class_weights else torch.ones(len(counts))
@@ -185,17 +184,22 @@ class Classifier(L.LightningModule):
         parts = {"parameters/trainable": training, "parameters/all": self.net.parameters()}
         return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        state = super().state_dict(*args, **kwargs)
-        if self.cfg.always_frozen:
-            return {key: tensor for key, tensor in state.items() if not key.startswith("net.features.")}
-        return state
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["chestct"] = {"weights": self.net.digest}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_fits(checkpoint, self)
+
+
+def _leave_out(model: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Takes the convolutions out of what is saved."""
+    for key in [key for key in state if key.startswith(f"{prefix}net.features.")]:
+        del state[key]
+
+
+def _put_back(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Adds the convolutions, as they are, to what is loaded."""
+    state.update(cast(Classifier, model).net.features.state_dict(prefix=f"{prefix}net.features."))
 
 
 def _scores(logits: torch.Tensor) -> torch.Tensor:
@@ -269,7 +273,7 @@ def load_classifier(path: Path, trust: Sequence[str] = ()) -> Classifier:
     check_trusted(checkpoint["hyper_parameters"]["settings"], str(path), trust)
     model = Classifier(**checkpoint["hyper_parameters"])
     check_fits(checkpoint, model)
-    model.load_state_dict(checkpoint["state_dict"], strict=False)
+    model.load_state_dict(checkpoint["state_dict"])
     return model
 
 

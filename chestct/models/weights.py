@@ -158,8 +158,10 @@ def _file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         if path.suffix == ".safetensors":
             return load_file(path), file_digest(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True)), file_digest(path)
-    except pickle.UnpicklingError:
-        reason = "it holds more than tensors, and unpickling it could run code. Save it as safetensors"
+    except pickle.UnpicklingError as error:
+        reason = "it is no file of torch's, but perhaps a pointer of git-lfs or a web page. Fetch it again"
+        if "unsupported global" in str(error).lower():
+            reason = "it holds more than tensors, and unpickling it could run code. Save it as safetensors"
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
     raise WeightsError(f"model.weights={path} cannot be read: {reason}.")

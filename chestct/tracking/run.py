@@ -82,10 +82,15 @@ class Run:
         self.children.append(child.run_id)
 
     def evaluation(self, values: Mapping[str, float | None], folder: Path) -> None:
-        """The report's folder, and of the test set's numbers (None where undefined) the HEADLINE, as `test/NAME`."""
+        """The files in the report's folder, and of the test set's numbers (None where undefined) the HEADLINE.
+
+        Not the folders in there, such as those of heads that were trained again.
+        """
         shown = {name: values.get(name) for name in HEADLINE}
         self.metrics({f"test/{name}": value for name, value in shown.items() if value is not None})
-        self.artifacts(folder, "evaluation")
+        for path in sorted(folder.iterdir()):
+            if path.is_file():
+                self.artifacts(path, "evaluation")
 
     def model(self, folder: Path) -> None:
         """An MLflow model in a folder, as an artifact of the run and as a LoggedModel, which `evaluation` measures."""
@@ -134,7 +139,9 @@ class _OpenRun(Run):
         self.server = server_uri(cfg.tracking)
         # Next to the checkpoints, so that the id goes where they go: DVC removes, restores and shares them as one.
         self.folder = out if sweep else out / "checkpoints"
-        self.parent = None if sweep else noted_run(out.parent)  # the run of the sweep that `out` is a job of
+        # The sweep that `out`, or with seeds=N the folder it is in, is a job of.
+        self.family = None if sweep else next(filter(noted_run, out.parents[:2]), None)
+        self.parent = noted_run(self.family) if self.family else None
         self.prepared = bool((file := store_file(self.uri)) and file.exists())  # a new one is made when the run begins
         if self.prepared:
             prepare(self.uri)
@@ -174,7 +181,9 @@ class _OpenRun(Run):
         experiment, file = self.cfg.tracking.experiment, store_file(self.uri)
         # MLflow would keep artifacts in the working directory, which DVC may remove.
         artifacts = str(file.resolve().parent / "mlruns" / quote(experiment, safe="")) if file else None
-        name = f"{self.out.parent.name} {self.out.name}" if self.parent else os.environ.get("DVC_EXP_NAME")
+        name = os.environ.get("DVC_EXP_NAME")
+        if self.family:
+            name = " ".join([self.family.name, *self.out.relative_to(self.family).parts])
         run = client.create_run(
             stores.use_experiment(client, experiment, artifacts),
             tags=resolve_tags() | ({PARENT: self.parent} if self.parent else {}),  # user, program, commit

@@ -63,11 +63,14 @@ class History(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, float]] = []
+        self.rate = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.rate = trainer.optimizers[0].param_groups[0]["lr"]  # at the end it is that of the next epoch
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self.rows.append({"epoch": trainer.current_epoch, **metrics, "lr": rate})
+        self.rows.append({"epoch": trainer.current_epoch, **metrics, "lr": self.rate})
         if trainer.is_global_zero:
             write_atomic(self.path, pd.DataFrame(self.rows).to_csv(index=False))
 

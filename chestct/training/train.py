@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,14 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     that returns has measured all slices. Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C
     or SIGTERM; the checkpoint of the last whole epoch is then in place.
     """
-    run = run or Run()
+    with suppress(torch.OutOfMemoryError):
+        return _train(cfg, out, run or Run(), data)
+    # Outside the handler: the error would hold on to what fills the memory, which the next job of a sweep needs.
+    smaller = "lower data.batch_size, features.batch_size (of frozen convolutions) or data.size."
+    raise ChestCTError(f"Out of memory on {pick_device(cfg.trainer.accelerator).type}: {smaller}")
+
+
+def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result:
     L.seed_everything(cfg.seed, verbose=False)
     try:
         write_atomic(out / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
@@ -215,6 +222,8 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     except (ProcessRaisedException, ProcessExitedException) as error:
         if ours := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
             raise ChestCTError(ours[1].strip()) from None
+        if re.search(r"^torch\.OutOfMemoryError", str(error), re.M):
+            raise torch.OutOfMemoryError from None
         message = f"Of {trainer.world_size} processes, {str(error).strip().removeprefix('-- ')}"
         raise ChestCTError(f"{message}, and the training with it. {resume}") from None
     finally:
@@ -229,7 +238,7 @@ def _measure(cfg: Config, best: Path, model: Classifier, data: SliceModule) -> t
 
     By each process alone, on all slices: none is then counted twice.
     """
-    model.load_state_dict(read_checkpoint(best)["state_dict"], strict=False)  # frozen convolutions are not in it
+    model.load_state_dict(read_checkpoint(best)["state_dict"])
     model.to(pick_device(cfg.trainer.accelerator))
     torch.backends.cudnn.benchmark = False  # which trainer=gpu asks for: in float32 it tries algorithms for minutes
     metrics: dict[str, float] = {}

@@ -201,7 +201,10 @@ def test_no_source_of_a_checkpoint_is_called_like_a_path(name):
 
 
 def test_what_no_file_decides_is_said_again_by_what_can_be_pasted():
-    given = ("callbacks.a={_target_: mine.A, words: [x, 2], path: 'a (1),b', deep: {on: true}}", "trainer.args.b=0.5")
+    given = (
+        "callbacks.a={_target_: mine.A, words: [x, 2], path: 'a (1),b', n: '1_0', deep: {on: true}}",
+        "trainer.args.b=0.5",
+    )
     cfg = compose(*given, "trainer=gpu")
     assert cfg.trainer.args["benchmark"]  # which trainer=gpu says, and nothing that is trained hangs on
     groups = ("callbacks", "trainer.args")
@@ -248,6 +251,25 @@ TYPED += ("it's", "健康", r"(LIDC-IDRI-\d+)", r"[A-Z]+-(\d{1,3})", r"LIDC(\d+)
 def test_a_path_is_read_as_typed(key, value):
     data = compose(f"{key}={value}").data
     assert (data.root or data.sources["a"].root) == value.strip("'")
+
+
+@pytest.mark.parametrize("value", ["2024_11_27", "007", "1e5", "12e4567", "1_000", "true", "On", "nan", "5", "3.50"])
+@pytest.mark.parametrize("key", ["data.root", "tracking.run_name", "data.sources.a.root"])
+def test_a_text_that_looks_like_a_number_is_read_as_typed(key, value):
+    assert OmegaConf.select(OmegaConf.structured(compose(f"{key}={value}")), key) == value
+
+
+def test_numbers_switches_and_null_are_no_texts():
+    assert readable("hydra.run.dir=2024_11_27") == "hydra.run.dir='2024_11_27'"
+    for override in ("seed=1_0", "model.freeze=true", "data.root=null", "model.block=5", "optim.lr=1e-3"):
+        assert readable(override) == override
+
+
+def test_a_path_may_begin_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = compose("data.root=~/ct", "cache_dir=a~/b", "compare=[~/a,~/b]")
+    assert (cfg.data.root, cfg.cache_dir, cfg.compare) == ("/home/me/ct", "a~/b", ["/home/me/a", "/home/me/b"])
+    assert readable("data.root=~/a,~/b", sweep=True) == "data.root=/home/me/a,/home/me/b"
 
 
 def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from chestct.config.compose import CONF
-from tests.conftest import SMALL
+from tests.conftest import SMALL, command
 
 ROOT = CONF.parent
 
@@ -167,6 +167,12 @@ def test_data_commands_ingest_and_audit(call, tmp_path, phantoms, cache):
     report = tmp_path / "runs" / "audit-phantom"
     assert (report / "report.html").stat().st_size > 10_000
     assert json.loads((report / "report.json").read_text())["name"] == "phantom"
+
+
+def test_the_path_of_an_option_may_begin_in_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command("drift", "report", "--db=~/gone") == 2
+    assert f"{tmp_path}/gone" in capsys.readouterr().err
 
 
 def test_without_a_command_it_says_which_there_are(call):

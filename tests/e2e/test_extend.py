@@ -62,11 +62,18 @@ def test_another_optimiser_and_schedule(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_keeps_averaged_weights(run, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (("trainer.unfreeze_epoch=1", "data.size=32"), ("net.head.2.weight", "net.features.28.weight")),
+        (("experiment=head", "evaluation.resamples=100"), ("net.head.2.weight",)),
+    ],
+)
+def test_averaged_weights_are_kept_and_go_on(run, tmp_path, settings, parts):
     (averaged,) = commands("EMAWeightAveraging")
-    run(*averaged, "trainer.max_epochs=2", "trainer.unfreeze_epoch=1", "data.size=32")
+    run(averaged[1], *(averaged[:1] if len(parts) > 1 else ()), *settings, report=len(parts) == 1)
     saved = last(tmp_path)
-    for part in ("net.head.2.weight", "net.features.28.weight"):
+    for part in parts:
         assert not torch.equal(saved["state_dict"][part], saved["current_model_state"][part])
     for refused in (run("ckpt=last", code=2), run.evaluate("ckpt=last", "evaluation.policies=true", code=2)):
         pasted = re.search(r"Say them again: (\S+);", refused)[1]

@@ -13,7 +13,7 @@ import yaml
 from mlflow import MlflowClient
 
 from chestct.config.compose import CONF, compose
-from chestct.sweep import _next_trials
+from chestct.sweep import _errors, _next_trials, _open_study
 from tests.conftest import SMALL, until
 
 ROOT = CONF.parent
@@ -38,6 +38,21 @@ def test_a_search_takes_any_seed_and_draws_by_it():
         _next_trials(study, {"x": optuna.distributions.FloatDistribution(0, 1)}, total=1, jobs=1, seed=seed)
         values.append(study.trials[0].params["x"])
     assert values[0] != values[1]
+
+
+def test_a_job_whose_settings_were_not_all_proposed_when_the_search_was_killed_is_not_run(tmp_path):
+    from optuna.distributions import FloatDistribution
+
+    space = {"optim.lr": FloatDistribution(0, 1), "model.dropout": FloatDistribution(0, 1)}
+    study = _open_study(tmp_path, "min", [], space, grid=False)
+    study.ask(space)  # is run again
+    study.ask({"optim.lr": space["optim.lr"]})
+    study = _open_study(tmp_path, "min", [], space, grid=False)
+    assert {number: "stopped" in text for number, text in _errors(study).items()} == {1: True}
+    assert [trial.number for trial in _next_trials(study, space, total=3, jobs=1, seed=0)] == [0]
+    study.tell(0, 1.0)
+    (trial,) = _next_trials(study, space, total=3, jobs=1, seed=0)
+    assert (trial.number, trial.params.keys()) == (2, space.keys())
 
 
 def table(folder):

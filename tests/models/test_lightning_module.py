@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 from chestct.config.schema import classes_of
 from chestct.errors import WeightsError
@@ -111,6 +112,17 @@ def test_only_convolutions_that_train_are_in_the_checkpoint_and_counted(small, s
     model = make(small(*settings))
     assert model.parameter_counts() == {"parameters/trainable": 513 + trains, "parameters/all": 513 + 14_714_688}
     assert any("features" in key for key in model.state_dict()) == bool(trains)
+
+
+def test_frozen_convolutions_are_not_saved_with_averaged_weights_and_stay_when_those_load(small):
+    model = make(small())
+    averaged = AveragedModel(model, use_buffers=True)  # what Lightning's callbacks wrap around a model
+    state = averaged.state_dict()
+    assert state.keys() == {f"module.{key}" for key in model.state_dict()} | {"n_averaged"}
+    assert not any("features" in key for key in state)
+    for one, saved in ((averaged, state), (model, model.state_dict())):
+        one.load_state_dict(saved)  # strictly
+    assert torch.equal(averaged.module.net.features[0].weight, model.net.features[0].weight)
 
 
 @pytest.mark.parametrize(

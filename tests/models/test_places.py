@@ -18,7 +18,7 @@ from chestct.evaluation.export import export
 from chestct.imaging.lungs import find_lungs
 from chestct.models.bundle import load_bundle
 from chestct.models.features import attach
-from chestct.models.head import Smooth, Standardise
+from chestct.models.head import BestPlaces, Smooth, Standardise
 from chestct.models.lightning_module import places_loss
 from chestct.models.saliency import normalised_cam
 from chestct.models.vgg16 import VGG16
@@ -67,6 +67,11 @@ def test_the_map_is_what_the_score_is_made_of(smooth):
     logits, cam = normalised_cam(net, net.conv5(x), np.zeros(3, int), torch.ones(2, 1, 8, 8))
     torch.testing.assert_close(logits, net(x))
     torch.testing.assert_close(logits[:, 0], cam.flatten(1).topk(3, 1).values.mean(1))
+
+
+def test_fewer_places_than_the_best_are_all_of_them():
+    evidence = torch.tensor([[[[0.5]]], [[[-1.0]]]])
+    assert BestPlaces()(evidence).tolist() == [[0.5], [-1.0]]
 
 
 def test_neighbours_share_their_evidence_and_outside_the_slice_there_is_none():

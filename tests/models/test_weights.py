@@ -59,21 +59,26 @@ def test_torchvision_s_file_is_known_under_any_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["gone.pth", "text.safetensors", "text.pth", "other.safetensors", "list.pth", "evil.pth", "raw.pth"]
+    "name",
+    ["gone.pth", "text.safetensors", "text.pth", "cut.pth", "other.safetensors", "list.pth", "evil.pth", "raw.pth"],
 )
 def test_a_file_that_is_not_vgg16_is_one_clear_error_and_runs_nothing(tmp_path, name):
     path = tmp_path / name
     kind = path.stem
     if kind == "text":
-        path.write_text("hello")
+        path.write_text("version https://git-lfs.github.com/spec/v1\n")
+    elif kind == "cut":
+        path.write_bytes(b"PK\x03\x04" + bytes(100))
     elif kind == "other":
         save_file({"features.0.weight": torch.zeros(64, 1, 3, 3)}, path)
     elif kind == "raw":
         path.write_bytes(pickle.dumps({"features.0.weight": Trap()}))
     elif kind != "gone":
         torch.save([1, 2] if kind == "list" else {"features.0.weight": Trap()}, path)
-    with pytest.raises(WeightsError, match=r"model\.weights=" + (".*could run code" if kind == "evil" else "")):
+    with pytest.raises(WeightsError, match=r"model\.weights=") as error:
         load_weights(str(path))
+    assert ("could run code" in str(error.value)) == (kind == "evil")
+    assert ("git-lfs" in str(error.value)) == (name in ("text.pth", "raw.pth"))
 
 
 def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):

@@ -29,6 +29,9 @@ def test_a_run_keeps_settings_code_files_and_a_dozen_metrics(small, uri, tmp_pat
         run.tags({"data.split": "grouped"})
         (tmp_path / "report").mkdir()
         (tmp_path / "report" / "metrics.json").write_bytes(b"x")
+        heads = tmp_path / "report" / "refits" / "within" / "checkpoints"  # of the protocol: gigabytes
+        heads.mkdir(parents=True)
+        (heads / "last.ckpt").write_bytes(b"x")
         run.evaluation({"auroc": 0.9, "auroc_low": 0.8, "margin": None, "f1": 0.7}, tmp_path / "report")
     (made,) = runs(uri)
     assert made.info.status == "FINISHED"
@@ -52,6 +55,17 @@ def test_an_export_is_a_run_below_the_training_that_its_checkpoint_belongs_to(sm
     assert child.data.tags["mlflow.parentRunId"] == training.run_id
     assert child.data.metrics == {"decisions": 0.01}
     assert not MlflowClient(uri).get_run(training.run_id).data.metrics
+
+
+def test_seeds_of_a_job_belong_to_its_sweep(small, uri, tmp_path):
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    with open_run(cfg, tmp_path / "search", sweep=True) as sweep:
+        sweep.begin()
+        for job in ("3", "4/seed-0"):
+            with recorded(cfg, tmp_path / "search" / job):
+                pass
+    jobs = {run.info.run_name: run.data.tags.get("mlflow.parentRunId") for run in runs(uri)}
+    assert jobs == {"search": None, "search 3": sweep.run_id, "search 4 seed-0": sweep.run_id}
 
 
 @pytest.mark.parametrize(("tracking", "says"), [("off", ""), ("mlflow", "the local store: The tracking URI holds")])
@@ -213,7 +227,7 @@ def test_two_trainings_cannot_write_to_one_folder(tmp_path):
 
 
 def test_an_empty_folder_is_removed_while_it_is_held(tmp_path, monkeypatch):
-    def remove(out):
+    def remove(out, **_):
         with pytest.raises(ChestCTError, match="Another training"), sole_writer(out):
             pass
         removed.append(out)
@@ -222,6 +236,13 @@ def test_an_empty_folder_is_removed_while_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.rmtree", remove)
     program._remove_if_empty(tmp_path)
     assert removed == [tmp_path]
+
+
+def test_a_folder_that_cannot_be_removed_hides_no_mistake(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)  # which rmtree refuses
+    program._remove_if_empty(tmp_path / "link")
+    (tmp_path / "file").touch()
+    program._remove_if_empty(tmp_path / "file" / "below")
 
 
 @pytest.mark.slow

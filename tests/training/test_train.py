@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,31 @@ from chestct.reporting.text import caveats
 from chestct.stats.calibration import to_scores
 from chestct.stats.metrics import measure
 from chestct.training import train
+from chestct.training.callbacks import History
 from tests.conftest import SMALL
 from tests.models.test_backends import needs
 
 ROOT = CONF.parent
+
+
+def test_history_has_the_rate_that_an_epoch_began_with(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    trainer = SimpleNamespace(optimizers=[optimizer], callback_metrics={}, current_epoch=0, is_global_zero=True)
+    history = History(tmp_path / "history.csv")
+    history.on_train_epoch_start(trainer, None)
+    optimizer.param_groups[0]["lr"] = 0.05
+    history.on_train_epoch_end(trainer, None)
+    assert pd.read_csv(tmp_path / "history.csv")["lr"].tolist() == [0.1]
+
+
+def test_too_little_memory_is_one_clear_error_that_holds_on_to_nothing(small, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(sys.modules["chestct.training.train"], "SliceModule", full)
+    with pytest.raises(ChestCTError, match=r"Out of memory on \w+: lower data\.batch_size") as error:
+        train(small(), tmp_path)
+    assert error.value.__context__ is None
 
 
 def losses(folder):
