@@ -223,6 +223,8 @@ def _measure(
     square = preprocess_of(cfg)
     gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
     mask = lesions.mask_of(known, gray.shape, file.path, limits) if known else np.zeros(gray.shape, bool)
+    if mask.any() and file.label == "normal" and known == lesions.mask_file(file):
+        raise DataError(f"{known} shows a lesion in a normal slice: remove the mask, or move the slice.")
     facts = {
         "content": pixel_hash(slice_.levels),
         "mode": slice_.mode,
