@@ -217,6 +217,8 @@ def _measure(
         slice_ = decode(data, cfg.window, limits, name=file.path)
     except DecodeError as error:
         return {"reason": error.reason, "lasting": error.lasting}, b""
+    if slice_.format == "NIFTI":
+        return {"reason": "NIFTI: it is a volume; export its slices, one a file"}, b""
     if slice_.unfit:
         return {"reason": slice_.unfit.removesuffix("."), "unfit": True}, b""
     # Bytes stay bytes: passes over floats would cost as much again as decoding.
