@@ -5,7 +5,7 @@ head that judges places learns from, and what an evaluation points at.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -16,6 +16,7 @@ from chestct.errors import DataError, DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.preprocess import Box, Preprocess, mask_to_square, placement
 from chestct.imaging.slice import Limits
+from chestct.imaging.slice_files import walk
 
 Known = list[Box] | Path
 """Boxes in pixels of the original slice, or the file of a mask of its size."""
@@ -27,16 +28,38 @@ def known_lesions(name: str, source: SourceConfig, files: Sequence[SliceFile]) -
     """What is known of the slices of a source: path below its root -> boxes, or mask.
 
     files: the slices of this source; `masks/PATH` below the root is the mask of the slice PATH. Raises DataError where
-    its boxes cannot be read, name no slice or a normal one, or are empty.
+    its boxes cannot be read, name no slice or a normal one, or are empty, and for a mask that belongs to no slice.
     """
     root = Path(source.root)
     known: dict[str, Known] = {}
     if (root / MASKS).is_dir():
-        masks = {file.path: root / MASKS / file.path for file in files}
+        masks = {file.path: mask_file(file) for file in files}
         known |= {path: mask for path, mask in masks.items() if mask.is_file()}
+        _check_masks(root, masks)
     if source.boxes:
         known |= _boxes(root / source.boxes, f"data.sources.{name}.boxes", files)
     return known
+
+
+def mask_file(file: SliceFile) -> Path:
+    """Where the mask of a slice is to lie."""
+    return Path(file.root, MASKS, file.path)
+
+
+def _check_masks(root: Path, masks: Mapping[str, Path]) -> None:
+    """Raises DataError for a mask of no slice; one of a slice that labels leave out is none. masks: of the others."""
+    try:
+        there = {path.relative_to(root / MASKS).as_posix(): path for path, reason in walk(root / MASKS) if not reason}
+    except OSError as error:
+        raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its masks would be missing.") from None
+    for name, mask in there.items():
+        if name not in masks and not (root / name).is_file():
+            stem = PurePosixPath(name).with_suffix("")
+            slice_ = next((path for path in masks if PurePosixPath(path).with_suffix("") == stem), next(iter(masks)))
+            raise DataError(
+                f"{mask} is the mask of no slice. That of {slice_} is to lie at {masks[slice_]}, extension included; "
+                "or remove it."
+            )
 
 
 def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, list[Box]]:

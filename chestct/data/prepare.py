@@ -239,12 +239,16 @@ def _measure(
         slice_ = decode(data, cfg.window, limits, name=file.path)
     except DecodeError as error:
         return {"reason": error.reason, "lasting": error.lasting}, b""
+    if slice_.format == "NIFTI":
+        return {"reason": "NIFTI: it is a volume; export its slices, one a file"}, b""
     if slice_.unfit:
         return {"reason": slice_.unfit.removesuffix("."), "unfit": True}, b""
     # Bytes stay bytes: passes over floats would cost as much again as decoding.
     square = preprocess_of(cfg)
     gray = slice_.levels if slice_.levels.dtype == np.uint8 else slice_.gray
     mask = lesions.mask_of(known, gray.shape, file.path, limits) if known else np.zeros(gray.shape, bool)
+    if mask.any() and file.label == "normal" and known == lesions.mask_file(file):
+        raise DataError(f"{known} shows a lesion in a normal slice: remove the mask, or move the slice.")
     facts = {
         "content": pixel_hash(slice_.levels),
         "mode": slice_.mode,

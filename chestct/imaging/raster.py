@@ -111,7 +111,9 @@ def _levels(image: Image.Image) -> np.ndarray:
     white_is_zero = tags.get(262) == 0
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.uint16)
-        return np.uint16(2 ** tags[258][0] - 1) - levels if white_is_zero else levels
+        if (largest := 2 ** tags.get(258, (16,))[0] - 1) < 65535:  # 12 bits, which Pillow reads as they are
+            levels = np.rint(levels * (65535 / largest)).astype(np.uint16)
+        return 65535 - levels if white_is_zero else levels
     if image.mode in ("F", "I"):
         gray = np.asarray(image)
         if image.mode == "F" and gray.min() >= 0 and gray.max() <= 1:  # not so for NaN

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 
@@ -40,11 +41,13 @@ MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
 def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
     """The files given and those in folders and zip archives, none twice; and (name, reason) of each that was skipped.
 
-    out: the table, which is no slice. Raises ConfigError where it names no file, DataError where something given is not
-    there or a bad archive, or where there is no file.
+    out: the table, which is no slice. Raises ConfigError where it names a folder or a device, DataError where something
+    given is not there or a bad archive, or where there is no file.
     """
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder. Give a file in it.")
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"--out {out} is no regular file, and would be replaced by one. Give another name.")
     own = {os.path.abspath(part) for part in (out, f"{out}.partial", out.with_suffix(".scans.json"))}  # noqa: PTH100  Path.resolve would follow links
     paths: dict[Path, None] = {}
     skipped: list[tuple[str, str]] = []
@@ -113,7 +116,7 @@ def predict_files(
                     opened.write(_as_csv(columns, answered, header=False))
                     opened.flush()
         rows = in_order(rows, place_of)
-        write_atomic(out, _as_csv(columns, rows))
+        write_atomic(Path(os.path.realpath(out)), _as_csv(columns, rows))  # a link stays one
         partial.unlink(missing_ok=True)
     except OSError as error:
         raise ChestCTError(
@@ -141,7 +144,7 @@ def answer_file(predictor: Predictor, file: File, old: Sequence[Row] = ()) -> tu
 
 
 def _row(file: File, prediction: Prediction) -> Row:
-    place = prediction.slice.position
+    place = prediction.slice.position  # a float32 of NIfTI in mm, or an integer of up to 10 digits
     return {
         "path": cell(str(file)),
         "frame": str(prediction.slice.frame),
@@ -154,7 +157,7 @@ def _row(file: File, prediction: Prediction) -> Row:
         "known": str(prediction.known),
         "bundle": prediction.bundle,
         "series": cell(prediction.slice.series),
-        "position": "" if place is None else f"{place[2]:g} mm" if place[1] == "mm" else f"no. {place[2]:g}",
+        "position": "" if place is None else f"{place[2]:.8g} mm" if place[1] == "mm" else f"no. {place[2]:.10g}",
     }
 
 
@@ -175,7 +178,7 @@ def _as_csv(columns: list[str], rows: list[Row], header: bool = True) -> str:
 
 
 def _read_table(path: Path, columns: list[str]) -> dict[str, list[Row]]:
-    """The rows of a table by file, without those that are torn or were edited; of two of a frame the later counts.
+    """The rows of a table by file, without those that are torn or of no answer; of two of a frame the later counts.
 
     There are none where the columns are others: they went, or are of another bundle.
     """
@@ -192,8 +195,19 @@ def _read_table(path: Path, columns: list[str]) -> dict[str, list[Row]]:
         return {}
     table: dict[str, dict[str, Row]] = {}
     for row in (dict(zip(header, line, strict=True)) for line in values if len(line) == len(header)):
-        table.setdefault(row["path"], {})[row["frame"]] = row
+        if _has_numbers(row):
+            table.setdefault(row["path"], {})[row["frame"]] = row
     return {file: list(frames.values()) for file, frames in table.items()}
+
+
+def _has_numbers(row: Row) -> bool:
+    """Whether the numbers of an answer are in a row, as far as can be told: a spreadsheet may have changed them."""
+    try:
+        place_of(row)
+        numbers = [float(row[name]) for name in row if name in ("score", "novelty") or name.startswith("probability_")]
+    except ValueError:
+        return False
+    return bool(np.isfinite(numbers).all())
 
 
 def describe(rows: list[Row], reused: int, skipped: list[tuple[str, str]]) -> str:

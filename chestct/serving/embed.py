@@ -1,6 +1,7 @@
 """Features of any folder of slices as a Parquet file: `chestct embed`. The convolutions that answer also describe."""
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,7 +60,7 @@ def embed(files: Sequence[File], out: Path, source: str, block: str, pool: str, 
             unread.append(str(error))
             return None
 
-    with whole(out) as part:
+    with whole(Path(os.path.realpath(out))) as part:  # a link stays one
         with parquet.ParquetWriter(part, schema) as writer, ThreadPoolExecutor(THREADS) as threads:
             for at in range(0, len(files), BATCH):
                 rows = [row for row in threads.map(prepare, files[at : at + BATCH]) if row]

@@ -22,7 +22,7 @@ from chestct.imaging.slice import Limits, Slice, pixel_hash
 from chestct.models.backends import threads
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
-from chestct.models.operating_point import REFUSED, UNCERTAIN, Outputs
+from chestct.models.operating_point import NORMAL, REFUSED, UNCERTAIN, Outputs
 from chestct.serving.prediction import Prediction
 
 BATCH = 16
@@ -199,7 +199,9 @@ def _why_uncertain(bundle: Bundle, possible: tuple[str, ...], novelty: float) ->
             f"This slice is further from the training slices than 99 of 100 of validation are: {novelty:.2f}, where "
             "1.00 is the mark."
         )
-    share = f"{bundle.point.coverage:.0%}"
+    fit, classes = f"At {bundle.point.coverage:.0%} coverage the score fits", " or ".join(possible)
     if not possible:
-        return f"At {share} coverage the score fits no class: it is unlike the validation slices of each."
-    return f"At {share} coverage the score fits more than one answer: {' or '.join(possible)}."
+        return f"{fit} no class: it is unlike the validation slices of each."
+    if (NORMAL in possible) == (len(possible) == 1):  # one side alone
+        return f"{fit} {classes} alone, which is not the side of the threshold that it lies on."
+    return f"{fit} more than one answer: {classes}."

@@ -25,7 +25,7 @@ from chestct.imaging.slice_files import File
 from chestct.serving.batch import cell
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
-from chestct.serving.scan import SHOWN, Row, scans_in
+from chestct.serving.scan import SHOWN, Row, Scan, scans_in
 from chestct.version import __version__
 
 warnings.filterwarnings("ignore", module=r"highdicom\b")  # names of one part, as anonymised files have them
@@ -87,8 +87,9 @@ def export(
     named = {cell(str(file)): file for file in files}
     paths: list[Path] = []
     failed: dict[str, str] = {}
-    for scan in scans_in(rows):
-        for row in scan.answered if scan.left_out else scan.answered[:SHOWN]:
+    alone = Scan("", tuple({row["path"]: row for row in rows if not row.get("series")}.values()))
+    for scan in [*scans_in(rows), alone]:
+        for row in scan.answered if scan is alone or scan.left_out else scan.answered[:SHOWN]:
             if (name := row["path"]) in failed:  # frames of one file
                 continue
             try:

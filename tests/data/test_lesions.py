@@ -169,6 +169,25 @@ def test_a_mask_that_is_none_is_named(masked, tmp_path, content, says):
         ingest(cfg, tmp_path / "store")
 
 
+def test_a_mask_that_belongs_to_no_slice_or_shows_a_lesion_in_a_normal_one_is_named(masked, tmp_path):
+    cfg, mask = masked
+    normal = mask.parents[1] / "normal" / "a.png"
+    normal.parent.mkdir()
+    Image.new("L", (90, 80)).save(normal)
+    assert lesion(ingest(cfg, tmp_path / "store"))  # empty, as many collections have them for every slice
+    normal.write_bytes(mask.read_bytes())
+    with pytest.raises(DataError, match=f"{normal} shows a lesion in a normal slice: remove the mask, or move"):
+        ingest(cfg, tmp_path / "store")
+    normal.unlink()
+    stray = mask.rename(mask.with_suffix(".tiff"))
+    with pytest.raises(DataError) as error:
+        ingest(cfg, tmp_path / "store")
+    assert str(error.value) == (
+        f"{stray} is the mask of no slice. That of train/cancer/a.png is to lie at {mask}, extension included; or "
+        "remove it."
+    )
+
+
 @pytest.fixture(scope="module")
 def known(phantoms, cache):
     """(settings, data) of phantoms, whose masks are known, for a head that judges places."""

@@ -1,6 +1,7 @@
 """From files to a store: what is decoded, what is kept, what is believed, and what survives damage and kills."""
 
 import dataclasses
+import gzip
 import os
 import resource
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 from PIL import Image
@@ -93,6 +95,15 @@ def test_other_preprocessing_is_another_store_with_the_same_groups(cfg, tmp_path
     assert one.images.shape != two.images.shape
     assert one.pairs["kind"].tolist() == ["near"]
     assert one.manifest["group"].equals(two.manifest["group"])
+
+
+def test_a_volume_in_a_class_folder_is_not_read_as_its_middle_slice(cfg, tmp_path):
+    volume = np.random.default_rng(0).integers(-1000, 0, (80, 90, 9)).astype(np.int16)
+    path = tmp_path / "data" / "cancer" / "v.nii.gz"
+    path.write_bytes(gzip.compress(nibabel.Nifti1Image(volume, np.eye(4)).to_bytes()))
+    made = ingest(dataclasses.replace(cfg, max_unreadable=1), tmp_path / "store")
+    assert [row["reason"] for row in made.unreadable] == ["NIFTI: it is a volume; export its slices, one a file"]
+    assert len(made.manifest) == 12
 
 
 def test_unreadable_and_skipped_files_are_listed_and_the_first_fail_beyond_the_limit(cfg, tmp_path):

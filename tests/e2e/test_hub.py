@@ -1,6 +1,7 @@
 """Bundles on the hub, a Space, and a model that MLflow serves: whatever leaves this repository to run elsewhere."""
 
 import os
+import runpy
 import shlex
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import pytest
 import yaml
 
 from chestct import cli
+from chestct.config.compose import compose
 from chestct.errors import ChestCTError, ConfigError
 from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
 from chestct.models.bundle_schema import LARGEST
-from chestct.portable import write_space
+from chestct.portable import SPACE, write_space
 from chestct.pyfunc import save_model
 from chestct.serving.model import bundle_folder
 from chestct.tracking import TrackingError, fetch_bundle
@@ -116,6 +118,19 @@ def test_a_space_lists_what_it_needs_and_refuses_a_folder_that_holds_something(t
     assert not [line for line in needed if line.startswith("chestct")]
     with pytest.raises(ChestCTError, match="not empty"):
         write_space(folder)
+
+
+@pytest.mark.parametrize("on_the_hub", [False, True])
+def test_a_space_is_open_to_others_on_the_hub_alone(monkeypatch, on_the_hub):
+    monkeypatch.delenv("SPACE_ID", raising=False)
+    if on_the_hub:
+        monkeypatch.setenv("SPACE_ID", "ada/chest")
+    monkeypatch.setattr(sys, "argv", ["app.py"])
+    monkeypatch.setattr(cli, "main", lambda: None)
+    runpy.run_path(str(SPACE / "app.py"))
+    cfg = compose(*sys.argv[2:])
+    assert sys.argv[1] == "serve"
+    assert (cfg.serve.host, cfg.serve.hosts) == (("0.0.0.0", ["*"]) if on_the_hub else ("127.0.0.1", []))
 
 
 @pytest.mark.slow

@@ -44,6 +44,21 @@ def test_a_tiff_in_which_0_is_white_is_no_negative(dtype: str) -> None:
     np.testing.assert_allclose(decode(encoded(stored, "TIFF", tiffinfo={262: 0}), LUNG).gray, RAMP / 255, atol=1e-6)
 
 
+def test_a_tiff_of_12_bits_is_as_bright_as_one_of_8() -> None:
+    samples = (RAMP.astype(np.uint32) * 4095 // 255).reshape(-1, 2)
+    packed = np.stack([samples[:, 0] >> 4, (samples[:, 0] & 15) << 4 | samples[:, 1] >> 8, samples[:, 1] & 255], 1)
+    strip = packed.astype(np.uint8).tobytes()
+    height, width = RAMP.shape
+    # Width, height, bits, no compression, 0 is black, where the strip lies, its rows and its bytes (TIFF 6.0).
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in tags.items())
+    data = struct.pack("<4sL", b"II*\0", 8 + len(strip)) + strip + struct.pack("<H", len(tags)) + entries + bytes(4)
+    levels = decode(data, LUNG).levels
+    assert levels.dtype == np.uint16
+    assert (levels.min(), levels.max()) == (0, 65535)
+    np.testing.assert_allclose(levels / 65535, RAMP / 255, atol=1 / 4095)
+
+
 def test_hash_depends_on_every_level_and_on_the_shape() -> None:
     changed, fine = RAMP.copy(), RAMP.astype(np.uint16) * 257
     changed[-1, -1] += 1

@@ -1,5 +1,6 @@
 """The batch command: what lands in the table, what a killed run leaves, and what strangers' files can do to it."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,14 +12,18 @@ import pytest
 import torch
 from PIL import Image
 
+from chestct.imaging.slice import Slice
 from chestct.models import backends
 from chestct.models.vgg16 import VGG16
 from chestct.serving import batch
 from chestct.serving.batch import find_files, predict_files
 from chestct.serving.predictor import Predictor
+from chestct.serving.scan import place_of
+from tests.conftest import command
 from tests.models.test_bundle import make
 from tests.serving.conftest import rows
 from tests.serving.test_predictor import png
+from tests.serving.test_sentences import answer
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +84,22 @@ def test_the_exit_status_and_errors_say_what_went_wrong(call, scans, tmp_path, c
     assert (tmp_path / "patients.csv").read_text() == "name,age\nA,1\n"
 
 
+@pytest.mark.parametrize("program", ["predict", "embed"])
+def test_a_device_or_pipe_is_no_table_and_a_link_stays_one(program, small_bundle, scans, tmp_path, capsys):
+    def run(out):
+        return command(program, scans / "b", "--bundle", small_bundle, "--out", out)
+
+    os.mkfifo(tmp_path / "pipe")
+    for out in (tmp_path / "pipe", Path("/dev/null")):
+        assert run(out) == 2
+        assert f"--out {out} is no regular file" in capsys.readouterr().err
+        assert not out.is_file()
+    (tmp_path / "link").symlink_to("table")
+    assert run(tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "table").stat().st_size
+
+
 def test_an_accelerator_computes_where_there_is_one(small_bundle, scans, tmp_path, monkeypatch):
     devices: list[object] = []
     monkeypatch.setattr(backends, "pick_device", lambda accelerator: torch.device("meta"))
@@ -129,6 +150,29 @@ def test_each_page_has_a_row_and_a_table_that_lacks_one_is_not_believed(small_bu
         assert len({row["score"] for row in rows(out)}) == 3
     out.write_text("".join(out.read_text("utf-8").splitlines(keepends=True)[:-1]), "utf-8")
     assert predict_files([tmp_path / "a.tiff"], out, predictor)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("score", "0,19"), ("score", ""), ("novelty", "far"), ("probability_cancer", "?"), ("position", "7 cm")],
+)
+def test_a_row_whose_numbers_are_none_is_made_anew(small_bundle, tmp_path, column, value):
+    predictor, out = Predictor(small_bundle), tmp_path / "s.csv"
+    (tmp_path / "a.png").write_bytes(png(0))
+    first, _ = predict_files([tmp_path / "a.png"], out, predictor)
+    out.write_text(batch._as_csv(list(rows(out)[0]), [rows(out)[0] | {"series": "1.2", column: value}]), "utf-8")
+    assert predict_files([tmp_path / "a.png"], out, predictor) == (first, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "written"),
+    [("number", 2147483647.0, "no. 2147483647"), ("mm", float(np.float32(-1234.0625)), "-1234.0625 mm")],
+)
+def test_the_table_keeps_positions_apart(kind, value, written):
+    shown = Slice(np.zeros((9, 9), np.uint8), "DICOM", "DICOM", series="1.2", position=("1.2", kind, value))
+    row = batch._row(Path("a.dcm"), dataclasses.replace(answer(0.5, "normal"), slice=shown))
+    assert row["position"] == written
+    assert place_of(row) == ("1.2", kind, value)
 
 
 def test_own_outputs_leftovers_and_loops_are_not_looked_at(call, scans, capsys):

@@ -15,7 +15,7 @@ from chestct.errors import DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, pixel_hash
 from chestct.serving.api import answer
-from chestct.serving.predictor import NEVER, BusyError, Predictor, why_refused
+from chestct.serving.predictor import NEVER, BusyError, Predictor, _why_uncertain, why_refused
 from chestct.serving.server import reload
 from tests.imaging.files import encoded
 from tests.models.test_bundle import make
@@ -97,6 +97,20 @@ GRAY = np.zeros((100, 100), np.float32)
 )
 def test_what_is_no_chest_ct_is_refused_with_its_reason(result: Slice, novelty: float, reason: str) -> None:
     assert (reason in why_refused(result, novelty)) if reason else not why_refused(result, novelty)
+
+
+@pytest.mark.parametrize(
+    ("possible", "reason"),
+    [
+        ((), "fits no class"),
+        (("normal", "cancer"), "fits more than one answer: normal or cancer."),
+        (("normal", "squamous"), "fits more than one answer: normal or squamous."),
+        (("normal",), "fits normal alone, which is not the side of the threshold that it lies on."),
+        (("large_cell", "squamous"), "fits large_cell or squamous alone, which is not the side of the threshold"),
+    ],
+)
+def test_why_an_answer_is_uncertain_is_true(predictor: Predictor, possible: tuple[str, ...], reason: str) -> None:
+    assert f"At 90% coverage the score {reason}" in _why_uncertain(predictor.bundle, possible, 0.5)
 
 
 def test_a_request_under_way_keeps_its_bundle_when_another_is_loaded(tmp_path) -> None:

@@ -244,6 +244,23 @@ def test_a_volume_lies_as_on_a_viewer_however_it_is_stored(axes: str) -> None:
     np.testing.assert_array_equal(middle.gray, slices[3].gray)
 
 
+@pytest.mark.parametrize("axes", ["RAS", "RAI", "ILA"])
+def test_a_volume_is_inflated_once_or_twice_and_not_for_each_slice(axes: str, monkeypatch) -> None:
+    backwards: list[int] = []
+
+    class Stream(gzip.GzipFile):
+        def seek(self, offset: int, whence: int = 0) -> int:
+            if whence == 0 and 352 < offset < self.tell():
+                backwards.append(offset)
+            return super().seek(offset, whence)
+
+    affine = nibabel.orientations.inv_ornt_aff(nibabel.orientations.axcodes2ornt(axes), (40, 30, 6))
+    data = gzip.compress(volume(affine)[0])
+    monkeypatch.setattr("chestct.imaging.nifti.gzip.GzipFile", Stream)
+    assert len(list(decode_frames(data, WindowConfig()))) == 6
+    assert len(backwards) <= 1
+
+
 def test_a_volume_is_one_scan_and_no_ct_is_refused(call, tmp_path, capsys) -> None:
     data, _ = volume(np.eye(4))
     (tmp_path / "ct.nii.gz").write_bytes(gzip.compress(data))

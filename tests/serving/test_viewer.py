@@ -112,12 +112,14 @@ def test_files_without_dicom_for_a_viewer_are_named_and_the_others_get_theirs(
     for i, data in enumerate([*scan(1, uid="1.8", SpecificCharacterSet="none").values(), *scan(2).values()]):
         (tmp_path / f"{i}.dcm").write_bytes(data)
     several.save_as(tmp_path / "several.dcm")
+    (tmp_path / "9.dcm").write_bytes(*scan(1, SeriesInstanceUID="").values())
     asked = ("--bundle", bundle_folder, "--out", tmp_path / "s.csv", "--viewer", tmp_path / "dicom")
     assert call(*sorted(tmp_path.glob("*.dcm")), *asked) == 0
     printed = capsys.readouterr().out
     assert len(list((tmp_path / "dicom").iterdir())) == 4
     assert "4 DICOM files" in printed
-    assert "2 skipped" in printed
+    assert "3 skipped" in printed
+    assert "9.dcm (no DICOM image that others can refer to; it has no SeriesInstanceUID.)" in printed
     assert "0.dcm (DICOM for a viewer cannot be written" in printed
     assert "several.dcm (it has several frames" in printed
 
