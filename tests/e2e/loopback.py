@@ -29,7 +29,7 @@ def free_port() -> int:
 def answers(url: str) -> bool:
     """Whether there is a server that answers there, and no error."""
     with contextlib.suppress(OSError):
-        urllib.request.urlopen(url, timeout=5).close()
+        urllib.request.urlopen(url, timeout=20).close()
         return True
     return False
 
