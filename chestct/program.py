@@ -20,7 +20,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from chestct.config.checks import explain, resolve, suggest
+from chestct.config.checks import explain, resolve_composed, suggest
 from chestct.config.compose import CONF, help_text, in_home, quoted, readable
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
@@ -154,7 +154,7 @@ def _run(task: Task, config_name: str) -> None:
     def job(composed: DictConfig) -> Any:
         out = Path(HydraConfig.get().runtime.output_dir)
         try:
-            return task(resolve(composed), out)
+            return task(resolve_composed(composed), out)
         except ChestCTError as error:
             if out != Path.cwd():
                 _remove_if_empty(out)  # a mistake leaves no empty run

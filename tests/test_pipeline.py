@@ -99,13 +99,19 @@ def pipeline(tmp_path, monkeypatch):
 
     def written(deps):
         (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"ingest": {"deps": ["chestct/data", *deps]}}}))
-        (tmp_path / "params.yaml").write_text("data: {labels_file: labels.yaml}")
+        (tmp_path / "params.yaml").write_text("data: {labels_file: labels.yaml, root: data/ct}")
 
     return written
 
 
 @pytest.mark.parametrize(
-    ("deps", "lacking"), [([], "labels.yaml - data/ct"), (["labels.yaml"], "data/ct"), (["data", "labels.yaml"], "")]
+    ("deps", "lacking"),
+    [
+        ([], "labels.yaml - data/ct"),
+        (["labels.yaml"], "data/ct"),
+        (["data", "labels.yaml"], ""),
+        (["${data.root}", "labels.yaml"], ""),
+    ],
 )
 def test_ingest_refuses_slices_whose_change_dvc_would_not_notice(pipeline, deps, lacking):
     pipeline(deps)
@@ -118,6 +124,13 @@ def test_phantoms_need_no_line_in_dvc_yaml(pipeline):
     pipeline(["labels.yaml"])
     check_pipeline(compose("data.sources={phantom: {}}").data)
     check_pipeline(compose().data)
+
+
+@pytest.mark.parametrize("file", ["dvc.yaml", "params.yaml"])
+def test_without_a_pipeline_there_is_nothing_to_refuse(pipeline, tmp_path, file):
+    pipeline([])
+    (tmp_path / file).unlink()
+    check_pipeline(compose("data.root=data/ct").data)
 
 
 def test_the_training_whose_checkpoint_is_evaluated_is_of_one_seed():

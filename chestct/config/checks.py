@@ -56,8 +56,14 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
         # What the file says becomes part of the settings: a checkpoint then needs the file no more.
         result.data.labels |= _read_labels(Path(result.data.labels_file))
         result.data.labels_file = None
-    result.data.name = _name_of(result.data)
     check(result)
+    return result
+
+
+def resolve_composed(cfg: DictConfig) -> Config:
+    """`resolve` of what Hydra composed, where a folder without a name is given its own; a checkpoint's has had one."""
+    result = resolve(cfg)
+    result.data.name = _name_of(result.data)
     return result
 
 
@@ -67,7 +73,9 @@ def _name_of(data: DataConfig) -> str:
     Where its slices are named as phantoms are, that is what they are.
     """
     root = Path(data.root or "")
-    if data.name != PHANTOM or not data.root or not root.is_dir() or next(root.rglob("phantom_?????.png"), None):
+    if data.name != PHANTOM or not data.root or not root.is_dir():
+        return data.name
+    if any(next(root.glob(f"{folders}/phantom_?????.png"), None) for folders in ("[!.]*", "[!.]*/[!.]*")):
         return data.name
     name = root.resolve().name.replace("\\", "_")
     return f"{name} slices".strip() if name in ("", PHANTOM) else name

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from chestct.config.checks import explain, resolve
+from chestct.config.checks import explain, resolve, resolve_composed
 from chestct.config.fields import leaves, type_name
 from chestct.config.schema import Config, SourceConfig
 from chestct.errors import ConfigError
@@ -65,7 +65,7 @@ def compose(*overrides: str, config_name: str = "train") -> Config:
         if isinstance(error, ValueError) or type(error).__module__.startswith(("hydra", "omegaconf", "antlr4")):
             raise ConfigError(explain(error)) from None
         raise
-    return resolve(composed)
+    return resolve_composed(composed)
 
 
 def idle_with_bundle(overrides: Sequence[str]) -> list[str]:

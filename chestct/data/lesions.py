@@ -21,6 +21,8 @@ from chestct.imaging.slice_files import walk
 Known = list[Box] | Path
 """Boxes in pixels of the original slice, or the file of a mask of its size."""
 
+NOTES = (".txt", ".md", ".csv", ".json")  # what may lie beside masks
+
 COLUMNS = ["file", "left", "top", "right", "bottom"]
 
 
@@ -53,7 +55,7 @@ def _check_masks(root: Path, masks: Mapping[str, Path]) -> None:
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its masks would be missing.") from None
     for name, mask in there.items():
-        if name not in masks and not (root / name).is_file():
+        if name not in masks and not (root / name).is_file() and mask.suffix.lower() not in NOTES:
             stem = PurePosixPath(name).with_suffix("")
             slice_ = next((path for path in masks if PurePosixPath(path).with_suffix("") == stem), next(iter(masks)))
             raise DataError(

@@ -120,11 +120,13 @@ def check_pipeline(cfg: DataConfig) -> None:
     """
     from hydra.core.hydra_config import HydraConfig
 
-    if HydraConfig.get().job.config_name != PIPELINE:
+    both = [Path(f"{PIPELINE}.yaml"), Path("dvc.yaml")]
+    if HydraConfig.get().job.config_name != PIPELINE or not all(map(Path.is_file, both)):
         return
-    files = [OmegaConf.select(OmegaConf.load(f"{PIPELINE}.yaml"), "data.labels_file")]  # which is read by now
+    settings = OmegaConf.merge(*map(OmegaConf.load, both))  # deps may be written as ${data.root}
+    files = [OmegaConf.select(settings, "data.labels_file")]  # which is read by now
     files += [source.root for source in sources_of(cfg).values()]
-    deps = [Path(path).resolve() for path in OmegaConf.select(OmegaConf.load("dvc.yaml"), "stages.ingest.deps")]
+    deps = [Path(path).resolve() for path in OmegaConf.select(settings, "stages.ingest.deps")]
     if unseen := [file for file in files if file and not any(map(Path(file).resolve().is_relative_to, deps))]:
         lines = "\n".join(f"      - {file}" for file in unseen)
         raise ConfigError(

@@ -202,6 +202,6 @@ def _why_uncertain(bundle: Bundle, possible: tuple[str, ...], novelty: float) ->
     fit, classes = f"At {bundle.point.coverage:.0%} coverage the score fits", " or ".join(possible)
     if not possible:
         return f"{fit} no class: it is unlike the validation slices of each."
-    if (NORMAL in possible) == (len(possible) == 1):  # one side alone
+    if len(possible) == 1 or NORMAL not in possible:  # one side alone
         return f"{fit} {classes} alone, which is not the side of the threshold that it lies on."
     return f"{fit} more than one answer: {classes}."

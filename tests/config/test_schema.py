@@ -233,6 +233,11 @@ def test_a_folder_without_a_name_takes_its_own_unless_it_holds_phantoms(tmp_path
     assert not is_synthetic(compose(root).data)
     assert compose(root, "data.name=mine").data.name == "mine"
     assert compose(f"data.root={tmp_path}/drawn").data.name == compose().data.name == "phantom"
+    (clinic.parent / ".cache").mkdir()
+    (tmp_path / "drawn" / "train").rename(clinic.parent / ".cache" / "train")  # phantoms of a check, in no class folder
+    assert compose(root).data.name == "clinic"
+    stored = OmegaConf.to_container(OmegaConf.structured(Config(data=DataConfig(root=f"{tmp_path}/clinic"))))
+    assert merge_settings(compose(), [], stored).data.name == "phantom"  # as it was when its slices were named
     clinic.parent.rename(tmp_path / "phantom")
     assert not is_synthetic(compose(f"data.root={tmp_path}/phantom").data)
 

@@ -174,6 +174,7 @@ def test_a_mask_that_belongs_to_no_slice_or_shows_a_lesion_in_a_normal_one_is_na
     normal = mask.parents[1] / "normal" / "a.png"
     normal.parent.mkdir()
     Image.new("L", (90, 80)).save(normal)
+    (normal.parent / "README.txt").touch()
     assert lesion(ingest(cfg, tmp_path / "store"))  # empty, as many collections have them for every slice
     normal.write_bytes(mask.read_bytes())
     with pytest.raises(DataError, match=f"{normal} shows a lesion in a normal slice: remove the mask, or move"):

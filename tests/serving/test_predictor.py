@@ -106,6 +106,7 @@ def test_what_is_no_chest_ct_is_refused_with_its_reason(result: Slice, novelty: 
         (("normal", "cancer"), "fits more than one answer: normal or cancer."),
         (("normal", "squamous"), "fits more than one answer: normal or squamous."),
         (("normal",), "fits normal alone, which is not the side of the threshold that it lies on."),
+        (("cancer",), "fits cancer alone, which is not the side of the threshold that it lies on."),
         (("large_cell", "squamous"), "fits large_cell or squamous alone, which is not the side of the threshold"),
     ],
 )
