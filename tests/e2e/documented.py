@@ -83,8 +83,7 @@ EXTRA = {
     r"experiment=two_stage": "trainer.unfreeze_epoch=1",
     r"places_finetuned": "trainer.unfreeze_epoch=1 trainer.max_epochs=2",
     r"tracking\.(uri|register)|train.*tracking=dagshub": "tracking=mlflow evaluation.report=true",
-    r"^python train\.py data=hospitals experiment=places 'eval": "hydra.run.dir=runs/all evaluation.report=true "
-    "'data.sources.phantom={weight: 0.1}'",
+    r"^python train\.py data=hospitals experiment=places 'data": "hydra.run.dir=runs/all evaluation.report=true",
     r"RUN_ID": "data.phantom.slices=60 data.phantom.size=96",
     r"mine\.Narrow": "hydra.run.dir=runs/narrow",
     r"-m .*sweep=": "trainer.max_epochs=1 hydra.sweeper.trials=2",

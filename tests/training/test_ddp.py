@@ -20,7 +20,7 @@ from chestct.experiment import train_and_report
 from chestct.models.weights import load_weights
 from chestct.training import callbacks, train
 from chestct.training.train import environment
-from tests.training.test_stopped import wait_for_an_epoch
+from tests.conftest import until
 from tests.training.test_train import losses
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
@@ -179,7 +179,7 @@ def test_a_signal_to_the_first_process_ends_all_of_them(phantoms, cache, tmp_pat
     )
     others: list[psutil.Process] = []
     try:
-        wait_for_an_epoch(process, tmp_path / "runs")
+        until(lambda: [*tmp_path.glob("runs/*/checkpoints/last.ckpt")], 900, process)
         others = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=600)
