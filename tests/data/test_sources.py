@@ -159,6 +159,14 @@ def test_a_label_belongs_to_the_whole_beginning_of_a_name(folder, label):
         assert label_of(own, keys | {own: "ignore"}) == "ignore"
 
 
+def test_folders_whose_name_is_the_label_need_none():
+    labels = compose().data.labels
+    assert [label_of(name, labels) for name in ("cancer", "Malignant cases", "Normal cases")] == ["cancer"] * 2 + [
+        "normal"
+    ]
+    assert label_of("Benign cases", labels) is label_of("cancer_free", labels) is None
+
+
 @pytest.mark.parametrize("what", ["missing", "empty", "no class folders"])
 def test_a_root_without_slices_is_an_error_with_a_way_out(tmp_path, what):
     root = tmp_path / "data"
