@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import closing, nullcontext
 from pathlib import Path
 
-from chestct.config.compose import in_home
+from chestct.config.compose import check_pipeline, in_home
 from chestct.config.schema import Config
 from chestct.config.schema_serving import BACKENDS
 from chestct.errors import ChestCTError, ConfigError, Interrupted
@@ -68,9 +68,10 @@ def ingest(cfg: Config, out: Path) -> None:
 
     chestct ingest data=chest_ct data.root=FOLDER
     """
-    from chestct.data.prepare import check_pipeline, describe, prepare_store
+    from chestct.data.prepare import describe, prepare_store
+    from chestct.data.sources import sources_of
 
-    check_pipeline(cfg.data)
+    check_pipeline(source.root for source in sources_of(cfg.data).values())
     print(describe(prepare_store(cfg, cfg.trainer.progress)))
 
 

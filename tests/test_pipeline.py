@@ -10,10 +10,10 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from chestct.config.compose import CONF, compose
+from chestct.config.compose import CONF, check_pipeline, compose
 from chestct.config.fields import leaves
 from chestct.config.schema import Config
-from chestct.data.prepare import check_pipeline
+from chestct.data.sources import sources_of
 from chestct.errors import ConfigError
 
 ROOT = CONF.parent
@@ -104,6 +104,10 @@ def pipeline(tmp_path, monkeypatch):
     return written
 
 
+def roots(*overrides):
+    return [source.root for source in sources_of(compose(*overrides).data).values()]
+
+
 @pytest.mark.parametrize(
     ("deps", "lacking"),
     [
@@ -116,21 +120,21 @@ def pipeline(tmp_path, monkeypatch):
 def test_ingest_refuses_slices_whose_change_dvc_would_not_notice(pipeline, deps, lacking):
     pipeline(deps)
     with pytest.raises(ConfigError) if lacking else nullcontext() as refused:
-        check_pipeline(compose("data.root=data/ct").data)
+        check_pipeline(roots("data.root=data/ct"))
     assert not lacking or " ".join(str(refused.value).split()).endswith(f"Add to its deps: - {lacking}")
 
 
 def test_phantoms_need_no_line_in_dvc_yaml(pipeline):
     pipeline(["labels.yaml"])
-    check_pipeline(compose("data.sources={phantom: {}}").data)
-    check_pipeline(compose().data)
+    check_pipeline(roots("data.sources={phantom: {}}"))
+    check_pipeline(roots())
 
 
 @pytest.mark.parametrize("file", ["dvc.yaml", "params.yaml"])
 def test_without_a_pipeline_there_is_nothing_to_refuse(pipeline, tmp_path, file):
     pipeline([])
     (tmp_path / file).unlink()
-    check_pipeline(compose("data.root=data/ct").data)
+    check_pipeline(roots("data.root=data/ct"))
 
 
 def test_the_training_whose_checkpoint_is_evaluated_is_of_one_seed():

@@ -93,7 +93,8 @@ def counts(manifest: pd.DataFrame, split: pd.Series) -> Table:
 
 def balance(manifest: pd.DataFrame, split: pd.Series) -> Table:
     """The same for every split and label of what counts there, with a row of zeros where a label is missing."""
-    part = pd.concat([measurable(manifest.assign(split=split), name) for name in SPLITS])
+    divided = manifest.assign(split=split)
+    part = pd.concat([measurable(divided, name) for name in SPLITS])
     label, held = pd.Categorical(part["label"], ["normal", "cancer"]), pd.Categorical(part["split"], SPLITS)
     return _sizes(part.assign(split=held, label=label), ["split", "label"], observed=False)
 

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,27 @@ def compose(*overrides: str, config_name: str = "train") -> Config:
 def idle_with_bundle(overrides: Sequence[str]) -> list[str]:
     """Those of Hydra's override strings that have no effect on a bundle, which brings its own along."""
     return [override for override in overrides if override.lstrip("+").startswith(BUNDLED)]
+
+
+def check_pipeline(roots: Iterable[str | None]) -> None:
+    """Raises ConfigError in a stage of DVC's that would not run again when slices or their labels change.
+
+    That is where dvc.yaml does not name their folders. roots: of all sources; None of phantoms, which are drawn.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    both = [Path(f"{PIPELINE}.yaml"), Path("dvc.yaml")]
+    if HydraConfig.get().job.config_name != PIPELINE or not all(map(Path.is_file, both)):
+        return
+    settings = OmegaConf.merge(*map(OmegaConf.load, both))  # deps may be written as ${data.root}
+    files = [OmegaConf.select(settings, "data.labels_file"), *roots]  # the file of labels is read by now
+    deps = [Path(path).resolve() for path in OmegaConf.select(settings, "stages.ingest.deps")]
+    if unseen := [file for file in files if file and not any(map(Path(file).resolve().is_relative_to, deps))]:
+        lines = "\n".join(f"      - {file}" for file in unseen)
+        raise ConfigError(
+            "dvc.yaml does not say that the stage ingest depends on its slices, so `dvc repro` would not notice when "
+            f"they change. Add to its deps:\n\n{lines}"
+        )
 
 
 def readable(override: str, sweep: bool = False, text: bool = False) -> str:

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from omegaconf import OmegaConf
 
-from chestct.config.compose import PIPELINE
 from chestct.config.schema import PHANTOM, Config, DataConfig, of_patients
 from chestct.data import lesions
 from chestct.data import store as stores
@@ -23,7 +21,7 @@ from chestct.data.duplicates import find_pairs
 from chestct.data.sources import Listing, SliceFile, list_slices, sources_of
 from chestct.data.store import STORE, Store, open_store, pixel_settings, preprocess_of, store_folder
 from chestct.data.units import IDENTIFIERS, join
-from chestct.errors import ConfigError, DataError, DecodeError
+from chestct.errors import DataError, DecodeError
 from chestct.files import digest, json_digest
 from chestct.imaging.decode import decode, read
 from chestct.imaging.preprocess import as_bytes, thumbnail
@@ -111,28 +109,6 @@ def describe(store: Store) -> str:
         shown = describe_skipped([(row["path"], row["reason"]) for row in store.skipped])
         lines.append(f"{shown}. All of them are listed in {store.folder / STORE}.")
     return "\n".join(lines)
-
-
-def check_pipeline(cfg: DataConfig) -> None:
-    """Raises ConfigError in a stage of DVC's that would not run again when slices or their labels change.
-
-    That is where dvc.yaml does not name their folders. Phantoms are drawn, and have none.
-    """
-    from hydra.core.hydra_config import HydraConfig
-
-    both = [Path(f"{PIPELINE}.yaml"), Path("dvc.yaml")]
-    if HydraConfig.get().job.config_name != PIPELINE or not all(map(Path.is_file, both)):
-        return
-    settings = OmegaConf.merge(*map(OmegaConf.load, both))  # deps may be written as ${data.root}
-    files = [OmegaConf.select(settings, "data.labels_file")]  # which is read by now
-    files += [source.root for source in sources_of(cfg).values()]
-    deps = [Path(path).resolve() for path in OmegaConf.select(settings, "stages.ingest.deps")]
-    if unseen := [file for file in files if file and not any(map(Path(file).resolve().is_relative_to, deps))]:
-        lines = "\n".join(f"      - {file}" for file in unseen)
-        raise ConfigError(
-            "dvc.yaml does not say that the stage ingest depends on its slices, so `dvc repro` would not notice when "
-            f"they change. Add to its deps:\n\n{lines}"
-        )
 
 
 def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> Store:
