@@ -52,8 +52,7 @@ EPOCHS = 20
 PAGE = """# Benchmarks
 
 `{command}` (`make bench`) on {date}: {processor}, {cores} cores, {instructions}; load {load} before it began.
-Python {python}, {versions}. Another machine gives other times: read the ratios, which are of medians in one run.
-[Speed](speed.md) says what is compared.
+Python {python}, {versions}. [Speed](speed.md) says what is compared. Read the ratios, which are of medians in one run.
 
 | what | of | median | least to most | turns | ratio |
 | --- | --- | --- | --- | --- | --- |
@@ -137,18 +136,19 @@ class Bench:
         yield "matrix product in fp32", "GFLOP/s", {PRODUCT: [rate * FLOP / 1e9 for rate in rates[PRODUCT]]}
         yield "features, VGG16 at 224 pixels", "slices/s", rates
 
-        def train(backend: str) -> float:
-            settings = [*self.settings, f"data.root={self.root}", f"cache_dir={backend}", f"features.backend={backend}"]
+        def train(backend: str, report: bool) -> float:
+            how = [f"features.backend={backend}", f"evaluation.report={report}", f"cache_dir={backend}-{report}"]
             head = ["experiment=head", "data.views=0", f"trainer.max_epochs={EPOCHS}", "trainer.patience=0"]
-            return Program(self.scratch, ROOT / "train.py", *settings, *head, "trainer.progress=false").until()
+            where = [*self.settings, f"data.root={self.root}", "trainer.progress=false"]
+            return Program(self.scratch, ROOT / "train.py", *where, *head, *how).until()
 
-        values = in_turns(1, {f"nothing cached, {name}": partial(train, name) for name in BACKENDS})
-        values |= in_turns(self.turns, {"features cached": partial(train, "torch")})
-        values[EAGER] = [self.learnt * EPOCHS / rate for rate in rates[EAGER]]
-        if self.tensorflow:
-            epoch = self.keras("train")
-            values[KERAS] = [self.learnt * EPOCHS * epoch["seconds_per_epoch"] / epoch["images"]]
-        yield f"`train.py`, {EPOCHS} epochs of the head, {self.learnt} slices", "s", values
+        rivals = {EAGER: [self.learnt * EPOCHS / rate for rate in rates[EAGER]]}
+        if self.tensorflow and (epoch := self.keras("train")):
+            rivals[KERAS] = [self.learnt * EPOCHS * epoch["seconds_per_epoch"] / epoch["images"]]
+        for what, report in ("", False), (", test, report, bundle", True):
+            values = in_turns(1, {f"nothing cached, {name}": partial(train, name, report) for name in BACKENDS})
+            values |= in_turns(self.turns, {"features cached": partial(train, "torch", report)}) | rivals
+            yield f"`train.py`, {EPOCHS} epochs of the head, {self.learnt} slices{what}", "s", values
 
     def answers(self) -> Iterator[tuple]:
         sent = [path.read_bytes() for path in self.slices]

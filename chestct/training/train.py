@@ -116,8 +116,8 @@ def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result
         if cfg.starts_frozen:
             model.to(trainer.strategy.root_device)
             if cfg.features.cache:
-                splits = ("train", "valid", "test") if cfg.always_frozen else ("train", "valid")
-                attach(data, model.net, cfg, splits, views=cfg.data.views + 1)
+                tested = ("test",) if cfg.always_frozen and cfg.evaluation.report else ()
+                attach(data, model.net, cfg, ("train", "valid", *tested), views=cfg.data.views + 1)
             slices = data.dataset("train", train=True)
             model.net.fit_standardise(plain_maps(model.net, slices, cfg.features.batch_size), slices.w)
         _record(cfg, data, model, run)

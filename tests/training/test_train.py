@@ -74,6 +74,12 @@ def test_training_learns_and_leaves_what_it_says(small, tmp_path, monkeypatch):
     assert "s3fs" not in sys.modules  # Lightning would take half a second to import it for a local folder
 
 
+def test_without_a_report_test_is_neither_computed_nor_measured(small, tmp_path):
+    result = train(small("trainer.max_epochs=1", "evaluation.report=false"), tmp_path / "run")
+    assert set(result.data.features) == set(result.predictions["split"]) | {"train"} == {"train", "valid"}
+    assert not [name for name in result.metrics if name.startswith("test/")]
+
+
 def test_a_small_learning_rate_learns_too(small, tmp_path):
     result = train(small("trainer.max_epochs=12", "optim.lr=1e-4"), tmp_path / "run")
     losses_seen = losses(tmp_path / "run")["train/loss"]
