@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from chestct import experiment
 from chestct.config.schema import Config, classes_of
@@ -19,7 +20,7 @@ from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
 
 
-def test_a_checkpoint_is_measured_on_its_own_slices_alone_and_its_bundle_on_others(
+def test_a_checkpoint_is_measured_as_in_training_on_its_own_slices_alone_and_its_bundle_on_others(
     run: tuple[Config, Result], tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(run[0].data.root or "", tmp_path / "moved"))
@@ -27,7 +28,13 @@ def test_a_checkpoint_is_measured_on_its_own_slices_alone_and_its_bundle_on_othe
     ckpt.parent.mkdir(parents=True)
     shutil.copy(run[0].ckpt or "", ckpt)
     cfg = replace(run[0], ckpt=str(ckpt), data=replace(run[0].data, root=str(root)))
-    assert evaluate(cfg).table["path"].tolist() == run[1].predictions["path"].tolist()
+    table, result = evaluate(cfg).table, run[1]
+    assert table["path"].tolist() == result.predictions["path"].tolist()
+    np.testing.assert_allclose(table["logit_cancer"], result.predictions["logit_cancer"], atol=1e-5)
+    for split, part in table.groupby("split"):
+        right = (part["logit_cancer"] > 0) == part["target"]
+        ours = [roc_auc_score(part["target"], part["logit_cancer"]), right.mean()]
+        assert [result.metrics[f"{split}/{name}"] for name in ("auroc", "accuracy")] == pytest.approx(ours, abs=1e-6)
     with pytest.raises(DataError, match=r"divided otherwise .*, or train anew\."):
         evaluate(replace(cfg, data=replace(cfg.data, split_seed=1)))
     noise = np.random.default_rng(0).integers(0, 256, (96, 96), dtype=np.uint8)

@@ -34,24 +34,28 @@ def places(**model):
     return network(pool="topk", standardise=True, hidden=[8], **model)
 
 
-@pytest.mark.parametrize(("block", "shape"), [("5", (512, 2, 2)), ("4", (512, 4, 4)), ("3", (256, 8, 8))])
-def test_an_earlier_block_is_what_the_whole_network_gives_there(block, shape):
-    x = torch.rand(2, 1, 64, 64)
-    whole, part = places(), places(block=block)
-    ends = {"5": 31, "4": 24, "3": 17}[block]
-    with torch.no_grad():
-        maps = part.maps(x)
-        assert maps.shape[1:] == shape
-        torch.testing.assert_close(maps, whole.features[:ends]((x - whole.mean) * whole.scale))
+@torch.no_grad()
+@pytest.mark.parametrize(("block", "end", "side"), [("5", 31, 2), ("4", 24, 4), ("3", 17, 9)])
+def test_an_earlier_block_is_what_the_whole_network_gives_there(block, end, side):
+    x, whole, part = (
+        torch.rand(2, 1, 72, 72),
+        places(size=72),
+        places(size=72, block=block),
+    )  # which halves to odd sides
+    maps = part.maps(x)
+    assert maps.shape[1:] == (part.channels, side, side) == (part.channels, *part.grid)
+    torch.testing.assert_close(maps, whole.features[:end]((x - whole.mean) * whole.scale))
 
 
 @torch.no_grad()
-def test_several_blocks_lie_on_the_grid_of_the_last_one_after_another():
-    x, net = torch.rand(2, 1, 64, 64), places(block="4+3")
+@pytest.mark.parametrize(("last", "size"), [("4", 64), ("5", 72)])
+def test_several_blocks_lie_on_the_grid_of_the_last_one_after_another(last, size):
+    x, net = torch.rand(2, 1, size, size), places(size=size, block=f"{last}+3")
     maps = net.maps(x)
-    assert maps.shape[1:] == (256 + 512, 4, 4) == (net.channels, 4, 4)
-    torch.testing.assert_close(maps[:, 256:], places(block="4").maps(x))
-    torch.testing.assert_close(maps[:, :256], torch.nn.functional.avg_pool2d(places(block="3").maps(x), 2))
+    assert maps.shape[1:] == (256 + 512, *net.grid) == (net.channels, *net.grid)
+    torch.testing.assert_close(maps[:, 256:], places(size=size, block=last).maps(x))
+    finer = places(size=size, block="3").maps(x)
+    torch.testing.assert_close(maps[:, :256], torch.nn.functional.adaptive_avg_pool2d(finer, net.grid))
     torch.testing.assert_close(net.head(net.pooled(x)), net(x), atol=0, rtol=1e-3)  # cached in half precision
 
 

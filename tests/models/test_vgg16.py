@@ -39,17 +39,6 @@ def test_head_gives_one_logit_an_output_of_maps_or_of_pooled_features(pool, widt
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("block", ["3", "5", "3+5"])
-def test_maps_have_the_shape_that_the_network_says_and_finer_ones_are_averaged(block):
-    net, x = network(size=72, block=block), torch.rand(1, 1, 72, 72)  # which halves to odd sides
-    maps = net.maps(x)
-    assert maps.shape[1:] == (net.channels, *net.grid)
-    if block == "3+5":
-        finer = network(size=72, block="3").maps(x)
-        assert torch.equal(maps[:, :256], torch.nn.functional.adaptive_avg_pool2d(finer, net.grid))
-
-
-@torch.no_grad()
 def test_maximum_and_spread_of_several_blocks_stand_next_to_the_mean():
     net = network(pool="mean_max_std", block="3+4")
     maps = net.maps(torch.rand(2, 1, 64, 64))

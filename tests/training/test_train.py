@@ -13,7 +13,7 @@ import torch
 
 from chestct.config.compose import CONF
 from chestct.config.schema import ModelConfig
-from chestct.errors import ChestCTError, ConfigError, DataError, WeightsError
+from chestct.errors import ChestCTError, ConfigError, DataError
 from chestct.evaluation.evaluate import evaluate
 from chestct.experiment import train_and_report
 from chestct.models import backends
@@ -23,8 +23,6 @@ from chestct.models.lightning_module import Classifier
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.reporting.text import caveats
-from chestct.stats.calibration import to_scores
-from chestct.stats.metrics import measure
 from chestct.training import train
 from chestct.training.callbacks import History
 from tests.conftest import SMALL
@@ -141,19 +139,6 @@ def test_the_runs_own_report_has_the_checks_asked_for_and_says_what_measures_the
     assert "phantoms" in (run / "bundle" / "MODEL_CARD.md").read_text()
 
 
-def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_path):
-    result = train(small(), tmp_path / "run")
-    table = evaluate(small(f"ckpt={result.best}")).table
-    names = {"recall": "sensitivity"}
-    shared = ("auroc", "average_precision", "accuracy", "precision", "recall", "specificity", "f1")
-    for split, part in table.groupby("split"):
-        scores = to_scores(part[["logit_cancer"]].to_numpy())  # raw, at 0.5, as training measures
-        metrics = measure(part, "binary", scores, resamples=100)
-        for name in shared:
-            ours = metrics[names.get(name, name)].value
-            assert (ours or 0) == pytest.approx(result.metrics[f"{split}/{name}"], abs=1e-6), f"{split}/{name}"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("block", "first"), [("5", 24), ("3+4", 17)])
 def test_two_stage_training_moves_the_last_block_and_nothing_else(small, tmp_path, block, first):
@@ -231,8 +216,8 @@ def test_trainings_that_start_at_once_have_folders_of_their_own(phantoms, cache,
     assert len(list(tmp_path.glob("runs/*/checkpoints/last.ckpt"))) == 3
 
 
-def test_other_data_an_unwritable_folder_and_a_damaged_checkpoint_are_refused(small, tmp_path):
-    last = train(small(), tmp_path / "run").last
+def test_other_data_and_an_unwritable_folder_are_refused(small, tmp_path):
+    last = train(small("trainer.max_epochs=1"), tmp_path / "run").last
     other = ("data.root=null", "data.phantom.slices=24", "data.phantom.size=64")
     with pytest.raises(DataError, match="data changed"):
         train(small(f"ckpt={last}", *other), tmp_path / "b")
@@ -240,9 +225,3 @@ def test_other_data_an_unwritable_folder_and_a_damaged_checkpoint_are_refused(sm
         train(small(f"ckpt={last}", "data.split_seed=1"), tmp_path / "b")
     with pytest.raises(ChestCTError, match="runs_dir=FOLDER"):
         train(small(), last / "run")
-    content = bytearray(last.read_bytes())
-    moments = torch.load(last, weights_only=True)["optimizer_states"][0]["state"][0]["exp_avg"]
-    content[content.index(moments.numpy().tobytes()) + 1] ^= 1
-    last.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"last\.ckpt is missing or damaged"):
-        train(small(f"ckpt={last}"), tmp_path / "run")
