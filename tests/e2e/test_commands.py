@@ -118,30 +118,13 @@ def test_a_training_goes_on_in_its_own_folder_alone(call, tmp_path, elsewhere):
 @pytest.mark.parametrize(
     "command",
     [
-        "train data.root=gone",
-        "train data.sources={a:{root:gone}}",
-        "train data.root=gone seeds=2",
-        "train -m data.root=gone optim.lr=1,2",
-        "train ckpt=gone",
-        "train data.labels_file=gone",
-        "evaluate ckpt=gone",
-        "evaluate bundle=gone",
-        "evaluate bundle=packaged data.root=gone",
-        "evaluate compare=[gone,gone]",
-        "export ckpt=gone bundle=new",
-        "export bundle=gone format=onnx",
-        "serve bundle=gone",
-        "audit data.root=gone",
-        "ingest data.root=gone",
-        "predict gone",
-        "predict a.png --bundle gone",
-        "embed gone",
-        "embed a.png --bundle gone",
-        "data fetch chest_ct gone",
-        "push gone user/name",
-        "space new --bundle gone",
-        "drift report --db gone",
-        "drift report --bundle gone",
+        *("train data.root=gone", "train data.sources={a:{root:gone}}", "train data.root=gone seeds=2"),
+        *("train -m data.root=gone optim.lr=1,2", "train ckpt=gone", "train data.labels_file=gone"),
+        *("evaluate ckpt=gone", "evaluate bundle=gone", "evaluate bundle=packaged data.root=gone"),
+        *("evaluate compare=[gone,gone]", "export ckpt=gone bundle=new", "export bundle=gone format=onnx"),
+        *("serve bundle=gone", "audit data.root=gone", "ingest data.root=gone", "predict gone", "embed gone"),
+        *("predict a.png --bundle gone", "embed a.png --bundle gone", "data fetch chest_ct gone"),
+        *("push gone user/name", "space new --bundle gone", "drift report --db gone", "drift report --bundle gone"),
     ],
 )
 def test_a_misspelt_path_is_named_and_leaves_no_run(call, tmp_path, monkeypatch, command):
@@ -184,17 +167,20 @@ def test_without_a_command_it_says_which_there_are(call):
     assert "ingest" in err
 
 
-@pytest.mark.parametrize(
-    ("command", "expected"),
-    [
-        ("train", "learning rate of the head"),
-        ("evaluate", "experiment="),
-        ("serve", "max_upload_bytes"),
-        ("predict", "--viewer"),
-        ("drift", "--days"),
-    ],
-)
-def test_help_explains_every_setting_without_importing_anything_heavy(command, expected):
+def test_a_service_that_cannot_start_says_why_in_one_sentence(call, monkeypatch):
+    monkeypatch.setenv("CHESTCT_USERNAME", "a")
+    status, _, err = call("serve.py", "bundle=gone", small=False)
+    assert status == 2
+    assert "CHESTCT_PASSWORD" in err
+    assert "Traceback" not in err
+
+
+HELP = {"train": "learning rate of the head", "evaluate": "experiment=", "serve": "max_upload_bytes"}
+HELP |= {"predict": "--viewer", "drift": "--days"}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_explains_every_setting_without_importing_anything_heavy(command):
     code = f"""
 import atexit, runpy, sys
 heavy = ("torch", "lightning", "mlflow", "pandas", "hydra")
@@ -204,7 +190,7 @@ runpy.run_module("chestct", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert expected in done.stdout
+    assert HELP[command] in done.stdout
 
 
 def test_a_reader_that_stops_reading_ends_the_command_quietly():

@@ -99,12 +99,3 @@ def test_a_service_is_alive_while_it_waits_for_its_bundle_and_can_be_stopped_the
             running.kill()
             running.communicate()
     assert (running.returncode, "Terminated" in printed, "Traceback" in printed) == (130, True, False), printed
-
-
-def test_a_service_that_cannot_start_says_why_in_one_sentence(tmp_path: Path) -> None:
-    command = [*SERVE, "bundle=packaged", f"serve.port={free_port()}"]
-    environment = os.environ | {"CHESTCT_USERNAME": "a"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert ended.returncode == 2
-    assert "CHESTCT_PASSWORD" in ended.stderr
-    assert "Traceback" not in ended.stderr
