@@ -61,19 +61,16 @@ class Server:
         )
 
     def start(self) -> None:
-        quiet = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        environment |= {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment |= {"MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini")}
+        environment |= {"MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"]}
+        environment |= {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
         self.process = subprocess.Popen(
             f"{sys.executable} -m mlflow server --app-name basic-auth --host 127.0.0.1 --port {self.port} --workers 1 "
             f"--artifacts-destination artifacts --backend-store-uri sqlite:///server.db".split(),
             cwd=self.folder,
-            env=quiet
-            | {
-                "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
-                "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORDS["admin"],
-                "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
-                "MLFLOW_DISABLE_TELEMETRY": "true",
-                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-            },
+            env=environment,
             stdout=(self.folder / "server.log").open("a"),
             stderr=subprocess.STDOUT,
             start_new_session=True,

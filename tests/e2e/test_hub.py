@@ -103,14 +103,8 @@ def test_a_space_lists_what_it_needs_and_refuses_a_folder_that_holds_something(t
     folder = tmp_path / "my space"
     monkeypatch.setattr(sys, "argv", ["chestct space", str(folder)])
     cli.space()
-    assert shlex.split(capsys.readouterr().out)[-6:] == [
-        "hf",
-        "upload",
-        "USER/NAME",
-        str(folder),
-        "--repo-type",
-        "space",
-    ]
+    pasted = shlex.split(capsys.readouterr().out)[-6:]
+    assert pasted == ["hf", "upload", "USER/NAME", str(folder), "--repo-type", "space"]
     card = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert (card["sdk"], card["sdk_version"], card["app_file"]) == ("gradio", version("gradio"), "app.py")
     needed = (folder / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -154,20 +148,13 @@ def test_mlflow_serves_a_model_where_chestct_is_not_installed(elsewhere, tmp_pat
     process = started([str(elsewhere), *serve, "-p", str(port), "-h", "127.0.0.1"], tmp_path, ready)
     try:
         image = np.random.default_rng(0).integers(0, 256, (1, 60, 50), np.uint8)
-        answers = httpx.post(
-            f"http://127.0.0.1:{port}/invocations", json={"inputs": image.tolist()}, timeout=120
-        ).json()["predictions"]
+        url = f"http://127.0.0.1:{port}/invocations"
+        (answer,) = httpx.post(url, json={"inputs": image.tolist()}, timeout=120).json()["predictions"]
         bundle = load_bundle("packaged")
         expected = bundle.predict(bundle.preprocess(image[0])[None])
-        assert answers[0]["score"] == pytest.approx(expected.score[0], abs=1e-6)
-        assert answers[0]["decision"] == expected.decision[0]
-        found = subprocess.run(
-            [str(elsewhere), "-c", "import chestct"],
-            cwd=tmp_path,
-            capture_output=True,
-            check=False,
-            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        )
-        assert found.returncode != 0
+        assert answer["score"] == pytest.approx(expected.score[0], abs=1e-6)
+        assert answer["decision"] == expected.decision[0]
+        plain = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        assert subprocess.run([str(elsewhere), "-c", "import chestct"], cwd=tmp_path, env=plain).returncode != 0
     finally:
         stop(process)

@@ -17,6 +17,7 @@ from chestct.config.compose import CONF
 from chestct.models.bundle import load_bundle
 from tests.conftest import until
 from tests.e2e.loopback import PASSWORDS, TOKEN, log_in
+from tests.tracking.conftest import runs
 
 pytestmark = pytest.mark.slow
 
@@ -144,11 +145,8 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     assert columns == metrics(ada / "artifacts/evaluation") != baseline
     queued = {name: data["params"]["params.yaml"]["data"] for name, data in known.items() if name != "faster"}
     assert {params["optim"]["lr"] for params in queued.values()} == {1e-3, 1e-4}
-    from mlflow import MlflowClient
-
-    local = MlflowClient(f"sqlite:///{ada}/mlflow.db")
-    runs = local.search_runs([local.get_experiment_by_name("chestct").experiment_id])
-    by_experiment = {made.info.run_name: made for made in runs}
+    kept = runs(f"sqlite:///{ada}/mlflow.db")
+    by_experiment = {made.info.run_name: made for made in kept}
     assert by_experiment.keys() > known.keys()
     for name, params in queued.items():
         folder = Path(by_experiment[name].info.artifact_uri)
@@ -166,7 +164,7 @@ def test_the_whole_story(origin, server, s3, plain_http, empty_store, monkeypatc
     run(ada, "git", "checkout", "-q", ".")
     run(ada, "dvc", "checkout")
     printed = run(ada, "python", "-m", "chestct", "sync", shared)
-    assert f"{len(runs)} runs are on {server.uri}" in printed
+    assert f"{len(kept)} runs are on {server.uri}" in printed
     remotes(ada, s3, plain_http)
     for remote in ("dagshub", "dagshub-http"):
         assert "pushed" in run(ada, "dvc", "push", "--remote", remote)

@@ -10,11 +10,11 @@ import sys
 import pandas as pd
 import pytest
 import yaml
-from mlflow import MlflowClient
 
 from chestct.config.compose import CONF, compose
 from chestct.sweep import _errors, _next_trials, _open_study
 from tests.conftest import SMALL, until
+from tests.tracking.conftest import runs
 
 ROOT = CONF.parent
 QUICK = ("trainer.max_epochs=1", "trainer.patience=0")
@@ -61,8 +61,7 @@ def table(folder):
 
 def assert_one_family(tmp_path, jobs):
     """One parent run in MLflow with so many children, all of them finished; returns the parent."""
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    known = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    known = runs(f"sqlite:///{tmp_path}/mlflow.db")
     (parent,) = (run for run in known if "mlflow.parentRunId" not in run.data.tags)
     children = [run.data.tags["mlflow.parentRunId"] for run in known if run is not parent]
     assert children == [parent.info.run_id] * jobs
@@ -127,8 +126,7 @@ def test_a_sweep_of_which_no_job_got_beyond_a_misspelt_path_leaves_nothing_but_w
         assert "sweep.csv" not in out
         assert left == ([path.name for path in (tmp_path / folder).iterdir()] if left else None)
         assert (tmp_path / folder).exists() == bool(left)
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    assert not client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    assert not runs(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 @pytest.mark.slow
@@ -137,13 +135,8 @@ def test_a_stopped_search_goes_on_with_the_trial_it_was_at_and_finds_what_it_wou
     call, tmp_path, phantoms, cache, signum
 ):
     small = [*SMALL, f"data.root={phantoms}", f"cache_dir={cache}", f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"]
-    settings = [
-        "sweep=head",
-        "hydra.sweeper.trials=3",
-        "trainer.max_epochs=100",
-        "trainer.patience=0",
-        "tracking=mlflow",
-    ]
+    settings = ["sweep=head", "hydra.sweeper.trials=3", "tracking=mlflow"]
+    settings += ["trainer.max_epochs=100", "trainer.patience=0"]
     folder = tmp_path / "runs" / "sweep-head"
     given = [setting for setting in small if not setting.startswith(("trainer.max_epochs", "tracking=off"))]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *settings, *given]

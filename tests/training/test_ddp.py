@@ -216,10 +216,9 @@ def test_torchrun_leaves_one_folder_and_one_run(phantoms, tmp_path, empty_store)
     assert printed == pytest.approx(history["valid/loss"].min(), abs=1e-3)
     assert (folder / "bundle" / "bundle.json").is_file()
     assert {path.name for path in tmp_path.iterdir()} <= {"runs", "cache", "mlflow.db", "mlflow.db.lock", "mlruns"}
-    from mlflow import MlflowClient
+    from tests.tracking.conftest import runs
 
-    client = MlflowClient(uri)
-    (run,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    (run,) = runs(uri)
     assert run.info.status == "FINISHED"
 
 

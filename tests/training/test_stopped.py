@@ -97,10 +97,9 @@ def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms
     assert finished.returncode == 0, finished.stderr
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
     assert len(pd.read_csv(run / "history.csv")) == done + 2
-    from mlflow import MlflowClient
+    from tests.tracking.conftest import runs
 
-    client = MlflowClient(uri)
-    (recorded,) = client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
+    (recorded,) = runs(uri)
     assert recorded.info.status == "FINISHED"
     assert (run / "checkpoints" / "mlflow_run_id.txt").read_text().strip() == recorded.info.run_id
 
