@@ -21,9 +21,11 @@ import torch
 from chestct.cli import main
 from chestct.config.compose import compose
 from chestct.config.schema import Config, ModelConfig, PhantomConfig
+from chestct.data import duplicates
 from chestct.data.datamodule import SliceDataset, SliceModule
+from chestct.models import bundle, lightning_module
 from chestct.models.vgg16 import VGG16
-from chestct.models.weights import load_weights
+from chestct.models.weights import Weights, load_weights
 
 Met = TypeVar("Met")
 Slices = Callable[..., dict[str, bytes]]
@@ -46,10 +48,19 @@ SMALL += ("data.batch_size=8",)
 last map is 2 x 2, and a slice takes a hundredth of the time."""
 
 
+OXFORD = functools.cache(lambda: load_weights("oxford"))
+CHANGES = duplicates.CHANGES
+
+
+def read_once(name: str, backbone: str = "vgg16") -> Weights:
+    """`load_weights`, which hashes and converts 29 MB; a copy, for networks keep the tensors and train them."""
+    return copy.deepcopy(OXFORD()) if (name, backbone) == ("oxford", "vgg16") else load_weights(name, backbone)
+
+
 def network(outputs: int = 1, size: int = 64, **model: Any) -> VGG16:
     """A frozen network with a head that has learned nothing, the same each time, in eval mode."""
     torch.manual_seed(0)
-    net = VGG16(ModelConfig(**model), outputs, size, load_weights("oxford")).eval()
+    net = VGG16(ModelConfig(**model), outputs, size, read_once("oxford")).eval()
     net.set_frozen(True)
     return net
 
@@ -128,20 +139,46 @@ def _logging_as_it_was() -> Iterator[None]:
     ours.setLevel(level)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick() -> Iterator[None]:
+    """What most tests need and few are about takes a fraction of its time: weights, and descriptors of slices, which
+    are learned from few changed copies, however few the slices are.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "CHANGES", 64)
+        patch.setattr(bundle, "load_weights", read_once)
+        patch.setattr(lightning_module, "load_weights", read_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def thorough_ingest() -> Iterator[None]:
+    """Descriptors as users get them, for tests of near-copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duplicates, "CHANGES", CHANGES)
+        yield
+
+
 @pytest.fixture(scope="session")
-def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what all processes of the tests use, each piece made by the first that needs it."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def phantoms(shared: Path) -> Path:
     """Root of 60 small phantoms in train/valid/test folders, easy to tell apart. Read only."""
     from chestct.phantom.dataset import write
 
-    root = tmp_path_factory.mktemp("phantoms") / "set"
-    write(root, PhantomConfig(slices=60, size=96, difficulty=0.0))
-    return root
+    write(shared / "phantoms", PhantomConfig(slices=60, size=96, difficulty=0.0))
+    return shared / "phantoms"
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(shared: Path) -> Path:
     """Cache folder of the session: features and stores of the small phantoms are computed once."""
-    return tmp_path_factory.mktemp("cache")
+    return shared / "cache"
 
 
 @pytest.fixture(scope="session")
@@ -231,13 +268,12 @@ def scan(examples: dict[str, bytes]) -> Slices:
 
 
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_store(shared: Path) -> Path:
     """MLflow takes seconds to make a store, and none to open a copy of one."""
-    from mlflow import MlflowClient
+    from chestct.tracking.stores import prepare
 
-    path = tmp_path_factory.mktemp("store") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
+    prepare(f"sqlite:///{shared}/empty.db")
+    return shared / "empty.db"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from chestct.config.schema import SUBTYPES, Config, DataConfig, PhantomConfig
 from chestct.data.prepare import ingest
 from chestct.phantom import dataset
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("thorough_ingest")]
 
 
 def audited(folder: Path, split: str = "grouped") -> Audit:

@@ -30,7 +30,7 @@ CFG = DataConfig(name="chest_ct", root=str(ROOT), labels=LABELS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick() -> None:
+def quick(thorough_ingest: None) -> None:
     """Not here: these figures are quoted."""
 
 

@@ -14,6 +14,8 @@ from chestct.phantom.thorax import display, draw
 from tests.conftest import real
 from tests.data.changes import CHANGES
 
+pytestmark = pytest.mark.usefixtures("thorough_ingest")
+
 SIDE = 112
 
 

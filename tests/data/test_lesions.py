@@ -21,8 +21,6 @@ from tests.conftest import SMALL, in_view, network, opened
 from tests.data.test_prepare import LABELS, draw
 from tests.imaging.files import dicom, encoded
 
-pytestmark = pytest.mark.usefixtures("quick_ingest")
-
 HEAD = "file,left,top,right,bottom\n"
 MARK = (30, 12, 48, 24)  # white, in every second slice of 90 x 80 pixels
 

@@ -22,8 +22,6 @@ from chestct.errors import DataError, DecodeError
 from tests.conftest import limited
 from tests.imaging.files import dicom
 
-pytestmark = pytest.mark.usefixtures("quick_ingest")
-
 ROOT = Path(__file__).parents[2]
 LABELS = {"normal": "normal", "cancer": "cancer"}
 

@@ -14,8 +14,6 @@ from chestct.errors import DataError
 from tests.data.test_prepare import LABELS, draw
 from tests.imaging.files import dicom
 
-pytestmark = pytest.mark.usefixtures("quick_ingest")
-
 
 def table(**columns: list[str]) -> pd.DataFrame:
     """Six slices of one source: three normal, three cancer."""

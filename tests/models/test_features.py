@@ -140,9 +140,9 @@ def test_features_of_another_seed_are_those_that_are_there(small):
 @pytest.mark.parametrize(
     "backend", ["openvino", "openvino_bf16", pytest.param("openvino_int8", marks=pytest.mark.slow)]
 )
-def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(small, tmp_path, monkeypatch, backend):
+def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(small, monkeypatch, backend):
     needs(backend)
-    cfg = small(f"features.backend={backend}", f"cache_dir={tmp_path}", "data.views=0")
+    cfg = small(f"features.backend={backend}", "data.views=0")
     exact = replace(cfg, features=replace(cfg.features, backend="torch"))
     net, data, plain = network(), opened(cfg), opened(exact)
     for module, settings in ((data, cfg), (plain, exact)):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -13,9 +14,11 @@ from chestct.serving import sentences
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.stats.calibration import Calibration
 
+packaged_bundle = functools.cache(lambda: load_bundle(PACKAGED_BUNDLE))
+
 
 def bundle(elsewhere: Sequence[dict[str, Any]] = (), **counts: int) -> Bundle:
-    packaged = load_bundle(PACKAGED_BUNDLE)
+    packaged = packaged_bundle()
     facts = packaged.facts | {"elsewhere": list(elsewhere)}
     return dataclasses.replace(packaged, point=point(**counts), facts=facts)
 
