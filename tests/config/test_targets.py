@@ -36,22 +36,10 @@ def test_a_file_may_name_parts_of_models_and_runs():
     check_trusted({"_target_": "chestct.models.head.Pool"}, "x.ckpt")
 
 
-BAD = (
-    "os.system",
-    "builtins.exec",
-    "torch.hub.load",
-    "lightning.pytorch.callbacks.Timer",
-    "chestct.models.lightning_module.Classifier",
-    "lightning.pytorch.callbacks.model_checkpoint.os.system",
-    "torch.nn.modules.module.OrderedDict",
-    "torch.nn.parallel.data_parallel",
-    "torchvision.models.resnet18",
-    "torch.nn",
-    "chestct.files.write_atomic",
-    "mine.Head",
-    ["torch.nn.Linear"],
-    7,
-)
+BAD = ("os.system", "builtins.exec", "torch.hub.load", "lightning.pytorch.callbacks.Timer", "torch.nn", "mine.Head", 7)
+BAD += ("chestct.models.lightning_module.Classifier", "lightning.pytorch.callbacks.model_checkpoint.os.system")
+BAD += ("torch.nn.modules.module.OrderedDict", "torch.nn.parallel.data_parallel", "torchvision.models.resnet18")
+BAD += ("chestct.files.write_atomic", ["torch.nn.Linear"])
 
 
 @pytest.mark.parametrize("target", BAD, ids=str)

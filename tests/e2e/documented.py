@@ -91,17 +91,8 @@ EXTRA = {
 }
 """Settings that are given besides, where a command does not give them."""
 
-QUICK = [
-    "data.size=32",
-    "data.batch_size=8",
-    "trainer.max_epochs=2",
-    "trainer.progress=false",
-    "tracking=off",
-    "data.phantom.slices=60",
-    "data.phantom.size=96",
-    "evaluation.resamples=100",
-    "evaluation.report=false",
-]
+QUICK = ["data.size=32", "data.batch_size=8", "data.phantom.slices=60", "data.phantom.size=96", "tracking=off"]
+QUICK += ["trainer.max_epochs=2", "trainer.progress=false", "evaluation.resamples=100", "evaluation.report=false"]
 
 
 def programs() -> set[str]:

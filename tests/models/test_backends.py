@@ -24,17 +24,8 @@ from tests.conftest import network
 from tests.models.test_bundle import rewrite, squares
 from tests.serving.test_predictor import png
 
-HEADS = {
-    "means": {"hidden": [8]},
-    "places in context": {
-        "pool": "topk",
-        "block": "3+4",
-        "context": True,
-        "smooth": 0.7,
-        "standardise": True,
-        "hidden": [8],
-    },
-}
+CONTEXT = {"pool": "topk", "block": "3+4", "context": True, "smooth": 0.7, "standardise": True, "hidden": [8]}
+HEADS = {"means": {"hidden": [8]}, "places in context": CONTEXT}
 NUMBERS = {"slices": 9, "calibration": 0, "logits": 0.0, "decisions": 0.0, "heat": 1.0, "version": "x 1"}
 NUMBERS |= {"auroc": {"value": 0.0, "low": None, "high": None, "slices": 9}}
 
@@ -85,7 +76,7 @@ def test_a_graph_gives_the_logits_and_the_map_of_the_network(name: str, head: st
 
 def test_bfloat16_gives_the_map_of_the_network_to_its_seven_bits() -> None:
     needs("openvino_bf16")
-    net, x = network(**HEADS["places in context"]), torch.rand(3, 1, 64, 64)
+    net, x = network(**CONTEXT), torch.rand(3, 1, 64, 64)
     conv5 = load_graph("openvino_bf16", converted("openvino", "places in context"))(x)[1]
     with torch.no_grad():
         expected = net.conv5(x)
@@ -96,10 +87,7 @@ def test_bfloat16_gives_the_map_of_the_network_to_its_seven_bits() -> None:
 @pytest.mark.slow
 def test_int8_rounds_the_convolutions_and_leaves_the_head_alone() -> None:
     needs("openvino_int8")
-    net, x = (
-        network(**HEADS["places in context"]),
-        torch.from_numpy(squares(40)).float().div(255).repeat(1, 2, 2)[:, None],
-    )
+    net, x = network(**CONTEXT), torch.from_numpy(squares(40)).float().div(255).repeat(1, 2, 2)[:, None]
     files = convert(net, "openvino_int8", (x[:32, 0] * 255).byte().numpy())
     assert len(files[1]) < 0.3 * len(convert(net, "openvino", np.empty(0))[1])
     logits, conv5 = load_graph("openvino_int8", files)(x[32:])

@@ -79,25 +79,17 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
             read_checkpoint(path)
 
 
+FOREIGN = [["chestct"], {"state_dict": {}}, CONTENT | {"state_dict": []}, CONTENT | {"hyper_parameters": {"data": {}}}]
+FOREIGN += [CONTENT | {"hyper_parameters": SETTINGS | {"settings": "model: {head: {_target_: os.system}}"}}]
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "missing"),
-        (b"", "damaged"),
-        (b"hello", "damaged"),
-        (saved(CONTENT), "no checksum"),
+        *((None, "missing"), (b"", "damaged"), (b"hello", "damaged"), (saved(CONTENT), "no checksum")),
         (sealed(saved(CONTENT))[:-100], "damaged"),
         (sealed(saved(CONTENT | {"evil": Trap()})), "more than plain data"),
-        *(
-            (sealed(saved(value)), "is not a checkpoint of this project")
-            for value in (
-                ["chestct"],
-                {"state_dict": {}},
-                CONTENT | {"state_dict": []},
-                CONTENT | {"hyper_parameters": {"data": {}}},
-                CONTENT | {"hyper_parameters": SETTINGS | {"settings": "model: {head: {_target_: os.system}}"}},
-            )
-        ),
+        *((sealed(saved(value)), "is not a checkpoint of this project") for value in FOREIGN),
         (sealed(saved(CONTENT | {"hyper_parameters": SETTINGS | {"settings": {"a": "${oc.env:HOME}"}}})), "sets a="),
     ],
     ids=range(12),

@@ -131,13 +131,7 @@ def test_a_body_may_be_as_large_as_the_limit_announced_or_not(service: Listening
 
 @pytest.mark.parametrize(
     ("given", "status"),
-    [
-        (None, 401),
-        (("ann", PASSWORD), 200),
-        (("ann", "wrong"), 401),
-        (("bob", PASSWORD), 401),
-        (b"Basic \xe9", 401),
-    ],
+    [(None, 401), (("ann", PASSWORD), 200), (("ann", "wrong"), 401), (("bob", PASSWORD), 401), (b"Basic \xe9", 401)],
 )
 def test_only_who_has_the_password_comes_in(monkeypatch: pytest.MonkeyPatch, given, status: int) -> None:
     monkeypatch.setattr(limits, "WRONG_PASSWORD_S", 0)
@@ -149,15 +143,19 @@ def test_only_who_has_the_password_comes_in(monkeypatch: pytest.MonkeyPatch, giv
         assert service.healthy()
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"CHESTCT_USERNAME": ""}, {"CHESTCT_USERNAME": "a:b"}, {"CHESTCT_PASSWORD": "x"}],
-)
+@pytest.mark.parametrize("changed", [{"CHESTCT_USERNAME": ""}, {"CHESTCT_USERNAME": "a:b"}, {"CHESTCT_PASSWORD": "x"}])
 def test_a_login_that_cannot_be_used_is_an_error_that_tells_the_way(changed: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="CHESTCT_PASSWORD"):
         login_from(LOGIN | changed)
     assert login_from({}) == b""
     assert len({len(login_from(LOGIN | {"CHESTCT_USERNAME": "a" * n})) for n in (1, 999)}) == 1  # compared alike
+
+
+def test_a_taken_port_is_an_error_that_tells_the_way() -> None:
+    with bind("127.0.0.1", 0) as taken:
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"serve\.port"):
+            bind("127.0.0.1", taken.getsockname()[1])
 
 
 # --- slowly, or many at once ---
