@@ -22,9 +22,7 @@ MANY, MUCH = 10, 1_000_000
     ("listed", "size", "message"),
     [("aa", 9, "listed twice"), ("abcdefghijk", 9, r"11 slices.*up to 10"), ("abc", 400_000, "1,000,000 bytes")],
 )
-def test_an_upload_is_read_once_and_only_what_one_request_may_send(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, listed: str, size: int, message: str
-) -> None:
+def test_an_upload_is_read_once_and_only_what_one_request_may_send(tmp_path, monkeypatch, listed, size, message):
     for name in {*listed}:
         (tmp_path / name).write_bytes(b"x" * size)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
@@ -104,10 +102,13 @@ def test_a_form_that_cannot_be_read_is_one_sentence(body: bytes, content_type: s
         files_in_form(body, content_type, MANY)
 
 
-def test_fields_are_left_out_of_forms_and_contents_come_as_they_are() -> None:
+def test_fields_are_left_out_of_forms_and_files_come_as_they_are_whatever_their_clients_call_them() -> None:
     data = np.random.default_rng(0).bytes(10_000) + b"\r\n--a\r\n\r\n--"
     body = part(b"Content-Disposition: form-data; name=filename") + part(NAMED, data) + part(NAMED, b"") + b"--b--\r\n"
     assert files_in_form(body, FORM, MANY) == [data, b""]
+    for name in ("name=file; filename*=UTF-8''l%C3%A4sion.png", 'name="file"; filename="läsion.png"'):  # RFC 5987, 7578
+        own = part(f"Content-Disposition: form-data; {name}".encode(), data)
+        assert files_in_form(own + b"--b--", FORM, MANY) == [data]
 
 
 @pytest.mark.parametrize("body", [part(NAMED, b"") * (MANY + 1) + b"--b--", part(b"A: b", b"") * 20])  # not to its end
