@@ -77,9 +77,7 @@ def test_copies(result: Audit, store: Store) -> None:
     assert_quoted("docs/data.md", same, "59 sets of exact copies hold 153 redundant files", normal)
 
 
-def test_leakage_of_the_official_split_and_of_no_other(
-    result: Audit, store: Store, splits: dict[str, pd.Series]
-) -> None:
+def test_leakage_of_the_official_split_and_of_no_other(result, store, splits) -> None:
     official = result.leakage["official"]
     assert official["test"]["by_class"]["normal"]["copies"] == 46
     assert official["test"]["by_class"]["normal"]["slices"] == 54

@@ -78,9 +78,7 @@ def test_a_backend_that_falls_short_is_refused_with_numbers_and_nothing_changes(
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == files
 
 
-def test_calibration_and_verification_take_the_bundles_own_slices_alone(
-    bundle: Path, run: tuple[Config, Result], tmp_path: Path
-) -> None:
+def test_calibration_and_verification_take_the_bundles_own_slices_alone(bundle, run, tmp_path) -> None:
     made, cfg = load_bundle(bundle), settings(run, "openvino_int8")
     manifest, images = own_slices(cfg, made)
     own = run[1].data.manifest.query("split != 'test'")

@@ -20,9 +20,7 @@ from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
 
 
-def test_a_checkpoint_is_measured_as_in_training_on_its_own_slices_alone_and_its_bundle_on_others(
-    run: tuple[Config, Result], tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_measured_as_in_training_on_its_own_slices_alone_and_its_bundle_on_others(run, tmp_path):
     root = Path(shutil.copytree(run[0].data.root or "", tmp_path / "moved"))
     ckpt = tmp_path / "run (1)" / "checkpoints" / "best.ckpt"
     ckpt.parent.mkdir(parents=True)
@@ -46,9 +44,7 @@ def test_a_checkpoint_is_measured_as_in_training_on_its_own_slices_alone_and_its
     assert (program, *given) == ("evaluate.py", f"bundle={tmp_path}/run (1)/bundle", "data=...", "data.root=...")
 
 
-def test_features_that_training_left_are_not_believed_and_of_a_lone_file_the_name_is_told(
-    run: tuple[Config, Result], evaluation: Evaluation, tmp_path: Path
-) -> None:
+def test_features_that_training_left_are_not_believed_and_of_a_lone_file_the_name_is_told(run, evaluation, tmp_path):
     cfg = replace(run[0], ckpt=str(shutil.copy(run[1].best, tmp_path)), features=replace(run[0].features, cache=False))
     data = SliceModule(cfg)
     data.features = {split: [torch.rand(1000, 512)] for split in ("train", "valid", "test")}

@@ -6,7 +6,6 @@ import pytest
 
 from chestct import experiment
 from chestct.config.compose import compose
-from chestct.config.schema import Config
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.export import elsewhere
@@ -14,12 +13,9 @@ from chestct.evaluation.protocol import Part
 from chestct.models.bundle import load_bundle
 from chestct.serving.predictor import Predictor
 from chestct.stats.metrics import Estimate
-from chestct.training.train import Result
 
 
-def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_of_the_files(
-    folder: Path, evaluation: Evaluation, run: tuple[Config, Result]
-) -> None:
+def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_of_the_files(folder, evaluation, run):
     manifest, table, root = run[1].data.manifest, evaluation.table, Path(run[0].data.root or "")
     answers = load_bundle(folder).predict(evaluation.images[manifest.set_index("path").loc[table["path"], "row"]])
     assert np.abs(answers.score - table["probability_cancer"]).max() < 1e-5
@@ -34,9 +30,7 @@ def test_the_bundle_gives_the_numbers_of_the_evaluation_and_the_predictor_those_
     assert predictor.predict(root / learned["path"]).known
 
 
-def test_an_export_that_can_make_no_bundle_ends_before_it_evaluates(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_that_can_make_no_bundle_ends_before_it_evaluates(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
     monkeypatch.setattr(experiment, "_evaluate_checkpoint", lambda cfg, out: pytest.fail("evaluated"))
     own = compose("experiment=head", "ckpt=x", f"bundle={tmp_path}", "model.head._target_=mine.Narrow", "trust=[mine]")

@@ -38,9 +38,7 @@ def settings(run: tuple[Config, Result], folder: Path, **data: object) -> Config
     return replace(run[0], ckpt=None, bundle=str(folder), data=replace(run[0].data, **data))
 
 
-def test_foreign_folders_are_measured_with_the_frozen_threshold(
-    run: tuple[Config, Result], folder: Path, others: Path, evaluation: Evaluation
-) -> None:
+def test_foreign_folders_are_measured_with_the_frozen_threshold(run, folder, others, evaluation) -> None:
     cfg = settings(run, folder, name="elsewhere", root=str(others), labels=LABELS)
     cfg = replace(cfg, model=replace(cfg.model, pool="topk"))  # of another model's settings
     result = evaluate_bundle(replace(cfg, evaluation=replace(cfg.evaluation, robustness=2)))
@@ -63,9 +61,7 @@ def test_foreign_folders_are_measured_with_the_frozen_threshold(
     assert len(shown) > 0
 
 
-def test_a_bundle_that_keeps_nothing_to_compare_with_is_refused_before_anything_is_predicted(
-    run: tuple[Config, Result], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_that_keeps_nothing_to_compare_with_is_refused_before_anything_is_predicted(run, folder, monkeypatch):
     bundle = load_bundle(folder)
     del bundle.facts["statistics"]
     monkeypatch.setattr(external, "load_bundle", lambda *given: bundle)
@@ -85,9 +81,7 @@ def test_a_bundle_that_does_not_say_how_its_data_were_divided_is_measured_as_on_
     assert sorted(result.table["path"]) == sorted(evaluation.test["path"])
 
 
-def test_phantoms_beside_patients_are_not_measured_and_said_to_be_left_out(
-    run: tuple[Config, Result], folder: Path, others: Path
-) -> None:
+def test_phantoms_beside_patients_are_not_measured_and_said_to_be_left_out(run, folder, others) -> None:
     labels = {**run[0].data.labels, **LABELS}
     sources = {"clinic": SourceConfig(str(others)), "phantom": SourceConfig(run[0].data.root or "")}
     result = evaluate_bundle(settings(run, folder, root=None, sources=sources, labels=labels))

@@ -2,13 +2,10 @@ import pytest
 
 from chestct.errors import DecodeError
 from chestct.evaluation import novelty_check
-from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.sections import optional_sections
 
 
-def test_what_is_no_chest_ct_lies_further_than_the_test_slices(
-    evaluation: Evaluation, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_chest_ct_lies_further_than_the_test_slices(evaluation, monkeypatch) -> None:
     assert optional_sections(evaluation) == {}
     monkeypatch.setattr(evaluation.cfg.evaluation, "novelty", 4)
     whole, *kinds = optional_sections(evaluation)["novelty"]

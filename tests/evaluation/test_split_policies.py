@@ -9,7 +9,6 @@ from chestct import experiment
 from chestct.config.schema import Config
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError, DataError
-from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.protocol import protocol
 from chestct.evaluation.split_policies import check_anew, policy_row
 from chestct.training.train import Result, train
@@ -35,9 +34,7 @@ def test_every_policy_gets_a_model_of_its_own(run: tuple[Config, Result], tmp_pa
 
 
 @pytest.mark.slow
-def test_folds_within_the_only_source_score_every_slice_once(
-    run: tuple[Config, Result], evaluation: Evaluation, tmp_path: Path
-) -> None:
+def test_folds_within_the_only_source_score_every_slice_once(run, evaluation, tmp_path) -> None:
     asked = replace(evaluation, cfg=settings(run[0], protocol=["within"]))
     (row,) = protocol(asked, partial(again, tmp_path))["within"].rows
     manifest = run[1].data.manifest

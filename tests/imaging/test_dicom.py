@@ -143,9 +143,7 @@ def test_numbers_that_anonymising_set_to_zero_say_nothing() -> None:
         ("SC_ybr_full_422_uncompressed", "SC_rgb_rle", 0.03),
     ],
 )
-def test_compressed_files_of_other_makers_equal_their_plain_twins(
-    compressed: str, plain: str, tolerance: float
-) -> None:
+def test_compressed_files_of_other_makers_equal_their_plain_twins(compressed, plain, tolerance) -> None:
     one, other = (
         decode(Path(str(get_testdata_file(f"{name}.dcm", download=False))), LUNG) for name in (compressed, plain)
     )

@@ -98,9 +98,7 @@ def test_int8_rounds_the_convolutions_and_leaves_the_head_alone() -> None:
         torch.testing.assert_close(logits, net.head(net.pool(conv5)), rtol=1e-3, atol=1e-4)
 
 
-def test_openvino_answers_explains_and_refuses_as_torch_does(
-    small_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_openvino_answers_explains_and_refuses_as_torch_does(small_bundle, tmp_path, caplog) -> None:
     needs("openvino")
     bundle = with_backend(small_bundle, tmp_path / "b", "openvino", graph=True)
     with caplog.at_level(logging.INFO, "chestct"):
@@ -173,9 +171,7 @@ def test_auto_takes_the_quickest_that_is_verified_and_installed(monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "package"), [("openvino", "openvino"), ("openvino_int8", "openvino"), ("onnx", "onnxruntime")]
 )
-def test_a_backend_that_cannot_be_had_is_an_error_with_the_way_out(
-    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str
-) -> None:
+def test_a_backend_that_cannot_be_had_is_an_error_with_the_way_out(small_bundle, tmp_path, monkeypatch, name, package):
     with pytest.raises(ConfigError, match=rf"verified for torch alone.*format={name}"):
         load_bundle(small_bundle, name)
     with_backend(small_bundle, tmp_path / "b", name)
@@ -187,9 +183,7 @@ def test_a_backend_that_cannot_be_had_is_an_error_with_the_way_out(
     assert load_bundle(tmp_path / "b", "auto").backend == "torch"
 
 
-def test_bfloat16_is_refused_where_the_processor_would_compute_in_fp32(
-    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_is_refused_where_the_processor_would_compute_in_fp32(small_bundle, tmp_path, monkeypatch) -> None:
     needs("openvino")
     with_backend(small_bundle, tmp_path / "b", "openvino_bf16")
     monkeypatch.setattr(backends, "computes", lambda name: name != "openvino_bf16")
@@ -199,9 +193,7 @@ def test_bfloat16_is_refused_where_the_processor_would_compute_in_fp32(
 
 
 @pytest.mark.parametrize("name", ["openvino", "onnx"])
-def test_files_of_a_backend_that_are_altered_or_no_graph_are_refused(
-    small_bundle: Path, tmp_path: Path, name: str
-) -> None:
+def test_files_of_a_backend_that_are_altered_or_no_graph_are_refused(small_bundle, tmp_path, name) -> None:
     needs(name)
     with_backend(small_bundle, tmp_path / "b", name)
     with pytest.raises(BundleError, match="cannot be used"):

@@ -71,9 +71,7 @@ def folder(small_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("classes", "pool"), [(2, "gap"), (4, "gap"), (2, "flatten")])
-def test_a_loaded_bundle_answers_as_the_network_did_in_batches_or_one_by_one(
-    tmp_path: Path, classes: int, pool: str
-) -> None:
+def test_a_loaded_bundle_answers_as_the_network_did_in_batches_or_one_by_one(tmp_path, classes, pool) -> None:
     make(tmp_path / "b", classes=classes, pool=pool)
     assert {path.name for path in (tmp_path / "b").iterdir()} == {TENSORS, FACTS, CARD}
     assert sum(path.stat().st_size for path in (tmp_path / "b").iterdir()) < 200_000  # without the convolutions
@@ -190,9 +188,7 @@ def test_a_bundle_that_nothing_could_load_takes_the_place_of_none(folder: Path) 
 
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("name", ["novelty.mean", "saliency.baseline", "head.2.weight"])
-def test_tensors_of_other_shapes_and_tensors_that_are_not_there_are_refused(
-    folder: Path, name: str, there: bool
-) -> None:
+def test_tensors_of_other_shapes_and_tensors_that_are_not_there_are_refused(folder, name, there) -> None:
     tensors = load_file(folder / TENSORS)
     tensor = tensors.pop(name)
     tensors |= {name: tensor.repeat_interleave(3, -1)} if there else {}
@@ -255,9 +251,7 @@ def test_what_a_file_browser_leaves_makes_a_bundle_no_other_folder(folder: Path)
 @pytest.mark.parametrize(
     "names", [(FACTS, ".git/HEAD"), ("thesis.tex",), (FACTS, "thesis.tex"), (TENSORS,), (FACTS, "folder/a")]
 )
-def test_a_folder_with_somebody_s_files_is_never_replaced(
-    tmp_path: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_with_somebody_s_files_is_never_replaced(tmp_path, names, monkeypatch) -> None:
     work = tmp_path / "my work"
     for name in names:
         (work / name).parent.mkdir(parents=True, exist_ok=True)

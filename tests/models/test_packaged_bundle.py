@@ -62,9 +62,7 @@ def test_it_was_made_by_what_is_the_default_recipe(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("name", PHANTOMS)
-def test_the_examples_of_the_page_are_answered_rightly_and_the_heat_lies_on_the_lesion(
-    name: str, predictor: Predictor, examples: dict[str, bytes]
-) -> None:
+def test_the_examples_of_the_page_are_answered_rightly_and_the_heat_lies_on_the_lesion(name, predictor, examples):
     _, kind, difficulty, seed = PHANTOMS[name]
     lesion = draw(np.random.default_rng(seed), kind, PhantomConfig(difficulty=difficulty, size=384)).mask
     answer = predictor.predict(examples[name])

@@ -236,9 +236,7 @@ def test_only_a_proxy_that_is_named_may_say_who_a_client_is(proxies: list[str]) 
 
 
 @pytest.mark.parametrize(("clients", "held"), [(6, 2), (1, 1)])
-def test_bodies_in_flight_have_a_budget_and_slices_of_others_fit_beside_them(
-    monkeypatch: pytest.MonkeyPatch, clients: int, held: int
-) -> None:
+def test_bodies_in_flight_have_a_budget_and_slices_of_others_fit_beside_them(monkeypatch, clients, held) -> None:
     monkeypatch.setattr(limits, "UNCOUNTED", 1000)
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 10.0.0.%d\r\nContent-Length: 900000\r\n\r\n"
     with listening(proxies=["127.0.0.1"]) as service:

@@ -110,9 +110,7 @@ def test_answers_are_recorded_but_for_examples_and_kinds_of_cancer_are_listed(ph
     assert len(seen) == 1
 
 
-def test_all_files_of_a_visit_are_answered_and_explained_by_one_bundle(
-    bundle_folder: Path, phantoms, tmp_path: Path, files
-) -> None:
+def test_all_files_of_a_visit_are_answered_and_explained_by_one_bundle(bundle_folder, phantoms, tmp_path, files):
     make_bundle(tmp_path / "four", phantoms, 4)
     answers: list[str] = []
 

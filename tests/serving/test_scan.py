@@ -79,9 +79,7 @@ def test_the_order_is_the_same_from_a_folder_and_in_python(scan: Slices, model: 
         (6, {"SeriesInstanceUID": ""}, 0),
     ],
 )
-def test_the_page_scores_the_slices_that_the_command_does(
-    scan: Slices, model: Model, bundle_folder: Path, tmp_path: Path, count: int, elements: dict, scans: int
-) -> None:
+def test_the_page_scores_the_slices_that_the_command_does(scan, model, bundle_folder, tmp_path, count, elements, scans):
     files = scan(count, **elements)
     archive = zipped(files | {f"copy/{name}": data for name, data in files.items()})
     (tmp_path / "scan.zip").write_bytes(archive)
@@ -96,9 +94,7 @@ def test_the_page_scores_the_slices_that_the_command_does(
         assert f"{count} slices, score {one.score:.2f}" in about
 
 
-def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(
-    scan: Slices, model: Model, tmp_path: Path
-) -> None:
+def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(scan, model, tmp_path) -> None:
     kinds = {
         "1.1": (scan(6, "1.1", ImageOrientationPatient=[1, 0, 0, 0, 0, -1]), "not axial"),
         "1.2": (scan(6, "1.2", Modality="PT"), "not CT"),
