@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -72,10 +73,7 @@ def test_boxes_may_lie_in_a_class_folder_and_have_decimals_which_are_rounded_out
 
 
 def test_boxes_that_may_not_be_read_are_named(root, tmp_path, monkeypatch):
-    def locked(*_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(pd, "read_csv", locked)
+    monkeypatch.setattr(pd, "read_csv", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
     with pytest.raises(DataError, match=r"boxes: .*boxes.csv cannot be read: .*Permission denied"):
         ingest(settings(root), tmp_path / "store")
 

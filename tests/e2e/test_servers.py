@@ -5,6 +5,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -121,10 +122,7 @@ def test_sync_sends_what_was_trained_offline_once_and_goes_on_after_a_break(
     assert "cannot be written to" in capsys.readouterr().out
     cfg, send = small(*settings), MlflowClient.log_artifacts
 
-    def breaks(self, run_id, folder, path=None):
-        raise ConnectionError("cable pulled")
-
-    monkeypatch.setattr(MlflowClient, "log_artifacts", breaks)
+    monkeypatch.setattr(MlflowClient, "log_artifacts", Mock(side_effect=ConnectionError("cable pulled")))
     with pytest.raises(TrackingError, match=r"cable pulled\. The same command goes on"):
         sync(cfg)
     monkeypatch.setattr(MlflowClient, "log_artifacts", send)

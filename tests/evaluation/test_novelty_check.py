@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 
 from chestct.errors import DecodeError
@@ -21,9 +23,6 @@ def test_what_is_no_chest_ct_lies_further_than_the_test_slices(evaluation, monke
 
 
 def test_a_file_that_nothing_here_can_decode_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(path, window):
-        raise DecodeError(path, "no decoder")
-
     assert list(novelty_check._medical(99))
-    monkeypatch.setattr(novelty_check, "decode", decode)
+    monkeypatch.setattr(novelty_check, "decode", Mock(side_effect=DecodeError("a.dcm", "no decoder")))
     assert not list(novelty_check._medical(99))

@@ -1,5 +1,6 @@
 import pickle
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -82,10 +83,7 @@ def test_a_file_that_is_not_vgg16_is_one_clear_error_and_runs_nothing(tmp_path, 
 
 
 def test_a_hub_out_of_reach_is_said_with_the_way_out(monkeypatch):
-    def unreachable(self, *_, **__):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(VGG16_Weights, "get_state_dict", unreachable)
+    monkeypatch.setattr(VGG16_Weights, "get_state_dict", Mock(side_effect=OSError("Name or service not known")))
     with pytest.raises(WeightsError, match=r"cannot be reached.*model\.weights=oxford"):
         load_weights("imagenet1k_v1")
 

@@ -8,6 +8,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx
 import numpy as np
@@ -213,10 +214,7 @@ def test_nothing_of_an_upload_is_in_the_log(served: Served, files, caplog: pytes
 
 
 def test_an_error_of_ours_is_a_sentence_and_a_traceback_in_the_log(bundle_folder, files, caplog) -> None:
-    def broken(_: object) -> None:
-        raise RuntimeError("secret")
-
-    with serving(bundle_folder, on_answer=broken) as running:
+    with serving(bundle_folder, on_answer=Mock(side_effect=RuntimeError("secret"))) as running:
         answer = httpx.post(f"{running.url}/predict", content=files[0])
         counted = httpx.get(f"{running.url}/metrics").text
     assert answer.status_code == 500

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient, pyfunc
@@ -51,13 +52,6 @@ def test_code_that_comes_with_a_registered_model_is_not_run(small, uri, tmp_path
     assert (tmp_path / "ran").exists()  # as docs/dagshub.md says of MLflow itself
 
 
-def refusing(error):
-    def refuse(*_, **__):
-        raise error
-
-    return refuse
-
-
 def test_offline_the_last_fetched_is_taken_with_a_message_and_with_a_full_disk_none(
     small, uri, tmp_path, monkeypatch, capsys
 ):
@@ -71,9 +65,10 @@ def test_offline_the_last_fetched_is_taken_with_a_message_and_with_a_full_disk_n
             last = fetch_bundle(f"runs:/{run.run_id}", cfg)
     assert Path(last, FACTS).read_text() == "A"
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "list_artifacts", refusing(ConnectionError("offline")))
+        patch.setattr(MlflowClient, "list_artifacts", Mock(side_effect=ConnectionError("offline")))
         assert fetch_bundle(f"runs:/{run.run_id}", cfg) == last
     assert f"{uri}: offline. Taken is {last}, fetched before." in capsys.readouterr().out
-    monkeypatch.setattr("mlflow.artifacts.download_artifacts", refusing(OSError(28, "No space left on device")))
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr("mlflow.artifacts.download_artifacts", full)
     with pytest.raises(ConfigError, match="No space left"):
         fetch_bundle(f"runs:/{run.run_id}", cfg)
