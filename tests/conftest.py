@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from chestct.cli import main
 from chestct.config.compose import compose
@@ -192,13 +193,14 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle_folder(tmp_path_factory: pytest.TempPathFactory, phantoms: Path) -> Path:
+def bundle_folder(shared: Path, phantoms: Path) -> Path:
     """A bundle for cancer or normal, whose head was fitted to the phantoms. Read only."""
     from tests.serving.conftest import make_bundle
 
-    folder = tmp_path_factory.mktemp("served") / "bundle"
-    make_bundle(folder, phantoms)
-    return folder
+    with FileLock(shared / "served.lock"):
+        if not (shared / "served").exists():
+            make_bundle(shared / "served", phantoms)
+    return shared / "served"
 
 
 @pytest.fixture(scope="session")

@@ -137,9 +137,10 @@ def test_features_of_another_seed_are_those_that_are_there(small):
     assert data.features["train"][0] is not held[0]
 
 
-@pytest.mark.parametrize(
-    "backend", ["openvino", "openvino_bf16", pytest.param("openvino_int8", marks=pytest.mark.slow)]
-)
+ROUNDED = [pytest.param(name, marks=pytest.mark.slow) for name in ("openvino_bf16", "openvino_int8")]
+
+
+@pytest.mark.parametrize("backend", ["openvino", *ROUNDED])
 def test_another_backend_gives_the_features_of_torch_from_a_cache_of_its_own(small, monkeypatch, backend):
     needs(backend)
     cfg = small(f"features.backend={backend}", "data.views=0")
