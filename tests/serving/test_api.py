@@ -242,22 +242,16 @@ def test_only_its_own_names_are_answered_and_other_sites_may_read_nothing(served
     assert httpx.get(f"{served.url}/healthz", headers={"host": host}).status_code == 200
 
 
-def slowed(predictor) -> list[int]:
-    """The network of this predictor takes a second; returns its passes, as they begin."""
-    passes, real = [], predictor.bundle.predict
-
-    def slow(x, explain):
-        passes.append(len(x))
-        time.sleep(1.0)
-        return real(x, explain)
-
-    object.__setattr__(predictor.bundle, "predict", slow)
-    return passes
-
-
 def test_work_ends_with_its_request(bundle_folder: Path, files: list[bytes]) -> None:
     with serving(bundle_folder) as running:
-        passes = slowed(running.predictor)
+        passes, real = [], running.predictor.bundle.predict
+
+        def slow(x, explain):
+            passes.append(len(x))
+            time.sleep(1.0)
+            return real(x, explain)
+
+        object.__setattr__(running.predictor.bundle, "predict", slow)
 
         def post(seconds: float) -> int:
             try:

@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import shlex
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -31,13 +30,6 @@ def started(code, uri):
     return subprocess.Popen([sys.executable, "-c", code, uri], env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def killed_when_there_is(process, file, size):
-    """SIGKILL once the file has so many bytes, which it passes while it is migrated."""
-    until(lambda: file.is_file() and file.stat().st_size >= size, 120, process, every=0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
 def assert_usable(uri):
     client = MlflowClient(uri)
     run = client.create_run(client.create_experiment("new"))
@@ -50,8 +42,11 @@ def assert_usable(uri):
     ("code", "file", "size"), [(PREPARE, "mlflow.db.making", 1), (MLFLOW, "mlflow.db", 300_000)], ids=["ours", "mlflow"]
 )
 def test_a_kill_while_the_store_is_made_leaves_none_or_one_that_is_recognised(tmp_path, code, file, size):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    killed_when_there_is(started(code, uri), tmp_path / file, size)
+    uri, file = f"sqlite:///{tmp_path}/mlflow.db", tmp_path / file
+    process = started(code, uri)
+    until(lambda: file.is_file() and file.stat().st_size >= size, 120, process, every=0.001)  # as it is migrated
+    process.kill()
+    process.communicate()
     if (tmp_path / "mlflow.db").exists():
         _, errors = started(PREPARE, uri).communicate()  # in this process MLflow would hold on to the file
         assert "move it away" in errors
