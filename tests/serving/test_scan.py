@@ -226,8 +226,8 @@ def volume(affine: np.ndarray, kind: type = nibabel.Nifti1Image) -> tuple[bytes,
 def test_a_volume_lies_as_on_a_viewer_however_it_is_stored(axes: str) -> None:
     affine = nibabel.orientations.inv_ornt_aff(nibabel.orientations.axcodes2ornt(axes), (40, 30, 6))
     data, hu = volume(affine)
-    window = WindowConfig(center=-400.0, width=1601.0)
-    slices = list(decode_frames(gzip.compress(data), window))
+    data, window = gzip.compress(data), WindowConfig(center=-400.0, width=1601.0)
+    slices = list(decode_frames(data, window))
     assert len(slices) == 6
     for k, one in enumerate(slices):
         expected = (hu[::-1, ::-1, k].T + 400.5) / 1600 + 0.5  # right on the left side, front above
@@ -235,7 +235,7 @@ def test_a_volume_lies_as_on_a_viewer_however_it_is_stored(axes: str) -> None:
         assert one.spacing == pytest.approx((0.75, 0.5))
     heights = [one.position[2] for one in slices if one.position]
     assert np.diff(heights) == pytest.approx([2.0] * 5)
-    middle = decode(gzip.compress(data), window)
+    middle = decode(data, window)
     assert (middle.frame, middle.position) == (3, slices[3].position)
     np.testing.assert_array_equal(middle.gray, slices[3].gray)
 
