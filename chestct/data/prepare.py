@@ -72,15 +72,15 @@ def located(cfg: Config) -> DataConfig:
 def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
     """Brings the store in `folder` up to date with the sources and opens it.
 
-    Raises DataError where sources are missing or unmapped, where the folder holds something else, where nothing is
-    readable, or where more than data.max_unreadable files cannot be read.
+    Raises DataError where sources are missing or unmapped, where nothing is readable, or where more than
+    data.max_unreadable files cannot be read.
     """
     listing = list_slices(cfg)
     try:
         place = folder.resolve()  # of `.` and `..`, too
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f".{place.name}.lock"):
-            stores.claim(folder)
+            folder.mkdir(exist_ok=True)
             store = _update(cfg, listing, folder, progress)
     except OSError as error:
         raise DataError(
@@ -128,15 +128,12 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
         measured = pool.map(lambda key: _measure(distinct[key], cfg, limits, known.get(key)), distinct)
         facts: dict[str, dict[str, Any]] = {}
         rows: dict[str, int] = {}  # content -> row of the store
-        empty: set[str] = set()  # files whose mask shows nothing
         slices = folder / "slices.partial"
         try:
             with slices.open("wb") as out:  # no memory map: on a full disk it ends in a signal, not in an error
                 progress_bar = steps(measured, "Reading slices", len(distinct), progress)
                 for key, (fact, pixels) in zip(distinct, progress_bar, strict=True):
                     facts[key] = fact
-                    if fact.pop("empty", False):
-                        empty.add(key)
                     if pixels and fact["content"] not in rows:
                         rows[fact["content"]] = len(rows)
                         out.write(pixels)
@@ -170,7 +167,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "unreadable": unreadable,
                 "skipped": listing.skipped + unfit,
                 "disbelieved": units.disbelieved,
-                "notes": [*listing.notes, *units.notes, *lesions.not_shown(manifest, known, empty)],
+                "notes": [*listing.notes, *units.notes, *lesions.not_shown(manifest, known)],
             }
             stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
         finally:
@@ -235,6 +232,5 @@ def _measure(
         **image_statistics(gray),
         **{name: getattr(slice_, name) for name in IDENTIFIERS},
         "lesion": lesions.in_square(mask, as_bytes(gray), square) if mask.any() else b"",
-        "empty": known is not None and not mask.any(),
     }
     return facts, square(gray).tobytes() + thumbnail(gray).tobytes()
