@@ -158,7 +158,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
             manifest = pd.DataFrame(table)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
             copies = find_pairs(thumbs[manifest["row"]], *(manifest[name].tolist() for name in ("content", "source")))
-            units = join(manifest, copies, named, ordered)
+            pairs, groups, disbelieved, notes = join(manifest, copies, named, ordered)
             # Bytes that lack a decoder are tried again: it may have been installed.
             lacking = any(key in hashes for key, fact in facts.items() if not fact.get("lasting", True))
             about = {
@@ -166,10 +166,10 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "files": "" if lacking else made_of,
                 "unreadable": unreadable,
                 "skipped": listing.skipped + unfit,
-                "disbelieved": units.disbelieved,
-                "notes": [*listing.notes, *units.notes, *lesions.not_shown(manifest, known)],
+                "disbelieved": disbelieved,
+                "notes": [*listing.notes, *notes, *lesions.not_shown(manifest, known)],
             }
-            stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
+            stores.write_store(folder, slices, manifest.assign(group=groups), pairs, about)
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -110,25 +109,6 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
         assert status == 2
         assert "hydra.sweep.dir=FOLDER" in err
         assert "Traceback" not in err
-
-
-@pytest.mark.slow
-def test_a_sweep_of_which_no_job_got_beyond_a_misspelt_path_leaves_nothing_but_what_was_there(
-    call, tmp_path, empty_store
-):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    (tmp_path / "named").mkdir()
-    (tmp_path / "named" / "notes.txt").touch()
-    wrong = ("-m", "model.weights=gone", "optim.lr=1,2", "tracking=mlflow", *QUICK)
-    for folder, left in (("named", ["notes.txt"]), ("new", None)):
-        status, out, err = call("train.py", *wrong, f"hydra.sweep.dir={tmp_path / folder}")
-        assert status == 2
-        assert "job 0, 1: model.weights=gone: no such file" in err
-        assert "sweep.csv" not in out
-        assert left == ([path.name for path in (tmp_path / folder).iterdir()] if left else None)
-        assert (tmp_path / folder).exists() == bool(left)
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    assert not client.search_runs([client.get_experiment_by_name("chestct").experiment_id])
 
 
 @pytest.mark.slow
