@@ -17,10 +17,10 @@ from chestct.config.schema import Config, TrackingConfig
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
 from chestct.tracking import stores
-from chestct.tracking.code import code_version
 from chestct.tracking.registry import ALIAS, BUNDLE, client_of, find_run
 from chestct.tracking.stores import first_line, local_uri, prepare, probe, server_uri, store_file
 from chestct.tracking.sync import PARENT, send
+from chestct.version import code_version
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger

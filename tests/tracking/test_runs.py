@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 from chestct import program
 from chestct.config.compose import CONF
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.tracking import code_version, open_run, run_of, sole_writer
+from chestct.tracking import open_run, run_of, sole_writer
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
+from chestct.version import code_version
 from tests.conftest import SMALL
 from tests.tracking.conftest import fit, recorded, runs
 
@@ -210,9 +211,9 @@ def test_the_commit_is_that_of_the_code_and_not_of_the_project_that_it_is_instal
         (tmp_path / name).touch()
     for command in ("init -q", "add tracked.py", "commit -qm x"):
         subprocess.run([*git, *command.split()], check=True)
-    monkeypatch.setattr("chestct.tracking.code.__file__", str(tmp_path / "tracked.py"))
+    monkeypatch.setattr("chestct.version.__file__", str(tmp_path / "tracked.py"))
     assert len(code_version()["git.commit"]) == 40
-    monkeypatch.setattr("chestct.tracking.code.__file__", str(tmp_path / "installed.py"))
+    monkeypatch.setattr("chestct.version.__file__", str(tmp_path / "installed.py"))
     assert code_version() == {}
 
 
