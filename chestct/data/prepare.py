@@ -34,7 +34,7 @@ from chestct.progress import steps
 def prepare_store(cfg: Config, progress: bool = False) -> Store:
     """Brings everything up to date and opens the store; cheap where nothing changed. Raises DataError."""
     data = located(cfg)
-    if draws_phantoms(cfg.data):
+    if data is not cfg.data:
         from chestct.phantom.dataset import write
 
         write(Path(data.sources[PHANTOM].root), cfg.data.phantom, progress)
@@ -46,25 +46,19 @@ def prepared_folder(cfg: Config) -> Path:
     return store_folder(located(cfg), cfg.cache)
 
 
-def draws_phantoms(data: DataConfig) -> bool:
-    """Whether the source, or one of several, is phantoms that nobody has placed anywhere yet."""
-    source = sources_of(data).get(PHANTOM)
-    return source is not None and not source.root
-
-
 def is_synthetic(data: DataConfig) -> bool:
     """Whether all slices are phantoms: what a model reaches on them says nothing about patients."""
     return not any(map(of_patients, sources_of(data)))
 
 
 def located(cfg: Config) -> DataConfig:
-    """The data settings with the root of drawn phantoms filled in: a folder named by their settings."""
-    if not draws_phantoms(cfg.data):
+    """The data settings, with a root for phantoms that have none: a folder named by what is drawn."""
+    sources = sources_of(cfg.data)
+    if PHANTOM not in sources or sources[PHANTOM].root:
         return cfg.data
     from chestct.phantom.dataset import GENERATOR
 
     drawn = str(cfg.cache / "phantom" / json_digest([GENERATOR, dataclasses.asdict(cfg.data.phantom)])[:12])
-    sources = sources_of(cfg.data)
     sources = sources | {PHANTOM: dataclasses.replace(sources[PHANTOM], root=drawn)}
     return dataclasses.replace(cfg.data, sources=sources)
 
