@@ -127,8 +127,9 @@ def in_home(text: str) -> str:
 
 def quoted(key: str, value: str) -> str:
     """An override whose value Hydra's grammar reads as this text, whatever it contains."""
-    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", "\\'")  # other backslashes stand for themselves
-    return f"{key}='{escaped}'"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) -> Config:
