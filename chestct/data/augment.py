@@ -73,9 +73,9 @@ def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:
     if cfg.window:
         steps.append(v2.ColorJitter(brightness=cfg.window, contrast=cfg.window))
     if cfg.gamma:
-        steps.append(Level("gamma", functional.adjust_gamma, lambda: math.exp(_uniform(-cfg.gamma, cfg.gamma))))
+        steps.append(Intensity("gamma", functional.adjust_gamma, lambda: math.exp(_uniform(-cfg.gamma, cfg.gamma))))
     if cfg.noise:
-        steps.append(Level("sigma", functional.gaussian_noise, lambda: _uniform(0, cfg.noise)))
+        steps.append(Intensity("sigma", functional.gaussian_noise, lambda: _uniform(0, cfg.noise)))
     return v2.Compose(steps or [v2.Identity()])
 
 
@@ -93,8 +93,8 @@ class Blur(v2.GaussianBlur):
         return inpt
 
 
-class Level(v2.Transform):
-    """A change of grey levels by one number, which is drawn for each slice; masks stay."""
+class Intensity(v2.Transform):
+    """A change of grey levels by one number that is drawn for each slice; masks stay."""
 
     def __init__(self, name: str, change: Callable[..., torch.Tensor], draw: Callable[[], float]) -> None:
         super().__init__()

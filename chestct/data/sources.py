@@ -119,7 +119,6 @@ class _Source:
                 f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, see `chestct data fetch`, or train on "
                 "phantoms with data=phantom."
             )
-
         if self.source.patient:
             self._check_patients(self.listing.slices[before:])
 
