@@ -112,6 +112,18 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
 
 
 @pytest.mark.slow
+def test_a_sweep_of_which_every_job_failed_alike_says_so_once_and_keeps_its_table(call, tmp_path):
+    folder = tmp_path / "gone"
+    status, _, err = call("train.py", "-m", "model.weights=gone", "optim.lr=1,2", *QUICK, f"hydra.sweep.dir={folder}")
+    assert status == 2
+    assert "2 of 2 jobs failed.\njob 0, 1: model.weights=gone: no such file" in err
+    assert table(folder)["state"].tolist() == ["failed"] * 2
+    status, _, err = call("train.py", "-m", "optim.lr=1,2", *QUICK, f"hydra.sweep.dir={folder}")
+    assert status == 2
+    assert "or remove it, or begin another" in err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_search_goes_on_with_the_trial_it_was_at_and_finds_what_it_would_have_found(
     call, tmp_path, phantoms, cache, signum

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient, pyfunc
@@ -60,10 +61,7 @@ def test_what_a_run_holds_now_is_fetched_and_with_a_full_disk_nothing(small, uri
             facts.write_text(text)
             run.artifacts(tmp_path / "model", "bundle")
             assert Path(fetch_bundle(f"runs:/{run.run_id}", cfg), FACTS).read_text() == text
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", full)
     with pytest.raises(ConfigError, match="No space left"):
         fetch_bundle(f"runs:/{run.run_id}", cfg)
