@@ -235,7 +235,7 @@ class EvaluationConfig:
     novelty: int = setting(0, "pictures of each kind that is no chest CT on which novelty is measured; 0: none", low=0)
     robustness: int = setting(0, "test slices that are scored again after graded changes; 0: none", low=0)
     gallery: int = setting(6, "slices a row of the report's galleries", low=0, high=50)
-    report: bool = setting(True, "after training, write report and bundle; false: metrics only (jobs of a search)")
+    report: bool = setting(True, "after training, test, write report and bundle; false: validate only (for searches)")
 
 
 @dataclass
