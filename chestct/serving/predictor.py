@@ -7,9 +7,8 @@ pixels.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,6 @@ from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import NORMAL, REFUSED, UNCERTAIN, Outputs
 from chestct.serving.prediction import Prediction
-
-BATCH = 16
-"""Slices in one pass of `predict_slices`: enough for an accelerator, few enough to hold."""
 
 COLOR = 0.05
 """Mean chroma (see chestct.imaging.slice.Slice) above which an image is a colour photograph, not CT."""
@@ -125,11 +121,9 @@ class Predictor:
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
             yield self._answers(bundle, [decoded], explain, never)[0]
 
-    def predict_slices(self, slices: Iterable[Slice]) -> Iterator[Prediction]:
-        """The answers for decoded slices with their heat, BATCH at a time, in the same order."""
-        bundle, rest = self.bundle, iter(slices)
-        while batch := list(islice(rest, BATCH)):
-            yield from self._answers(bundle, batch, explain=True, gone=never)
+    def predict_slices(self, slices: list[Slice]) -> list[Prediction]:
+        """The answers for decoded slices with their heat, in one pass of the network."""
+        return self._answers(self.bundle, slices, explain=True, gone=never)
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
@@ -169,7 +163,6 @@ def _prediction(bundle: Bundle, decoded: Slice, place: Placement, answer: Output
         possible=possible,
         novelty=novelty,
         known=pixel_hash(decoded.levels)[:16] in bundle.seen,
-        gray=(decoded.gray * 255 + 0.5).astype(np.uint8),
         heat_grid=None if answer.heat is None else answer.heat[i],
         slice=decoded,
         bundle=bundle.id,

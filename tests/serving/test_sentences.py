@@ -30,7 +30,7 @@ def answer(score: float, decision: str, reason: str = "") -> Prediction:
     gray = np.zeros((100, 100), np.uint8)
     probabilities = {"normal": 1 - score, "cancer": score}
     shown = Slice(gray, "PNG", "L")
-    return Prediction(score, decision, reason, probabilities, ("cancer",), 0.4, False, gray, None, shown, "abc")
+    return Prediction(score, decision, reason, probabilities, ("cancer",), 0.4, False, None, shown, "abc")
 
 
 def test_no_share_is_a_certainty() -> None:
