@@ -124,17 +124,18 @@ def answer_file(predictor: Predictor, file: File, old: Sequence[Row] = ()) -> tu
         if old and all(row["file_hash"] == file_hash and row["frames"] == str(len(old)) for row in old):
             return list(old), True
         with predictor.room(data):
-            rows = [_row(file, one) for one in predictor.predict_frames(data, name=str(file), explain=False)]
+            rows = [row_of(str(file), one) for one in predictor.predict_frames(data, name=str(file), explain=False)]
         return [row | {"file_hash": file_hash, "frames": str(len(rows))} for row in rows], False
     except DecodeError as error:
         row = {"path": cell(str(file)), "decision": "unreadable", "reason": cell(error.reason)}
         return [row | {"bundle": predictor.bundle.id, "file_hash": file_hash}], False
 
 
-def _row(file: File, prediction: Prediction) -> Row:
+def row_of(name: str, prediction: Prediction) -> Row:
+    """The answer for a slice of the file of this name; the file's hash and number of frames are the caller's to add."""
     place = prediction.slice.position  # a float32 of NIfTI in mm, or an integer of up to 10 digits
     return {
-        "path": cell(str(file)),
+        "path": cell(name),
         "frame": str(prediction.slice.frame),
         "score": f"{prediction.score:.6g}",
         "decision": prediction.decision,

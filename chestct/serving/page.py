@@ -26,7 +26,7 @@ from chestct.serving.examples import Example
 from chestct.serving.prediction import jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.reading import Files, Reading, expand, read, scan_of, take
-from chestct.serving.scan import in_order
+from chestct.serving.scan import in_order, place_of
 from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, capped, card_body, caveats, plain
 
 SESSIONS = 64
@@ -130,7 +130,7 @@ def make_page(
             bar = f'<progress max="{len(slices)}" value="{i}" aria-label="Progress"></progress>'
             yield {status: gr.update(value=f'<p role="status">{text}</p>{bar}', visible=True)}
             shown += read(predictor, bundle, name, data, record)
-        shown = in_order(shown, lambda one: one.place)
+        shown = in_order(shown, lambda one: place_of(one.row))
         scan, about = scan_of(shown)
         place = {id(reading): i for i, reading in enumerate(shown, 1)}
         points = [[place[id(one)], one.score, one.decision] for one in scan]
