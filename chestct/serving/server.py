@@ -265,5 +265,5 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("httpx", "uvicorn.error"):
+    for name in ("httpx", "python_multipart", "uvicorn.error"):  # the second quotes what it cannot read
         logging.getLogger(name).setLevel(logging.ERROR)
