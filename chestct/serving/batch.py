@@ -61,21 +61,15 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     files: list[File] = []
     for path in paths:
         try:
-            files += _files_in(path)
+            found: Sequence[File] = entries(path) if path.suffix.lower() == ".zip" else [path]
+            if not found:
+                raise DataError(f"{path} holds 0 files that may be slices. Give another archive, or leave it out.")
+            files += found
         except DataError as error:
             if path in sources:
                 raise
             files.append(BadArchive(path, str(error).removeprefix(f"{path} ")))
     return files, skipped
-
-
-def _files_in(path: Path) -> Sequence[File]:
-    """The path, or of a zip archive its files. Raises DataError."""
-    if path.suffix.lower() != ".zip":
-        return [path]
-    if found := entries(path):
-        return found
-    raise DataError(f"{path} holds 0 files that may be slices. Give another archive, or leave it out.")
 
 
 def predict_files(
