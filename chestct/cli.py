@@ -21,7 +21,6 @@ from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.experiment import evaluate, export, train
 from chestct.files import write_atomic
 from chestct.program import errors_for_people, program
-from chestct.progress import phase
 
 
 @program("serve")
@@ -128,9 +127,8 @@ def predict() -> None:
     predictor = Predictor(
         bundle_folder(given.bundle), backend=given.backend, accelerator=given.accelerator, whole_process=True
     )
-    phase(f"Scoring files ({len(paths):,})")
     try:
-        rows, reused = predict_files(paths, given.out, predictor, progress=sys.stderr.isatty())
+        rows, reused = predict_files(paths, given.out, predictor, progress=True)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
     print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")

@@ -10,7 +10,6 @@ Not hydra-optuna-sweeper: its release needs Optuna 2 and cannot go on with a swe
 import math
 import shlex
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,7 +27,6 @@ from chestct.data.sources import check_roots
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
 from chestct.tracking import Run, open_run, sole_writer
-from chestct.tracking.run import RUN_ID_FILE
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -81,8 +79,6 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
         finally:
             _report(study, cfg.trainer.monitor, fixed, folder, run)
     if errors := _errors(study):
-        if _in_vain(study, folder):
-            _remove(folder, run)
         jobs_of = {text: [str(job) for job in sorted(errors) if errors[job] == text] for text in errors.values()}
         lines = [f"job {', '.join(numbers)}: {text}" for text, numbers in jobs_of.items()]
         raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *lines]))
@@ -129,7 +125,7 @@ def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "Bas
     if study.user_attrs.get("facts", facts) != facts:
         raise ConfigError(
             f"{folder} holds a sweep with other settings, ranges or another seed. Give the same to go on with it, or "
-            "begin another with hydra.sweep.dir=FOLDER."
+            "remove it, or begin another with hydra.sweep.dir=FOLDER."
         )
     if grid and "facts" not in study.user_attrs:  # which stand there once all of them are in
         for values in product(*(distribution.choices for distribution in space.values())):
@@ -195,23 +191,6 @@ def _errors(study: "Study") -> dict[int, str]:
     return {int(key.split()[1]): text for key, text in study.user_attrs.items() if key.startswith("error ")}
 
 
-def _in_vain(study: "Study", folder: Path) -> bool:
-    """Whether every job met its mistake before anything was computed, after which it leaves no folder."""
-    ended = [trial for trial in study.trials if trial.state.is_finished()]
-    return 0 < len(ended) == len(_errors(study)) and not any(folder.glob("[0-9]*"))
-
-
-def _remove(folder: Path, run: Run) -> None:
-    """Takes back what a sweep in vain left, as a single run with the same mistake leaves nothing."""
-    for name in (STUDY, ".lock", RUN_ID_FILE):
-        (folder / name).unlink(missing_ok=True)
-    with suppress(OSError):  # somebody else's files lie there, too
-        folder.rmdir()
-    for one in (run, getattr(run, "copy", run)):  # the second is on a server
-        if one.client and one.client.get_run(one.run_id).info.lifecycle_stage == "active":
-            one.client.delete_run(one.run_id)
-
-
 def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: Run) -> None:
     """Prints the table and the command that makes the winner, and leaves sweep.csv in the folder and in the run.
 
@@ -224,7 +203,7 @@ def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: R
         for trial in study.trials
         if trial.state.is_finished()
     ]
-    if not rows or _in_vain(study, folder):
+    if not rows:
         return
     ascending = study.direction.name == "MINIMIZE"
     table = pd.DataFrame(rows).astype({monitor: float}).sort_values(monitor, ascending=ascending, kind="stable")

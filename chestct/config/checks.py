@@ -85,16 +85,15 @@ def _read_labels(path: Path) -> dict[str, Any]:
     """The table `class folder: label` in a YAML file; `check` looks at the labels."""
     try:
         table = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(table, dict) or not all(
+            isinstance(folder, str) and isinstance(label, str | None) for folder, label in table.items()
+        ):
+            raise ValueError("no table of folders and labels, whose names are text")
     except Exception as error:  # whatever a YAML parser can say
-        table = str(error)
-    if not isinstance(table, dict) or not all(
-        isinstance(folder, str) and isinstance(label, str | None) for folder, label in table.items()
-    ):
-        problem = table if isinstance(table, str) else "no table of folders and labels, whose names are text"
         raise ConfigError(
-            f"data.labels_file={path} cannot be read: {problem}. Write one line a class folder, as in\n\n"
+            f"data.labels_file={path} cannot be read: {error}. Write one line a class folder, as in\n\n"
             '"Class A (new)": normal\n"Class B": cancer'
-        )
+        ) from None
     return cast(dict[str, Any], table)
 
 

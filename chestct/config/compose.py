@@ -1,4 +1,4 @@
-"""How Hydra's files in conf/ and the overrides of a command become a `Config`, and the files that follow from both."""
+"""How Hydra's files in conf/ and the overrides of a command become a `Config`, and what follows from both."""
 
 import dataclasses
 import json
@@ -19,9 +19,6 @@ from chestct.files import write_atomic
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE / "conf")
 """Hydra's files: at the top of the repository; inside the package where it was installed from a wheel."""
-
-DEFAULTS = CONF / "defaults.yaml"
-HEAD = "# Every setting, its value where no file of a group sets another, and its meaning. Made by `make params`.\n"
 
 PIPELINE = "params"  # name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes
 PARTS = ["callbacks", "trainer.args", "loggers"]
@@ -130,8 +127,9 @@ def in_home(text: str) -> str:
 
 def quoted(key: str, value: str) -> str:
     """An override whose value Hydra's grammar reads as this text, whatever it contains."""
-    escaped = re.sub(r"(\\+)(?='|\Z)", r"\1\1", value).replace("'", "\\'")  # other backslashes stand for themselves
-    return f"{key}='{escaped}'"
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return f"{key}={QuotedString(value, Quote.single).with_quotes()}"
 
 
 def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) -> Config:
@@ -212,15 +210,10 @@ def as_yaml(group: Any = Config, indent: str = "") -> str:
     return text
 
 
-def derived_files() -> Iterator[tuple[Path, str]]:
-    """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml.
-
-    Write each before the next is asked for, which is composed on top of it.
-    """
-    yield DEFAULTS, HEAD + as_yaml()
-    yield CONF.parent / "params.yaml", OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it
+def params_yaml() -> str:
+    """DVC's params.yaml, as it follows from the schema and conf/, and as DVC writes it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(compose()))
 
 
 if __name__ == "__main__":  # `make params`
-    for derived, text in derived_files():
-        write_atomic(derived, text)
+    write_atomic(CONF.parent / "params.yaml", params_yaml())

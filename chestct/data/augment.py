@@ -8,7 +8,7 @@ the numbers that torchvision draws (`draw_changes`) and changes whole batches (`
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,9 +73,9 @@ def transforms(cfg: AugmentConfig, side: int) -> v2.Compose:
     if cfg.window:
         steps.append(v2.ColorJitter(brightness=cfg.window, contrast=cfg.window))
     if cfg.gamma:
-        steps.append(Gamma(cfg.gamma))
+        steps.append(Intensity("gamma", functional.adjust_gamma, lambda: math.exp(_uniform(-cfg.gamma, cfg.gamma))))
     if cfg.noise:
-        steps.append(Noise(cfg.noise))
+        steps.append(Intensity("sigma", functional.gaussian_noise, lambda: _uniform(0, cfg.noise)))
     return v2.Compose(steps or [v2.Identity()])
 
 
@@ -93,32 +93,18 @@ class Blur(v2.GaussianBlur):
         return inpt
 
 
-class Gamma(v2.Transform):
-    """The power of a slice whose logarithm is drawn from [-most, most]; masks stay."""
+class Intensity(v2.Transform):
+    """A change of grey levels by one number that is drawn for each slice; masks stay."""
 
-    def __init__(self, most: float) -> None:
+    def __init__(self, name: str, change: Callable[..., torch.Tensor], draw: Callable[[], float]) -> None:
         super().__init__()
-        self.most = most
+        self.name, self.change, self.draw = name, change, draw
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, float]:
-        return {"gamma": math.exp(_uniform(-self.most, self.most))}
+        return {self.name: self.draw()}
 
     def transform(self, inpt: torch.Tensor, params: dict[str, float]) -> torch.Tensor:
-        return inpt if isinstance(inpt, tv_tensors.Mask) else functional.adjust_gamma(inpt, **params)
-
-
-class Noise(v2.Transform):
-    """Noise whose standard deviation is drawn from [0, most]; masks stay."""
-
-    def __init__(self, most: float) -> None:
-        super().__init__()
-        self.most = most
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, float]:
-        return {"sigma": _uniform(0, self.most)}
-
-    def transform(self, inpt: torch.Tensor, params: dict[str, float]) -> torch.Tensor:
-        return inpt if isinstance(inpt, tv_tensors.Mask) else functional.gaussian_noise(inpt, **params)
+        return inpt if isinstance(inpt, tv_tensors.Mask) else self.change(inpt, **params)
 
 
 NEUTRAL = {
@@ -160,7 +146,7 @@ def _drawn(step: v2.Transform, image: list[torch.Tensor], side: int) -> dict[str
         order = drawn["fn_idx"].tolist()
         values = {name: drawn[f"{name}_factor"] for name in ("brightness", "contrast")}
         return values | {"contrast_first": float(order.index(1) < order.index(0))}
-    return {"noise": drawn["sigma"]} if isinstance(step, Noise) else drawn
+    return {"noise": drawn["sigma"]} if "sigma" in drawn else drawn
 
 
 def _origin(

@@ -4,7 +4,7 @@ They go through the same crop as their slice and end as one mask of the square, 
 head that judges places learns from, and what an evaluation points at.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -68,10 +68,8 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
     if not path.is_file():
         raise DataError(f"{setting}: there is no file {path}. Give its path below the source's root, or leave it out.")
     try:
-        table = pd.read_csv(path, encoding="utf-8")
-        if missing := set(COLUMNS) - set(table):
-            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
-        table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], float))
+        types = {"file": str} | dict.fromkeys(COLUMNS[1:], float)
+        table = pd.read_csv(path, usecols=COLUMNS, dtype=types)[COLUMNS]
         for columns, outwards in ((COLUMNS[1:3], np.floor), (COLUMNS[3:], np.ceil)):
             table[columns] = outwards(table[columns])
         table = table.astype(dict.fromkeys(COLUMNS[1:], int))
@@ -126,19 +124,14 @@ def unpack(lesion: bytes, size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(lesion, np.uint8), count=size * size).reshape(size, size).astype(bool)
 
 
-def not_shown(manifest: pd.DataFrame, known: Mapping[str, Known], empty: Collection[str]) -> list[str]:
+def not_shown(manifest: pd.DataFrame, known: Mapping[str, Known]) -> list[str]:
     """A sentence for each source with slices whose masks are empty, or whose known lesions the crop leaves out.
 
-    known: by the files' hash; empty: the hashes of those whose mask shows nothing.
+    known: by the files' hash.
     """
     cancers = manifest[manifest["file_hash"].isin(known.keys()) & (manifest["label"] == "cancer")]
-    sentences = []
-    for (source, shows_none), rows in cancers[cancers["lesion"] == b""].groupby(
-        ["source", cancers["file_hash"].isin(empty)], sort=False
-    ):
-        where = "mask is empty" if shows_none else "lesion lies outside of what data.fit shows"
-        sentences.append(
-            f"In {len(rows)} slices of {source} the {where}: where it is counts as not known. For example "
-            f"{rows['path'].iat[0]}."
-        )
-    return sentences
+    return [
+        f"In {len(rows)} slices of {source} the mask is empty, or the lesion lies outside of what data.fit shows: "
+        f"where it is counts as not known. For example {rows['path'].iat[0]}."
+        for source, rows in cancers[cancers["lesion"] == b""].groupby("source", sort=False)
+    ]

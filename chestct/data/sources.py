@@ -119,7 +119,6 @@ class _Source:
                 f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, see `chestct data fetch`, or train on "
                 "phantoms with data=phantom."
             )
-
         if self.source.patient:
             self._check_patients(self.listing.slices[before:])
 
@@ -157,7 +156,6 @@ class _Source:
             if not reason and path != self.root / self.source.boxes:
                 match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
-                patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
                 row = SliceFile(name, self.name, str(self.root), split, subtype, label, patient)
                 self.listing.slices.append(row)
 

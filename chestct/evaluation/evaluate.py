@@ -40,8 +40,7 @@ from chestct.models.saliency import normal_cam
 from chestct.models.vgg16 import pick_device
 from chestct.stats import drift
 from chestct.stats.metrics import Estimate, auroc_difference, measure
-from chestct.tracking import code_version
-from chestct.version import __version__
+from chestct.version import __version__, code_version
 
 FOLDERS = re.compile(r"(?:(?<![\w./:~])|(?<=:///)|(?<=file:)|(?<=file://))/(?:[^,\]}'\"/]+/)+")
 """Of an absolute path, by itself or in sqlite:////PATH or file:///PATH: all but its last part."""

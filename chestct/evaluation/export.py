@@ -8,7 +8,7 @@ from chestct.config.schema import classes_of
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle, save_bundle
-from chestct.tracking import code_version
+from chestct.version import code_version
 
 
 def export(evaluation: Evaluation, folder: Path, card: str) -> Bundle:

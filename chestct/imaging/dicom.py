@@ -38,9 +38,7 @@ MAX_RLE_BYTES = 1 << 24  # of one frame: every two can stand for 128, expanded b
 MAX_TILES = 4096  # of a JPEG 2000 frame: the decoder keeps several kB for each before it reads any
 MAX_SCANS = 100  # of a JPEG frame: each costs a pass over the whole of it
 
-AXIAL = (
-    0.8  # cosine of the angle to the patient's axis beyond which a slice is not axial; gantries tilt up to 30 degrees
-)
+AXIAL = 0.8  # cosine of the angle to the patient's axis from which a slice is axial; gantries tilt up to 30 degrees
 
 SCAN, CODESTREAM = b"\xff\xda", b"\xff\x4f\xff\x51"
 FRAME_HEADER = re.compile(rb"\xff[\xc0-\xc3\xc5-\xc7\xc9-\xcb\xcd-\xcf\xf7](.{8})", re.DOTALL)

@@ -1,11 +1,11 @@
 """PNG, JPEG, TIFF, BMP and WebP to slices. Pillow decodes; what a header may make it do is bounded here.
 
-Pillow acts on headers as it opens a file: it allocates a WebP's canvas and reads metadata that a few bytes can make as
-large as memory. So each file is opened by the class of its own format (`Image.open` warns about large images and tries
-other formats), through a `BudgetedFile`, and its size is checked before its pixels are decoded.
+Pillow acts on headers as it opens a file: it reads metadata that a few bytes can make as large as memory. So each file
+is opened by the class of its own format (`Image.open` warns about large images and tries other formats), through a
+`BudgetedFile`, and its size is checked before its pixels are decoded. (A WebP's canvas is allocated as it is opened,
+but its pages are touched only then.)
 """
 
-import struct
 from collections.abc import Iterator
 from itertools import count
 from typing import Any
@@ -70,8 +70,6 @@ def _pages(data: bytes, format: str, limits: Limits) -> Iterator[ImageFile]:
     """
     if format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
         raise RefusedError(f"more than {MAX_SCANS} scans")
-    if format == "WEBP":
-        limits.check(*webp_size(data))
     file = BudgetedFile(data, MAX_READS)
     file.bytes_left = MAX_TIFF_METADATA if format == "TIFF" else None
     with OPENERS[format](file) as image:
@@ -163,15 +161,3 @@ def _exif(data: bytes) -> Image.Exif:
     file.bytes_left = 2 * len(data) + 1024
     exif.load_from_fp(file)
     return exif
-
-
-def webp_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WebP canvas (RFC 9649), which the decoder allocates as soon as it opens the file."""
-    kind = data[12:16]
-    if kind == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = struct.unpack_from("<HH", data.ljust(30, b"\0"), 26)
-    return width & 0x3FFF, height & 0x3FFF

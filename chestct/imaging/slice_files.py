@@ -4,12 +4,12 @@ What a file is, its content says, so extensions do not matter. Only what operati
 leave behind is known by its name; it is skipped with its reason, never read and never an error.
 """
 
-import errno
 import io
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from zipfile import ZipFile, ZipInfo
 
@@ -61,20 +61,20 @@ def is_slice_name(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file in a zip archive. It is read in memory, where a name can lead nowhere."""
+    """A file in a zip archive, which is on disk or in memory. It is read in memory, where a name can lead nowhere."""
 
-    archive: ZipFile
+    archive: Path | ZipFile
     info: ZipInfo
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.archive.filename, self.info.filename)))
+        return f"{self.archive}/{self.info.filename}" if isinstance(self.archive, Path) else self.info.filename
 
     def read(self, max_bytes: int) -> bytes:
         """Raises DecodeError. zipfile gives no more bytes than an entry announces."""
         if self.info.file_size > max_bytes:
             raise DecodeError(str(self), f"{self.info.file_size:,} bytes; data.max_bytes allows {max_bytes:,}")
         try:
-            return self.archive.read(self.info)
+            return _opened(self.archive).read(self.info)
         except Exception as error:  # whatever wrong bytes lead zipfile and zlib to
             raise DecodeError(str(self), f"cannot be taken from the zip archive ({error})") from None
 
@@ -97,37 +97,27 @@ class BadArchive:
 File = Path | Entry | BadArchive
 
 
-class _Reopened(io.RawIOBase):
-    """A file that is open only while it is read: systems limit how many a program may hold, macOS to 256."""
-
-    def __init__(self, path: Path) -> None:
-        self.name, self._path, self._at = str(path), path, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._path.stat().st_size}[whence]
-        if self._at < 0:
-            raise OSError(errno.EINVAL, "before the start of the file")
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        with self._path.open("rb") as file:
-            file.seek(self._at)
-            data = file.read(size)
-        self._at += len(data)
-        return data
-
-
 def entries(source: Path | bytes) -> list[Entry]:
     """The files of a zip archive that may be slices, by their names alone. Raises DataError."""
     try:
-        archive = ZipFile(io.BytesIO(source) if isinstance(source, bytes) else _Reopened(source))
-        return [Entry(archive, info) for info in archive.infolist() if is_slice_name(info.filename)]
+        archive = source if isinstance(source, Path) else ZipFile(io.BytesIO(source))
+        return [Entry(archive, info) for info in _opened(archive).infolist() if is_slice_name(info.filename)]
     except Exception as error:  # as above
         name = "The upload" if isinstance(source, bytes) else source
         raise DataError(f"{name} cannot be opened as a zip archive: {error}. Make it again, or unpack it.") from None
+
+
+def _opened(archive: Path | ZipFile) -> ZipFile:
+    if isinstance(archive, ZipFile):
+        return archive
+    if not archive.is_file():  # opening a pipe would wait
+        raise OSError("not a regular file")
+    return _on_disk(archive, archive.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)  # systems limit how many files a program may hold open, macOS to 256
+def _on_disk(path: Path, modified: int) -> ZipFile:
+    return ZipFile(path)
 
 
 def fail(error: OSError) -> None:

@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from chestct.errors import ChestCTError, ConfigError, DataError, DecodeError
 from chestct.files import digest, write_atomic
 from chestct.imaging.decode import read
 from chestct.imaging.slice_files import BadArchive, File, describe_skipped, entries, walk
+from chestct.progress import steps
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
 from chestct.serving.scan import Row, in_order, place_of
@@ -34,9 +33,6 @@ FIRST, LAST = (
     ["novelty", "known", "bundle", "file_hash", "frames", "series", "position"],
 )
 
-MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
-"""Files in a zip archive, and the bytes that all of them together announce, beyond which it is not opened."""
-
 
 def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
     """The files given and those in folders and zip archives, none twice; and (name, reason) of each that was skipped.
@@ -44,10 +40,8 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     out: the table, which is no slice. Raises ConfigError where it names a folder or a device, DataError where something
     given is not there or a bad archive, or where there is no file.
     """
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder. Give a file in it.")
     if out.exists() and not out.is_file():
-        raise ConfigError(f"--out {out} is no regular file, and would be replaced by one. Give another name.")
+        raise ConfigError(f"--out {out} is no regular file. Give another name.")
     own = {os.path.abspath(part) for part in (out, f"{out}.partial", out.with_suffix(".scans.json"))}  # noqa: PTH100  Path.resolve would follow links
     paths: dict[Path, None] = {}
     skipped: list[tuple[str, str]] = []
@@ -67,26 +61,15 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     files: list[File] = []
     for path in paths:
         try:
-            files += _files_in(path)
+            found: Sequence[File] = entries(path) if path.suffix.lower() == ".zip" else [path]
+            if not found:
+                raise DataError(f"{path} holds 0 files that may be slices. Give another archive, or leave it out.")
+            files += found
         except DataError as error:
             if path in sources:
                 raise
             files.append(BadArchive(path, str(error).removeprefix(f"{path} ")))
     return files, skipped
-
-
-def _files_in(path: Path) -> Sequence[File]:
-    """The path, or of a zip archive its files. Raises DataError."""
-    if path.suffix.lower() != ".zip":
-        return [path]
-    found = entries(path)
-    size = sum(entry.info.file_size for entry in found)
-    if not found or len(found) > MAX_ENTRIES or size > MAX_INFLATED:
-        raise DataError(
-            f"{path} holds {len(found):,} files that may be slices, {size:,} bytes in all; it takes at least one, at "
-            f"most {MAX_ENTRIES:,} files and {MAX_INFLATED:,} bytes. Unpack what is wanted of it, and give the folder."
-        )
-    return found
 
 
 def predict_files(
@@ -107,9 +90,8 @@ def predict_files(
         earlier = {path: rows for path, rows in known.items() if rows[0]["bundle"] == predictor.bundle.id}
         write_atomic(partial, _as_csv(columns, [row for rows in earlier.values() for row in rows]))
         answers = pool.map(lambda file: answer_file(predictor, file, earlier.get(cell(str(file)), [])), files)
-        shown = track(answers, "files", len(files), console=Console(stderr=True), disable=not progress)
         with partial.open("a", encoding="utf-8", newline="") as opened:
-            for answered, are_old in shown:
+            for answered, are_old in steps(answers, "Scoring files", len(files), progress):
                 rows += answered
                 reused += are_old
                 if not are_old:
@@ -136,17 +118,18 @@ def answer_file(predictor: Predictor, file: File, old: Sequence[Row] = ()) -> tu
         if old and all(row["file_hash"] == file_hash and row["frames"] == str(len(old)) for row in old):
             return list(old), True
         with predictor.room(data):
-            rows = [_row(file, one) for one in predictor.predict_frames(data, name=str(file), explain=False)]
+            rows = [row_of(str(file), one) for one in predictor.predict_frames(data, name=str(file), explain=False)]
         return [row | {"file_hash": file_hash, "frames": str(len(rows))} for row in rows], False
     except DecodeError as error:
         row = {"path": cell(str(file)), "decision": "unreadable", "reason": cell(error.reason)}
         return [row | {"bundle": predictor.bundle.id, "file_hash": file_hash}], False
 
 
-def _row(file: File, prediction: Prediction) -> Row:
+def row_of(name: str, prediction: Prediction) -> Row:
+    """The answer for a slice of the file of this name; the file's hash and number of frames are the caller's to add."""
     place = prediction.slice.position  # a float32 of NIfTI in mm, or an integer of up to 10 digits
     return {
-        "path": cell(str(file)),
+        "path": cell(name),
         "frame": str(prediction.slice.frame),
         "score": f"{prediction.score:.6g}",
         "decision": prediction.decision,
@@ -178,7 +161,7 @@ def _as_csv(columns: list[str], rows: list[Row], header: bool = True) -> str:
 
 
 def _read_table(path: Path, columns: list[str]) -> dict[str, list[Row]]:
-    """The rows of a table by file, without those that are torn or of no answer; of two of a frame the later counts.
+    """The rows of a table by file, without those that are torn or of no answer.
 
     There are none where the columns are others: they went, or are of another bundle.
     """
@@ -193,11 +176,11 @@ def _read_table(path: Path, columns: list[str]) -> dict[str, list[Row]]:
         raise ChestCTError(f"{path} is there and is no table of this program. Choose another --out, or remove it.")
     if header != columns:
         return {}
-    table: dict[str, dict[str, Row]] = {}
+    table: dict[str, list[Row]] = {}
     for row in (dict(zip(header, line, strict=True)) for line in values if len(line) == len(header)):
         if _has_numbers(row):
-            table.setdefault(row["path"], {})[row["frame"]] = row
-    return {file: list(frames.values()) for file, frames in table.items()}
+            table.setdefault(row["path"], []).append(row)
+    return table
 
 
 def _has_numbers(row: Row) -> bool:

@@ -18,12 +18,14 @@ from chestct.imaging.slice import Slice, windowed
 from chestct.models.bundle import Bundle
 from chestct.serving.batch import THREADS, answer_file, find_files
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
-from chestct.serving.predictor import BATCH, Predictor
+from chestct.serving.predictor import Predictor
 from chestct.serving.scan import Scan, scans_in
+
+BATCH = 16
+"""Slices in one pass of the network: enough for an accelerator, few enough to hold."""
 
 Source = str | Path | bytes | np.ndarray
 """A slice: a file's path, a file's bytes, or an array, see `Model.predict`."""
-
 
 ELSEWHERE = ("models:/", "runs:/", "hf://")
 """How the names of bundles begin that lie in MLflow or on the hub."""
@@ -62,7 +64,7 @@ class Model:
         """
         read = partial(_slice, window=self.bundle.window, spacing=spacing)
         if isinstance(source, str | Path | bytes | np.ndarray):
-            return next(self.predictor.predict_slices([read(source)]))
+            return self.predictor.predict_slices([read(source)])[0]
         answers: list[Prediction] = []
         with ThreadPoolExecutor(4) as pool:  # decoders let go of the interpreter
             for at in range(0, len(source), BATCH):

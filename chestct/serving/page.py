@@ -13,8 +13,6 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from gradio.route_utils import FnIndexInferError
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -28,7 +26,7 @@ from chestct.serving.examples import Example
 from chestct.serving.prediction import jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.reading import Files, Reading, expand, read, scan_of, take
-from chestct.serving.scan import in_order
+from chestct.serving.scan import in_order, place_of
 from chestct.serving.sentences import HEADLINES, HEAT, NOTICE, capped, card_body, caveats, plain
 
 SESSIONS = 64
@@ -96,17 +94,15 @@ def make_page_app(
         enable_monitoring=False,
         show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
         max_file_size=cfg.max_upload_bytes,
-        app_kwargs={
-            "exception_handlers": dict.fromkeys((RequestValidationError, KeyError, FnIndexInferError), _unreadable)
-        },
+        app_kwargs={"exception_handlers": {KeyError: _no_such_function}},
         theme=THEME,
         css=CSS,
     )
 
 
-async def _unreadable(_: Request, error: Exception) -> Response:
-    """Gradio's own answers quote the request, which fails over NaN, and an unknown function is a failure to it."""
-    return JSONResponse({"error": "The request cannot be understood: no such function, or a wrong value."}, 422)
+async def _no_such_function(_: Request, error: Exception) -> Response:
+    """To Gradio, a request for a function that the page does not have is a failure of its own."""
+    return JSONResponse({"error": "The request cannot be understood: no such function."}, 422)
 
 
 def make_page(
@@ -116,7 +112,7 @@ def make_page(
 
     def look(files: list[dict[str, Any]]) -> Iterator[dict[Any, Any]]:
         try:
-            yield from read_and_show(take(files, uploads, cfg.max_slices, cfg.max_upload_bytes), on_answer)
+            yield from read_and_show(take(files, uploads, cfg.max_upload_bytes), on_answer)
         except ChestCTError as error:
             alert = f'<p role="alert"><b>That did not work.</b> {escape(str(error))}</p>'
             yield {status: gr.update(value=alert, visible=True), box: None}
@@ -134,7 +130,7 @@ def make_page(
             bar = f'<progress max="{len(slices)}" value="{i}" aria-label="Progress"></progress>'
             yield {status: gr.update(value=f'<p role="status">{text}</p>{bar}', visible=True)}
             shown += read(predictor, bundle, name, data, record)
-        shown = in_order(shown, lambda one: one.place)
+        shown = in_order(shown, lambda one: place_of(one.row))
         scan, about = scan_of(shown)
         place = {id(reading): i for i, reading in enumerate(shown, 1)}
         points = [[place[id(one)], one.score, one.decision] for one in scan]

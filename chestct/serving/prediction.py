@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from chestct.imaging.preprocess import Placement
+from chestct.imaging.preprocess import Placement, as_bytes
 from chestct.imaging.slice import Slice
 from chestct.models.operating_point import UNCERTAIN
 from chestct.models.saliency import blend, heat_to_slice
@@ -36,12 +36,16 @@ class Prediction:
     possible: tuple[str, ...]  # conformal set: classes that cannot be excluded at the bundle's coverage
     novelty: float  # distance to the training data; uncertain above 1, refused above FOREIGN
     known: bool  # whether this very slice was in train or valid
-    gray: np.ndarray  # uint8 [H, W], as decoded
     heat_grid: np.ndarray | None  # float32 [h, w] in [0, 1], heat at the network's resolution; None without `explain`
     slice: Slice
     bundle: str  # id of the bundle that answered
     caveat: str = ""  # how the recipe did in collections that it had not seen, "" where that is not known
     place: Placement | None = None  # where the slice lies under the grid; None without one
+
+    @cached_property
+    def gray(self) -> np.ndarray:
+        """The slice as it was decoded, uint8 [H, W]."""
+        return as_bytes(self.slice.gray)
 
     @cached_property
     def heat(self) -> np.ndarray | None:

@@ -7,9 +7,8 @@ pixels.
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,22 +24,21 @@ from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import NORMAL, REFUSED, UNCERTAIN, Outputs
 from chestct.serving.prediction import Prediction
 
-BATCH = 16
-"""Slices in one pass of `predict_slices`: enough for an accelerator, few enough to hold."""
-
 COLOR = 0.05
 """Mean chroma (see chestct.imaging.slice.Slice) above which an image is a colour photograph, not CT."""
 
 SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""
 
-NEVER = threading.Event()
-"""A request that nobody cancels."""
-
 Gone = Callable[[], bool]
 """Whether nobody waits for an answer any more."""
 
 OnAnswer = Callable[[Prediction], None]
+
+
+def never() -> bool:
+    """Of a request that nobody gives up."""
+    return False
 
 
 class Predictor:
@@ -70,18 +68,18 @@ class Predictor:
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
 
     @contextmanager
-    def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[Gone]:
+    def room(self, data: bytes, hung_up: Gone = never) -> Iterator[Gone]:
         """Waits until there is room for a frame of this file, and holds it: predict, draw and drop the arrays within.
 
-        Gives whether the request was cancelled, or has waited for longer than `seconds` by now. Raises DecodeError
-        where the file's header is wrong or announces more than `limits`, and BusyError.
+        Gives whether the client has hung up, or the request has waited for longer than `seconds` by now. Raises
+        DecodeError where the file's header is wrong or announces more than `limits`, and BusyError.
         """
         size = declared_size(data, self.limits, name="file")
         pixels = min(self.pixels, size.width * size.height)
         ends = time.monotonic() + self.seconds
 
         def gone() -> bool:
-            return cancelled.is_set() or time.monotonic() > ends
+            return hung_up() or time.monotonic() > ends
 
         with self._pixels_changed:
             while self._free_pixels < pixels:
@@ -102,7 +100,7 @@ class Predictor:
         *,
         name: str | None = None,
         explain: bool = True,
-        gone: Gone = NEVER.is_set,
+        gone: Gone = never,
     ) -> Prediction:
         """The answer for a file; of one with several frames, for the one that `decode` chooses.
 
@@ -121,13 +119,11 @@ class Predictor:
         """
         bundle = bundle or self.bundle
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
-            yield self._answers(bundle, [decoded], explain, NEVER.is_set)[0]
+            yield self._answers(bundle, [decoded], explain, never)[0]
 
-    def predict_slices(self, slices: Iterable[Slice]) -> Iterator[Prediction]:
-        """The answers for decoded slices with their heat, BATCH at a time, in the same order."""
-        bundle, rest = self.bundle, iter(slices)
-        while batch := list(islice(rest, BATCH)):
-            yield from self._answers(bundle, batch, explain=True, gone=NEVER.is_set)
+    def predict_slices(self, slices: list[Slice]) -> list[Prediction]:
+        """The answers for decoded slices with their heat, in one pass of the network."""
+        return self._answers(self.bundle, slices, explain=True, gone=never)
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""
@@ -167,7 +163,6 @@ def _prediction(bundle: Bundle, decoded: Slice, place: Placement, answer: Output
         possible=possible,
         novelty=novelty,
         known=pixel_hash(decoded.levels)[:16] in bundle.seen,
-        gray=(decoded.gray * 255 + 0.5).astype(np.uint8),
         heat_grid=None if answer.heat is None else answer.heat[i],
         slice=decoded,
         bundle=bundle.id,

@@ -15,13 +15,13 @@ from PIL import Image
 from chestct.errors import ChestCTError, DataError, DecodeError
 from chestct.files import digest
 from chestct.imaging.decode import declared_size
-from chestct.imaging.slice import Position
 from chestct.imaging.slice_files import entries
 from chestct.models.bundle import Bundle
 from chestct.serving.api import UploadError
+from chestct.serving.batch import row_of
 from chestct.serving.prediction import Prediction, jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
-from chestct.serving.scan import BEST, FEWEST, VALIDATION, by_series, placed, scan_score
+from chestct.serving.scan import BEST, VALIDATION, Row, scans_in
 from chestct.serving.sentences import explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
@@ -33,10 +33,10 @@ Files = list[tuple[str, Content]]
 """(name, content); names are as their owner calls them: shown to them, never logged."""
 
 
-def take(files: list[dict[str, Any]], folder: Path, max_files: int, max_bytes: int) -> Files:
+def take(files: list[dict[str, Any]], folder: Path, max_bytes: int) -> Files:
     """The uploads that Gradio names by `path` and `orig_name`; the folder has them no longer. Raises UploadError.
 
-    max_files, max_bytes: all together; a client may list one upload many times, or several that were sent one by one.
+    max_bytes: all together; a client may list one upload many times, or several that were sent one by one.
     """
     paths = [Path(str(file.get("path") if isinstance(file, dict) else "")) for file in files or []]
     if any(path.parent != folder for path in paths):
@@ -44,9 +44,6 @@ def take(files: list[dict[str, Any]], folder: Path, max_files: int, max_bytes: i
     try:
         if not paths:
             raise UploadError("No file came with it. Choose at least one.")
-        if len(set(paths)) < len(paths):
-            raise UploadError("The same upload is listed twice. Choose each file once.")
-        _check_count(len(paths), max_files)
         if sum(path.stat().st_size for path in paths) > max_bytes:
             raise UploadError(f"These are more than {max_bytes:,} bytes. Send fewer files at once.")
         names = [str(file.get("orig_name") or "unnamed") for file in files]
@@ -119,15 +116,20 @@ class Reading:
     """What is shown of one slice. Texts are Markdown, pictures data URIs or "" for none."""
 
     name: str
-    decision: str  # as in Prediction, or unreadable
+    row: Row  # as in the table of `chestct predict`
     verdict: str
     why: str = ""
-    score: float = 0.0
     threshold: float = 0.0
     slice: str = ""
     heat: str = ""
-    place: Position | None = None  # in its series
-    key: tuple[str, int] = ("", 0)  # digest of the file, and frame
+
+    @property
+    def decision(self) -> str:
+        return self.row["decision"]
+
+    @property
+    def score(self) -> float:
+        return float(self.row.get("score", 0))
 
     @property
     def suspicion(self) -> tuple[int, float]:
@@ -162,32 +164,29 @@ def read(
     except Exception:
         logger.exception("an answer failed")
         message = "Something went wrong with this file on our side. It was noted in the log."
-    return [*readings, Reading(name, "unreadable", plain(message))]
+    return [*readings, Reading(name, {"decision": "unreadable"}, plain(message))]
 
 
 def _reading(bundle: Bundle, name: str, prediction: Prediction, file_hash: str) -> Reading:
-    heat, decoded = prediction.overlay(), prediction.slice
+    heat = prediction.overlay()
     return Reading(
         name,
-        prediction.decision,
+        row_of(name, prediction) | {"file_hash": file_hash},
         verdict(prediction, bundle),
         explanation(prediction, bundle),
-        prediction.score,
         bundle.point.threshold,
         jpeg_uri(Image.fromarray(prediction.gray)),
         jpeg_uri(heat) if heat else "",
-        placed(decoded.series, decoded.position),
-        (file_hash, decoded.frame),
     )
 
 
 def scan_of(readings: list[Reading]) -> tuple[list[Reading], str]:
     """The answered slices of the series with most of them, and what is said of it; none and "" where it is no scan."""
-    answered = [reading for reading in readings if reading.suspicion[0] == 2]
-    scan = max(by_series(answered, lambda one: one.place, lambda one: one.key), key=len, default=[])
-    if len(scan) < FEWEST:
+    scan = max(scans_in(reading.row for reading in readings), key=lambda scan: len(scan.answered), default=None)
+    if not scan or scan.left_out:
         return [], ""
-    score = scan_score([reading.score for reading in scan])
-    others = len(readings) - len(scan)
+    rows = {id(row) for row in scan.answered}
+    others = len(readings) - len(rows)
     rest = f" {others} other images are left out of it." if others else ""
-    return scan, f"Scan of {len(scan)} slices, score {score:.2f}: the mean of its {BEST} highest.{rest} {VALIDATION}"
+    about = f"Scan of {len(rows)} slices, score {scan.score:.2f}: the mean of its {BEST} highest.{rest} {VALIDATION}"
+    return [reading for reading in readings if id(reading.row) in rows], about

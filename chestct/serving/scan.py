@@ -6,7 +6,7 @@ the mean over all would drown it. docs/scans.md says how BEST was chosen, and on
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,8 +22,8 @@ FEWEST = 5
 SHOWN = 5
 """Most suspicious slices that are named."""
 
-PRINTED = 10
-"""Scans, and series that are none, with a line of their own in what is printed."""
+PRINTED = 20
+"""Scans, and behind them series that are none, with a line of their own in what is printed."""
 
 VALIDATION = (
     "Not validated for patients, and no decision: the order of scans was right in 0.86 [0.57, 1.00] (AUROC) of pairs "
@@ -62,7 +62,7 @@ class Scan:
     def score(self) -> float | None:
         """Mean of the BEST highest scores, in [0, 1]; None for what is left out. It ranks scans and is calibrated for
         none: the slices' calibration does not hold for the highest of many."""
-        return None if self.left_out else scan_score([float(row["score"]) for row in self.answered])
+        return None if self.left_out else sum(float(row["score"]) for row in self.answered[:BEST]) / BEST
 
     def as_dict(self) -> dict[str, Any]:
         """As plain JSON, with the score of each slice in the order of the scan."""
@@ -99,11 +99,6 @@ class Scan:
         return f"{self}\n{VALIDATION} {NOT_MEDICAL}"
 
 
-def scan_score(scores: list[float]) -> float:
-    """Mean of the BEST highest scores of a scan's slices."""
-    return sum(sorted(scores)[-BEST:]) / BEST
-
-
 def in_order(slices: Iterable[T], place: Callable[[T], Position | None]) -> list[T]:
     """The slices of each series together, where its first one was, by position and never by name; others stay."""
     listed, first, keys = list(slices), dict[str, int](), []
@@ -113,40 +108,28 @@ def in_order(slices: Iterable[T], place: Callable[[T], Position | None]) -> list
     return [listed[i] for *_, i in sorted(keys)]
 
 
-def placed(series: str, position: Position | None) -> Position | None:
-    """Where a slice comes in its series: last, where its position is not known; nowhere without a series."""
-    return (position or (series, "unknown", 0.0)) if series else None  # mm, number, unknown: as the alphabet has them
-
-
 def place_of(row: Row) -> Position | None:
-    """The place that a row states."""
-    series = row.get("series", "")
-    found = re.fullmatch(r"(no\. )?(.+?)( mm)?", row.get("position", ""))
-    return placed(series, (series, "number" if found[1] else "mm", float(found[2])) if found else None)
-
-
-def by_series(
-    slices: Iterable[T], place: Callable[[T], Position | None], key: Callable[[T], Hashable]
-) -> list[list[T]]:
-    """The slices of each series in order; those of one key (bytes and frame), as in a copied folder, count once."""
-    series: dict[str, dict[Hashable, T]] = {}
-    for one in in_order(slices, place):
-        if where := place(one):
-            series.setdefault(where[0], {}).setdefault(key(one), one)
-    return [list(found.values()) for found in series.values()]
+    """Where a slice comes in its series: last, where its row states no position; nowhere without a series."""
+    series, position = row.get("series"), re.fullmatch(r"(no\. )?(.+?)( mm)?", row.get("position", ""))
+    if not series or not position:
+        return (series, "unknown", 0.0) if series else None  # mm, number, unknown: as the alphabet has them
+    return series, "number" if position[1] else "mm", float(position[2])
 
 
 def scans_in(rows: Iterable[Row]) -> list[Scan]:
-    """The series among rows of slices."""
-    series = by_series(rows, place_of, lambda row: (row["file_hash"], row["frame"]))
-    return [Scan(found[0]["series"], tuple(found)) for found in series]
+    """The series among rows of slices; those of the same bytes and frame, as in a copied folder, count once."""
+    series: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in in_order(rows, place_of):
+        if row.get("series"):
+            series.setdefault(row["series"], {}).setdefault((row["file_hash"], row["frame"]), row)
+    return [Scan(name, tuple(found.values())) for name, found in series.items()]
 
 
 def describe_scans(scans: list[Scan]) -> str:
     """What is to be printed: a line a scan, and a line for each series that was left out."""
     kept = sorted((scan for scan in scans if not scan.left_out), key=lambda scan: -(scan.score or 0.0))
-    others = [scan for scan in scans if scan.left_out]
-    lines = [str(scan) for scan in (*kept[:PRINTED], *others[:PRINTED])]
-    if more := max(0, len(kept) - PRINTED) + max(0, len(others) - PRINTED):
+    listed = [*kept, *(scan for scan in scans if scan.left_out)]
+    lines = [str(scan) for scan in listed[:PRINTED]]
+    if more := len(listed[PRINTED:]):
         lines.append(f"... and {more:,} more series, in the JSON file.")
     return "\n".join([*lines, VALIDATION] if kept else lines)

@@ -162,29 +162,26 @@ class Page:
 
     def __init__(self, made: Callable[[], Awaitable[Starlette]]) -> None:
         self.made = made
-        self.app: asyncio.Future[Starlette] | None = None
+        self.app: asyncio.Task[Starlette] | None = None
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
         """Of the app that it is mounted in."""
-        self.app, ended = asyncio.get_running_loop().create_future(), asyncio.Event()
-        living = asyncio.create_task(self._live(self.app, ended))
-        yield
-        ended.set()
-        await living
-
-    async def _live(self, future: "asyncio.Future[Starlette]", ended: asyncio.Event) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            try:
-                app = await self.made()
-                await stack.enter_async_context(app.router.lifespan_context(app))
-                future.set_result(app)
-            except Exception as error:
-                if not isinstance(error, BusyError):  # of which the command tells
-                    logger.exception("there is no page")
-                future.set_exception(error)
-                future.exception()  # or asyncio reports it, where nobody asks for the page
-            await ended.wait()
+            self.app = asyncio.create_task(self._start(stack))
+            yield
+            await asyncio.gather(self.app, return_exceptions=True)
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> Starlette:
+        try:
+            app = await self.made()
+            await stack.enter_async_context(app.router.lifespan_context(app))
+            return app
+        except BusyError:  # of which the command tells
+            raise
+        except Exception:
+            logger.exception("there is no page")
+            raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         assert self.app is not None
@@ -240,18 +237,13 @@ def reload(loading: "Future[Predictor]", locate: Callable[[], str]) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens; connections wait until the server runs. Raises ConfigError."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    v6 = ":" in host
     try:
-        bound.bind((host, port))
-        bound.listen()
+        return socket.create_server((host, port), family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)
     except OSError as error:
-        bound.close()
         raise ConfigError(
-            f"Cannot listen on {netloc(host)}:{port}: {error.strerror}. Choose another with serve.port=PORT or "
-            "serve.host=ADDRESS."
+            f"Cannot listen: {error.strerror}. Choose another place with serve.port=PORT or serve.host=ADDRESS."
         ) from None
-    return bound
 
 
 @contextlib.contextmanager
@@ -273,5 +265,5 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("httpx", "uvicorn.error"):
+    for name in ("httpx", "python_multipart", "uvicorn.error"):  # the second quotes what it cannot read
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -30,11 +30,8 @@ from chestct.version import __version__
 
 warnings.filterwarnings("ignore", module=r"highdicom\b")  # names of one part, as anonymised files have them
 
-MAKER = {"manufacturer": "chestct", "manufacturer_model_name": "chestct", "software_versions": __version__}
-
-SERIES = 9900
-"""Number of the series of pictures, and one below that of reports: behind a scanner's own."""
-
+SERIES = {"overlay": 9900, "report": 9901}
+"""Numbers of the two series: behind a scanner's own."""
 
 OPTIONAL: tuple[str, ...] = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber")
 OPTIONAL += ("StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName")
@@ -68,8 +65,11 @@ def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) 
         raise DataError(f"{name}: it has several frames; DICOM for a viewer is written for single slices.")
     try:
         _blank_odd_values(highdicom, slice_)
-        made = {"overlay": _overlay(highdicom, slice_, prediction), "report": _report(highdicom, slice_, prediction)}
-        contents = {kind: _content(kind, dataset, slice_, prediction) for kind, dataset in made.items()}
+        contents = {}
+        for kind, make in (("overlay", _overlay), ("report", _report)):
+            file, dataset = io.BytesIO(), make(highdicom, slice_, prediction, _identity(kind, slice_, prediction))
+            dataset.save_as(file, enforce_file_format=True)
+            contents[kind] = file.getvalue()
     except Exception as error:  # whatever other values lead highdicom and pydicom to
         raise DataError(f"{name}: DICOM for a viewer cannot be written: {error}") from error
     stem = f"{Path(name).stem}-{digest(source)[:8]}"
@@ -114,25 +114,27 @@ def _blank_odd_values(highdicom: Any, source: Dataset) -> None:
             setattr(source, keyword, "")
 
 
-def _content(kind: str, dataset: Dataset, source: Dataset, prediction: Prediction) -> bytes:
-    """A file. The same answer again has the same UIDs, and a viewer keeps it once; a series stays one series."""
+def _identity(kind: str, source: Dataset, prediction: Prediction) -> dict[str, Any]:
+    """Whose and which a file is. The same answer again has the same UIDs, so a viewer keeps it once, in one series."""
     of = [prediction.bundle, kind]
-    dataset.SeriesInstanceUID = generate_uid(entropy_srcs=[source.SeriesInstanceUID, *of])
-    dataset.SOPInstanceUID = generate_uid(entropy_srcs=[source.SOPInstanceUID, *of])
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    dataset.InstanceNumber = int((numbers([source], "InstanceNumber", 1) or [1])[0]) or 1
-    dataset.SeriesDescription = "chestct, research only"
-    file = io.BytesIO()
-    dataset.save_as(file, enforce_file_format=True)
-    return file.getvalue()
+    return {
+        "series_instance_uid": generate_uid(entropy_srcs=[source.SeriesInstanceUID, *of]),
+        "series_number": SERIES[kind],
+        "series_description": "chestct, research only",
+        "sop_instance_uid": generate_uid(entropy_srcs=[source.SOPInstanceUID, *of]),
+        "instance_number": max(1, int((numbers([source], "InstanceNumber", 1) or [1])[0])),
+        "transfer_syntax_uid": ExplicitVRLittleEndian,
+        "manufacturer": "chestct",
+        "manufacturer_model_name": "chestct",
+        "software_versions": __version__,
+    }
 
 
-def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
+def _overlay(highdicom: Any, source: Dataset, prediction: Prediction, identity: dict[str, Any]) -> Dataset:
     """The slice with its heat, and what it is worth, as Secondary Capture (PS3.3 A.8.1)."""
     picture = (prediction.overlay() or Image.fromarray(prediction.gray)).convert("RGB")
     text = f"RESEARCH ONLY, NOT A MEDICAL DEVICE  {prediction.decision}, score {prediction.score:.2f}"
     ImageDraw.Draw(picture).text((4, 4), text, fill=(255, 255, 0), stroke_width=1, stroke_fill=(0, 0, 0))
-    uid = highdicom.UID
     capture = highdicom.sc.SCImage.from_ref_dataset(
         source,
         pixel_array=np.asarray(picture),
@@ -140,12 +142,7 @@ def _overlay(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset
         bits_allocated=8,
         coordinate_system="PATIENT",
         patient_orientation=_orientation(source),
-        series_instance_uid=uid(),
-        series_number=SERIES,
-        sop_instance_uid=uid(),
-        instance_number=1,
-        transfer_syntax_uid=ExplicitVRLittleEndian,
-        **MAKER,
+        **identity,
     )
     capture.Laterality = ""  # of the body part: both sides
     capture.ImageType = ["DERIVED", "SECONDARY", "OTHER"]
@@ -165,7 +162,7 @@ def _orientation(source: Dataset) -> tuple[str, str]:
     return rows, columns
 
 
-def _report(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
+def _report(highdicom: Any, source: Dataset, prediction: Prediction, identity: dict[str, Any]) -> Dataset:
     """Score, decision, regions, caveats and the bundle's id as an Enhanced SR (PS3.3 A.35.2), with the slice's UID."""
     sr = highdicom.sr
 
@@ -192,12 +189,8 @@ def _report(highdicom: Any, source: Dataset, prediction: Prediction) -> Dataset:
     return sr.EnhancedSR(
         evidence=[source],
         content=root,
-        series_instance_uid=highdicom.UID(),
-        series_number=SERIES + 1,
-        sop_instance_uid=highdicom.UID(),
-        instance_number=1,
         is_complete=False,
         is_final=False,
         is_verified=False,
-        **MAKER,
+        **identity,
     )

@@ -14,10 +14,9 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # an epoch of a head is shorter than a write
 
-from chestct.tracking.code import code_version
 from chestct.tracking.registry import fetch_bundle
 from chestct.tracking.run import Run, open_run, run_of, sole_writer
 from chestct.tracking.stores import TrackingError, probe
 from chestct.tracking.sync import sync
 
-__all__ = ["Run", "TrackingError", "code_version", "fetch_bundle", "open_run", "probe", "run_of", "sole_writer", "sync"]
+__all__ = ["Run", "TrackingError", "fetch_bundle", "open_run", "probe", "run_of", "sole_writer", "sync"]

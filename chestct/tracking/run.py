@@ -17,10 +17,10 @@ from chestct.config.schema import Config, TrackingConfig
 from chestct.errors import ChestCTError
 from chestct.files import write_atomic
 from chestct.tracking import stores
-from chestct.tracking.code import code_version
 from chestct.tracking.registry import ALIAS, BUNDLE, client_of, find_run
 from chestct.tracking.stores import first_line, local_uri, prepare, probe, server_uri, store_file
 from chestct.tracking.sync import PARENT, send
+from chestct.version import code_version
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
@@ -142,17 +142,13 @@ class _OpenRun(Run):
         # The sweep that `out`, or with seeds=N the folder it is in, is a job of.
         self.family = None if sweep else next(filter(noted_run, out.parents[:2]), None)
         self.parent = noted_run(self.family) if self.family else None
-        self.prepared = bool((file := store_file(self.uri)) and file.exists())  # a new one is made when the run begins
-        if self.prepared:
-            prepare(self.uri)
 
     def begin(self) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        if not self.prepared:
-            prepare(self.uri)
+        prepare(self.uri)
         client, resumed = MlflowClient(self.uri), noted_run(self.folder)
         if resumed and (self.sweep or self.cfg.ckpt or self.parent):
             try:

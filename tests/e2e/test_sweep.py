@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -112,21 +111,15 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
 
 
 @pytest.mark.slow
-def test_a_sweep_of_which_no_job_got_beyond_a_misspelt_path_leaves_nothing_but_what_was_there(
-    call, tmp_path, empty_store
-):
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    (tmp_path / "named").mkdir()
-    (tmp_path / "named" / "notes.txt").touch()
-    wrong = ("-m", "model.weights=gone", "optim.lr=1,2", "tracking=mlflow", *QUICK)
-    for folder, left in (("named", ["notes.txt"]), ("new", None)):
-        status, out, err = call("train.py", *wrong, f"hydra.sweep.dir={tmp_path / folder}")
-        assert status == 2
-        assert "job 0, 1: model.weights=gone: no such file" in err
-        assert "sweep.csv" not in out
-        assert left == ([path.name for path in (tmp_path / folder).iterdir()] if left else None)
-        assert (tmp_path / folder).exists() == bool(left)
-    assert not runs(f"sqlite:///{tmp_path}/mlflow.db")
+def test_a_sweep_of_which_every_job_failed_alike_says_so_once_and_keeps_its_table(call, tmp_path):
+    folder = tmp_path / "gone"
+    status, _, err = call("train.py", "-m", "model.weights=gone", "optim.lr=1,2", *QUICK, f"hydra.sweep.dir={folder}")
+    assert status == 2
+    assert "2 of 2 jobs failed.\njob 0, 1: model.weights=gone: no such file" in err
+    assert table(folder)["state"].tolist() == ["failed"] * 2
+    status, _, err = call("train.py", "-m", "optim.lr=1,2", *QUICK, f"hydra.sweep.dir={folder}")
+    assert status == 2
+    assert "or remove it, or begin another" in err
 
 
 @pytest.mark.slow

@@ -36,9 +36,11 @@ def tiff(*entries: tuple[int, int, int, int]) -> bytes:
     return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + ifd + bytes(4)
 
 
-def webp_header(width: int, height: int) -> bytes:
-    canvas = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
-    return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + canvas
+def webp(width: int, height: int) -> bytes:
+    """One colour: the same few bytes whatever the size, which stands in 14 bits each (RFC 9649, 3.4)."""
+    data = encoded(np.zeros((1, 1), np.uint8), "WEBP", lossless=True)
+    size = int.from_bytes(data[21:25], "little") | (width - 1) | (height - 1) << 14
+    return data[:21] + size.to_bytes(4, "little") + data[25:]
 
 
 def exif_bomb() -> bytes:
@@ -118,7 +120,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "tiff directory": tiff_bomb,
     "tiff exif": tiff_exif_bomb,
     "tiff strips": lambda: tiff((256, 4, 1, 4), (257, 4, 1, 4), (273, 4, 3_000_000, 8)) + bytes(12_000_000),
-    "webp size": lambda: webp_header(16_000, 16_000),
+    "webp size": lambda: webp(16_000, 16_000),
     "jpeg size": lambda: encoded(RAMP, "JPEG").replace(struct.pack(">HH", 24, 40), b"\xea\x60\xea\x60"),
     "jpeg exif": exif_bomb,
     "jpeg index": index_bomb,
@@ -247,7 +249,6 @@ def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: P
         (tmp_path / "pipe", "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "loop", "symbolic links"),
-        (tmp_path / "nul\0byte", "null"),
     ]:
         with pytest.raises(DecodeError, match=reason) as caught:
             decode(path, LUNG)

@@ -2,7 +2,6 @@
 
 import io
 import struct
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from PIL.TiffImagePlugin import AppendingTiffWriter
 
 from chestct.errors import DecodeError
 from chestct.imaging.decode import declared_size, decode, decode_frames
-from chestct.imaging.raster import webp_size
 from chestct.imaging.slice import Limits, pixel_hash
 from tests.imaging.files import COLORS, LUNG, RAMP, dicom, encoded
 
@@ -155,15 +153,6 @@ def test_tiff_pages_in_a_circle_come_to_an_end() -> None:
     first = struct.unpack_from("<L", data, 4)[0]
     after = first + 2 + 12 * struct.unpack_from("<H", data, first)[0]
     assert len(list(decode_frames(data[:after] + data[4:8] + data[after + 4 :], LUNG))) == 1
-
-
-@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": Image.Exif()}, {"save_all": True}])
-@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_webp_headers_are_read_as_the_decoder_reads_them(mode: str, options: dict[str, Any]) -> None:
-    image, other = (Image.fromarray(colors).convert(mode) for colors in (COLORS, 255 - COLORS))
-    image.putpixel((0, 0), (1, 2, 3, 4)[: len(mode)])
-    more = {"append_images": [other]} if "save_all" in options else {}
-    assert webp_size(encoded(image, "WEBP", **options, **more)) == (40, 24)
 
 
 XMP = (

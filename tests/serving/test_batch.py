@@ -170,7 +170,7 @@ def test_a_row_whose_numbers_are_none_is_made_anew(small_bundle, tmp_path, colum
 )
 def test_the_table_keeps_positions_apart(kind, value, written):
     shown = Slice(np.zeros((9, 9), np.uint8), "DICOM", "DICOM", series="1.2", position=("1.2", kind, value))
-    row = batch._row(Path("a.dcm"), dataclasses.replace(answer(0.5, "normal"), slice=shown))
+    row = batch.row_of("a.dcm", dataclasses.replace(answer(0.5, "normal"), slice=shown))
     assert row["position"] == written
     assert place_of(row) == ("1.2", kind, value)
 

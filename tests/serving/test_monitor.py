@@ -21,7 +21,7 @@ from tests.serving.test_predictor import png
 def prediction(score: float = 0.25, decision: str = "normal", patient: str = "") -> Prediction:
     gray = np.full((70, 80), 137, np.uint8)
     result = Slice(gray, "DICOM", "DICOM", patient=patient)
-    what = (score, decision, "", {"normal": 1 - score}, ("normal",), 0.7, False, gray, None, result)
+    what = (score, decision, "", {"normal": 1 - score}, ("normal",), 0.7, False, None, result)
     return Prediction(*what, "b" * 12)
 
 

@@ -1,6 +1,5 @@
 """Uploads as they come in: forms and archives."""
 
-import errno
 import struct
 import zipfile
 from pathlib import Path
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 
 from chestct.errors import ChestCTError, DataError
-from chestct.serving.api import UploadError, files_in_form, keep
-from chestct.serving.predictor import BusyError, Predictor
+from chestct.serving.api import UploadError, files_in_form
+from chestct.serving.predictor import Predictor
 from chestct.serving.reading import expand, read, take, unzip
 from tests.serving.conftest import zipped
 from tests.serving.test_predictor import png, tiff
@@ -18,16 +17,13 @@ from tests.serving.test_predictor import png, tiff
 MANY, MUCH = 10, 1_000_000
 
 
-@pytest.mark.parametrize(
-    ("listed", "size", "message"),
-    [("aa", 9, "listed twice"), ("abcdefghijk", 9, r"11 slices.*up to 10"), ("abc", 400_000, "1,000,000 bytes")],
-)
-def test_an_upload_is_read_once_and_only_what_one_request_may_send(tmp_path, monkeypatch, listed, size, message):
+@pytest.mark.parametrize("listed", ["aaa", "abc"])
+def test_an_upload_is_read_once_and_only_what_one_request_may_send(tmp_path, monkeypatch, listed: str) -> None:
     for name in {*listed}:
-        (tmp_path / name).write_bytes(b"x" * size)
+        (tmp_path / name).write_bytes(b"x" * 400_000)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
-    with pytest.raises(UploadError, match=message):
-        take([{"path": str(tmp_path / name)} for name in listed], tmp_path, MANY, MUCH)
+    with pytest.raises(UploadError, match="1,000,000 bytes"):
+        take([{"path": str(tmp_path / name)} for name in listed], tmp_path, MUCH)
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +74,8 @@ def test_too_many_slices_are_refused_with_the_way_out() -> None:
 
 
 FORM = "multipart/form-data; boundary=b"
-NAMED = b"Content-Disposition: form-data; name=f; filename=a"
+UNNAMED = b"Content-Disposition: form-data; name=f"
+NAMED = UNNAMED + b"; filename=a"
 
 
 def part(headers: bytes, content: bytes = b"data") -> bytes:
@@ -93,7 +90,6 @@ def part(headers: bytes, content: bytes = b"data") -> bytes:
         (part(NAMED) + b"--b--", "multipart/form-data"),
         (part(NAMED + b"\r\nX: " + b"x" * 8_000_000) + b"--b--", FORM),
         (part(NAMED + b"\r\nX: x" * 10_000) + b"--b--", FORM),
-        (part(NAMED + (b"\r\nX: " + b"x" * 4000) * 3) + b"--b--", FORM),
         (b"--b\r\n" + NAMED + b"\r\n--b--", FORM),
     ],
 )
@@ -106,26 +102,11 @@ def test_fields_are_left_out_of_forms_and_files_come_as_they_are_whatever_their_
     data = np.random.default_rng(0).bytes(10_000) + b"\r\n--a\r\n\r\n--"
     body = part(b"Content-Disposition: form-data; name=filename") + part(NAMED, data) + part(NAMED, b"") + b"--b--\r\n"
     assert files_in_form(body, FORM, MANY) == [data, b""]
-    for name in ("name=file; filename*=UTF-8''l%C3%A4sion.png", 'name="file"; filename="läsion.png"'):  # RFC 5987, 7578
-        own = part(f"Content-Disposition: form-data; {name}".encode(), data)
-        assert files_in_form(own + b"--b--", FORM, MANY) == [data]
+    own = part('Content-Disposition: form-data; name="file"; filename="läsion.png"'.encode(), data)
+    assert files_in_form(own + b"--b--", FORM, MANY) == [data]
 
 
-@pytest.mark.parametrize("body", [part(NAMED, b"") * (MANY + 1) + b"--b--", part(b"A: b", b"") * 20])  # not to its end
+@pytest.mark.parametrize("body", [part(NAMED, b"") * (MANY + 1) + b"--b--", part(UNNAMED, b"") * 20])  # not to its end
 def test_a_form_has_no_more_parts_than_slices_may_be_sent(body: bytes) -> None:
     with pytest.raises(UploadError, match=r"More than 10 files.*chestct predict"):
         files_in_form(body, FORM, MANY)
-
-
-def test_uploads_that_do_not_fit_on_the_disk_leave_nothing_behind(tmp_path, monkeypatch) -> None:
-    write = Path.write_bytes
-
-    def full(path: Path, content: bytes) -> None:
-        write(path, content[:3])
-        if len(content) > 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BusyError, match="could not be stored"):
-        keep([b"abc", b"abcd", b"abc"], tmp_path, MUCH)
-    assert not list(tmp_path.iterdir())

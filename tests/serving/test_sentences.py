@@ -33,11 +33,11 @@ def answer(score: float, decision: str, reason: str = "") -> Prediction:
     gray = np.zeros((100, 100), np.uint8)
     probabilities = {"normal": 1 - score, "cancer": score}
     shown = Slice(gray, "PNG", "L")
-    return Prediction(score, decision, reason, probabilities, ("cancer",), 0.4, False, gray, None, shown, "abc")
+    return Prediction(score, decision, reason, probabilities, ("cancer",), 0.4, False, None, shown, "abc")
 
 
 def test_no_share_is_a_certainty() -> None:
-    assert [sentences.percent(share) for share in (0, 0.07, 1)] == ["under 1 %", "7 %", "over 99 %"]
+    assert [sentences.of_100(share) for share in (0, 0.07, 1)] == ["1", "7", "99"]
 
 
 def test_the_verdict_names_score_and_threshold_and_what_is_known_of_them_and_no_probability() -> None:

@@ -13,9 +13,10 @@ from mlflow import MlflowClient
 from chestct import program
 from chestct.config.compose import CONF
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.tracking import code_version, open_run, run_of, sole_writer
+from chestct.tracking import open_run, run_of, sole_writer
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
+from chestct.version import code_version
 from tests.conftest import SMALL
 from tests.tracking.conftest import fit, recorded, runs
 
@@ -118,24 +119,12 @@ def test_a_run_that_does_not_finish_is_marked_and_none_is_left_by_what_never_beg
     assert [made.info.status for made in runs(uri)] == ends
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_store_is_made_ready_once_and_a_new_one_not_before_the_run_begins(small, uri, tmp_path, monkeypatch, known):
-    calls, file = [], tmp_path / "mlflow.db"
-    made = file.read_bytes()
-    if not known:
-        file.unlink()
-
-    def prepare(store):
-        calls.append(store)
-        file.write_bytes(made)
-
-    monkeypatch.setattr(tracking_run, "prepare", prepare)
-    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
-    with open_run(cfg, tmp_path / "out") as run:
-        assert file.exists() == known  # settings or data may yet prove wrong, which shall leave no store
-        assert calls == [uri] * known
+def test_a_new_store_is_not_made_before_the_run_begins(small, uri, tmp_path, monkeypatch):
+    made = (tmp_path / "mlflow.db").rename(tmp_path / "made")
+    monkeypatch.setattr(tracking_run, "prepare", lambda store: made.rename(tmp_path / "mlflow.db"))
+    with open_run(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
+        assert not (tmp_path / "mlflow.db").exists()  # settings or data may yet prove wrong, which shall leave no store
         run.begin()
-    assert calls == [uri]
     assert len(runs(uri)) == 1
 
 
@@ -194,9 +183,9 @@ def test_the_commit_is_that_of_the_code_and_not_of_the_project_that_it_is_instal
         (tmp_path / name).touch()
     for command in ("init -q", "add tracked.py", "commit -qm x"):
         subprocess.run([*git, *command.split()], check=True)
-    monkeypatch.setattr("chestct.tracking.code.__file__", str(tmp_path / "tracked.py"))
+    monkeypatch.setattr("chestct.version.__file__", str(tmp_path / "tracked.py"))
     assert len(code_version()["git.commit"]) == 40
-    monkeypatch.setattr("chestct.tracking.code.__file__", str(tmp_path / "installed.py"))
+    monkeypatch.setattr("chestct.version.__file__", str(tmp_path / "installed.py"))
     assert code_version() == {}
 
 
