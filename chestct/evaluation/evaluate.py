@@ -166,12 +166,11 @@ def assembled(
 
     bundle: with the facts that `training_facts` makes.
     """
-    threshold = bundle.point.threshold
-    metrics = {split: measured(measurable(table, split), cfg, threshold) for split in table["split"].unique()}
+    metrics = {split: measured(measurable(table, split), cfg) for split in table["split"].unique()}
     test = table[table["split"] == "test"]
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {
-        "subgroups": subgroups(test, threshold, resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed),
+        "subgroups": subgroups(test, cfg),
         "shift": drift.differences(bundle.facts, of_test),
         "made": made(),
     }
@@ -254,16 +253,9 @@ def logits_of(table: pd.DataFrame) -> np.ndarray:
     return table[[column for column in table if str(column).startswith("logit_")]].to_numpy()
 
 
-def calibrated(part: pd.DataFrame, task: str) -> np.ndarray:
-    """Calibrated scores of a table: P(cancer) [N, 1], or P(class) [N, K] of the subtype task."""
-    names = classes_of(task)[1:] if task == "binary" else classes_of(task)
-    return part[[f"probability_{name}" for name in names]].to_numpy()
-
-
-def measured(part: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
-    """All metrics of one split, from calibrated scores."""
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    return measure(part, cfg.task, calibrated(part, cfg.task), threshold, **settings)
+def measured(part: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
+    """All metrics of one split."""
+    return measure(part, cfg.task, cfg.evaluation.resamples, cfg.data.split_seed)
 
 
 def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estimate], data: SliceModule | None) -> Row:

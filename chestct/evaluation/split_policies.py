@@ -18,7 +18,6 @@ from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, fit_point, logits_of, measured, row
 from chestct.models.vgg16 import pick_device
 from chestct.stats.calibration import to_scores
-from chestct.stats.metrics import Estimate, measure
 
 Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 """(name, settings, data) -> predictions of the valid and test slices of the model trained so, and its checkpoints."""
@@ -51,17 +50,10 @@ def policy_row(cfg: Config, policy: str, train: Train) -> Row:
     cfg = anew(cfg, split=policy, allow_leakage=policy == "official", holdout=[], folds=0, fold=0)
     data = SliceModule(cfg)
     try:
-        test, threshold = on_test(train(policy, cfg, data)[0], cfg)
+        test, _ = on_test(train(policy, cfg, data)[0], cfg)
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
-    return row(cfg, policy, test, measured(test, cfg, threshold), data)
-
-
-def of_cancer(table: pd.DataFrame, cfg: Config, scores: pd.Series, threshold: float) -> dict[str, Estimate]:
-    """All metrics of cancer against normal, whatever the task; scores: of cancer, [N] in [0, 1]."""
-    binary = table.assign(target=(table["label"] == "cancer").astype(int))
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    return measure(binary, "binary", scores.to_numpy(float)[:, None], threshold, **settings)
+    return row(cfg, policy, test, measured(test, cfg), data)
 
 
 def averaging(train: Train, seeds: int) -> Train:
