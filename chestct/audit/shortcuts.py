@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from chestct.audit.findings import Table
 from chestct.data.splits import measurable, of_patients_first
-from chestct.stats.bootstrap import MIN_GROUPS, draws
+from chestct.stats.bootstrap import MIN_GROUPS, draws, fewest_groups
 from chestct.stats.metrics import auroc
 
 MATERIAL = 0.60
@@ -74,7 +74,8 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
     once = np.flatnonzero(clear)
     y = (manifest["label"] == "cancer").to_numpy()[once]
     group = np.unique(manifest["group"].to_numpy()[once], return_inverse=True)[1]
-    features, few = _features(manifest, images), _few_groups(group, y)
+    features, number = _features(manifest, images), fewest_groups(y, group) if len(y) else 0
+    few = f"too few groups: {number} of a class, needs {MIN_GROUPS}" if number < MIN_GROUPS else ""
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     folds = [] if few else list(splitter.split(group, y, group))
     # Groups are drawn within their class.
@@ -171,11 +172,3 @@ def _undefined(X: np.ndarray, y: np.ndarray) -> str:
     if not np.isfinite(X).all():
         return "values are missing"
     return "the same for every slice" if (X[0] == X).all() else ""
-
-
-def _few_groups(group: np.ndarray, y: np.ndarray) -> str:
-    """Why no interval can be given, or ""."""
-    for name, mask in (("cancer", y), ("normal", ~y)):
-        if (n := len(np.unique(group[mask]))) < MIN_GROUPS:
-            return f"too few groups: {n} of {name}, needs {MIN_GROUPS}"
-    return ""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.audit.findings import Audit, Table, findings
+from chestct.audit.findings import Audit, Table
 from chestct.audit.shortcuts import shortcuts
 from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import SUBTYPES, Config
@@ -43,7 +43,7 @@ def audit_store(cfg: Config, store: Store) -> Audit:
                 policies[policy] = make_splits(manifest, cfg.task, replace(data, split=policy, folds=0, fold=0))
             except DataError:  # the folders do not admit it
                 continue
-    result = Audit(
+    return Audit(
         name=data.name,
         split=data.split,
         seed=data.split_seed,
@@ -59,7 +59,6 @@ def audit_store(cfg: Config, store: Store) -> Audit:
         disbelieved=store.disbelieved,
         notes=store.notes,
     )
-    return replace(result, findings=findings(result))
 
 
 def kept_audit(cfg: Config, store: Store) -> Audit:

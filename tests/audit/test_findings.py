@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from chestct.audit import stage
-from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS, Audit, findings
+from chestct.audit.findings import KINDS, SEVERITIES, VERDICTS, Audit
 from chestct.audit.stage import audit_store
 from chestct.config.schema import Config
 from tests.audit.conftest import run
@@ -128,7 +128,7 @@ def test_one_class_only_is_an_error(make_data):
 def test_metadata_taken_together_are_left_out_only_where_size_alone_is_as_bad(official, width, told):
     rows = [{"title": "Width", "family": "size", "auroc": width}, {"title": "All", "family": "metadata", "auroc": 0.97}]
     rows = [row | {"low": row["auroc"], "high": 1.0, "flagged": row["auroc"] > 0.6} for row in rows]
-    found = [finding for finding in findings(replace(official, shortcuts=rows)) if finding.kind == "shortcut"]
+    found = [finding for finding in replace(official, shortcuts=rows).findings if finding.kind == "shortcut"]
     assert [finding.severity for finding in found] == told
     assert ("all alone" in found[0].text) == (width < 0.9)
 
