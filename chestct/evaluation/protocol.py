@@ -90,7 +90,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
     pointed: Table = []
     notes = []
     for source in real:
-        held = anew(cfg, split="grouped", allow_leakage=False, holdout=[source], folds=0, fold=0)
+        held = anew(cfg, holdout=[source])
         data = SliceModule(held)
         try:
             predictions, checkpoints = train(f"without-{source}", held, data)
@@ -138,7 +138,7 @@ def _matrix(cfg: Config, train: Train, real: Sequence[str]) -> dict[str, Part]:
     rows, single, notes = [], [], []
     for source in real:
         others = [name for name in cfg.data.sources if name != source]
-        alone = anew(cfg, split="grouped", allow_leakage=False, holdout=others, folds=0, fold=0)
+        alone = anew(cfg, holdout=others)
         row: dict[str, Any] = {"trained on": source} | {other: "–" if other == source else None for other in real}
         spread = row.copy()
         try:
@@ -171,7 +171,7 @@ def _within(cfg: Config, train: Train, real: Sequence[str]) -> Part:
                 raise ChestCTError(f"{min(groups)} groups of a class, needs {MIN_GROUPS}.")
             tests = []
             for fold in range(FOLDS):
-                part = anew(alone, split="grouped", allow_leakage=False, holdout=[], folds=FOLDS, fold=fold)
+                part = anew(alone, folds=FOLDS, fold=fold)
                 tests.append(on_test(train(f"within-{source}/fold-{fold}", part, SliceModule(part))[0], part)[0])
             pooled = pd.concat(tests, ignore_index=True)
             row["groups"] = " / ".join(map(str, groups_by_class(pooled)))

@@ -7,6 +7,7 @@ has learned. With frozen convolutions a new head costs seconds, so every row get
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -47,7 +48,7 @@ def check_anew(cfg: Config) -> None:
 
 def policy_row(cfg: Config, policy: str, train: Train) -> Row:
     """The recipe under another policy, with its own operating point; a row with the reason where that cannot be."""
-    cfg = anew(cfg, split=policy, allow_leakage=policy == "official", holdout=[], folds=0, fold=0)
+    cfg = anew(cfg, split=policy, allow_leakage=policy == "official")
     data = SliceModule(cfg)
     try:
         test, _ = on_test(train(policy, cfg, data)[0], cfg)
@@ -78,9 +79,10 @@ def averaging(train: Train, seeds: int) -> Train:
 
 
 def anew(cfg: Config, **data: object) -> Config:
-    """The settings for another training, with changes to cfg.data."""
+    """The settings for another training: on the grouped split, or as these settings of `data` say."""
     quiet = dataclasses.replace(cfg.trainer, progress=False)
-    changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
+    usual: dict[str, Any] = {"split": "grouped", "allow_leakage": False, "holdout": [], "folds": 0, "fold": 0}
+    changed = dataclasses.replace(cfg.data, **usual | data)
     # A job of a search looks at validation alone, and its checkpoint's settings say so; nor is another training to ask
     # for the trainings that it is one of, when it is evaluated.
     evaluation = dataclasses.replace(cfg.evaluation, report=True, policies=False, protocol=[])

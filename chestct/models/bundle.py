@@ -210,18 +210,20 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
     try:
         tensors = load(files[TENSORS])
         net = _network(facts, tensors, folder).eval().requires_grad_(False).to(device)
+        novelty_model = NoveltyModel(**_part(tensors, "novelty."))
+        if parts:
+            mark = facts["backends"][name].get("novelty", 1.0)
+            novelty_model = replace(novelty_model, threshold=novelty_model.threshold * mark)
         bundle = Bundle(
             net,
             OperatingPoint.from_dict(facts["operating_point"]),
-            NoveltyModel.from_tensors(_part(tensors, "novelty.")),
+            novelty_model,
             None if has_places(net.head) else tensors["saliency.baseline"],
             facts,
             files[CARD].decode(),
+            backend=name,
+            graph=load_graph(name, parts) if parts else None,
         )
-        if parts:
-            threshold = bundle.novelty_model.threshold * facts["backends"][name].get("novelty", 1.0)
-            novelty_model = replace(bundle.novelty_model, threshold=threshold)
-            bundle = replace(bundle, backend=name, graph=load_graph(name, parts), novelty_model=novelty_model)
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -30,7 +30,7 @@ class VGG16(nn.Module):
         super().__init__()
         self.size = size
         self.digest = weights.digest  # of the convolutions as they were given; training changes the network, not this
-        self.blocks = sorted(int(block) for block in set(str(cfg.block).split("+")))  # a number in older bundles
+        self.blocks = sorted({int(block) for block in cfg.block.split("+")})
         self.block = self.blocks[-1]
         layers = convolutions(weights.backbone).eval()
         if self.blocks != [5]:
