@@ -7,7 +7,6 @@ are fastest at on a processor. Each program is imported when a graph is for it.
 """
 
 import copy
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -119,11 +118,6 @@ def _program(name: str, package: str = "", extra: str = "") -> Any:
             f"{name}: this processor has no instructions for bfloat16 (AMX or AVX512_BF16). Take openvino or torch."
         )
     return program
-
-
-def version_of(name: str) -> str:
-    """What runs a backend, with its version."""
-    return f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"
 
 
 def load_graph(name: str, files: Sequence[bytes]) -> Graph:

@@ -283,8 +283,8 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
         if weights.digest != about["digest"]:
             raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
     else:
-        mean, scale, backbone = tuple(about["mean"]), tuple(about["scale"]), model.get("backbone", "vgg16")
-        weights = Weights(_part(tensors, "features."), mean, scale, about["digest"], backbone)
+        mean, scale = tuple(about["mean"]), tuple(about["scale"])
+        weights = Weights(_part(tensors, "features."), mean, scale, about["digest"])
     cfg = ModelConfig(**model)
     check_trusted(cfg.head, f"The bundle {folder}")
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])
