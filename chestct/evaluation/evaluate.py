@@ -115,7 +115,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     now = identity(data.manifest, data.store.data_hash)
     check_own(model.hparams["data"], now, cfg.ckpt, _on_other_data(Path(cfg.ckpt)))
     data.features = {}  # what training left there may come from convolutions that have changed since
-    if _cached(model, cfg):
+    if cfg.features.cache and model.cfg.always_frozen:
         features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
     answers = {split: features.outputs(model.net, data.dataset(split), cfg.data.batch_size) for split in SPLITS}
     novelty_model = fit_marks(data.manifest, answers["train"][1], answers["valid"][1])
@@ -192,11 +192,6 @@ def _on_other_data(ckpt: Path) -> str:
     return f"measure its bundle, which leaves out what it has seen: {command}" if folder.is_dir() else "train anew."
 
 
-def _cached(model: Classifier, cfg: Config) -> bool:
-    """Whether what convolutions give may come from the cache: while they are the given ones."""
-    return cfg.features.cache and model.cfg.always_frozen
-
-
 @torch.no_grad()
 def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor | None:
     """What NORMALS normal training slices show (see saliency); None for a head that judges places and needs none."""
@@ -218,7 +213,7 @@ def conv5_of(
     Computed and cached like frozen features, by `contents`: they take as long as all else in a warm run.
     """
     net, batch_size = model.net, cfg.features.batch_size
-    if _cached(model, cfg):
+    if cfg.features.cache and model.cfg.always_frozen:
         cfg = features.settled(cfg, net.mean.device)
         conv5, device, quantised = features.convolutions(data, net, cfg)
         folder = features.space_folder(cfg, net.digest, 0, quantised) / "conv5"
@@ -265,8 +260,6 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
     if data is None or data.store is None or 0 in slices.values():
         return line
     scores = shortcut_scores(data.manifest, data.store.images, seed=cfg.data.split_seed)
-    if not scores:
-        return dataclasses.replace(line, note="no shortcut baseline is defined on these slices")
     best = max(scores, key=lambda baseline: baseline.auroc)
     cancer = (test["label"] == "cancer").to_numpy()
     model = 1 - test["probability_normal"].to_numpy()
