@@ -78,8 +78,7 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
     few = f"too few groups: {number} of a class, needs {MIN_GROUPS}" if number < MIN_GROUPS else ""
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     folds = [] if few else list(splitter.split(group, y, group))
-    # Groups are drawn within their class.
-    weights = [] if few else [part.astype(np.uint8) for part in draws(group, RESAMPLES, seed, strata=y)]
+    weights = [] if few else [part.astype(np.uint8) for part in draws(group, RESAMPLES, seed)]
     rows = []
     for baseline in BASELINES:
         X = features[baseline.name][once]
@@ -92,7 +91,7 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
             else:
                 scores = _score(baseline, X, y, X, seed)
             resampled = np.concatenate([auroc(scores, y, part.astype(float)) for part in weights])
-            # NaN: without a normal slice, which may happen where all of them are of groups that have cancers, too.
+            # NaN: draws without a class.
             low, high, corrected = np.nanquantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
             row |= {"auroc": float(auroc(scores, y)[0]), "low": low, "high": high, "significant": corrected > 0.5}
         row["flagged"] = row["significant"] and row["low"] > MATERIAL and baseline.family != "picture"
