@@ -29,6 +29,7 @@ from chestct.data.prepare import is_synthetic
 from chestct.data.splits import SPLITS, SPLITTING, check_own, identity, measurable, of_patients_first
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
+from chestct.files import digest
 from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.head import has_places
@@ -200,23 +201,21 @@ def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.
     dataset = data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
-    contents = [dataset.contents[i] for i in chosen]
-    return normal_cam(model.net, conv5_of(model, data, dataset.images[dataset.rows[chosen]], contents, cfg)).cpu()
+    return normal_cam(model.net, conv5_of(model, data, dataset.images[dataset.rows[chosen]], cfg)).cpu()
 
 
 @torch.no_grad()
-def conv5_of(
-    model: Classifier, data: SliceModule, images: np.ndarray, contents: Sequence[str], cfg: Config
-) -> torch.Tensor:
+def conv5_of(model: Classifier, data: SliceModule, images: np.ndarray, cfg: Config) -> torch.Tensor:
     """`net.conv5` of squares [N, S, S], float32 on the network's device; rounded to float16.
 
-    Computed and cached like frozen features, by `contents`: they take as long as all else in a warm run.
+    Computed and cached like frozen features: they take as long as all else in a warm run.
     """
     net, batch_size = model.net, cfg.features.batch_size
     if cfg.features.cache and model.cfg.always_frozen:
         cfg = features.settled(cfg, net.mean.device)
         conv5, device, quantised = features.convolutions(data, net, cfg)
         folder = features.space_folder(cfg, net.digest, 0, quantised) / "conv5"
+        contents = [digest(image.tobytes()) for image in images]
         kept = features.Kept(lambda x: conv5(x).half(), contents, folder)  # half the space
 
         def squares(positions: Sequence[int]) -> list[torch.Tensor]:
