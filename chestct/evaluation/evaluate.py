@@ -127,7 +127,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
     table = pd.concat(parts, ignore_index=True)
     point = fit_point(table, cfg)
-    table, ckpt = decided(table, point, table["novelty"].to_numpy(), cfg.task), Path(cfg.ckpt).resolve()
+    table, ckpt = decided(table, point, cfg.task), Path(cfg.ckpt).resolve()
     about = {
         "data_hash": data.store.data_hash,
         # In a run, its folder and below; else the name: where it lies on this machine is nobody's business.
@@ -227,18 +227,17 @@ def conv5_of(model: Classifier, data: SliceModule, images: np.ndarray, cfg: Conf
     return maps.to(net.mean.device).float()
 
 
-def decided(table: pd.DataFrame, point: OperatingPoint, novelty: np.ndarray, task: str) -> pd.DataFrame:
-    """The table of predictions with calibrated `probability_CLASS`, `flagged` (at the threshold), `decision`
-    (`uncertain` or `refused` for some), conformal `set` and `novelty`.
+def decided(table: pd.DataFrame, point: OperatingPoint, task: str) -> pd.DataFrame:
+    """The table of predictions and novelty with calibrated `probability_CLASS`, `flagged` (at the threshold),
+    `decision` (`uncertain` or `refused` for some) and conformal `set`.
     """
     names = classes_of(task)
     probabilities = point.probabilities(logits_of(table))
     return table.assign(
         **{f"probability_{name}": probabilities[:, i] for i, name in enumerate(names)},
         flagged=1 - probabilities[:, 0] >= point.threshold,
-        decision=point.decide(probabilities, novelty),
+        decision=point.decide(probabilities, table["novelty"].to_numpy()),
         set=[" or ".join(np.array(names)[held]) or "none" for held in point.sets(probabilities)],
-        novelty=novelty,
     )
 
 

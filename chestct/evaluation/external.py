@@ -93,5 +93,5 @@ def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config
     names = {name: i for i, name in enumerate(classes_of(cfg.task))}
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
     table = prediction_table(manifest, "test", answers.logits, bundle.task)
-    table = decided(table, bundle.point, answers.novelty, bundle.task)
+    table = decided(table.assign(novelty=answers.novelty), bundle.point, bundle.task)
     return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])

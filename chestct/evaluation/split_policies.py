@@ -95,5 +95,5 @@ def on_test(predictions: pd.DataFrame, cfg: Config, novelty: np.ndarray | float 
     novelty: of each slice of the table; without, none is refused or uncertain for it.
     """
     point = fit_point(predictions, cfg)
-    table = decided(predictions, point, np.full(len(predictions), novelty), cfg.task)
+    table = decided(predictions.assign(novelty=novelty), point, cfg.task)
     return table[table["split"] == "test"], point.threshold
