@@ -217,12 +217,9 @@ def _opposed(row: dict[str, Any]) -> str:
 
 
 def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
-    flagged = [row for row in audit.shortcuts if row["flagged"]]
-    best = {
-        family: max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
-        for family in FAMILIES
-        if any(row["family"] == family for row in flagged)
-    }
+    flagged = [row for row in reversed(audit.shortcuts) if row["flagged"]]
+    strongest = {row["family"]: row for row in sorted(flagged, key=lambda row: row["auroc"])}
+    best = {family: strongest[family] for family in FAMILIES if family in strongest}
     severity = {family: "error" if row["auroc"] >= STRONG_SHORTCUT else "warning" for family, row in best.items()}
     # Metadata taken together repeat what size and file say; they are a finding only where neither is as bad alone.
     if {severity.get("metadata", ""), "error"} & {severity.get("size"), severity.get("file")}:
