@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -27,7 +26,7 @@ from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import Graph, choose, load_graph
-from chestct.models.bundle_schema import LARGEST, LITTER, check_facts
+from chestct.models.bundle_schema import LARGEST, check_facts
 from chestct.models.head import has_places
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint, Outputs
@@ -101,10 +100,13 @@ class Bundle:
         return frozenset(self.facts["data"]["seen"])
 
     @torch.no_grad()
-    def predict(self, images: np.ndarray, explain: bool = False) -> Outputs:
-        """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
+    def predict(self, images: np.ndarray, explain: bool = False, rows: np.ndarray | None = None) -> Outputs:
+        """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too.
+
+        rows: int [M], which of them.
+        """
         parts = []
-        for x in self.net.batches(images):
+        for x in self.net.batches(images, rows=rows):
             answer, conv5 = self.graph(x) if self.graph else self.net.answer(x)
             maps = self.net.pool(conv5)
             of_batch = answer.cpu().numpy()
@@ -149,21 +151,14 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     check_facts(facts)
     text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
     folder = folder.resolve()  # a link goes on leading to its folder, which gets the bundle
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # exports to one folder wait for each other
-        _replace(folder, files | {FACTS: text.encode()})
-        return load_bundle(folder)
+    check_target(folder)
+    _replace(folder, files | {FACTS: text.encode()})
+    return load_bundle(folder)
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Puts files in the place of what is in `folder`, all or none.
-
-    What an export that was killed left there is put back, where it had moved the old bundle away, or removed.
-    """
+    """Puts files in the place of what is in `folder`, all or none, and removes what a killed export left beside it."""
     new, old = (folder.with_name(f".{folder.name}.bundle-{which}") for which in ("new", "old"))
-    if old.exists() and not os.path.lexists(folder):
-        old.replace(folder)
-    check_target(folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
@@ -181,7 +176,7 @@ def check_target(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
-    entries = sorted(entry for entry in folder.iterdir() if not LITTER.fullmatch(entry.name))
+    entries = sorted(folder.iterdir())
     other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
     if other or (entries and not (folder / FACTS).is_file()):
         raise BundleError(
@@ -210,18 +205,20 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
     try:
         tensors = load(files[TENSORS])
         net = _network(facts, tensors, folder).eval().requires_grad_(False).to(device)
+        novelty_model = NoveltyModel(**_part(tensors, "novelty."))
+        if parts:
+            mark = facts["backends"][name].get("novelty", 1.0)
+            novelty_model = replace(novelty_model, threshold=novelty_model.threshold * mark)
         bundle = Bundle(
             net,
             OperatingPoint.from_dict(facts["operating_point"]),
-            NoveltyModel.from_tensors(_part(tensors, "novelty.")),
+            novelty_model,
             None if has_places(net.head) else tensors["saliency.baseline"],
             facts,
             files[CARD].decode(),
+            backend=name,
+            graph=load_graph(name, parts) if parts else None,
         )
-        if parts:
-            threshold = bundle.novelty_model.threshold * facts["backends"][name].get("novelty", 1.0)
-            novelty_model = replace(bundle.novelty_model, threshold=threshold)
-            bundle = replace(bundle, backend=name, graph=load_graph(name, parts), novelty_model=novelty_model)
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -281,8 +278,8 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
         if weights.digest != about["digest"]:
             raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
     else:
-        mean, scale, backbone = tuple(about["mean"]), tuple(about["scale"]), model.get("backbone", "vgg16")
-        weights = Weights(_part(tensors, "features."), mean, scale, about["digest"], backbone)
+        mean, scale = tuple(about["mean"]), tuple(about["scale"])
+        weights = Weights(_part(tensors, "features."), mean, scale, about["digest"])
     cfg = ModelConfig(**model)
     check_trusted(cfg.head, f"The bundle {folder}")
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])

@@ -147,8 +147,9 @@ def test_evaluation_of_a_checkpoint_gives_the_numbers_of_training(small, tmp_pat
     names = {"recall": "sensitivity"}
     shared = ("auroc", "average_precision", "accuracy", "precision", "recall", "specificity", "f1")
     for split, part in table.groupby("split"):
-        scores = to_scores(part[["logit_cancer"]].to_numpy())  # raw, at 0.5, as training measures
-        metrics = measure(part, "binary", scores, resamples=100)
+        scores = to_scores(part[["logit_cancer"]].to_numpy())[:, 0]  # raw, at 0.5, as training measures
+        raw = part.assign(probability_normal=1 - scores, probability_cancer=scores, flagged=scores >= 0.5)
+        metrics = measure(raw, "binary", resamples=100)
         for name in shared:
             ours = metrics[names.get(name, name)].value
             assert (ours or 0) == pytest.approx(result.metrics[f"{split}/{name}"], abs=1e-6), f"{split}/{name}"
