@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
@@ -26,7 +27,7 @@ from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import Graph, choose, load_graph
-from chestct.models.bundle_schema import LARGEST, check_facts
+from chestct.models.bundle_schema import LARGEST, LITTER, check_facts
 from chestct.models.head import has_places
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint, Outputs
@@ -151,14 +152,21 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     check_facts(facts)
     text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
     folder = folder.resolve()  # a link goes on leading to its folder, which gets the bundle
-    check_target(folder)
-    _replace(folder, files | {FACTS: text.encode()})
-    return load_bundle(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):  # exports to one folder wait for each other
+        _replace(folder, files | {FACTS: text.encode()})
+        return load_bundle(folder)
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Puts files in the place of what is in `folder`, all or none, and removes what a killed export left beside it."""
+    """Puts files in the place of what is in `folder`, all or none.
+
+    What an export that was killed left there is put back, where it had moved the old bundle away, or removed.
+    """
     new, old = (folder.with_name(f".{folder.name}.bundle-{which}") for which in ("new", "old"))
+    if old.exists() and not os.path.lexists(folder):
+        old.replace(folder)
+    check_target(folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
@@ -176,7 +184,7 @@ def check_target(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
-    entries = sorted(folder.iterdir())
+    entries = sorted(entry for entry in folder.iterdir() if not LITTER.fullmatch(entry.name))
     other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
     if other or (entries and not (folder / FACTS).is_file()):
         raise BundleError(

@@ -4,6 +4,7 @@ What only describes the bundle (metrics) is checked as well, because the page sh
 stand at the top and in `data`.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +16,9 @@ from chestct.config.targets import foreign
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
 LARGEST |= {name: 16_000_000 if "xml" in name else 2_000_000_000 for names in FILES.values() for name in names}
 """Bytes of each file beyond which it is not read; a head on flattened maps takes 0.4 GB, a million slices 20 MB."""
+
+LITTER = re.compile(r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+"""What file browsers put into any folder, and an export may remove; .git, hidden too, is none of that."""
 
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]

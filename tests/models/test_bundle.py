@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -228,6 +229,13 @@ def test_a_killed_export_leaves_the_old_bundle_and_its_rest_goes_with_the_next(f
     assert not list(folder.parent.glob(".*bundle-*"))
 
 
+def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        ids = list(pool.map(lambda _: make(tmp_path / "bundle").id, range(4)))
+    assert load_bundle(tmp_path / "bundle").id in ids
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", ".bundle.lock"}
+
+
 def test_an_export_through_a_link_goes_into_the_folder_that_it_leads_to(folder: Path) -> None:
     link = folder.with_name("current")
     link.symlink_to(folder.name)
@@ -235,7 +243,13 @@ def test_an_export_through_a_link_goes_into_the_folder_that_it_leads_to(folder: 
         made = make(link, classes=classes)
         assert link.is_symlink()
         assert load_bundle(folder).id == made.id
-    assert {path.name for path in folder.parent.iterdir()} == {"current", "bundle"}
+    assert {path.name for path in folder.parent.iterdir()} == {"current", "bundle", ".bundle.lock"}
+
+
+def test_what_a_file_browser_leaves_makes_a_bundle_no_other_folder(folder: Path) -> None:
+    for name in (".DS_Store", "._bundle.json", "Thumbs.db"):
+        (folder / name).touch()
+    assert make(folder, classes=4).id == load_bundle(folder).id
 
 
 @pytest.mark.parametrize(
