@@ -6,6 +6,7 @@ Only the split policy in force can be in error; what other policies would leak i
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -86,7 +87,13 @@ class Audit:
     skipped: Table = field(default_factory=list)
     disbelieved: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+
+    @cached_property
+    def findings(self) -> list[Finding]:
+        """All findings, worst first."""
+        rules = (_about_the_split, _about_labels_and_copies, _about_shortcuts, _about_files)
+        listed = chain.from_iterable(rule(self) for rule in rules)
+        return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
 
     @property
     def verdict(self) -> Verdict:
@@ -108,22 +115,15 @@ class Audit:
         return sum(row["files"] for row in self.counts) - self.duplicates["files"]
 
     def to_json(self) -> str:
-        """The audit and its verdict; undefined numbers are None with a reason next to them."""
+        """The audit, its verdict and findings; undefined numbers are None with a reason next to them."""
+        concluded = {"findings": [asdict(finding) for finding in self.findings]}
         # allow_nan=False: a NaN that slips through is a bug.
-        return json.dumps({"verdict": self.verdict._asdict(), **asdict(self)}, indent=1, allow_nan=False)
+        return json.dumps({"verdict": self.verdict._asdict()} | asdict(self) | concluded, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Audit":
         """The audit that `to_json` gave."""
-        fields = {name: value for name, value in json.loads(text).items() if name != "verdict"}
-        return cls(**fields | {"findings": [Finding(**finding) for finding in fields["findings"]]})
-
-
-def findings(audit: Audit) -> list[Finding]:
-    """All findings, worst first."""
-    rules = (_about_the_split, _about_labels_and_copies, _about_shortcuts, _about_files)
-    listed = chain.from_iterable(rule(audit) for rule in rules)
-    return sorted(listed, key=lambda finding: (SEVERITIES.index(finding.severity), KINDS.index(finding.kind)))
+        return cls(**{name: value for name, value in json.loads(text).items() if name not in ("verdict", "findings")})
 
 
 def leaked(tally: dict[str, int]) -> int:
@@ -217,12 +217,9 @@ def _opposed(row: dict[str, Any]) -> str:
 
 
 def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
-    flagged = [row for row in audit.shortcuts if row["flagged"]]
-    best = {
-        family: max((row for row in flagged if row["family"] == family), key=lambda row: row["auroc"])
-        for family in FAMILIES
-        if any(row["family"] == family for row in flagged)
-    }
+    flagged = [row for row in reversed(audit.shortcuts) if row["flagged"]]
+    strongest = {row["family"]: row for row in sorted(flagged, key=lambda row: row["auroc"])}
+    best = {family: strongest[family] for family in FAMILIES if family in strongest}
     severity = {family: "error" if row["auroc"] >= STRONG_SHORTCUT else "warning" for family, row in best.items()}
     # Metadata taken together repeat what size and file say; they are a finding only where neither is as bad alone.
     if {severity.get("metadata", ""), "error"} & {severity.get("size"), severity.get("file")}:

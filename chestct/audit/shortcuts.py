@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from chestct.audit.findings import Table
 from chestct.data.splits import measurable, of_patients_first
-from chestct.stats.bootstrap import MIN_GROUPS, draws
+from chestct.stats.bootstrap import MIN_GROUPS, draws, fewest_groups
 from chestct.stats.metrics import auroc
 
 MATERIAL = 0.60
@@ -74,11 +74,11 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
     once = np.flatnonzero(clear)
     y = (manifest["label"] == "cancer").to_numpy()[once]
     group = np.unique(manifest["group"].to_numpy()[once], return_inverse=True)[1]
-    features, few = _features(manifest, images), _few_groups(group, y)
+    features, number = _features(manifest, images), fewest_groups(y, group)
+    few = f"too few groups: {number} of a class, needs {MIN_GROUPS}" if number < MIN_GROUPS else ""
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     folds = [] if few else list(splitter.split(group, y, group))
-    # Groups are drawn within their class.
-    weights = [] if few else [part.astype(np.uint8) for part in draws(group, RESAMPLES, seed, strata=y)]
+    weights = [] if few else [part.astype(np.uint8) for part in draws(group, RESAMPLES, seed)]
     rows = []
     for baseline in BASELINES:
         X = features[baseline.name][once]
@@ -91,7 +91,7 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
             else:
                 scores = _score(baseline, X, y, X, seed)
             resampled = np.concatenate([auroc(scores, y, part.astype(float)) for part in weights])
-            # NaN: without a normal slice, which may happen where all of them are of groups that have cancers, too.
+            # NaN: draws without a class.
             low, high, corrected = np.nanquantile(resampled, [0.025, 0.975, SIGNIFICANT / 2]).tolist()
             row |= {"auroc": float(auroc(scores, y)[0]), "low": low, "high": high, "significant": corrected > 0.5}
         row["flagged"] = row["significant"] and row["low"] > MATERIAL and baseline.family != "picture"
@@ -164,18 +164,8 @@ def _score(baseline: Baseline, X: np.ndarray, y: np.ndarray, new: np.ndarray, se
 
 def _undefined(X: np.ndarray, y: np.ndarray) -> str:
     """Why no AUROC can be given, or ""."""
-    if not len(y):
-        return "no slices"
     if y.all() or not y.any():
         return "one class only"
     if not np.isfinite(X).all():
         return "values are missing"
     return "the same for every slice" if (X[0] == X).all() else ""
-
-
-def _few_groups(group: np.ndarray, y: np.ndarray) -> str:
-    """Why no interval can be given, or ""."""
-    for name, mask in (("cancer", y), ("normal", ~y)):
-        if (n := len(np.unique(group[mask]))) < MIN_GROUPS:
-            return f"too few groups: {n} of {name}, needs {MIN_GROUPS}"
-    return ""

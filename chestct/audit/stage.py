@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.audit.findings import Audit, Table, findings
+from chestct.audit.findings import Audit, Table
 from chestct.audit.shortcuts import shortcuts
 from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import SUBTYPES, Config
 from chestct.data.splits import LEFT_OUT, SPLITS, lacking, make_splits, measurable, of_patients_first, targets
-from chestct.data.store import Store
+from chestct.data.store import STORE, Store
 from chestct.errors import DataError
-from chestct.files import digest, json_digest, write_atomic
+from chestct.files import digest, file_digest, json_digest, write_atomic
 
 CLASSES = (*SUBTYPES, "cancer")
 
@@ -43,7 +43,7 @@ def audit_store(cfg: Config, store: Store) -> Audit:
                 policies[policy] = make_splits(manifest, cfg.task, replace(data, split=policy, folds=0, fold=0))
             except DataError:  # the folders do not admit it
                 continue
-    result = Audit(
+    return Audit(
         name=data.name,
         split=data.split,
         seed=data.split_seed,
@@ -59,7 +59,6 @@ def audit_store(cfg: Config, store: Store) -> Audit:
         disbelieved=store.disbelieved,
         notes=store.notes,
     )
-    return replace(result, findings=findings(result))
 
 
 def kept_audit(cfg: Config, store: Store) -> Audit:
@@ -78,11 +77,10 @@ def kept_folder(cfg: Config, store: Store) -> Path:
     makes = [*package.glob("audit/*.py"), *package.glob("stats/*.py"), package / "data" / "splits.py"]
     code = [digest(path.read_bytes()) for path in sorted(makes)]
     splits = make_splits(store.manifest, cfg.task, data, check=False).tolist()
-    what: list[Any] = [code, store.data_hash, store.settings, store.manifest["group"].tolist(), splits]
-    what += [store.skipped, store.disbelieved, store.notes, cfg.task, data.name, data.split, data.split_seed]
-    what += [store.manifest["file_hash"].tolist(), store.unreadable]  # what the files are as files, whatever they show
-    what += [data.valid_fraction, data.test_fraction]  # of the policies that are not in force
-    return cfg.cache / "audit" / json_digest(what)[:12]
+    # The fractions are of the policies that are not in force.
+    settings = [cfg.task, data.name, data.split, data.split_seed, data.valid_fraction, data.test_fraction]
+    whole_store = file_digest(store.folder / STORE)  # which holds the checksums of its pieces
+    return cfg.cache / "audit" / json_digest([code, whole_store, splits, settings])[:12]
 
 
 def counts(manifest: pd.DataFrame, split: pd.Series) -> Table:

@@ -6,6 +6,7 @@ travel in bundle.json and in the model card.
 """
 
 import dataclasses
+import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from chestct.data.prepare import prepare_store
 from chestct.data.splits import measurable
 from chestct.errors import BundleError, DataError
 from chestct.evaluation.external import as_made, own_manifest
-from chestct.models.backends import calibration_slices, convert, load_graph, version_of
+from chestct.models.backends import PACKAGES, calibration_slices, convert, load_graph
 from chestct.models.bundle import Bundle, backend_files, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
 from chestct.stats.metrics import auroc_difference
@@ -60,7 +61,8 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
                 "stays as it was."
             )
         calibration = len(order) if name == "openvino_int8" else 0
-        backends[name] = numbers | {"novelty": mark, "calibration": calibration, "version": version_of(name)}
+        by = f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"
+        backends[name] = numbers | {"novelty": mark, "calibration": calibration, "version": by}
         files |= dict(zip(FILES[name], parts, strict=True))
     card = f"{bundle.card.partition(SECTION)[0].rstrip()}\n{SECTION}\n{table(backends)}"
     facts = bundle.facts | {"backends": backends}

@@ -4,7 +4,6 @@ Pairing is the point: two runs err on much the same slices, so the difference is
 and two overlapping intervals say nothing about it.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pandas as pd
 
 from chestct.config.schema import Config
 from chestct.errors import DataError
-from chestct.evaluation.evaluate import calibrated
 from chestct.files import write_atomic
 from chestct.stats.bootstrap import MIN_GROUPS, difference_interval, draws, fewest_groups
-from chestct.stats.metrics import Sample, missing, sample_of, statistics
+from chestct.stats.metrics import missing, sample_of, statistics
 
 KEYS = ["source", "path", "content"]
 POOLED = ("accuracy", "brier", "log_loss", "ece")
@@ -57,7 +55,7 @@ def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000,
             f"comparison needs {MIN_GROUPS} groups. Evaluate both on the same data with the same data.split and "
             "data.split_seed."
         )
-    a, b = (_sample(test.loc[shared], task) for test in tests)
+    a, b = (sample_of(test.loc[shared], task) for test in tests)
     if wrong := int((a.target != b.target).sum()):
         raise DataError(f"{wrong} of {n} shared slices have another target in the other run: labels differ.")
     values = [{name: float(v[0]) for name, v in statistics(sample, np.ones((1, n))).items()} for sample in (a, b)]
@@ -93,13 +91,6 @@ def _read(name: str) -> pd.DataFrame:
     except (OSError, ValueError, KeyError) as error:
         reason = f"{path} is no table of predictions of this version ({error}). Evaluate the run again."
         raise DataError(reason) from None
-
-
-def _sample(test: pd.DataFrame, task: str) -> Sample:
-    """What is compared, with the decisions as they stand in the table."""
-    sample = sample_of(test, task, calibrated(test, task), 0.5)
-    flagged = test["flagged"].to_numpy(bool)
-    return replace(sample, flagged=flagged, decision=flagged.astype(int) if task == "binary" else sample.decision)
 
 
 def compare_text(frame: pd.DataFrame, name_a: str, name_b: str) -> str:

@@ -29,6 +29,7 @@ from chestct.data.prepare import is_synthetic
 from chestct.data.splits import SPLITS, SPLITTING, check_own, identity, measurable, of_patients_first
 from chestct.errors import ChestCTError
 from chestct.evaluation.subgroups import subgroups
+from chestct.files import digest
 from chestct.models import features
 from chestct.models.bundle import Bundle
 from chestct.models.head import has_places
@@ -114,7 +115,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     now = identity(data.manifest, data.store.data_hash)
     check_own(model.hparams["data"], now, cfg.ckpt, _on_other_data(Path(cfg.ckpt)))
     data.features = {}  # what training left there may come from convolutions that have changed since
-    if _cached(model, cfg):
+    if cfg.features.cache and model.cfg.always_frozen:
         features.attach(data, model.net, features.in_fp32(cfg), SPLITS, views=1)
     answers = {split: features.outputs(model.net, data.dataset(split), cfg.data.batch_size) for split in SPLITS}
     novelty_model = fit_marks(data.manifest, answers["train"][1], answers["valid"][1])
@@ -125,7 +126,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
     table = pd.concat(parts, ignore_index=True)
     point = fit_point(table, cfg)
-    table, ckpt = decided(table, point, table["novelty"].to_numpy(), cfg.task), Path(cfg.ckpt).resolve()
+    table, ckpt = decided(table, point, cfg.task), Path(cfg.ckpt).resolve()
     about = {
         "data_hash": data.store.data_hash,
         # In a run, its folder and below; else the name: where it lies on this machine is nobody's business.
@@ -165,12 +166,11 @@ def assembled(
 
     bundle: with the facts that `training_facts` makes.
     """
-    threshold = bundle.point.threshold
-    metrics = {split: measured(measurable(table, split), cfg, threshold) for split in table["split"].unique()}
+    metrics = {split: measured(measurable(table, split), cfg) for split in table["split"].unique()}
     test = table[table["split"] == "test"]
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {
-        "subgroups": subgroups(test, threshold, resamples=cfg.evaluation.resamples, seed=cfg.data.split_seed),
+        "subgroups": subgroups(test, cfg),
         "shift": drift.differences(bundle.facts, of_test),
         "made": made(),
     }
@@ -192,11 +192,6 @@ def _on_other_data(ckpt: Path) -> str:
     return f"measure its bundle, which leaves out what it has seen: {command}" if folder.is_dir() else "train anew."
 
 
-def _cached(model: Classifier, cfg: Config) -> bool:
-    """Whether what convolutions give may come from the cache: while they are the given ones."""
-    return cfg.features.cache and model.cfg.always_frozen
-
-
 @torch.no_grad()
 def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.Tensor | None:
     """What NORMALS normal training slices show (see saliency); None for a head that judges places and needs none."""
@@ -205,23 +200,21 @@ def normal_baseline(model: Classifier, data: SliceModule, cfg: Config) -> torch.
     dataset = data.dataset("train")
     normal = np.flatnonzero((data.manifest.loc[data.manifest["split"] == "train", "label"] == "normal").to_numpy())
     chosen = np.random.default_rng(cfg.data.split_seed).permutation(normal)[:NORMALS].tolist()
-    contents = [dataset.contents[i] for i in chosen]
-    return normal_cam(model.net, conv5_of(model, data, dataset.images[dataset.rows[chosen]], contents, cfg)).cpu()
+    return normal_cam(model.net, conv5_of(model, data, dataset.images[dataset.rows[chosen]], cfg)).cpu()
 
 
 @torch.no_grad()
-def conv5_of(
-    model: Classifier, data: SliceModule, images: np.ndarray, contents: Sequence[str], cfg: Config
-) -> torch.Tensor:
+def conv5_of(model: Classifier, data: SliceModule, images: np.ndarray, cfg: Config) -> torch.Tensor:
     """`net.conv5` of squares [N, S, S], float32 on the network's device; rounded to float16.
 
-    Computed and cached like frozen features, by `contents`: they take as long as all else in a warm run.
+    Computed and cached like frozen features: they take as long as all else in a warm run.
     """
     net, batch_size = model.net, cfg.features.batch_size
-    if _cached(model, cfg):
+    if cfg.features.cache and model.cfg.always_frozen:
         cfg = features.settled(cfg, net.mean.device)
         conv5, device, quantised = features.convolutions(data, net, cfg)
         folder = features.space_folder(cfg, net.digest, 0, quantised) / "conv5"
+        contents = [digest(image.tobytes()) for image in images]
         kept = features.Kept(lambda x: conv5(x).half(), contents, folder)  # half the space
 
         def squares(positions: Sequence[int]) -> list[torch.Tensor]:
@@ -233,18 +226,17 @@ def conv5_of(
     return maps.to(net.mean.device).float()
 
 
-def decided(table: pd.DataFrame, point: OperatingPoint, novelty: np.ndarray, task: str) -> pd.DataFrame:
-    """The table of predictions with calibrated `probability_CLASS`, `flagged` (at the threshold), `decision`
-    (`uncertain` or `refused` for some), conformal `set` and `novelty`.
+def decided(table: pd.DataFrame, point: OperatingPoint, task: str) -> pd.DataFrame:
+    """The table of predictions and novelty with calibrated `probability_CLASS`, `flagged` (at the threshold),
+    `decision` (`uncertain` or `refused` for some) and conformal `set`.
     """
     names = classes_of(task)
     probabilities = point.probabilities(logits_of(table))
     return table.assign(
         **{f"probability_{name}": probabilities[:, i] for i, name in enumerate(names)},
         flagged=1 - probabilities[:, 0] >= point.threshold,
-        decision=point.decide(probabilities, novelty),
+        decision=point.decide(probabilities, table["novelty"].to_numpy()),
         set=[" or ".join(np.array(names)[held]) or "none" for held in point.sets(probabilities)],
-        novelty=novelty,
     )
 
 
@@ -253,16 +245,9 @@ def logits_of(table: pd.DataFrame) -> np.ndarray:
     return table[[column for column in table if str(column).startswith("logit_")]].to_numpy()
 
 
-def calibrated(part: pd.DataFrame, task: str) -> np.ndarray:
-    """Calibrated scores of a table: P(cancer) [N, 1], or P(class) [N, K] of the subtype task."""
-    names = classes_of(task)[1:] if task == "binary" else classes_of(task)
-    return part[[f"probability_{name}" for name in names]].to_numpy()
-
-
-def measured(part: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
-    """All metrics of one split, from calibrated scores."""
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    return measure(part, cfg.task, calibrated(part, cfg.task), threshold, **settings)
+def measured(part: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
+    """All metrics of one split."""
+    return measure(part, cfg.task, cfg.evaluation.resamples, cfg.data.split_seed)
 
 
 def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estimate], data: SliceModule | None) -> Row:
@@ -272,8 +257,6 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
     if data is None or data.store is None or 0 in slices.values():
         return line
     scores = shortcut_scores(data.manifest, data.store.images, seed=cfg.data.split_seed)
-    if not scores:
-        return dataclasses.replace(line, note="no shortcut baseline is defined on these slices")
     best = max(scores, key=lambda baseline: baseline.auroc)
     cancer = (test["label"] == "cancer").to_numpy()
     model = 1 - test["probability_normal"].to_numpy()

@@ -7,7 +7,6 @@ training data are left out, which the bundle knows by their hashes, with all tha
 import dataclasses
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from chestct.config.schema import Config, ModelConfig, classes_of
@@ -31,7 +30,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     # The same figures on every machine, whatever is installed there: another backend is measured where it is named.
     backend = "torch" if cfg.serve.backend == "auto" else cfg.serve.backend
     bundle = load_bundle(cfg.bundle or "packaged", backend, cfg.trainer.accelerator)
-    drift.check_reference(bundle.facts, bundle.id)  # now, not after minutes
+    drift.reference(bundle.facts, "novelty")  # a bundle without statistics is refused now, not after minutes
     cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
     if not store.manifest["subtype"].isin(bundle.classes).all():
@@ -90,11 +89,9 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, di
 
 def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config) -> pd.DataFrame:
     """Predictions of every slice; where subtypes are not known, those of a subtype bundle are reduced to cancer."""
-    rows = manifest["row"].to_numpy()
-    parts = [bundle.predict(store.images[rows[at : at + 256]]) for at in range(0, len(rows), 256)]
-    logits, novelty = (np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "novelty"))
+    answers = bundle.predict(store.images, rows=manifest["row"].to_numpy())
     names = {name: i for i, name in enumerate(classes_of(cfg.task))}
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
-    table = prediction_table(manifest, "test", logits, bundle.task)
-    table = decided(table, bundle.point, novelty, bundle.task)
+    table = prediction_table(manifest, "test", answers.logits, bundle.task)
+    table = decided(table.assign(novelty=answers.novelty), bundle.point, bundle.task)
     return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])

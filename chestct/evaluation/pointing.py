@@ -46,15 +46,13 @@ class Lesions:
     """N slices with lesions whose place is known, as the network sees them.
 
     images: [N, S, S], uint8 or float32 in [0, 1]; masks: bool [N, S, S], none empty; reach: float [N], TOLERANCE of the
-    original slice in pixels of the square; groups: unit of each; contents: a text for each that decides what is in its
-    image.
+    original slice in pixels of the square; groups: unit of each.
     """
 
     images: np.ndarray
     masks: np.ndarray
     reach: np.ndarray
     groups: np.ndarray
-    contents: list[str]
 
 
 def known_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesions | None:
@@ -64,7 +62,7 @@ def known_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesion
     """
     rows = rows[rows["lesion"] != b""]
     masks = [unpack(lesion, images.shape[-1]) for lesion in rows["lesion"]]
-    return _lesions(rows, images[rows["row"].to_numpy()], masks, rows["content"].tolist(), cfg)
+    return _lesions(rows, images[rows["row"].to_numpy()], masks, cfg)
 
 
 def drawn_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesions | None:
@@ -83,13 +81,10 @@ def drawn_lesions(rows: pd.DataFrame, images: np.ndarray, cfg: Config) -> Lesion
                 squares.append(square)
                 masks.append(mask)
                 kept.append(content)
-    contents = [f"{content} drawn {insertion.VERSION}" for content in kept]
-    return _lesions(rows[rows["content"].isin(kept)], squares, masks, contents, cfg)
+    return _lesions(rows[rows["content"].isin(kept)], squares, masks, cfg)
 
 
-def _lesions(
-    rows: pd.DataFrame, images: Sequence[np.ndarray], masks: list[np.ndarray], contents: list[str], cfg: Config
-) -> Lesions | None:
+def _lesions(rows: pd.DataFrame, images: Sequence[np.ndarray], masks: list[np.ndarray], cfg: Config) -> Lesions | None:
     if rows.empty:
         return None
     preprocess, reach = preprocess_of(cfg.data), []
@@ -97,7 +92,7 @@ def _lesions(
     for root, path in zip(rows["root"], rows["path"], strict=True):
         place = placement(as_bytes(decode(Path(root, path), cfg.data.window, limits).gray), preprocess)
         reach.append(TOLERANCE * (place.target[2] - place.target[0]) / (place.source[2] - place.source[0]))
-    return Lesions(np.stack(images), np.stack(masks), np.array(reach), rows["group"].to_numpy(), contents)
+    return Lesions(np.stack(images), np.stack(masks), np.array(reach), rows["group"].to_numpy())
 
 
 @torch.no_grad()
@@ -119,7 +114,7 @@ def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str
     usual = torch.stack(taught).sum(0).numpy() if taught else None
     for kind, lesions in every.items():
         if lesions is not None:
-            of = partial(conv5_of, data=data, images=lesions.images, contents=lesions.contents, cfg=cfg)
+            of = partial(conv5_of, data=data, images=lesions.images, cfg=cfg)
             conv5 = [of(heads[0])] * len(heads) if cfg.always_frozen else [of(head) for head in heads]
             each = [head.net.head(head.net.pool(maps)) for head, maps in zip(heads, conv5, strict=True)]
             outputs = explained_output(torch.stack(each).mean(0).numpy())

@@ -22,7 +22,8 @@ from chestct.data.splits import SPLITS
 from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Evaluation, fit_marks
 from chestct.evaluation.pointing import DRAWN, TOLERANCE, pointing
-from chestct.evaluation.split_policies import Train, anew, averaging, of_cancer, on_test
+from chestct.evaluation.split_policies import Train, anew, averaging, on_test
+from chestct.evaluation.subgroups import of_cancer
 from chestct.models import features
 from chestct.models.operating_point import CANCER, NORMAL
 from chestct.models.vgg16 import VGG16
@@ -89,21 +90,21 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
     pointed: Table = []
     notes = []
     for source in real:
-        held = anew(cfg, split="grouped", allow_leakage=False, holdout=[source], folds=0, fold=0)
+        held = anew(cfg, holdout=[source])
         data = SliceModule(held)
         try:
             predictions, checkpoints = train(f"without-{source}", held, data)
             # Fine-tuned, this network knows the source that is held out: it judges no novelty there.
             novelty = _novelty(net, data) if cfg.always_frozen else 0.0
             test, threshold = on_test(predictions, held, novelty)
-            figures, points = _figures(test, held, threshold), pointing(held, data, checkpoints)
+            figures, points = believed(of_cancer(test, held)), pointing(held, data, checkpoints)
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
             ranked.append({"held out": source, "AUROC": None})
             called.append({"held out": source, "sensitivity": None, "specificity": None})
             continue
         answered = test[test["decision"].isin((CANCER, NORMAL))]
-        sure = {} if answered.empty else believed(of_cancer(answered, held, answered["flagged"], 0.5))
+        sure = {} if answered.empty else believed(of_cancer(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
         for kind, row in points.items():
             pointed.append({"held out": source, "lesions": kind} | believed(row))
@@ -137,14 +138,14 @@ def _matrix(cfg: Config, train: Train, real: Sequence[str]) -> dict[str, Part]:
     rows, single, notes = [], [], []
     for source in real:
         others = [name for name in cfg.data.sources if name != source]
-        alone = anew(cfg, split="grouped", allow_leakage=False, holdout=others, folds=0, fold=0)
+        alone = anew(cfg, holdout=others)
         row: dict[str, Any] = {"trained on": source} | {other: "–" if other == source else None for other in real}
         spread = row.copy()
         try:
-            test, threshold = on_test(train(f"only-{source}", alone, SliceModule(alone))[0], alone)
+            test, _ = on_test(train(f"only-{source}", alone, SliceModule(alone))[0], alone)
             for other in (other for other in real if other != source):
                 part = test[test["source"] == other]
-                row[other] = _figures(part, alone, threshold)["auroc"]
+                row[other] = believed(of_cancer(part, alone))["auroc"]
                 spread[other] = _by_seed([part])
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
@@ -170,14 +171,13 @@ def _within(cfg: Config, train: Train, real: Sequence[str]) -> Part:
                 raise ChestCTError(f"{min(groups)} groups of a class, needs {MIN_GROUPS}.")
             tests = []
             for fold in range(FOLDS):
-                part = anew(alone, split="grouped", allow_leakage=False, holdout=[], folds=FOLDS, fold=fold)
+                part = anew(alone, folds=FOLDS, fold=fold)
                 tests.append(on_test(train(f"within-{source}/fold-{fold}", part, SliceModule(part))[0], part)[0])
             pooled = pd.concat(tests, ignore_index=True)
             row["groups"] = " / ".join(map(str, groups_by_class(pooled)))
-            row["AUROC"] = _figures(pooled, alone, 0.5)["auroc"]
-            row |= {"single seeds": _by_seed(tests)}
-            called = of_cancer(pooled, alone, pooled["flagged"], 0.5)
-            row |= {name: called[name] for name in ("sensitivity", "specificity")}
+            measured = of_cancer(pooled, alone)
+            row |= {"AUROC": believed(measured)["auroc"], "single seeds": _by_seed(tests)}
+            row |= {name: measured[name] for name in ("sensitivity", "specificity")}
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
         rows.append(row)
@@ -229,11 +229,6 @@ def _novelty(net: VGG16, data: SliceModule) -> np.ndarray:
 def _pooled(net: VGG16, data: SliceModule, split: str) -> torch.Tensor:
     """Mean-pooled features [N, C] of a split's plain slices, from what `data` holds, else by the convolutions."""
     return features.outputs(net, data.dataset(split), data.cfg.data.batch_size)[1]
-
-
-def _figures(test: pd.DataFrame, cfg: Config, threshold: float) -> dict[str, Estimate]:
-    """Metrics of cancer against normal, under the same names for both tasks."""
-    return believed(of_cancer(test, cfg, test.get("probability_cancer", 1 - test["probability_normal"]), threshold))
 
 
 def groups_by_class(table: pd.DataFrame) -> list[int]:

@@ -7,6 +7,7 @@ has learned. With frozen convolutions a new head costs seconds, so every row get
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from chestct.errors import ChestCTError
 from chestct.evaluation.evaluate import Row, decided, fit_point, logits_of, measured, row
 from chestct.models.vgg16 import pick_device
 from chestct.stats.calibration import to_scores
-from chestct.stats.metrics import Estimate, measure
 
 Train = Callable[[str, Config, SliceModule], tuple[pd.DataFrame, list[Path]]]
 """(name, settings, data) -> predictions of the valid and test slices of the model trained so, and its checkpoints."""
@@ -48,20 +48,13 @@ def check_anew(cfg: Config) -> None:
 
 def policy_row(cfg: Config, policy: str, train: Train) -> Row:
     """The recipe under another policy, with its own operating point; a row with the reason where that cannot be."""
-    cfg = anew(cfg, split=policy, allow_leakage=policy == "official", holdout=[], folds=0, fold=0)
+    cfg = anew(cfg, split=policy, allow_leakage=policy == "official")
     data = SliceModule(cfg)
     try:
-        test, threshold = on_test(train(policy, cfg, data)[0], cfg)
+        test, _ = on_test(train(policy, cfg, data)[0], cfg)
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
-    return row(cfg, policy, test, measured(test, cfg, threshold), data)
-
-
-def of_cancer(table: pd.DataFrame, cfg: Config, scores: pd.Series, threshold: float) -> dict[str, Estimate]:
-    """All metrics of cancer against normal, whatever the task; scores: of cancer, [N] in [0, 1]."""
-    binary = table.assign(target=(table["label"] == "cancer").astype(int))
-    settings = {"resamples": cfg.evaluation.resamples, "seed": cfg.data.split_seed}
-    return measure(binary, "binary", scores.to_numpy(float)[:, None], threshold, **settings)
+    return row(cfg, policy, test, measured(test, cfg), data)
 
 
 def averaging(train: Train, seeds: int) -> Train:
@@ -86,9 +79,10 @@ def averaging(train: Train, seeds: int) -> Train:
 
 
 def anew(cfg: Config, **data: object) -> Config:
-    """The settings for another training, with changes to cfg.data."""
+    """The settings for another training: on the grouped split, or as these settings of `data` say."""
     quiet = dataclasses.replace(cfg.trainer, progress=False)
-    changed = dataclasses.replace(cfg.data, **data)  # type: ignore[arg-type]
+    usual: dict[str, Any] = {"split": "grouped", "allow_leakage": False, "holdout": [], "folds": 0, "fold": 0}
+    changed = dataclasses.replace(cfg.data, **usual | data)
     # A job of a search looks at validation alone, and its checkpoint's settings say so; nor is another training to ask
     # for the trainings that it is one of, when it is evaluated.
     evaluation = dataclasses.replace(cfg.evaluation, report=True, policies=False, protocol=[])
@@ -101,5 +95,5 @@ def on_test(predictions: pd.DataFrame, cfg: Config, novelty: np.ndarray | float 
     novelty: of each slice of the table; without, none is refused or uncertain for it.
     """
     point = fit_point(predictions, cfg)
-    table = decided(predictions, point, np.full(len(predictions), novelty), cfg.task)
+    table = decided(predictions.assign(novelty=novelty), point, cfg.task)
     return table[table["split"] == "test"], point.threshold

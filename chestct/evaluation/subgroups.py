@@ -8,31 +8,32 @@ from typing import Any
 
 import pandas as pd
 
+from chestct.config.schema import Config
 from chestct.stats.metrics import Estimate, measure
 
 FEWEST = 5
 """Groups below which a subgroup is listed, but not judged."""
 
 
-def subgroups(test: pd.DataFrame, threshold: float, *, resamples: int, seed: int) -> list[dict[str, Any]]:
+def of_cancer(table: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
+    """All metrics of cancer against normal, whatever the task, of predictions with their decisions."""
+    scores = table.get("probability_cancer", 1 - table["probability_normal"])
+    binary = table.assign(target=(table["label"] == "cancer").astype(int), probability_cancer=scores)
+    return measure(binary, "binary", cfg.evaluation.resamples, cfg.data.split_seed)
+
+
+def subgroups(test: pd.DataFrame, cfg: Config) -> list[dict[str, Any]]:
     """One row for each subgroup of the test slices: `by`, `name`, class counts, `sensitivity`, `specificity`, `auroc`
     (Estimates), and `flag`, a sentence where an interval leaves out the overall value.
 
-    test: predictions with the manifest's columns and calibrated probabilities. Kinds that do not divide the slices are
-    left out.
+    test: predictions with their decisions. Kinds that do not divide the slices are left out.
     """
-    table = test.assign(target=(test["label"] == "cancer").astype(int)).reset_index(drop=True)
-
-    def measured(part: pd.DataFrame) -> dict[str, Estimate]:
-        scores = 1 - part[["probability_normal"]].to_numpy()
-        estimates = measure(part, "binary", scores, threshold, resamples=resamples, seed=seed)
-        return {metric: estimates[metric] for metric in ("sensitivity", "specificity", "auroc")}
-
-    overall, rows = measured(table), []
+    overall, rows = of_cancer(test, cfg), []
     for by in ("source", "subtype"):
-        for name, part in table.groupby(by) if table[by].nunique() > 1 else ():
-            estimates = measured(part)
-            counts = {"normal": int((part["target"] == 0).sum()), "cancer": int((part["target"] == 1).sum())}
+        for name, part in test.groupby(by) if test[by].nunique() > 1 else ():
+            measured = of_cancer(part, cfg)
+            estimates = {metric: measured[metric] for metric in ("sensitivity", "specificity", "auroc")}
+            counts = {label: int((part["label"] == label).sum()) for label in ("normal", "cancer")}
             counts["groups"] = int(part["group"].nunique())
             about = {"by": by, "name": str(name).replace("_", " ")}
             rows.append(about | counts | estimates | {"flag": _flag(estimates, overall)})

@@ -7,7 +7,6 @@ are fastest at on a processor. Each program is imported when a graph is for it.
 """
 
 import copy
-import importlib.metadata
 import importlib.util
 import logging
 import sys
@@ -121,11 +120,6 @@ def _program(name: str, package: str = "", extra: str = "") -> Any:
     return program
 
 
-def version_of(name: str) -> str:
-    """What runs a backend, with its version."""
-    return f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"
-
-
 def load_graph(name: str, files: Sequence[bytes]) -> Graph:
     """The graph in the files of a backend, FILES[name], which uses `threads`. Any thread may call it.
 
@@ -185,7 +179,7 @@ class Passes:
             idle = self.idle[streams]
             request = idle.pop() if idle else self.compiled(streams).create_infer_request()
         try:
-            return [part.copy() for part in request.infer({0: x}).to_tuple()]  # the next answer takes the same memory
+            return list(request.infer({0: x}).to_tuple())
         finally:
             with self.lock:
                 self.running -= 1

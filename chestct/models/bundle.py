@@ -101,10 +101,13 @@ class Bundle:
         return frozenset(self.facts["data"]["seen"])
 
     @torch.no_grad()
-    def predict(self, images: np.ndarray, explain: bool = False) -> Outputs:
-        """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too."""
+    def predict(self, images: np.ndarray, explain: bool = False, rows: np.ndarray | None = None) -> Outputs:
+        """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too.
+
+        rows: int [M], which of them.
+        """
         parts = []
-        for x in self.net.batches(images):
+        for x in self.net.batches(images, rows=rows):
             answer, conv5 = self.graph(x) if self.graph else self.net.answer(x)
             maps = self.net.pool(conv5)
             of_batch = answer.cpu().numpy()
@@ -210,18 +213,20 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
     try:
         tensors = load(files[TENSORS])
         net = _network(facts, tensors, folder).eval().requires_grad_(False).to(device)
+        novelty_model = NoveltyModel(**_part(tensors, "novelty."))
+        if parts:
+            mark = facts["backends"][name].get("novelty", 1.0)
+            novelty_model = replace(novelty_model, threshold=novelty_model.threshold * mark)
         bundle = Bundle(
             net,
             OperatingPoint.from_dict(facts["operating_point"]),
-            NoveltyModel.from_tensors(_part(tensors, "novelty.")),
+            novelty_model,
             None if has_places(net.head) else tensors["saliency.baseline"],
             facts,
             files[CARD].decode(),
+            backend=name,
+            graph=load_graph(name, parts) if parts else None,
         )
-        if parts:
-            threshold = bundle.novelty_model.threshold * facts["backends"][name].get("novelty", 1.0)
-            novelty_model = replace(bundle.novelty_model, threshold=threshold)
-            bundle = replace(bundle, backend=name, graph=load_graph(name, parts), novelty_model=novelty_model)
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -281,8 +286,8 @@ def _network(facts: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Pa
         if weights.digest != about["digest"]:
             raise WeightsError(f"The bundle {folder} was made for other packaged weights. Install its chestct version.")
     else:
-        mean, scale, backbone = tuple(about["mean"]), tuple(about["scale"]), model.get("backbone", "vgg16")
-        weights = Weights(_part(tensors, "features."), mean, scale, about["digest"], backbone)
+        mean, scale = tuple(about["mean"]), tuple(about["scale"])
+        weights = Weights(_part(tensors, "features."), mean, scale, about["digest"])
     cfg = ModelConfig(**model)
     check_trusted(cfg.head, f"The bundle {folder}")
     outputs = 1 if facts["task"] == "binary" else len(facts["classes"])

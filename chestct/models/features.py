@@ -205,13 +205,19 @@ def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
 
     A damaged shard is removed: what it held is computed again.
     """
+
+    def checked(path: Path) -> dict[str, torch.Tensor]:
+        of_shard = _rows(path, wanted)
+        if of_shard and file_digest(path) != path.stem:
+            raise ValueError("its checksum does not match")
+        return of_shard
+
+    with ThreadPoolExecutor() as pool:  # of a large collection, checksums take seconds
+        shards = {path: pool.submit(checked, path) for path in sorted(folder.glob("*.safetensors"))}
     rows: dict[str, torch.Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path, shard in shards.items():
         try:
-            of_shard = _rows(path, wanted)
-            if of_shard and file_digest(path) != path.stem:
-                raise ValueError("its checksum does not match")
-            rows |= of_shard
+            rows |= shard.result()
         except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
             print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
             path.unlink(missing_ok=True)

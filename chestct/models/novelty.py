@@ -7,8 +7,8 @@ features alike and fall out; without this step a third of all photographs, drawi
 public chest CT set against Euclidean, cosine and k-nearest distances). 1 is the threshold, whatever the data.
 """
 
-import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import torch
 
@@ -22,6 +22,9 @@ SLICES_PER_DIRECTION = 4
 
 FEWEST = 4
 """Slices without which neither a spread nor a threshold can be fitted."""
+
+QUANTILE = 0.99
+"""Share of validation slices that are to lie within the threshold."""
 
 FOREIGN = 1.5
 """Distance beyond which a slice is hardly a chest CT at all. Measured with the public set as training set: CT from
@@ -55,22 +58,12 @@ class NoveltyModel:
         squared = (along**2 / self.variances.double()).sum(1) + (beyond**2).sum(1) / self.rest.double()
         return squared.sqrt().float() / self.threshold
 
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "NoveltyModel":
-        """The inverse of dataclasses.asdict; raises TypeError or ValueError for tensors that do not fit each other."""
-        model = cls(**tensors)
-        k, d = model.directions.shape
-        for name, shape in {"mean": [d], "variances": [k], "rest": [], "threshold": []}.items():
-            if list(tensors[name].shape) != shape:
-                raise ValueError(f"novelty.{name} is shaped {list(tensors[name].shape)}, not {shape}")
-        return model
 
-
-def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quantile: float = 0.99) -> NoveltyModel:
+def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor) -> NoveltyModel:
     """The novelty model of a training set, with the threshold that validation slices set.
 
-    features_*: float [N, D] >= 0, pooled by the mean over places, of plain views. The threshold is the given quantile
-    of the validation distances, or of the log-normal distribution fitted to them where that is higher: the quantile of
+    features_*: float [N, D] >= 0, pooled by the mean over places, of plain views. The threshold is the QUANTILE of
+    the validation distances, or of the log-normal distribution fitted to them where that is higher: the quantile of
     a few slices is at most their largest, which refused half as many good slices again (60 training slices).
     Raises DataError with fewer than 4 slices in either.
     """
@@ -88,8 +81,8 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor, quan
     model = NoveltyModel(mean.float(), directions[:k].half(), along, rest.float(), torch.tensor(1.0))
     distances = model.distance(features_valid).double()
     logs = distances.clamp(min=1e-12).log()
-    fitted = logs.mean() + math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1)) * logs.std()
-    return replace(model, threshold=torch.maximum(distances.quantile(quantile), fitted.exp()).float())
+    fitted = logs.mean() + NormalDist().inv_cdf(QUANTILE) * logs.std()
+    return replace(model, threshold=torch.maximum(distances.quantile(QUANTILE), fitted.exp()).float())
 
 
 def _roots_of_shares(features: torch.Tensor) -> torch.Tensor:

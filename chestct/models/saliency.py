@@ -19,23 +19,26 @@ SMOOTHING = 1 / 9
 """Standard deviation of the smoothing as a share of the side; a lesion and its surroundings take about a fifth."""
 
 
-def class_activation_map(net: VGG16, conv5: torch.Tensor, output: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, K] and how each position of conv5 moves logits[:, output], float32 [B, h, w], signed; both detached.
+def class_activation_map(
+    net: VGG16, conv5: torch.Tensor, outputs: int | np.ndarray = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, K] and how each position of conv5 moves that of each slice's own output, [B, h, w]; both detached.
 
     Selvaraju et al. 2017, eq. 1 and 2 without the ReLU: a channel weighs as much as the mean of its gradient over all
     positions. For a linear head on mean-pooled features this is the map of Zhou et al. 2016.
-    conv5: float [B, 512, h, w] from `net.conv5`; net in eval mode. Where the head judges places, what it says of each
-    is the map, exactly.
+    conv5: float [B, 512, h, w] from `net.conv5`; outputs: of all slices, or int [B]; net in eval mode. Maps are float32
+    and signed. Where the head judges places, what it says of each is the map, exactly.
     """
+    own = np.arange(len(conv5)), outputs
     if has_places(net.head):
         evidence = net.head[:-1](net.pool(conv5))
-        return net.head[-1](evidence), evidence[:, output].float()
+        return net.head[-1](evidence), evidence[own].float()
     # Callers are usually under no_grad or inference_mode; a clone made out here can be differentiated all the same.
     with torch.inference_mode(False), torch.enable_grad():
         conv5 = conv5.detach().clone()
         pooled = net.pool(conv5).requires_grad_()
         logits = net.head(pooled)
-        (gradient,) = torch.autograd.grad(logits[:, output].sum(), pooled)
+        (gradient,) = torch.autograd.grad(logits[own].sum(), pooled)
     # A max pool hands each gradient to one position of its window, so their sum is that of conv5 as well.
     positions = conv5.shape[2] * conv5.shape[3]
     cam = torch.einsum("bk,bkhw->bhw", gradient.sum((2, 3)), conv5) / positions
@@ -71,9 +74,7 @@ def normalised_cam(
     conv5: from `net.conv5`; outputs: int [B]; baseline: from `normal_cam`, None for the plain map; a head that judges
     places needs none, for its evidence is 0 where both answers are as likely.
     """
-    by_output = {int(k): class_activation_map(net, conv5, int(k)) for k in np.unique(outputs)}
-    logits = next(iter(by_output.values()))[0]
-    cam = torch.stack([by_output[int(k)][1][i] for i, k in enumerate(outputs)])
+    logits, cam = class_activation_map(net, conv5, outputs)
     if baseline is not None and not has_places(net.head):
         mean, spread = baseline.to(cam.device)[:, torch.from_numpy(outputs)]
         cam = (_standing_out(cam) - mean) / spread

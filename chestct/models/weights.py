@@ -43,7 +43,6 @@ class Weights:
     mean: Three
     scale: Three
     digest: str  # identity of the tensors, and of a file with its mean and scale
-    backbone: str = "vgg16"  # the name of torchvision's network
 
 
 BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -92,7 +91,7 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
         convolutions(backbone)  # raises ConfigError
     if name == "none":
         mean, scale = OXFORD if backbone == "vgg16" else _input(backbone)
-        return Weights(None, mean, scale, "none", backbone)
+        return Weights(None, mean, scale, "none")
     if name == "oxford":
         if backbone != "vgg16":
             raise WeightsError(
@@ -116,7 +115,7 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
         numbers = " and scale ".join(", ".join(f"{x:g}" for x in three) for three in (mean, scale))
         like = "torchvision's do" if theirs else "oxford does; imagenet1k in its name would say: as torchvision's do"
         _say(f"model.weights={name}: taken to expect mean {numbers}, as {like}.")
-    return Weights(_checked(tensors, name, backbone), mean, scale, identity, backbone)
+    return Weights(_checked(tensors, name, backbone), mean, scale, identity)
 
 
 def _input(backbone: str) -> tuple[Three, Three]:

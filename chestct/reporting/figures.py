@@ -16,7 +16,7 @@ from sklearn.calibration import CalibrationDisplay
 from sklearn.metrics import RocCurveDisplay, roc_curve
 
 from chestct.config.schema import classes_of
-from chestct.evaluation.evaluate import Evaluation, calibrated
+from chestct.evaluation.evaluate import Evaluation
 from chestct.models.bundle import Bundle
 from chestct.models.saliency import blend, heat_to_square
 from chestct.reporting.environment import as_text
@@ -130,9 +130,9 @@ def _one_against_rest(evaluation: Evaluation) -> Iterator[tuple[str, np.ndarray,
     """(class, positive bool [N], score float [N]) of each class that test slices are on both sides of."""
     task, target = evaluation.cfg.task, evaluation.test["target"].to_numpy()
     classes = {"cancer": 1} if task == "binary" else {name: k for k, name in enumerate(classes_of(task))}
-    for (name, k), score in zip(classes.items(), calibrated(evaluation.test, task).T, strict=True):
+    for name, k in classes.items():
         if 0 < (target == k).sum() < len(target):
-            yield name, target == k, score
+            yield name, target == k, evaluation.test[f"probability_{name}"].to_numpy()
 
 
 def gallery(evaluation: Evaluation) -> dict[str, list[dict[Any, Any]]]:

@@ -10,7 +10,7 @@ from chestct.audit.findings import FEW_GROUPS, Finding, counted
 from chestct.config.schema import classes_of, of_patients
 from chestct.config.schema_serving import ROUNDED
 from chestct.data.splits import measurable
-from chestct.evaluation.evaluate import Evaluation, calibrated
+from chestct.evaluation.evaluate import Evaluation
 from chestct.reporting.environment import as_text, display_name
 from chestct.stats.bootstrap import effective_size
 from chestct.stats.calibration import wilson
@@ -98,7 +98,8 @@ def counts(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
 def called(evaluation: Evaluation) -> np.ndarray:
     """The class that each test slice is called at the threshold, int [N]."""
     test, task = evaluation.test, evaluation.cfg.task
-    return test["flagged"].to_numpy(int) if task == "binary" else calibrated(test, task).argmax(1)
+    scores = test[[f"probability_{name}" for name in classes_of(task)]].to_numpy()
+    return test["flagged"].to_numpy(int) if task == "binary" else scores.argmax(1)
 
 
 def summary(evaluation: Evaluation) -> str:

@@ -7,28 +7,18 @@ import numpy as np
 MIN_GROUPS = 10  # with fewer groups of a class, resampling alone gives intervals too narrow to be believed
 
 
-def draws(group: np.ndarray, resamples: int, seed: int, strata: np.ndarray | None = None) -> Iterator[np.ndarray]:
+def draws(group: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
     """How often each slice is drawn, float [r, N] in blocks of bounded memory: groups [N] = 0..G-1, with replacement.
 
-    The whole group comes or stays away (Field & Welsh 2007). strata: int [N] >= 0; groups are then drawn within the
-    largest stratum of their slices. A stratum that has groups of its own is never empty; one all of whose slices lie in
-    groups of larger strata may be.
+    The whole group comes or stays away (Field & Welsh 2007).
     """
-    groups = int(group.max()) + 1
-    stratum = np.zeros(groups, int)
-    if strata is not None:
-        np.maximum.at(stratum, group, strata.astype(int))
-    parts = [np.flatnonzero(stratum == s) for s in np.unique(stratum)]
-    generator = np.random.default_rng(seed)
+    groups, generator = int(group.max()) + 1, np.random.default_rng(seed)
     block = max(1, 1_000_000 // len(group))
     for at in range(0, resamples, block):
         rows = min(block, resamples - at)
-        counts = np.empty((rows, groups))
-        for members in parts:
-            n = len(members)
-            drawn = generator.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
-            counts[:, members] = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
-        yield counts[:, group]
+        drawn = generator.integers(0, groups, (rows, groups)) + groups * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * groups).reshape(rows, groups)
+        yield counts[:, group].astype(float)
 
 
 def percentiles(drawn: np.ndarray, value: float) -> tuple[float | None, float | None, str]:
@@ -52,7 +42,7 @@ def difference_interval(drawn: np.ndarray, difference: float, groups: int) -> tu
 
 def fewest_groups(target: np.ndarray, group: np.ndarray) -> int:
     """Groups of the class that has fewest; target and group: int [N], of classes that occur."""
-    return min(len(np.unique(group[target == k])) for k in np.unique(target))
+    return min((len(np.unique(group[target == k])) for k in np.unique(target)), default=0)
 
 
 def effective_size(hit: np.ndarray, group: np.ndarray) -> float:

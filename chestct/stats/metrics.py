@@ -40,26 +40,18 @@ class Sample:
     group: np.ndarray  # int [N]
 
 
-def measure(
-    table: pd.DataFrame,
-    task: str,
-    scores: np.ndarray,
-    threshold: float = 0.5,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Estimate]:
-    """Every metric of a table of predictions (chestct.models.predictions) that holds one split.
+def measure(table: pd.DataFrame, task: str, resamples: int = 2000, seed: int = 0) -> dict[str, Estimate]:
+    """Every metric of one split's predictions and decisions (docs/manifest.md).
 
-    scores: float [N, 1] (P(cancer)) or [N, K], calibrated, in the table's order; slices are called cancer from the
-    threshold on, subtypes by the largest score. Subtype names without a class are macro means; `cancer/...` is the
-    reduction to cancer by 1 - P(normal).
+    Slices are called cancer where the table says `flagged`, subtypes by the largest `probability_CLASS`. Subtype names
+    without a class are macro means; `cancer/...` is the reduction to cancer by 1 - P(normal).
 
     Intervals: shares of slices have Wilson's with their `effective_size`; all else the 2.5 and 97.5 % quantiles over
     `resamples` draws of groups (of ECE turned round the value, in squares), widened to `_unseen` where a class
     has few of them or no draw differs from another.
     Raises DataError without slices, or where a score is not finite.
     """
-    sample = sample_of(table, task, scores, threshold)
+    sample = sample_of(table, task)
     values = {name: float(v[0]) for name, v in statistics(sample, np.ones((1, len(table)))).items()}
     drawn = [statistics(sample, weights) for weights in draws(sample.group, resamples, seed)]
     proportions, extremes = proportions_of(sample), _unseen(sample)
@@ -85,17 +77,15 @@ def measure(
     return estimates
 
 
-def sample_of(table: pd.DataFrame, task: str, scores: np.ndarray, threshold: float) -> Sample:
-    """What `measure` measures, with its decisions; arguments as there."""
+def sample_of(table: pd.DataFrame, task: str) -> Sample:
+    """What `measure` measures."""
     names = classes_of(task)
     if not len(table):
         raise DataError("No slices to measure: this split is empty.")
-    if scores.shape != (len(table), 1 if task == "binary" else len(names)):
-        raise ValueError(f"scores are {list(scores.shape)} for {len(table)} slices of task {task}")
+    scores = table[[f"probability_{name}" for name in names]].to_numpy(float)
     if strays := int((~np.isfinite(scores)).any(1).sum()):
         raise DataError(f"{strays} of {len(table)} slices have no finite score: the model diverged. Lower optim.lr.")
-    scores = np.hstack([1 - scores, scores]) if task == "binary" else scores
-    flagged = (scores[:, 1] if task == "binary" else 1 - scores[:, 0]) >= threshold
+    flagged = table["flagged"].to_numpy(bool)
     decision = flagged.astype(int) if task == "binary" else scores.argmax(1)
     group = np.unique(table["group"], return_inverse=True)[1]
     return Sample(names, scores, table["target"].to_numpy(int), decision, flagged, group)

@@ -19,6 +19,7 @@ from chestct.errors import ChestCTError
 from chestct.evaluation import protocol as module
 from chestct.evaluation.evaluate import Evaluation, evaluate
 from chestct.evaluation.protocol import Part, Spread, protocol
+from chestct.evaluation.subgroups import of_cancer
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16
 from chestct.phantom.dataset import write
@@ -229,7 +230,7 @@ def test_the_protocol_is_in_the_report_and_in_files_of_its_own(evaluation, measu
 def test_of_subtypes_the_figures_are_those_of_cancer_against_normal() -> None:
     evaluation = made_up("subtype")
     test, cancer = evaluation.test, evaluation.test["label"] == "cancer"
-    figures = module._figures(test, evaluation.cfg, evaluation.point.threshold)
+    figures = of_cancer(test, evaluation.cfg)
     assert figures["sensitivity"].value == pytest.approx(test["flagged"][cancer].mean())
     assert figures["specificity"].value == pytest.approx(1 - test["flagged"][~cancer].mean())
     assert figures["sensitivity"].slices == cancer.sum()

@@ -13,7 +13,7 @@ def measured(wrong, strength=4.0):
     labels, logits = draw(len(wrong), "binary", 0, strength)
     evaluation = made_up(test=(labels, np.where(wrong[:, None], -logits, logits)))
     test = evaluation.test.assign(source=np.where(wrong, "far_south", "north"))
-    rows = subgroups(test, evaluation.point.threshold, resamples=200, seed=0)
+    rows = subgroups(test, evaluation.cfg)
     return test, {row["name"]: row for row in rows}
 
 
@@ -53,5 +53,5 @@ def test_a_part_of_few_groups_is_listed_but_not_judged(groups, judged):
 
 def test_what_does_not_divide_the_slices_is_left_out():
     evaluation = made_up()
-    rows = subgroups(evaluation.test, evaluation.point.threshold, resamples=50, seed=0)
+    rows = subgroups(evaluation.test, evaluation.cfg)
     assert [row["name"] for row in rows] == ["adenocarcinoma", "large cell", "normal", "squamous"]

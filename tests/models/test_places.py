@@ -61,7 +61,7 @@ def test_several_blocks_lie_on_the_grid_of_the_last_one_after_another(last, size
 
 def test_blocks_are_those_of_vgg():
     with pytest.raises(ConfigError, match="five blocks"):
-        VGG16(ModelConfig(block="4"), 1, 64, load_weights("none", "alexnet"))
+        VGG16(ModelConfig(backbone="alexnet", block="4"), 1, 64, load_weights("none", "alexnet"))
 
 
 @torch.no_grad()

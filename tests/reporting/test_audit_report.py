@@ -1,7 +1,6 @@
 import re
 from dataclasses import replace
 
-from chestct.audit.findings import findings
 from chestct.reporting.audit_report import summary, write
 from tests.audit.conftest import faulty, make, make_data, official, quick, run  # noqa: F401 - fixtures
 
@@ -9,7 +8,7 @@ from tests.audit.conftest import faulty, make, make_data, official, quick, run  
 def test_the_page_stands_alone_escapes_names_and_shows_what_findings_rest_on(official, faulty, tmp_path):  # noqa: F811
     skipped = [{"source": "s", "path": f"Training/<{i}>.txt", "reason": "not an image"} for i in range(5)]
     audit = replace(official, skipped=skipped, disbelieved=["PatientID is ANONYMOUS in all 60 slices."])
-    write(replace(audit, findings=findings(audit)), faulty.manifest, tmp_path)
+    write(audit, faulty.manifest, tmp_path)
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"croissant.json", "report.html", "report.json", "slices.csv"}
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
+from chestct.config.schema import classes_of
 from chestct.errors import DataError
 from chestct.models.lightning_module import metric_collection
 from chestct.models.predictions import output_names
@@ -20,10 +21,18 @@ def table(targets, scores, groups=None):
     return frame.assign(**{f"score_{name}": scores[:, i] for i, name in enumerate(names)})
 
 
-def measure(frame, task, scores=None, *args, **settings):
-    """`metrics.measure`, of the table's own scores unless others are given."""
+def decided(frame, task, scores=None, threshold=0.5):
+    """The table with the decisions that these scores, or its own, give at a threshold."""
     scores = frame.filter(like="score_").to_numpy() if scores is None else scores
-    return metrics.measure(frame, task, scores, *args, **settings)
+    scores = np.hstack([1 - scores, scores]) if task == "binary" else scores
+    probabilities = {f"probability_{name}": scores[:, i] for i, name in enumerate(classes_of(task))}
+    flagged = scores[:, 1] if task == "binary" else 1 - scores[:, 0]
+    return frame.assign(flagged=flagged >= threshold, **probabilities)
+
+
+def measure(frame, task, scores=None, threshold=0.5, **settings):
+    """`metrics.measure`, of the table's own scores unless others are given."""
+    return metrics.measure(decided(frame, task, scores, threshold), task, **settings)
 
 
 def drawn(n, task="binary", seed=0, decimals=1, groups=None):
@@ -69,11 +78,11 @@ def test_metrics_equal_those_of_training_and_of_scikit_learn_with_ties(task):
 def test_a_weight_counts_a_slice_as_often_as_repeating_it(task):
     frame = drawn(150, task)
     weights = np.random.default_rng(100).integers(0, 4, (4, 150))
-    weighted = statistics(sample_of(frame, task, frame.filter(like="score_").to_numpy(), 0.4), weights.astype(float))
+    frame = decided(frame, task, threshold=0.4)
+    weighted = statistics(sample_of(frame, task), weights.astype(float))
     for i, times in enumerate(weights):
         repeated = frame.loc[np.repeat(frame.index, times)]
-        scores = repeated.filter(like="score_").to_numpy()
-        plain = statistics(sample_of(repeated, task, scores, 0.4), np.ones((1, len(repeated))))
+        plain = statistics(sample_of(repeated, task), np.ones((1, len(repeated))))
         assert {n: v[i] for n, v in weighted.items()} == pytest.approx({n: v[0] for n, v in plain.items()}, nan_ok=True)
 
 
