@@ -71,7 +71,7 @@ bundle: $(READY) ## make the packaged bundle and RESULTS.md's tables down to "Wh
 ui: $(READY) ## open MLflow on the recorded runs, at http://127.0.0.1:5000 (ARGS="--port 5050")
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000 $(ARGS)
 
-bench: $(READY) ## time everything, ten minutes; writes docs/benchmarks.md (ARGS="--turns 1", "--data FOLDER --keras PYTHON")
+bench: $(READY) ## time everything, fifteen minutes; writes docs/benchmarks.md (ARGS="--turns 1", "--data FOLDER --keras PYTHON")
 	$(BIN)/python -m benchmarks --json docs/benchmarks.json --write docs/benchmarks.md $(ARGS)
 
 bench-scale: $(READY) ## what slices cost in each step, of 1k to 10k (ARGS="--sizes 1000 10000 100000")

@@ -1,8 +1,7 @@
 """Measures chestct on this machine, and writes the values as JSON and a table of them as a page.
 
-python -m benchmarks                                   phantoms, ten minutes on two cores
+python -m benchmarks                                   phantoms, fifteen minutes on two cores
 python -m benchmarks --data FOLDER --keras PYTHON      FOLDER/train|valid|test/CLASS, next to the Keras recipe
-python -m benchmarks --turns 1                         whether everything runs; its figures say little
 """
 
 import argparse
@@ -118,12 +117,12 @@ class Bench:
         """Features, and whole runs of the head on them."""
         net, eager = VGG16(ModelConfig(), 1, 224, load_weights("oxford")).eval(), vgg16().features
         noise, matrix = np.random.default_rng(0).integers(0, 256, (32, 224, 224), np.uint8), torch.rand(2048, 2048)
-        names, shown = [*map(str, range(32))], lambda at: [torch.from_numpy(noise[at])[:, None] / 255]
+        names, slices = [*map(str, range(32))], lambda at: [torch.from_numpy(noise[at])[:, None] / 255]
 
         def rate(layer: Callable[[torch.Tensor], torch.Tensor]) -> float:
             with tempfile.TemporaryDirectory() as cache:
                 kept = [Kept(layer, names, Path(cache))]
-                return 32 / seconds(lambda: extract(kept, shown, torch.device("cpu"), batch_size=16))
+                return 32 / seconds(lambda: extract(kept, slices, torch.device("cpu"), batch_size=16))
 
         contestants = {"torch": partial(rate, net.pooled)}
         for name in BACKENDS[1:]:
@@ -136,19 +135,20 @@ class Bench:
         yield "matrix product in fp32", "GFLOP/s", {PRODUCT: [rate * FLOP / 1e9 for rate in rates[PRODUCT]]}
         yield "features, VGG16 at 224 pixels", "slices/s", rates
 
-        def train(backend: str, report: bool) -> float:
-            how = [f"features.backend={backend}", f"evaluation.report={report}", f"cache_dir={backend}-{report}"]
+        def train(backend: str, cache: str, report: bool = True) -> float:
+            where = [*self.settings, f"data.root={self.root}", f"cache_dir={cache}", "trainer.progress=false"]
             head = ["experiment=head", "data.views=0", f"trainer.max_epochs={EPOCHS}", "trainer.patience=0"]
-            where = [*self.settings, f"data.root={self.root}", "trainer.progress=false"]
+            how = [f"features.backend={backend}", f"evaluation.report={report}"]
             return Program(self.scratch, ROOT / "train.py", *where, *head, *how).until()
 
-        rivals = {EAGER: [self.learnt * EPOCHS / rate for rate in rates[EAGER]]}
-        if self.tensorflow and (epoch := self.keras("train")):
-            rivals[KERAS] = [self.learnt * EPOCHS * epoch["seconds_per_epoch"] / epoch["images"]]
-        for what, report in ("", False), (", test, report, bundle", True):
-            values = in_turns(1, {f"nothing cached, {name}": partial(train, name, report) for name in BACKENDS})
-            values |= in_turns(self.turns, {"features cached": partial(train, "torch", report)}) | rivals
-            yield f"`train.py`, {EPOCHS} epochs of the head, {self.learnt} slices{what}", "s", values
+        turn, shown = itertools.count(), self.learnt * EPOCHS
+        cold = {f"nothing cached, {name}": lambda name=name: train(name, str(next(turn)), False) for name in BACKENDS}
+        if self.tensorflow:
+            cold[KERAS] = lambda: (epoch := self.keras("train"))["seconds_per_epoch"] * shown / epoch["images"]
+        values = in_turns(self.turns // 2 + 1, cold) | {EAGER: [shown / rate for rate in rates[EAGER]]}
+        values["with test and report, nothing cached"] = [train("torch", "kept")]
+        values |= in_turns(self.turns, {"with test and report, features cached": partial(train, "torch", "kept")})
+        yield f"`train.py`, {EPOCHS} epochs of the head, {self.learnt} slices", "s", values
 
     def answers(self) -> Iterator[tuple]:
         sent = [path.read_bytes() for path in self.slices]
