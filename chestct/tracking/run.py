@@ -142,13 +142,17 @@ class _OpenRun(Run):
         # The sweep that `out`, or with seeds=N the folder it is in, is a job of.
         self.family = None if sweep else next(filter(noted_run, out.parents[:2]), None)
         self.parent = noted_run(self.family) if self.family else None
+        self.prepared = bool((file := store_file(self.uri)) and file.exists())  # a new one is made when the run begins
+        if self.prepared:
+            prepare(self.uri)
 
     def begin(self) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
-        prepare(self.uri)
+        if not self.prepared:
+            prepare(self.uri)
         client, resumed = MlflowClient(self.uri), noted_run(self.folder)
         if resumed and (self.sweep or self.cfg.ckpt or self.parent):
             try:

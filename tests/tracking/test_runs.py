@@ -119,12 +119,24 @@ def test_a_run_that_does_not_finish_is_marked_and_none_is_left_by_what_never_beg
     assert [made.info.status for made in runs(uri)] == ends
 
 
-def test_a_new_store_is_not_made_before_the_run_begins(small, uri, tmp_path, monkeypatch):
-    made = (tmp_path / "mlflow.db").rename(tmp_path / "made")
-    monkeypatch.setattr(tracking_run, "prepare", lambda store: made.rename(tmp_path / "mlflow.db"))
-    with open_run(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
-        assert not (tmp_path / "mlflow.db").exists()  # settings or data may yet prove wrong, which shall leave no store
+@pytest.mark.parametrize("known", [True, False])
+def test_a_store_is_made_ready_once_and_a_new_one_not_before_the_run_begins(small, uri, tmp_path, monkeypatch, known):
+    calls, file = [], tmp_path / "mlflow.db"
+    made = file.read_bytes()
+    if not known:
+        file.unlink()
+
+    def prepare(store):
+        calls.append(store)
+        file.write_bytes(made)
+
+    monkeypatch.setattr(tracking_run, "prepare", prepare)
+    cfg = small("tracking=mlflow", f"tracking.uri={uri}")
+    with open_run(cfg, tmp_path / "out") as run:
+        assert file.exists() == known  # settings or data may yet prove wrong, which shall leave no store
+        assert calls == [uri] * known
         run.begin()
+    assert calls == [uri]
     assert len(runs(uri)) == 1
 
 
