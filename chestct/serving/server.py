@@ -265,5 +265,5 @@ def _log_to_stderr() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(QuietFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for name in ("httpx", "python_multipart", "uvicorn.error"):  # the second quotes what it cannot read
+    for name in ("httpx", "uvicorn.error"):
         logging.getLogger(name).setLevel(logging.ERROR)
