@@ -14,13 +14,12 @@ from base64 import b64encode
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from fnmatch import fnmatchcase
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
 from prometheus_client import Histogram
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -92,8 +91,10 @@ def login_from(environ: Mapping[str, str]) -> bytes:
 
 def route_of(method: str, path: str) -> str:
     """The entry of ROUTES that a request belongs to, or ""."""
-    routes = ROUTES.get("GET" if method == "HEAD" else method, ())
-    return next((route for route in routes if fnmatchcase(path, route)), "")
+    for route in ROUTES.get("GET" if method == "HEAD" else method, ()):
+        if path == route or (route.endswith("*") and path.startswith(route[:-1])):
+            return route
+    return ""
 
 
 class RequestLimits:
@@ -177,8 +178,8 @@ class RequestLimits:
     async def _body(self, scope: Scope, receive: Receive, route: str, client: str) -> AsyncIterator[bytes]:
         """A whole body, read within its deadline and the budgets. Raises Refused, and ClientDisconnect."""
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        began, parts, size, counted = asyncio.get_running_loop().time(), list[bytes](), 0, 0
-        stream, half = Request(scope, receive).stream(), self.cfg.max_upload_bytes
+        began, more, parts, size, counted = asyncio.get_running_loop().time(), True, list[bytes](), 0, 0
+        half = self.cfg.max_upload_bytes
         most = half if route in WITH_FILES else MAX_JSON
         try:
             while True:
@@ -190,13 +191,17 @@ class RequestLimits:
                     )
                 if self.bytes[client] > half or self.bytes.total() > 2 * half:
                     raise Refused(503, "Too much is being sent at the moment. Try again.", **SOON)
+                if not more:
+                    break
                 try:
                     async with asyncio.timeout_at(began + BODY_S + size / BODY_RATE):
-                        parts.append(await anext(stream))
-                except StopAsyncIteration:
-                    break
+                        message = await receive()
                 except TimeoutError:
                     raise Refused(408, "The request came too slowly. Try again over a faster connection.") from None
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                more = message.get("more_body", False)
+                parts.append(message.get("body", b""))
                 size += len(parts[-1])
                 self.bytes[client] += max(0, size - UNCOUNTED) - counted
                 counted = max(0, size - UNCOUNTED)

@@ -112,7 +112,7 @@ def make_page(
 
     def look(files: list[dict[str, Any]]) -> Iterator[dict[Any, Any]]:
         try:
-            yield from read_and_show(take(files, uploads, cfg.max_upload_bytes), on_answer)
+            yield from read_and_show(take(files, uploads, cfg.max_slices, cfg.max_upload_bytes), on_answer)
         except ChestCTError as error:
             alert = f'<p role="alert"><b>That did not work.</b> {escape(str(error))}</p>'
             yield {status: gr.update(value=alert, visible=True), box: None}

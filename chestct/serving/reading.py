@@ -33,10 +33,10 @@ Files = list[tuple[str, Content]]
 """(name, content); names are as their owner calls them: shown to them, never logged."""
 
 
-def take(files: list[dict[str, Any]], folder: Path, max_bytes: int) -> Files:
+def take(files: list[dict[str, Any]], folder: Path, max_files: int, max_bytes: int) -> Files:
     """The uploads that Gradio names by `path` and `orig_name`; the folder has them no longer. Raises UploadError.
 
-    max_bytes: all together; a client may list one upload many times, or several that were sent one by one.
+    max_files, max_bytes: all together; a client may list one upload many times, or several that were sent one by one.
     """
     paths = [Path(str(file.get("path") if isinstance(file, dict) else "")) for file in files or []]
     if any(path.parent != folder for path in paths):
@@ -44,6 +44,9 @@ def take(files: list[dict[str, Any]], folder: Path, max_bytes: int) -> Files:
     try:
         if not paths:
             raise UploadError("No file came with it. Choose at least one.")
+        if len(set(paths)) < len(paths):
+            raise UploadError("The same upload is listed twice. Choose each file once.")
+        _check_count(len(paths), max_files)
         if sum(path.stat().st_size for path in paths) > max_bytes:
             raise UploadError(f"These are more than {max_bytes:,} bytes. Send fewer files at once.")
         names = [str(file.get("orig_name") or "unnamed") for file in files]

@@ -17,13 +17,18 @@ from tests.serving.test_predictor import png, tiff
 MANY, MUCH = 10, 1_000_000
 
 
-@pytest.mark.parametrize("listed", ["aaa", "abc"])
-def test_an_upload_is_read_once_and_only_what_one_request_may_send(tmp_path, monkeypatch, listed: str) -> None:
+@pytest.mark.parametrize(
+    ("listed", "size", "message"),
+    [("aa", 9, "listed twice"), ("abcdefghijk", 9, r"11 slices.*up to 10"), ("abc", 400_000, "1,000,000 bytes")],
+)
+def test_an_upload_is_read_once_and_only_what_one_request_may_send(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, listed: str, size: int, message: str
+) -> None:
     for name in {*listed}:
-        (tmp_path / name).write_bytes(b"x" * 400_000)
+        (tmp_path / name).write_bytes(b"x" * size)
     monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("it was read"))
-    with pytest.raises(UploadError, match="1,000,000 bytes"):
-        take([{"path": str(tmp_path / name)} for name in listed], tmp_path, MUCH)
+    with pytest.raises(UploadError, match=message):
+        take([{"path": str(tmp_path / name)} for name in listed], tmp_path, MANY, MUCH)
     assert not list(tmp_path.iterdir())
 
 
