@@ -47,7 +47,7 @@ docs: $(READY) ## build the documentation site into site/, strictly; runs the no
 hooks: $(READY) ## check style, types and imports before each commit
 	$(BIN)/pre-commit install
 
-params: $(READY) ## write params.yaml anew from the schema and conf/
+params: $(READY) ## write conf/defaults.yaml and params.yaml anew from the schema
 	$(BIN)/python -m chestct.config.compose
 
 audit: $(READY) ## look for what is wrong with the data (ARGS="data=chest_ct data.root=...")

@@ -1,21 +1,12 @@
-"""Hydra's entrance to chestct, which it imports for every command: the schema's defaults, and chestct.sweep.
+"""Hydra's entrance to chestct.sweep: Hydra finds sweepers in packages named hydra_plugins, and nowhere else."""
 
-Hydra finds sweepers in packages named hydra_plugins, and nowhere else.
-"""
-
-import dataclasses
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
-
-from chestct.config.schema import Config
-
-ConfigStore.instance().store("defaults", dataclasses.asdict(Config()))  # plain: `resolve` checks names and types
 
 
 class ChestCTSweeper(Sweeper):

@@ -1,4 +1,4 @@
-"""How Hydra's files in conf/ and the overrides of a command become a `Config`, and what follows from both."""
+"""How Hydra's files in conf/ and the overrides of a command become a `Config`, and the files that follow from both."""
 
 import dataclasses
 import json
@@ -19,6 +19,9 @@ from chestct.files import write_atomic
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next((folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir()), PACKAGE / "conf")
 """Hydra's files: at the top of the repository; inside the package where it was installed from a wheel."""
+
+DEFAULTS = CONF / "defaults.yaml"
+HEAD = "# Every setting, its value where no file of a group sets another, and its meaning. Made by `make params`.\n"
 
 PIPELINE = "params"  # name of the config that DVC's stages are given: params.yaml, which `dvc exp run -S` writes
 PARTS = ["callbacks", "trainer.args", "loggers"]
@@ -210,10 +213,15 @@ def as_yaml(group: Any = Config, indent: str = "") -> str:
     return text
 
 
-def params_yaml() -> str:
-    """DVC's params.yaml, as it follows from the schema and conf/, and as DVC writes it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(compose()))
+def derived_files() -> Iterator[tuple[Path, str]]:
+    """The files that follow from the schema and conf/: all defaults with their meaning, and DVC's params.yaml.
+
+    Write each before the next is asked for, which is composed on top of it.
+    """
+    yield DEFAULTS, HEAD + as_yaml()
+    yield CONF.parent / "params.yaml", OmegaConf.to_yaml(OmegaConf.structured(compose()))  # as DVC writes it
 
 
 if __name__ == "__main__":  # `make params`
-    write_atomic(CONF.parent / "params.yaml", params_yaml())
+    for derived, text in derived_files():
+        write_atomic(derived, text)

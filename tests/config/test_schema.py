@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from chestct import experiment
 from chestct.config.checks import OTHER_NAMES, resolve, suggest
-from chestct.config.compose import CONF, compose, idle_with_bundle, left_behind, merge_settings, params_yaml, readable
+from chestct.config.compose import CONF, compose, derived_files, idle_with_bundle, left_behind, merge_settings, readable
 from chestct.config.fields import leaves
 from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from chestct.data.prepare import is_synthetic
@@ -147,8 +147,9 @@ def test_freeze_is_a_switch_or_a_number_of_blocks_until_convolutions_join_in():
     assert [cfg.frozen_at(cfg.trainer.unfreeze_epoch + step) for step in (-1, 0)] == [True, False]
 
 
-def test_params_yaml_follows_from_the_schema():
-    assert (CONF.parent / "params.yaml").read_text() == params_yaml(), "run `make params`"
+def test_committed_files_follow_from_the_schema():
+    for path, text in derived_files():
+        assert path.read_text() == text, f"{path.name}: run `make params`"
     assert all(item.metadata.get("help") for _, _, item in leaves(Config))
 
 
