@@ -13,6 +13,8 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from gradio.route_utils import FnIndexInferError
 from PIL import Image
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -94,15 +96,17 @@ def make_page_app(
         enable_monitoring=False,
         show_error=False,  # of errors that are no gr.Error: their messages name folders of this machine
         max_file_size=cfg.max_upload_bytes,
-        app_kwargs={"exception_handlers": {KeyError: _no_such_function}},
+        app_kwargs={
+            "exception_handlers": dict.fromkeys((RequestValidationError, KeyError, FnIndexInferError), _unreadable)
+        },
         theme=THEME,
         css=CSS,
     )
 
 
-async def _no_such_function(_: Request, error: Exception) -> Response:
-    """To Gradio, a request for a function that the page does not have is a failure of its own."""
-    return JSONResponse({"error": "The request cannot be understood: no such function."}, 422)
+async def _unreadable(_: Request, error: Exception) -> Response:
+    """Gradio's own answers quote the request, which fails over NaN, and an unknown function is a failure to it."""
+    return JSONResponse({"error": "The request cannot be understood: no such function, or a wrong value."}, 422)
 
 
 def make_page(

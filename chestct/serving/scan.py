@@ -22,8 +22,8 @@ FEWEST = 5
 SHOWN = 5
 """Most suspicious slices that are named."""
 
-PRINTED = 20
-"""Scans, and behind them series that are none, with a line of their own in what is printed."""
+PRINTED = 10
+"""Scans, and series that are none, with a line of their own in what is printed."""
 
 VALIDATION = (
     "Not validated for patients, and no decision: the order of scans was right in 0.86 [0.57, 1.00] (AUROC) of pairs "
@@ -128,8 +128,8 @@ def scans_in(rows: Iterable[Row]) -> list[Scan]:
 def describe_scans(scans: list[Scan]) -> str:
     """What is to be printed: a line a scan, and a line for each series that was left out."""
     kept = sorted((scan for scan in scans if not scan.left_out), key=lambda scan: -(scan.score or 0.0))
-    listed = [*kept, *(scan for scan in scans if scan.left_out)]
-    lines = [str(scan) for scan in listed[:PRINTED]]
-    if more := len(listed[PRINTED:]):
+    others = [scan for scan in scans if scan.left_out]
+    lines = [str(scan) for scan in (*kept[:PRINTED], *others[:PRINTED])]
+    if more := max(0, len(kept) - PRINTED) + max(0, len(others) - PRINTED):
         lines.append(f"... and {more:,} more series, in the JSON file.")
     return "\n".join([*lines, VALIDATION] if kept else lines)

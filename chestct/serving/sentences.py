@@ -36,6 +36,13 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+.!|~&$:-])", r"\\\1", " ".join(text.split()))
 
 
+def percent(share: float) -> str:
+    """A probability for people: whole percents, and never a certainty that the model cannot have."""
+    if share < 0.01:
+        return "under 1 %"
+    return "over 99 %" if share > 0.99 else f"{100 * share:.0f} %"
+
+
 def capped(share: float) -> float:
     """A score for people, in words and as a bar: never 0 or 1, since no model is certain."""
     return min(0.99, max(0.01, share))
@@ -81,7 +88,7 @@ def explanation(prediction: Prediction, bundle: Bundle) -> str:
     lines = {"The score": "It ranks slices. How probable cancer is at a given score differs between hospitals."}
     if len(bundle.classes) > 2:
         kinds = sorted(prediction.probabilities.items(), key=lambda item: -item[1])
-        lines["Which kind"] = plain(", ".join(f"{kind} {of_100(share)} %" for kind, share in kinds).replace("_", " "))
+        lines["Which kind"] = plain(", ".join(f"{kind} {percent(share)}" for kind, share in kinds).replace("_", " "))
     names = plain(" or ".join(prediction.possible).replace("_", " ")) or "none"
     lines["Answers that cannot be excluded"] = f"{names} (such sets held the truth for {coverage} in validation)"
     lines["Distance to the training slices"] = distance

@@ -37,7 +37,7 @@ def answer(score: float, decision: str, reason: str = "") -> Prediction:
 
 
 def test_no_share_is_a_certainty() -> None:
-    assert [sentences.of_100(share) for share in (0, 0.07, 1)] == ["1", "7", "99"]
+    assert [sentences.percent(share) for share in (0, 0.07, 1)] == ["under 1 %", "7 %", "over 99 %"]
 
 
 def test_the_verdict_names_score_and_threshold_and_what_is_known_of_them_and_no_probability() -> None:
