@@ -10,7 +10,7 @@ import shlex
 import sqlite3
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +75,8 @@ class Monitor:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch(0o600)  # SQLite would let everybody read it
             with closing(sqlite3.connect(self.path, timeout=BUSY)) as database, database:
+                with suppress(sqlite3.OperationalError):  # it does not wait while another process does the same
+                    database.execute("PRAGMA journal_mode = WAL")  # a report that reads does not hold up who writes
                 database.execute(f"CREATE TABLE IF NOT EXISTS answers ({', '.join(COLUMNS)})")
                 database.execute("CREATE INDEX IF NOT EXISTS by_time ON answers (time)")
                 database.executemany(f"INSERT INTO answers VALUES ({', '.join('?' * len(COLUMNS))})", rows)
@@ -98,12 +100,23 @@ def read_records(path: str | Path, days: float | None = None) -> dict[str, np.nd
             f"{shlex.quote(f'monitor.path={path}')}, or give the right file with --db."
         )
     since = 0 if days is None else time.time() - days * 86400
-    query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE time >= ? ORDER BY time"
     try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=BUSY)) as database:
-            rows = database.execute(query, (since,)).fetchall()
+        rows = _select(path.resolve(), since)
     except sqlite3.Error as error:
         raise ChestCTError(f"{path} cannot be read as records of the service: {error}.") from None
     columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     types = {"time": np.int64, "bundle": str, "decision": str, "known": bool}
     return {name: np.array(values, types.get(name, np.float64)) for name, values in zip(COLUMNS, columns, strict=True)}
+
+
+def _select(path: Path, since: float, more: str = "") -> list[tuple[Any, ...]]:
+    query = f"SELECT {', '.join(COLUMNS)} FROM answers WHERE time >= ? ORDER BY time"
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro{more}", uri=True, timeout=BUSY)) as database:
+            return database.execute(query, (since,)).fetchall()
+    except sqlite3.OperationalError as error:
+        # Even to read, SQLite writes beside the file, unless it is told that nobody changes it: no log, so no service.
+        forbidden = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+        if more or not forbidden or Path(f"{path}-wal").exists():
+            raise
+        return _select(path, since, "&immutable=1")
