@@ -5,6 +5,7 @@ any others: a stranger's repository runs no code. HF_TOKEN and HF_ENDPOINT in th
 """
 
 import os
+import re
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ def fetch(source: str) -> str:
     """
     name, _, revision = source.removeprefix(SCHEME).partition("@")
     try:
-        return str(_api().snapshot_download(name, revision=revision or None, allow_patterns=NAMES))
+        return str(_api().snapshot_download(_checked(name), revision=revision or None, allow_patterns=NAMES))
     except (OSError, ValueError) as error:  # the hub's errors are both
         raise ConfigError(
             f"{source}: {_reason(error)}. Give {SCHEME}USER/NAME or {SCHEME}USER/NAME@REVISION; a private one takes "
@@ -43,7 +44,7 @@ def fetch(source: str) -> str:
 def push(bundle: Path, name: str, private: bool = False) -> str:
     """Puts the bundle in a folder into the repository USER/NAME, made where there is none, as one commit; its address.
 
-    Raises ConfigError without huggingface_hub, TrackingError where the hub or its client refuses.
+    Raises ConfigError for another form of name and without huggingface_hub, TrackingError where the hub refuses.
     """
     api = _api()
     from huggingface_hub import CommitOperationAdd
@@ -51,11 +52,11 @@ def push(bundle: Path, name: str, private: bool = False) -> str:
     files = {file: bundle / file for file in NAMES if (bundle / file).exists()} | {"README.md": bundle / CARD}
     additions = [CommitOperationAdd(there, path) for there, path in files.items()]
     try:
-        address = api.create_repo(name, private=private, exist_ok=True)
+        address = api.create_repo(_checked(name), private=private, exist_ok=True)
         api.create_commit(name, additions, commit_message="Bundle of chestct")
     except (OSError, ValueError) as error:
         raise TrackingError(
-            f"Not pushed to {name}: {_reason(error)}. It takes USER/NAME, and a token that may write in HF_TOKEN."
+            f"Not pushed to {name}: {_reason(error)}. It takes a token that may write, in HF_TOKEN."
         ) from None
     return str(address)
 
@@ -74,3 +75,9 @@ def _reason(error: Exception) -> str:
     """The first two lines: the hub's errors begin with a number, and say what it means in the second."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     return ": ".join(lines[:2]) or type(error).__name__
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ConfigError(f"'{name}' is no name on the hub: give USER/NAME.")
+    return name

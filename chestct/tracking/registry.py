@@ -5,6 +5,7 @@ stays in the cache under its store, run and digest. A server decides neither whe
 user's password goes.
 """
 
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -90,19 +91,30 @@ def _run_behind(client: "MlflowClient", name: str) -> str:
 def _bundle_of(client: "MlflowClient", run: "MlflowRun", cache: Path) -> Path:
     """The bundle that a run holds now, fetched whole or not at all; MLflow checks that no listed file leaves it.
 
-    A folder in `cache` is named by store, run and bundle.json, which knows the digests of all else.
+    A folder in `cache` is named by store, run and bundle.json, which knows the digests of all else. Where the artifacts
+    cannot be listed, it prints why, and what was fetched last is taken.
     """
     from mlflow.artifacts import download_artifacts
+    from mlflow.exceptions import MlflowException
 
+    name = f"{run.info.run_id}-{digest(client.tracking_uri)[:12]}"
     refuse_elsewhere(run.info.artifact_uri, client.tracking_uri)
-    place = f"{BUNDLE}/data/{BUNDLE}"  # without what MLflow keeps with it, and the package
-    if not client.list_artifacts(run.info.run_id, place):
-        raise LookupError(f"the run {run.info.run_id} kept no bundle (tracking.log_model, or it did not finish)")
-    source = f"{run.info.artifact_uri}/{place}"
     cache.mkdir(parents=True, exist_ok=True)
+    try:
+        listed = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, f"{BUNDLE}/data")]
+    except (MlflowException, OSError) as error:
+        folder = max(cache.glob(f"{name}-*"), key=lambda one: one.stat().st_mtime_ns, default=None)
+        if folder is None:
+            raise
+        print(f"{client.tracking_uri}: {first_line(error)}. Taken is {folder}, fetched before.")
+        return folder
+    if not (names := [one for one in listed if not one.startswith(".")]):
+        raise LookupError(f"the run {run.info.run_id} kept no bundle (tracking.log_model, or it did not finish)")
+    # Not what MLflow keeps with it, nor the package; earlier versions called it as the folder of the export.
+    source = f"{run.info.artifact_uri}/{BUNDLE}/data/{BUNDLE if BUNDLE in names else names[0]}"
     with tempfile.TemporaryDirectory(dir=cache) as part:
         facts = download_artifacts(f"{source}/{FACTS}", dst_path=part, tracking_uri=client.tracking_uri)
-        folder = cache / f"{run.info.run_id}-{digest(client.tracking_uri)[:12]}-{file_digest(Path(facts))[:12]}"
+        folder = cache / f"{name}-{file_digest(Path(facts))[:12]}"
         if not folder.is_dir():
             whole = download_artifacts(source, dst_path=f"{part}/whole", tracking_uri=client.tracking_uri)
             try:
@@ -110,4 +122,5 @@ def _bundle_of(client: "MlflowClient", run: "MlflowRun", cache: Path) -> Path:
             except OSError:
                 if not folder.is_dir():  # else another process fetched it meanwhile
                     raise
+    os.utime(folder)  # the last fetched, however often it was before
     return folder

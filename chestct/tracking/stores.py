@@ -26,8 +26,8 @@ T = TypeVar("T")
 PROBE_SECONDS = 8.0
 DAGSHUB = "dagshub.com"
 CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-LENT: dict[str, str] = {}
-"""What `server_uri` set of CREDENTIALS for DagsHub, which no other server gets."""
+GIVEN: dict[str, tuple[str | None, str | None]] = {}
+"""What `server_uri` set of CREDENTIALS, and what the user had there, which other servers than DagsHub get again."""
 
 KIND = ("mlflow.experimentKind", "custom_model_development")
 """A tag without which MLflow's page shows an experiment as one of language models."""
@@ -108,8 +108,8 @@ def _has_tables(file: Path) -> bool:
 def server_uri(cfg: TrackingConfig) -> str | None:
     """URI of the server that runs are shared on; None where the store on this machine is all there is.
 
-    MLflow's client is given DagsHub's token where it reads users, for DagsHub alone. Raises ConfigError where a
-    password stands in the URI, or DagsHub's owner, repository or token is missing.
+    MLflow's client is given DagsHub's token where it reads users; for any other server, what stood there before. Raises
+    ConfigError where a password stands in the URI, or DagsHub's owner, repository or token is missing.
     """
     uri = cfg.uri or os.environ.get("MLFLOW_TRACKING_URI") or ""
     if cfg.name == "dagshub":
@@ -121,21 +121,30 @@ def server_uri(cfg: TrackingConfig) -> str | None:
                 )
         uri = f"https://{DAGSHUB}/{cfg.owner}/{cfg.repo}.mlflow"
     refuse_password(uri)
-    for name in [name for name, value in LENT.items() if os.environ.get(name) == value]:
-        del os.environ[name]
-    LENT.clear()
+    user, password = own = [_own(name) for name in CREDENTIALS]
     if _parts(uri).hostname == DAGSHUB:
-        user, password = map(os.environ.get, CREDENTIALS)
-        own = os.environ.get("DAGSHUB_USER_TOKEN")  # what stands in the others may be of another server
-        if not (token := own or password):
+        if token := os.environ.get("DAGSHUB_USER_TOKEN"):  # those there are may be of another server
+            user = password = token  # DagsHub takes it for the user name, too
+        if not password:
             raise ConfigError(
                 f"No DagsHub token in the environment. Make one at {DAGSHUB} (User Settings, Tokens), then: "
                 "export DAGSHUB_USER_TOKEN=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             )
-        if own or not user:  # DagsHub takes the token for the user name, too
-            LENT.update({name: token for name in CREDENTIALS if os.environ.get(name) != token})
-            os.environ.update(LENT)
+        user = user or password
+    for name, value, before in zip(CREDENTIALS, (user, password), own, strict=True):
+        GIVEN[name] = value, before
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
     return uri.rstrip("/") if is_server(uri) else None
+
+
+def _own(name: str) -> str | None:
+    """What the user set: what stood there before `server_uri` gave another value, or what came after that."""
+    value = os.environ.get(name)
+    given, before = GIVEN.get(name, (value, value))
+    return before if value == given else value
 
 
 def _parts(uri: str) -> SplitResult:
@@ -155,11 +164,14 @@ def refuse_password(uri: str) -> None:
     """Raises ConfigError for a user or password in a URI, as in user:password@; the message does not repeat it."""
     parts = _parts(uri)
     if "@" in parts.netloc or re.search(r"(^|&)(user|password|passwd)=", parts.query, re.IGNORECASE):
+        instead = "name the driver's own configuration file, such as `?read_default_file=FILE` of MySQL's"
+        if parts.scheme in ("http", "https"):
+            instead = f"set {' and '.join(CREDENTIALS)} instead"
+        elif parts.scheme.startswith("postgres"):
+            instead = "set PGUSER and PGPASSWORD, or name a service of PostgreSQL's instead"
         raise ConfigError(
             f"The tracking URI holds a user or password for {parts.netloc.rpartition('@')[2]}: settings are kept with "
-            "every run. Leave them out of the URI; name the driver's own configuration file (for MySQL "
-            "`?read_default_file=FILE`), or set PGUSER and PGPASSWORD for PostgreSQL, and for a server "
-            f"{' and '.join(CREDENTIALS)}."
+            f"every run. Leave them out of the URI; {instead}."
         )
 
 

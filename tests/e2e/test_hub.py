@@ -70,7 +70,7 @@ def test_the_packaged_card_tells_the_hub_what_the_model_is():
 def test_what_the_hub_does_not_have_or_permit_says_the_way_out(hub, small_bundle, monkeypatch):
     with pytest.raises(ConfigError, match="hf://USER/NAME"):
         bundles.fetch("hf://nobody/nothing")
-    with pytest.raises(ConfigError, match=r"must be in the form .*hf://USER/NAME"):
+    with pytest.raises(ConfigError, match="no name on the hub"):
         bundles.fetch("hf://../../etc")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(TrackingError, match="HF_TOKEN"):

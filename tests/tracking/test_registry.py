@@ -52,7 +52,9 @@ def test_code_that_comes_with_a_registered_model_is_not_run(small, uri, tmp_path
     assert (tmp_path / "ran").exists()  # as docs/dagshub.md says of MLflow itself
 
 
-def test_what_a_run_holds_now_is_fetched_and_with_a_full_disk_nothing(small, uri, tmp_path, monkeypatch):
+def test_offline_the_last_fetched_is_taken_with_a_message_and_with_a_full_disk_none(
+    small, uri, tmp_path, monkeypatch, capsys
+):
     cfg = small("tracking=mlflow", f"tracking.uri={uri}", f"cache_dir={tmp_path}/cache")
     facts = tmp_path / "model" / "data" / "bundle" / FACTS
     facts.parent.mkdir(parents=True)
@@ -60,7 +62,12 @@ def test_what_a_run_holds_now_is_fetched_and_with_a_full_disk_nothing(small, uri
         for text in "ABA":
             facts.write_text(text)
             run.artifacts(tmp_path / "model", "bundle")
-            assert Path(fetch_bundle(f"runs:/{run.run_id}", cfg), FACTS).read_text() == text
+            last = fetch_bundle(f"runs:/{run.run_id}", cfg)
+    assert Path(last, FACTS).read_text() == "A"
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "list_artifacts", Mock(side_effect=ConnectionError("offline")))
+        assert fetch_bundle(f"runs:/{run.run_id}", cfg) == last
+    assert f"{uri}: offline. Taken is {last}, fetched before." in capsys.readouterr().out
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("mlflow.artifacts.download_artifacts", full)
     with pytest.raises(ConfigError, match="No space left"):

@@ -265,13 +265,20 @@ def test_the_dagshub_token_goes_to_dagshub_alone(token):
     assert not {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} & os.environ.keys()
 
 
-def test_a_password_of_the_users_own_is_dagshubs_user_name_too_and_stays_for_other_servers(token):
-    os.environ["DAGSHUB_USER_TOKEN"], os.environ["MLFLOW_TRACKING_PASSWORD"] = "", "own"
-    for _ in range(2):
-        server_uri(TrackingConfig("dagshub", owner="ada", repo="ct"))
-        assert [os.environ[name] for name in CREDENTIALS] == ["own"] * 2
-    server_uri(TrackingConfig(uri="https://other.example"))
-    assert [os.environ.get(name) for name in CREDENTIALS] == [None, "own"]
+@pytest.mark.parametrize("own", ["corporate", "secret-word"])  # the latter: for a DagsHub of one's own
+def test_other_servers_get_what_the_user_set_for_them(token, own):
+    other, dagshub = TrackingConfig(uri="https://other.example"), TrackingConfig("dagshub", owner="ada", repo="ct")
+    for name in CREDENTIALS:
+        os.environ[name] = own
+    for cfg, expected in ((other, own), (dagshub, "secret-word"), (dagshub, "secret-word"), (other, own)):
+        server_uri(cfg)
+        assert [os.environ[name] for name in CREDENTIALS] == [expected] * 2
+    os.environ["DAGSHUB_USER_TOKEN"] = ""
+    del os.environ["MLFLOW_TRACKING_USERNAME"]
+    server_uri(dagshub)
+    assert os.environ["MLFLOW_TRACKING_USERNAME"] == own
+    server_uri(other)
+    assert "MLFLOW_TRACKING_USERNAME" not in os.environ
 
 
 @pytest.mark.parametrize(
