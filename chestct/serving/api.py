@@ -1,27 +1,28 @@
 """The HTTP side as one Starlette app: POST /predict, /metrics, uploads for the page, and room for the page itself.
 
-Host names are Starlette's middleware; what it has nothing for stands in `limits`. Without CORS, no page elsewhere reads
-an answer. The app listens before the
+Host names and CORS are Starlette's middleware; what it has nothing for stands in `limits`. The app listens before the
 predictor is there, so nothing that takes long to import is imported here.
 """
 
 import asyncio
 import logging
+import re
 import secrets
+import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import suppress
-from functools import partial
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anyio import from_thread
 from prometheus_client import generate_latest
-from python_multipart import FormParser
+from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import Field, File, parse_options_header
+from python_multipart.multipart import parse_options_header
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -34,12 +35,13 @@ from chestct.serving.limits import SOON, Refused, RequestLimits
 from chestct.version import __version__
 
 if TYPE_CHECKING:
-    from chestct.serving.predictor import Gone, OnAnswer, Predictor
+    from chestct.serving.predictor import OnAnswer, Predictor
 
 logger = logging.getLogger("chestct.serving")
 
-MAX_FIELDS = 8
-"""Parts of a form besides its files."""
+FILENAME = re.compile(rb";\s*filename\*?(0\*?)?\s*=", re.IGNORECASE)
+MAX_FIELDS, MAX_HEAD = 8, 8_000
+"""Parts of a form besides its files, and bytes of the head of a part."""
 
 HOSTS = ("localhost", "[::1]", *(f"*.{last}" for last in range(256)))
 """Hosts that are always answered: no DNS name ends in a number, so the patterns are IPv4 addresses, which a page on a
@@ -88,19 +90,18 @@ def make_app(
         predictor = await asyncio.wrap_future(loading)
         if slots.locked():  # only now: a slow body holds none
             raise BusyError
-        async with slots:
-            hung_up = partial(from_thread.run, request.is_disconnected)
-            return JSONResponse(await run_in_threadpool(answer, predictor, data, with_overlay, on_answer, hung_up))
+        async with slots, _cancelled_with(request) as cancelled:
+            work = run_in_threadpool(answer, predictor, data, with_overlay, on_answer, cancelled)
+            return JSONResponse(await work)
 
     async def upload(request: Request) -> Response:
         """What Gradio's page and clients expect of its own route, which this one stands before."""
         body, content_type = await request.body(), request.headers.get("content-type", "")
         files = await run_in_threadpool(files_in_form, body, content_type, cfg.max_slices)
-        named = {secrets.token_hex(16): content for content in files}
-        for name in named:  # what nobody reads, or what could not be written whole
+        names = await run_in_threadpool(keep, files, uploads, 2 * cfg.max_upload_bytes)
+        for name in names:  # what nobody reads
             asyncio.get_running_loop().call_later(2 * cfg.request_timeout_s, (uploads / name).unlink, True)
-        await run_in_threadpool(keep, named, uploads, 2 * cfg.max_upload_bytes)
-        return JSONResponse([*named])
+        return JSONResponse(names)
 
     async def upload_progress(_: Request) -> Response:
         return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")  # the page waits for that much
@@ -124,6 +125,7 @@ def make_app(
         middleware=[
             Middleware(RequestLimits, health=Route("/", health).app, cfg=cfg, uploads=uploads, login=login),
             Middleware(known_hosts, hosts=[*HOSTS, netloc(cfg.host), *cfg.hosts]),
+            Middleware(CORSMiddleware, allow_origins=()),  # no page elsewhere reads an answer
         ],
     )
 
@@ -147,45 +149,81 @@ def known_hosts(app: ASGIApp, hosts: list[str]) -> ASGIApp:
     return checked
 
 
+@asynccontextmanager
+async def _cancelled_with(request: Request) -> AsyncIterator[threading.Event]:
+    """An event that is set when the client hangs up."""
+    cancelled = threading.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        cancelled.set()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield cancelled
+    finally:
+        watching.cancel()
+
+
 def files_in_form(body: bytes, content_type: str, max_files: int) -> list[bytes]:
-    """The content of each file in a body of multipart/form-data, fields left out. Raises UploadError."""
-    parts: list[Field | File] = []
+    """The content of each file in a body of multipart/form-data, fields left out. Raises UploadError.
+
+    For Starlette, a part named by `filename*=` (RFC 5987, as older clients write names that are not ASCII) is a field.
+    """
+    parts: list[tuple[bytearray, bytearray]] = []
     ends: list[bool] = []
-
-    def add(part: Field | File) -> None:
-        if len(parts) == max_files + MAX_FIELDS:
-            raise too_many
-        parts.append(part)
-
+    boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     too_many = UploadError(
         f"More than {max_files} files at once. Send fewer, or use the command line for whole folders: chestct predict."
     )
-    kind, options = parse_options_header(content_type)
-    in_memory = {"MAX_MEMORY_FILE_SIZE": len(body)}
+
+    def begin() -> None:
+        if len(parts) == max_files + MAX_FIELDS:
+            raise too_many
+        parts.append((bytearray(), bytearray()))
+
+    def head(data: bytes, start: int, end: int) -> None:
+        parts[-1][0].extend(data[start:end])
+        if len(parts[-1][0]) > MAX_HEAD:
+            raise UploadError(f"The form cannot be read: a part of it has more than {MAX_HEAD:,} bytes of headers.")
+
+    callbacks: Any = {
+        "on_part_begin": begin,
+        "on_header_value": head,
+        "on_part_data": lambda data, start, end: parts[-1][1].extend(data[start:end]),
+        "on_end": lambda: ends.append(True),
+    }
     try:
-        FormParser(
-            kind.decode("latin-1"), add, add, lambda: ends.append(True), options.get(b"boundary"), config=in_memory
-        ).write(body)
+        MultipartParser(boundary, callbacks).write(body)
     except FormParserError as error:
         raise UploadError(f"The form cannot be read: {error}.") from None
-    if not ends:
+    if not boundary or not ends:
         raise UploadError("The form cannot be read: it is cut off, or its content type names another boundary.")
-    files = [part.file_object.getvalue() for part in parts if isinstance(part, File)]  # type: ignore[union-attr]
+    files = [bytes(content) for headers, content in parts if FILENAME.search(headers)]
     if len(files) > max_files:
         raise too_many
     return files
 
 
-def keep(named: dict[str, bytes], folder: Path, max_bytes: int) -> None:
-    """Writes uploads, by name. max_bytes: everybody's together. Raises BusyError."""
-    size = sum(map(len, named.values()))
+def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
+    """Writes uploads under random names, which it returns. max_bytes: everybody's together. Raises BusyError."""
+    size = sum(map(len, files))
     for path in folder.iterdir():
         with suppress(OSError):  # read and removed meanwhile
             size += path.stat().st_size
     if size > max_bytes:
         raise BusyError("Too many uploads wait to be read. Try again in a minute.")
-    for name, content in named.items():
-        (folder / name).write_bytes(content)
+    names = [secrets.token_hex(16) for _ in files]
+    try:
+        for name, content in zip(names, files, strict=True):
+            (folder / name).write_bytes(content)
+    except Exception:
+        logger.exception("an upload could not be kept")
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        raise BusyError("The upload could not be stored on our side. Try again in a minute.") from None
+    return names
 
 
 def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
@@ -200,14 +238,14 @@ def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
 
 
 def answer(
-    predictor: "Predictor", data: bytes, with_overlay: bool, on_answer: "OnAnswer | None", hung_up: "Gone"
+    predictor: "Predictor", data: bytes, with_overlay: bool, on_answer: "OnAnswer | None", cancelled: threading.Event
 ) -> dict[str, Any]:
     """The answer for one file as plain JSON; with_overlay: with a JPEG. Raises DecodeError and BusyError."""
     from PIL import Image
 
     from chestct.serving.prediction import data_uri
 
-    with predictor.room(data, hung_up) as gone:
+    with predictor.room(data, cancelled) as gone:
         prediction = predictor.predict(data, name="file", explain=with_overlay, gone=gone)
         if on_answer:
             on_answer(prediction)

@@ -30,15 +30,13 @@ COLOR = 0.05
 SMALLEST = 64
 """Shorter side in pixels below which nothing can be seen on a slice."""
 
+NEVER = threading.Event()
+"""A request that nobody cancels."""
+
 Gone = Callable[[], bool]
 """Whether nobody waits for an answer any more."""
 
 OnAnswer = Callable[[Prediction], None]
-
-
-def never() -> bool:
-    """Of a request that nobody gives up."""
-    return False
 
 
 class Predictor:
@@ -68,18 +66,18 @@ class Predictor:
         self._free_pixels, self._pixels_changed = pixels, threading.Condition()
 
     @contextmanager
-    def room(self, data: bytes, hung_up: Gone = never) -> Iterator[Gone]:
+    def room(self, data: bytes, cancelled: threading.Event = NEVER) -> Iterator[Gone]:
         """Waits until there is room for a frame of this file, and holds it: predict, draw and drop the arrays within.
 
-        Gives whether the client has hung up, or the request has waited for longer than `seconds` by now. Raises
-        DecodeError where the file's header is wrong or announces more than `limits`, and BusyError.
+        Gives whether the request was cancelled, or has waited for longer than `seconds` by now. Raises DecodeError
+        where the file's header is wrong or announces more than `limits`, and BusyError.
         """
         size = declared_size(data, self.limits, name="file")
         pixels = min(self.pixels, size.width * size.height)
         ends = time.monotonic() + self.seconds
 
         def gone() -> bool:
-            return hung_up() or time.monotonic() > ends
+            return cancelled.is_set() or time.monotonic() > ends
 
         with self._pixels_changed:
             while self._free_pixels < pixels:
@@ -100,7 +98,7 @@ class Predictor:
         *,
         name: str | None = None,
         explain: bool = True,
-        gone: Gone = never,
+        gone: Gone = NEVER.is_set,
     ) -> Prediction:
         """The answer for a file; of one with several frames, for the one that `decode` chooses.
 
@@ -119,11 +117,11 @@ class Predictor:
         """
         bundle = bundle or self.bundle
         for decoded in decode_frames(source, bundle.window, self.limits, name=name):
-            yield self._answers(bundle, [decoded], explain, never)[0]
+            yield self._answers(bundle, [decoded], explain, NEVER.is_set)[0]
 
     def predict_slices(self, slices: list[Slice]) -> list[Prediction]:
         """The answers for decoded slices with their heat, in one pass of the network."""
-        return self._answers(self.bundle, slices, explain=True, gone=never)
+        return self._answers(self.bundle, slices, explain=True, gone=NEVER.is_set)
 
     def reload(self, source: str | Path) -> str:
         """Loads another bundle, or the same again, and returns its id; after a BundleError the old one stays."""

@@ -237,13 +237,18 @@ def reload(loading: "Future[Predictor]", locate: Callable[[], str]) -> None:
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens; connections wait until the server runs. Raises ConfigError."""
-    v6 = ":" in host
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if v6 else socket.AF_INET, dualstack_ipv6=v6)
+        bound.bind((host, port))
+        bound.listen()
     except OSError as error:
+        bound.close()
         raise ConfigError(
-            f"Cannot listen: {error.strerror}. Choose another place with serve.port=PORT or serve.host=ADDRESS."
+            f"Cannot listen on {netloc(host)}:{port}: {error.strerror}. Choose another with serve.port=PORT or "
+            "serve.host=ADDRESS."
         ) from None
+    return bound
 
 
 @contextlib.contextmanager

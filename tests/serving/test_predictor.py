@@ -15,7 +15,7 @@ from chestct.errors import DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, pixel_hash
 from chestct.serving.api import answer
-from chestct.serving.predictor import BusyError, Predictor, _why_uncertain, never, why_refused
+from chestct.serving.predictor import NEVER, BusyError, Predictor, _why_uncertain, why_refused
 from chestct.serving.server import reload
 from tests.imaging.files import encoded
 from tests.models.test_bundle import make
@@ -175,7 +175,7 @@ def test_waiting_ends_with_its_request_or_its_deadline(small_bundle: Path) -> No
         pool.submit(predictor.predict, png(0))
         assert begun.wait(10)
         waiting = [
-            pool.submit(lambda: predictor.room(png(1), cancelled.is_set).__enter__()),
+            pool.submit(lambda: predictor.room(png(1), cancelled).__enter__()),
             pool.submit(predictor.predict, png(1), gone=cancelled.is_set),
             pool.submit(predictor.predict, png(1), gone=lambda: True),
         ]
@@ -191,7 +191,7 @@ def test_a_large_image_with_its_overlay_takes_a_few_bytes_a_pixel(predictor: Pre
     data = png(0, 3000)
     tracemalloc.start()
     try:
-        assert answer(predictor, data, True, None, never)["overlay"]
+        assert answer(predictor, data, True, None, NEVER)["overlay"]
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

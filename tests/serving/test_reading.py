@@ -1,5 +1,6 @@
 """Uploads as they come in: forms and archives."""
 
+import errno
 import struct
 import zipfile
 from pathlib import Path
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from chestct.errors import ChestCTError, DataError
-from chestct.serving.api import UploadError, files_in_form
-from chestct.serving.predictor import Predictor
+from chestct.serving.api import UploadError, files_in_form, keep
+from chestct.serving.predictor import BusyError, Predictor
 from chestct.serving.reading import expand, read, take, unzip
 from tests.serving.conftest import zipped
 from tests.serving.test_predictor import png, tiff
@@ -79,8 +80,7 @@ def test_too_many_slices_are_refused_with_the_way_out() -> None:
 
 
 FORM = "multipart/form-data; boundary=b"
-UNNAMED = b"Content-Disposition: form-data; name=f"
-NAMED = UNNAMED + b"; filename=a"
+NAMED = b"Content-Disposition: form-data; name=f; filename=a"
 
 
 def part(headers: bytes, content: bytes = b"data") -> bytes:
@@ -95,6 +95,7 @@ def part(headers: bytes, content: bytes = b"data") -> bytes:
         (part(NAMED) + b"--b--", "multipart/form-data"),
         (part(NAMED + b"\r\nX: " + b"x" * 8_000_000) + b"--b--", FORM),
         (part(NAMED + b"\r\nX: x" * 10_000) + b"--b--", FORM),
+        (part(NAMED + (b"\r\nX: " + b"x" * 4000) * 3) + b"--b--", FORM),
         (b"--b\r\n" + NAMED + b"\r\n--b--", FORM),
     ],
 )
@@ -107,11 +108,26 @@ def test_fields_are_left_out_of_forms_and_files_come_as_they_are_whatever_their_
     data = np.random.default_rng(0).bytes(10_000) + b"\r\n--a\r\n\r\n--"
     body = part(b"Content-Disposition: form-data; name=filename") + part(NAMED, data) + part(NAMED, b"") + b"--b--\r\n"
     assert files_in_form(body, FORM, MANY) == [data, b""]
-    own = part('Content-Disposition: form-data; name="file"; filename="läsion.png"'.encode(), data)
-    assert files_in_form(own + b"--b--", FORM, MANY) == [data]
+    for named in ('filename="läsion.png"', "filename*=UTF-8''l%C3%A4sion.png"):  # the second by RFC 5987
+        own = part(f'Content-Disposition: form-data; name="file"; {named}'.encode(), data)
+        assert files_in_form(own + b"--b--", FORM, MANY) == [data]
 
 
-@pytest.mark.parametrize("body", [part(NAMED, b"") * (MANY + 1) + b"--b--", part(UNNAMED, b"") * 20])  # not to its end
+@pytest.mark.parametrize("body", [part(NAMED, b"") * (MANY + 1) + b"--b--", part(b"A: b", b"") * 20])  # not to its end
 def test_a_form_has_no_more_parts_than_slices_may_be_sent(body: bytes) -> None:
     with pytest.raises(UploadError, match=r"More than 10 files.*chestct predict"):
         files_in_form(body, FORM, MANY)
+
+
+def test_uploads_that_do_not_fit_on_the_disk_leave_nothing_behind(tmp_path, monkeypatch) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> None:
+        write(path, content[:3])
+        if len(content) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BusyError, match="could not be stored"):
+        keep([b"abc", b"abcd", b"abc"], tmp_path, MUCH)
+    assert not list(tmp_path.iterdir())
