@@ -68,8 +68,10 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
     if not path.is_file():
         raise DataError(f"{setting}: there is no file {path}. Give its path below the source's root, or leave it out.")
     try:
-        types = {"file": str} | dict.fromkeys(COLUMNS[1:], float)
-        table = pd.read_csv(path, usecols=COLUMNS, dtype=types)[COLUMNS]
+        table = pd.read_csv(path, encoding="utf-8")
+        if missing := set(COLUMNS) - set(table):
+            raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+        table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], float))
         for columns, outwards in ((COLUMNS[1:3], np.floor), (COLUMNS[3:], np.ceil)):
             table[columns] = outwards(table[columns])
         table = table.astype(dict.fromkeys(COLUMNS[1:], int))

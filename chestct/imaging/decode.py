@@ -97,6 +97,8 @@ def read(path: File, limits: Limits = DEFAULT_LIMITS) -> bytes:
     except OSError as error:
         allowed = f"; data.max_bytes allows {limits.max_bytes:,}" if error.errno == errno.EFBIG else ""
         raise DecodeError(path, f"cannot be read: {error.strerror or error}{allowed}", lasting=False) from None
+    except ValueError as error:  # a name that no file can have
+        raise DecodeError(path, f"cannot be read: {error}") from None
 
 
 def sniff(data: bytes) -> str:

@@ -33,7 +33,7 @@ class Part(BaseModel):
 
 class Network(Part):
     pool: Literal["gap", "max", "mean_max_std", "flatten", "topk"]
-    block: Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
+    block: Annotated[int, Field(ge=3, le=5)] | Annotated[str, Field(pattern=f"^({BLOCKS})$")] = "5"
     context: bool = False
     smooth: Annotated[float, Field(ge=0, le=4)] = 0.0
     standardise: bool = False

@@ -17,6 +17,7 @@ from filelock import FileLock
 from PIL import Image
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
+from chestct.errors import DataError
 from chestct.phantom import thorax
 from chestct.progress import steps
 
@@ -36,13 +37,16 @@ def write(root: Path, cfg: PhantomConfig, progress: bool = False, processes: int
     """Write a set of phantoms under `root`, unless that is there already: other settings need another folder.
 
     Layout: `<split>/<subtype>/phantom_00042.png`, 65 % train, 15 % valid, 20 % test, stratified by subtype;
-    `masks/<split>/<subtype>/phantom_00042.png`, 1-bit, for every file that shows a lesion.
+    `masks/<split>/<subtype>/phantom_00042.png`, 1-bit, for every file that shows a lesion. Raises DataError where some
+    are missing from `root`.
     """
     root.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f".{root.name}.lock")):
-        if root.exists():
-            return
         files = plan(cfg)
+        if root.exists():
+            if all((root / file.path).is_file() for file in files):
+                return
+            raise DataError(f"Phantoms are missing from {root}. Remove that, and they are drawn again.")
         part = root.with_name(f".{root.name}.partial")
         shutil.rmtree(part, ignore_errors=True)  # left by a killed process: it would hold the lock
         # Spawned, not forked: a fork of a process whose threads hold locks (torch, MLflow) can hang.

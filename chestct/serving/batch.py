@@ -33,6 +33,9 @@ FIRST, LAST = (
     ["novelty", "known", "bundle", "file_hash", "frames", "series", "position"],
 )
 
+MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
+"""Files in a zip archive, and the bytes that all of them together announce, beyond which it is not opened."""
+
 
 def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[str, str]]]:
     """The files given and those in folders and zip archives, none twice; and (name, reason) of each that was skipped.
@@ -61,15 +64,24 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     files: list[File] = []
     for path in paths:
         try:
-            found: Sequence[File] = entries(path) if path.suffix.lower() == ".zip" else [path]
-            if not found:
-                raise DataError(f"{path} holds 0 files that may be slices. Give another archive, or leave it out.")
-            files += found
+            files += _in_archive(path) if path.suffix.lower() == ".zip" else [path]
         except DataError as error:
             if path in sources:
                 raise
             files.append(BadArchive(path, str(error).removeprefix(f"{path} ")))
     return files, skipped
+
+
+def _in_archive(path: Path) -> Sequence[File]:
+    """The files of a zip archive. Raises DataError."""
+    found = entries(path)
+    size = sum(entry.info.file_size for entry in found)
+    if not found or len(found) > MAX_ENTRIES or size > MAX_INFLATED:
+        raise DataError(
+            f"{path} holds {len(found):,} files that may be slices, {size:,} bytes in all; it takes at least one, at "
+            f"most {MAX_ENTRIES:,} files and {MAX_INFLATED:,} bytes. Unpack what is wanted of it, and give the folder."
+        )
+    return found
 
 
 def predict_files(

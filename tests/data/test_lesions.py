@@ -82,7 +82,8 @@ def test_boxes_that_may_not_be_read_are_named(root, tmp_path, monkeypatch):
     ("boxes", "says"),
     [
         (None, "there is no file"),
-        ("file,left,top,right\n", r"not found: \['bottom'\]"),
+        ("file,left,top,right\n", "it has no column bottom"),
+        (HEAD + "cancer/2.png,1,5,2,3,4\n", "1 is no slice of this source"),  # a decimal comma
         ("", "cannot be read"),
         (HEAD + "cancer/2.png,1,x,3,4\n", "cannot be read"),
         (HEAD + "cancer/2.png,1,,3,4\n", "cannot be read"),

@@ -249,6 +249,7 @@ def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: P
         (tmp_path / "pipe", "not a regular file"),
         (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "loop", "symbolic links"),
+        (tmp_path / "nul\0byte", "null"),
     ]:
         with pytest.raises(DecodeError, match=reason) as caught:
             decode(path, LUNG)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from chestct.config.schema import SUBTYPES, PhantomConfig
+from chestct.errors import DataError
 from chestct.phantom import dataset
 
 SMALL = {"slices": 14, "size": 64}
@@ -53,10 +54,16 @@ def test_the_same_settings_write_the_same_bytes_in_any_number_of_processes(tmp_p
 def test_what_is_there_already_is_left_as_it_is(tmp_path, monkeypatch):
     cfg = PhantomConfig(**SMALL)
     dataset.write(tmp_path / "set", cfg)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "scan.png").write_bytes(b"precious")
+    (tmp_path / "file").write_bytes(b"precious")
     before = hashes(tmp_path)
     monkeypatch.setattr(dataset.thorax, "draw", lambda *_: pytest.fail("drawn again"))
     dataset.write(tmp_path / "set", cfg)
-    assert before == hashes(tmp_path)
+    for name in ("mine", "file"):
+        with pytest.raises(DataError, match=f"missing from .*{name}. Remove that"):
+            dataset.write(tmp_path / name, cfg)
+    assert before.items() <= hashes(tmp_path).items()
 
 
 def test_a_killed_run_leaves_nothing_that_looks_like_a_set(tmp_path, monkeypatch):
