@@ -102,9 +102,9 @@ class Bundle:
 
     @torch.no_grad()
     def predict(self, images: np.ndarray, explain: bool = False, rows: np.ndarray | None = None) -> Outputs:
-        """Answers for uint8 [N, S, S], squares as `preprocess` makes them; float32 [N, S, S] in [0, 1] works too.
+        """Answers for squares as `preprocess` makes them, uint8 [N, S, S] or float32 in [0, 1].
 
-        rows: int [M], which of them.
+        rows: int [M], which of them; None: all.
         """
         parts = []
         for x in self.net.batches(images, rows=rows):
@@ -159,10 +159,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Puts files in the place of what is in `folder`, all or none.
-
-    What an export that was killed left there is put back, where it had moved the old bundle away, or removed.
-    """
+    """Puts files in the place of what is in `folder`, all or none; puts back or removes what a killed export left."""
     new, old = (folder.with_name(f".{folder.name}.bundle-{which}") for which in ("new", "old"))
     if old.exists() and not os.path.lexists(folder):
         old.replace(folder)
