@@ -74,7 +74,7 @@ def shortcuts(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> Table
     once = np.flatnonzero(clear)
     y = (manifest["label"] == "cancer").to_numpy()[once]
     group = np.unique(manifest["group"].to_numpy()[once], return_inverse=True)[1]
-    features, number = _features(manifest, images), fewest_groups(y, group)
+    features, number = _features(manifest, images), fewest_groups(y, group) if len(y) else 0
     few = f"too few groups: {number} of a class, needs {MIN_GROUPS}" if number < MIN_GROUPS else ""
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
     folds = [] if few else list(splitter.split(group, y, group))
@@ -164,6 +164,8 @@ def _score(baseline: Baseline, X: np.ndarray, y: np.ndarray, new: np.ndarray, se
 
 def _undefined(X: np.ndarray, y: np.ndarray) -> str:
     """Why no AUROC can be given, or ""."""
+    if not len(y):
+        return "no slices"
     if y.all() or not y.any():
         return "one class only"
     if not np.isfinite(X).all():

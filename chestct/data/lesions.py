@@ -4,7 +4,7 @@ They go through the same crop as their slice and end as one mask of the square, 
 head that judges places learns from, and what an evaluation points at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -126,14 +126,19 @@ def unpack(lesion: bytes, size: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(lesion, np.uint8), count=size * size).reshape(size, size).astype(bool)
 
 
-def not_shown(manifest: pd.DataFrame, known: Mapping[str, Known]) -> list[str]:
+def not_shown(manifest: pd.DataFrame, known: Mapping[str, Known], empty: Collection[str]) -> list[str]:
     """A sentence for each source with slices whose masks are empty, or whose known lesions the crop leaves out.
 
-    known: by the files' hash.
+    known: by the files' hash; empty: the hashes of those whose mask shows nothing.
     """
     cancers = manifest[manifest["file_hash"].isin(known.keys()) & (manifest["label"] == "cancer")]
-    return [
-        f"In {len(rows)} slices of {source} the mask is empty, or the lesion lies outside of what data.fit shows: "
-        f"where it is counts as not known. For example {rows['path'].iat[0]}."
-        for source, rows in cancers[cancers["lesion"] == b""].groupby("source", sort=False)
-    ]
+    sentences = []
+    for (source, shows_none), rows in cancers[cancers["lesion"] == b""].groupby(
+        ["source", cancers["file_hash"].isin(empty)], sort=False
+    ):
+        where = "mask is empty" if shows_none else "lesion lies outside of what data.fit shows"
+        sentences.append(
+            f"In {len(rows)} slices of {source} the {where}: where it is counts as not known. For example "
+            f"{rows['path'].iat[0]}."
+        )
+    return sentences

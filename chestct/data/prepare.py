@@ -66,15 +66,15 @@ def located(cfg: Config) -> DataConfig:
 def ingest(cfg: DataConfig, folder: Path, progress: bool = False) -> Store:
     """Brings the store in `folder` up to date with the sources and opens it.
 
-    Raises DataError where sources are missing or unmapped, where nothing is readable, or where more than
-    data.max_unreadable files cannot be read.
+    Raises DataError where sources are missing or unmapped, where the folder holds something else, where nothing is
+    readable, or where more than data.max_unreadable files cannot be read.
     """
     listing = list_slices(cfg)
     try:
         place = folder.resolve()  # of `.` and `..`, too
         place.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(place.parent / f".{place.name}.lock"):
-            folder.mkdir(exist_ok=True)
+            stores.claim(folder)
             store = _update(cfg, listing, folder, progress)
     except OSError as error:
         raise DataError(
@@ -122,12 +122,15 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
         measured = pool.map(lambda key: _measure(distinct[key], cfg, limits, known.get(key)), distinct)
         facts: dict[str, dict[str, Any]] = {}
         rows: dict[str, int] = {}  # content -> row of the store
+        empty: set[str] = set()  # files whose mask shows nothing
         slices = folder / "slices.partial"
         try:
             with slices.open("wb") as out:  # no memory map: on a full disk it ends in a signal, not in an error
                 progress_bar = steps(measured, "Reading slices", len(distinct), progress)
                 for key, (fact, pixels) in zip(distinct, progress_bar, strict=True):
                     facts[key] = fact
+                    if fact.pop("empty", False):
+                        empty.add(key)
                     if pixels and fact["content"] not in rows:
                         rows[fact["content"]] = len(rows)
                         out.write(pixels)
@@ -152,7 +155,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
             manifest = pd.DataFrame(table)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
             copies = find_pairs(thumbs[manifest["row"]], *(manifest[name].tolist() for name in ("content", "source")))
-            pairs, groups, disbelieved, notes = join(manifest, copies, named, ordered)
+            units = join(manifest, copies, named, ordered)
             # Bytes that lack a decoder are tried again: it may have been installed.
             lacking = any(key in hashes for key, fact in facts.items() if not fact.get("lasting", True))
             about = {
@@ -160,10 +163,10 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                 "files": "" if lacking else made_of,
                 "unreadable": unreadable,
                 "skipped": listing.skipped + unfit,
-                "disbelieved": disbelieved,
-                "notes": [*listing.notes, *notes, *lesions.not_shown(manifest, known)],
+                "disbelieved": units.disbelieved,
+                "notes": [*listing.notes, *units.notes, *lesions.not_shown(manifest, known, empty)],
             }
-            stores.write_store(folder, slices, manifest.assign(group=groups), pairs, about)
+            stores.write_store(folder, slices, manifest.assign(group=units.group), units.pairs, about)
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)
@@ -226,5 +229,6 @@ def _measure(
         **image_statistics(gray),
         **{name: getattr(slice_, name) for name in IDENTIFIERS},
         "lesion": lesions.in_square(mask, as_bytes(gray), square) if mask.any() else b"",
+        "empty": known is not None and not mask.any(),
     }
     return facts, square(gray).tobytes() + thumbnail(gray).tobytes()

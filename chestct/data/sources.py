@@ -156,6 +156,7 @@ class _Source:
             if not reason and path != self.root / self.source.boxes:
                 match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
+                patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
                 row = SliceFile(name, self.name, str(self.root), split, subtype, label, patient)
                 self.listing.slices.append(row)
 

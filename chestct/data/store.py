@@ -19,6 +19,7 @@ from chestct.config.schema import DataConfig
 from chestct.errors import DataError
 from chestct.files import digest, file_digest, json_digest, write_atomic
 from chestct.imaging.preprocess import THUMBNAIL, Preprocess
+from chestct.imaging.slice_files import why_skipped
 
 FORMAT = 11  # of the files below, of its sentences, and of how groups are made; another version is made anew
 STORE = "chestct-store.json"  # the file that names the pieces, with what no table holds
@@ -74,6 +75,18 @@ def store_folder(cfg: DataConfig, cache_dir: str | Path) -> Path:
         return Path(cfg.store)
     roots = {n: str(Path(s.root).resolve()) for n, s in cfg.sources.items()} or str(Path(cfg.root or "").resolve())
     return Path(cache_dir) / "store" / f"{cfg.name}-{digest(json.dumps([roots, pixel_settings(cfg)]))[:12]}"
+
+
+def claim(folder: Path) -> None:
+    """Makes the folder of a store. Raises DataError where it holds what is no store's, which would be in danger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [path.name for path in sorted(folder.iterdir()) if not why_skipped(path.name)]
+    foreign = [name for name in names if not OWN.fullmatch(name)]
+    if foreign and STORE not in names:
+        raise DataError(
+            f"{folder} is to hold the decoded slices, but holds other files ({', '.join(foreign[:3])}). Give an empty "
+            "or a new folder with data.store=FOLDER."
+        )
 
 
 def open_store(folder: Path) -> Store:

@@ -5,6 +5,7 @@ makes a score too good; so what is not sure (an anonymiser's placeholder, the or
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -24,25 +25,36 @@ PLACEHOLDER = (
 GAP = 10  # numbers that may be missing within a run of files: others of the patient may be in another near-copy group
 
 
-def join(
-    manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], ordered: Sequence[str]
-) -> tuple[pd.DataFrame, np.ndarray, list[str], list[str]]:
-    """What links a manifest's slices, and into which groups.
+@dataclass(frozen=True)
+class Units:
+    """pairs: all that is linked, a < b, similarity, kind; group: int64 [N], the connected components of them;
+    disbelieved, notes: sentences about identifiers that link nothing, and about what else is not sure."""
+
+    pairs: pd.DataFrame
+    group: np.ndarray
+    disbelieved: list[str]
+    notes: list[str]
+
+
+def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], ordered: Sequence[str]) -> Units:
+    """The groups of a manifest's slices.
 
     copies: from `find_pairs`; named: sources whose column `patient` comes from file names; ordered: those whose file
-    numbers run in patient order. Returns all pairs (a < b, similarity, kind); int64 [N], the connected components of
-    them; and sentences about identifiers that link nothing, and about what else is not sure. Raises DataError for a
-    file of an ordered source that has no number.
+    numbers run in patient order. Raises DataError for a file of the latter that has no number.
     """
     present = set(manifest["source"])  # others have no readable slice
     ordered = [source for source in ordered if source in present]
     identifiers, disbelieved = believable(manifest, named)
+    # Every hospital counts from 1: a bare number is one within its source only.
+    numbers = identifiers["patient"].where(identifiers["patient"].str.isdigit(), "")
+    shared = int((manifest["source"].groupby(numbers).nunique().drop("", errors="ignore") > 1).sum())
     for column, ids in identifiers.items():
-        # Every hospital counts from 1: a bare number is one within its source only.
         identifiers[column] = ids.mask(ids.str.isdigit(), manifest["source"] + " " + ids)
     mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
     pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
     groups, notes = group(len(manifest), pairs), []
+    if shared:
+        notes.append(f"Patient numbers that stand in several sources ({shared}) are taken for different patients.")
     for source in ordered:
         pairs = pd.concat([pairs, interleaved(manifest[manifest["source"] == source], groups)], ignore_index=True)
     joined = group(len(manifest), pairs)
@@ -53,7 +65,7 @@ def join(
             f"joined, {before} to {after}. They are runs of near-copies, without patient ids: some may be several "
             "patients, some patients may be several of them."
         )
-    return pairs, joined, disbelieved, notes
+    return Units(pairs, joined, disbelieved, notes)
 
 
 def interleaved(rows: pd.DataFrame, groups: np.ndarray) -> pd.DataFrame:

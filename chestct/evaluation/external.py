@@ -30,7 +30,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     # The same figures on every machine, whatever is installed there: another backend is measured where it is named.
     backend = "torch" if cfg.serve.backend == "auto" else cfg.serve.backend
     bundle = load_bundle(cfg.bundle or "packaged", backend, cfg.trainer.accelerator)
-    drift.reference(bundle.facts, "novelty")  # a bundle without statistics is refused now, not after minutes
+    drift.check_reference(bundle.facts, bundle.id)  # now, not after minutes
     cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
     if not store.manifest["subtype"].isin(bundle.classes).all():

@@ -16,7 +16,7 @@ from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.novelty import FOREIGN
 from chestct.models.operating_point import REFUSED
 from chestct.serving.monitor import read_records
-from chestct.stats.drift import MEASURED, PSI_LARGE, differences, holm, reference
+from chestct.stats.drift import MEASURED, PSI_LARGE, check_reference, differences, holm, reference
 
 FEWEST = 50  # slices below which nothing is judged: with 50, chance alone makes a PSI of about 0.2
 
@@ -67,7 +67,8 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     Records of other bundles are left out, and so are slices that the model was trained on: they lie nearer to the
     training data than any new slice. Raises BundleError for a bundle that keeps no statistics.
     """
-    facts, foreign = bundle.facts, reference(bundle.facts, "novelty") > FOREIGN
+    facts = bundle.facts
+    check_reference(facts, bundle.id)
     own = np.char.startswith(records["bundle"].astype(str), bundle.id)  # whatever its backend
     fresh = own & ~records["known"]
     refused = fresh & (records["decision"] == REFUSED)
@@ -76,7 +77,7 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     compared = [(d.name, f"median {d.now:.4g}, was {d.before:.4g}; PSI {d.psi:.2f}", d.psi >= PSI_LARGE) for d in new]
     p = [d.p for d in new]
     if slices >= FEWEST:
-        count = int(refused.sum())
+        foreign, count = reference(facts, "novelty") > FOREIGN, int(refused.sum())
         before, now = float(foreign.mean()), count / slices
         compared.append(("refused", f"{now:.1%} of slices, was {before:.1%}", abs(now - before) >= SHARE_LARGE))
         p.append(float(fisher_exact([[foreign.sum(), (~foreign).sum()], [count, slices - count]]).pvalue))

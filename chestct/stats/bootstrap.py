@@ -42,7 +42,7 @@ def difference_interval(drawn: np.ndarray, difference: float, groups: int) -> tu
 
 def fewest_groups(target: np.ndarray, group: np.ndarray) -> int:
     """Groups of the class that has fewest; target and group: int [N], of classes that occur."""
-    return min((len(np.unique(group[target == k])) for k in np.unique(target)), default=0)
+    return min(len(np.unique(group[target == k])) for k in np.unique(target))
 
 
 def effective_size(hit: np.ndarray, group: np.ndarray) -> float:

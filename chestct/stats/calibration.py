@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chestct.errors import DataError
+
 SCALES = (0.05, 20.0)  # bounds of 1/T for subtype models
 
 
@@ -37,11 +39,13 @@ def fit_calibration(logits: np.ndarray, targets: np.ndarray) -> Calibration:
 
     logits: float [N, 1] or [N, K]; targets: int [N], index of the class (one logit: 1 is cancer). Targets are smoothed
     as Platt does: a class with n slices aims at (n + 1) / (n + K) for itself and 1 / (n + K) for each other, so that a
-    validation split without an error gives finite parameters. The scale is positive.
+    validation split without an error gives finite parameters. The scale is positive. Raises DataError without slices.
     """
     from scipy.optimize import minimize
     from scipy.special import log_softmax
 
+    if not len(targets):
+        raise DataError("Calibration needs validation slices, and there are none.")
     logits = logits.astype(np.float64)
     center, spread = 0.0, 1.0
     bounds: list[tuple[float | None, float | None]] = [SCALES, (0.0, 0.0)]
@@ -79,8 +83,8 @@ def choose_threshold(
     within its class, one if left out. Candidates lie midway between neighbouring scores, below the lowest and above the
     highest. policy: youden (most sensitivity + specificity), sensitivity>=X (most specificity at that), specificity>=X
     (the reverse), cost (least cost_ratio * missed cancers + false alarms, at the shares of classes that validation has)
-    or half (0.5, whatever the scores). Between equals the lower threshold wins; with specificity>=X the higher. Both
-    classes occur, except with half.
+    or half (0.5, whatever the scores). Between equals the lower threshold wins; with specificity>=X the higher. Raises
+    DataError if validation lacks a class, except with half.
     """
     from sklearn.metrics import roc_curve
 
@@ -89,6 +93,11 @@ def choose_threshold(
     if kind == "half":
         return 0.5
     cancers, normals = int(targets.sum()), int((1 - targets).sum())
+    if not cancers or not normals:
+        raise DataError(
+            f"Validation has {cancers} cancer and {normals} normal slices; a threshold by {policy} needs both. Use "
+            "another split, or evaluation.threshold=half."
+        )
     curve = roc_curve(targets, scores, sample_weight=weights, drop_intermediate=False)
     false_alarms, sensitivity, levels = (values[::-1] for values in curve)
     specificity = 1 - false_alarms

@@ -58,15 +58,19 @@ def psi(before: np.ndarray, now: np.ndarray) -> float:
     return float(((p - q) * np.log(p / q)).sum())
 
 
-def reference(facts: Mapping[str, Any], name: str) -> np.ndarray:
-    """Values with the quantiles that a bundle keeps of one of MEASURED, as many as there were slices.
+def check_reference(facts: Mapping[str, Any], bundle: str) -> None:
+    """Raises BundleError where a bundle keeps too little to compare with. bundle: its id."""
+    statistics, slices = facts.get("statistics", {}), facts.get("data", {}).get("slices", {})
+    missing = [f"statistics of {name}" for name in MEASURED if name not in statistics]
+    missing += [f"number of {split} slices" for split in ("train", "valid") if not slices.get(split)]
+    if missing:
+        raise BundleError(f"The bundle {bundle} has no {missing[0]} to compare with. Export it again.")
 
-    Raises BundleError where it keeps none.
-    """
-    quantiles = facts.get("statistics", {}).get(name)
-    slices = facts["data"].get("slices", {}).get("train" if name in STATISTICS else "valid")
-    if not (quantiles and slices):
-        raise BundleError(f"The bundle has no statistics of {name} to compare with. Export it again.")
+
+def reference(facts: Mapping[str, Any], name: str) -> np.ndarray:
+    """Values with the quantiles that a bundle keeps of one of MEASURED, as many as there were slices."""
+    quantiles = facts["statistics"][name]
+    slices = facts["data"]["slices"]["train" if name in STATISTICS else "valid"]
     return np.interp(np.linspace(0, 1, slices), np.linspace(0, 1, len(quantiles)), quantiles)
 
 

@@ -203,15 +203,20 @@ def test_a_damaged_store_is_never_believed_and_made_anew_with_one_line(made, tmp
 
 def test_files_that_are_not_its_own_stay(cfg, tmp_path, monkeypatch):
     others = {"images-of-holiday.txt", "manifesto.docx", "pairs.xlsx", "manifest.parquet", "images-0123.npy"}
-    monkeypatch.chdir(tmp_path)
-    Path("store").mkdir()
-    for name in others:
-        Path("store", name).write_text("mine")
-    monkeypatch.chdir("store")
-    ingest(cfg, Path())
+    for folder in (tmp_path / "mine", tmp_path / "store"):
+        if folder.name == "store":
+            ingest(cfg, folder)
+        folder.mkdir(exist_ok=True)
+        for name in others:
+            (folder / name).write_text("mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    for folder in (tmp_path / "mine", Path()):
+        with pytest.raises(DataError, match=r"holds other files \(images-0123\.npy, .*data\.store=FOLDER"):
+            ingest(cfg, folder)
     draw(tmp_path / "data" / "normal" / "new.png", np.random.default_rng(3))
     assert len(ingest(cfg, tmp_path / "store").manifest) == 13
-    assert {path.name for path in Path().iterdir() if path.read_bytes() == b"mine"} == others
+    for folder in (tmp_path / "mine", tmp_path / "store"):
+        assert {path.name for path in folder.iterdir() if path.read_bytes() == b"mine"} == others
 
 
 def test_a_store_of_another_version_is_made_anew(made, tmp_path, monkeypatch):

@@ -83,14 +83,16 @@ def test_a_bare_number_in_two_sources_is_two_patients():
     one, two = (table(patient=[*"112233"]).assign(source=source) for source in "st")
     one["patient"] = one["patient"].where(one["patient"] != "3", "P7")
     two["patient"] = two["patient"].where(two["patient"] != "3", "P7")
-    _, group, _, _ = units.join(pd.concat([one, two], ignore_index=True), link([], "exact"), ["s", "t"], [])
-    assert group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 2, 2]
+    joined = units.join(pd.concat([one, two], ignore_index=True), link([], "exact"), [], [])
+    assert joined.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 2, 2]
+    assert joined.notes == ["Patient numbers that stand in several sources (2) are taken for different patients."]
 
 
 def test_an_ordered_source_without_a_slice_joins_nothing_and_is_not_spoken_of():
     manifest = table().assign(path=[f"s/{i}.png" for i in range(6)])
-    _, group, _, (note,) = units.join(manifest, link([], "exact"), [], ["none", "s"])
-    assert group.tolist() == [*range(6)]
+    joined = units.join(manifest, link([], "exact"), [], ["none", "s"])
+    assert joined.group.tolist() == [*range(6)]
+    (note,) = joined.notes
     assert "File numbers of s " in note
 
 
@@ -111,7 +113,7 @@ def test_a_patient_in_the_name_joins_slices_and_is_believed_whatever_it_is(tmp_p
     assert "does not match 2 of 6 files: " in note
     assert note.endswith(" For example normal/12.png.")
     numbers = ingest(named(tmp_path / "data", patient=r"_(\d)"), tmp_path / "store")
-    assert set(numbers.manifest["patient"]) == {"", "1", "2", "3"}
+    assert set(numbers.manifest["patient"]) == {"", "s 1", "s 2", "s 3"}  # another source's 1 is somebody else
     assert numbers.manifest["group"].nunique() == 5
     with pytest.raises(DataError, match=r"data.sources.s.patient=\(Q\\d\) matches none of the 6 files"):
         ingest(named(tmp_path / "data", patient=r"(Q\d)"), tmp_path / "store")

@@ -3,6 +3,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss, roc_curve
 
+from chestct.errors import DataError
 from chestct.stats.calibration import (
     Calibration,
     choose_threshold,
@@ -102,6 +103,13 @@ def test_thresholds_at_the_ends_and_between_neighbouring_floats():
     ):
         threshold = choose_threshold(np.array(scores), np.array([0, 1]), policy)
         assert [score >= threshold for score in scores] == called, policy
+
+
+def test_calibration_needs_slices_and_a_policy_both_classes():
+    with pytest.raises(DataError, match="validation slices"):
+        fit_calibration(np.zeros((0, 1)), np.zeros(0, int))
+    with pytest.raises(DataError, match="0 normal slices"):
+        choose_threshold(np.array([0.2, 0.8]), np.array([1, 1]), "youden")
 
 
 def test_conformal_sets_cover_each_class_at_the_stated_rate():
