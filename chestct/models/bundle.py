@@ -210,7 +210,7 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
     try:
         tensors = load(files[TENSORS])
         net = _network(facts, tensors, folder).eval().requires_grad_(False).to(device)
-        novelty_model = NoveltyModel(**_part(tensors, "novelty."))
+        novelty_model = NoveltyModel.from_tensors(_part(tensors, "novelty."))
         if parts:
             mark = facts["backends"][name].get("novelty", 1.0)
             novelty_model = replace(novelty_model, threshold=novelty_model.threshold * mark)

@@ -58,6 +58,16 @@ class NoveltyModel:
         squared = (along**2 / self.variances.double()).sum(1) + (beyond**2).sum(1) / self.rest.double()
         return squared.sqrt().float() / self.threshold
 
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> "NoveltyModel":
+        """The inverse of dataclasses.asdict; raises TypeError or ValueError for tensors that do not fit each other."""
+        model = cls(**tensors)
+        k, d = model.directions.shape
+        for name, shape in {"mean": [d], "variances": [k], "rest": [], "threshold": []}.items():
+            if list(tensors[name].shape) != shape:
+                raise ValueError(f"novelty.{name} is shaped {list(tensors[name].shape)}, not {shape}")
+        return model
+
 
 def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor) -> NoveltyModel:
     """The novelty model of a training set, with the threshold that validation slices set.
