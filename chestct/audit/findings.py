@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain
 from typing import Any, NamedTuple
 
 from chestct.config.schema import FINDINGS, of_patients
@@ -33,6 +33,9 @@ FAMILIES = {
 """Families of shortcuts, worst first: what they are, and what to do about them."""
 
 KINDS = (*FINDINGS, "baseline", "skipped")  # worst first within a severity
+
+CONFLICTS = {("copy", True): "error", ("copy", False): "warning", ("near", True): "warning", ("near", False): "info"}
+"""(how two slices are alike, whether cancer and normal contradict each other) -> severity."""
 
 VERDICTS = {
     "leakage": "Scores on this split cannot be trusted: part of the test was seen in training.",
@@ -145,10 +148,11 @@ def estimate(row: dict[str, Any]) -> str:
 
 def _about_the_split(audit: Audit) -> Iterator[Finding]:
     for policy, leaks in audit.leakage.items():
-        parts = [_leaked(name, leaks[part]) for name, part in (("test", "test"), ("validation", "valid"))]
+        parts = [_leaked("test", leaks["test"]), _leaked("validation", leaks["valid"])]
         if not any(parts):
             continue
-        copies, related = (sum(leaks[part][how] for part in ("test", "valid")) for how in ("copies", "related"))
+        copies = leaks["test"]["copies"] + leaks["valid"]["copies"]
+        related = leaks["test"]["related"] + leaks["valid"]["related"]
         text = f"{' and '.join(filter(None, parts))} are known from training or validation: {copies} as pixel-identical"
         text += f" copies, {related} as near-copies or slices of the same patient."
         if policy == audit.split:
@@ -187,8 +191,7 @@ def _leaked(name: str, tally: dict[str, Any]) -> str:
 
 
 def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
-    for kind, labels in product(("copy", "near"), (True, False)):
-        severity = SEVERITIES[2 - (kind == "copy") - labels]
+    for (kind, labels), severity in CONFLICTS.items():
         if rows := [row for row in audit.conflicts if (row["kind"], row["labels"]) == (kind, labels)]:
             what = "Identical images" if kind == "copy" else "Near-copies"
             called = "both cancer and normal" if labels else "two subtypes of cancer"
@@ -209,23 +212,29 @@ def _about_labels_and_copies(audit: Audit) -> Iterator[Finding]:
 
 def _opposed(row: dict[str, Any]) -> str:
     """Two paths of a conflict that contradict each other; cancer of unknown subtype contradicts normal alone."""
-    paths: dict[str, str] = {}
+    first: dict[str, str] = {}  # side of the conflict -> its first path
     for name, path in zip(row["classes"], row["paths"], strict=True):
-        if row["labels"] or name != "cancer":
-            paths.setdefault("cancer" if row["labels"] and name != "normal" else name, path)
-    return " and ".join(list(paths.values())[:2])
+        if row["labels"]:
+            first.setdefault("normal" if name == "normal" else "cancer", path)
+        elif name != "cancer":
+            first.setdefault(name, path)
+    return " and ".join(list(first.values())[:2])
 
 
 def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
-    flagged = [row for row in reversed(audit.shortcuts) if row["flagged"]]
-    strongest = {row["family"]: row for row in sorted(flagged, key=lambda row: row["auroc"])}
-    best = {family: strongest[family] for family in FAMILIES if family in strongest}
+    flagged = sorted((row for row in audit.shortcuts if row["flagged"]), key=lambda row: -row["auroc"])
+    best: dict[str, dict[str, Any]] = {}
+    for row in flagged:
+        best.setdefault(row["family"], row)
     severity = {family: "error" if row["auroc"] >= STRONG_SHORTCUT else "warning" for family, row in best.items()}
     # Metadata taken together repeat what size and file say; they are a finding only where neither is as bad alone.
-    if {severity.get("metadata", ""), "error"} & {severity.get("size"), severity.get("file")}:
+    alone = (severity.get("size"), severity.get("file"))
+    if "error" in alone or severity.get("metadata") in alone:
         best.pop("metadata", None)
-    for family, row in best.items():
-        what, action = FAMILIES[family]
+    for family, (what, action) in FAMILIES.items():
+        if family not in best:
+            continue
+        row = best[family]
         text = f"{what} cancer from normal without a look at the lesion: {_lower(row['title'])} alone gives AUROC "
         yield Finding("shortcut", severity[family], f"{text}{estimate(row)}.", action)
     for row in audit.shortcuts:
@@ -237,10 +246,11 @@ def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
 
 def _about_files(audit: Audit) -> Iterator[Finding]:
     several = len({row["source"] for row in (*audit.counts, *audit.unreadable, *audit.skipped)}) > 1
-    unreadable, skipped = (
-        [(f"{row['source']}/{row['path']}" if several else row["path"], row["reason"]) for row in rows]
-        for rows in (audit.unreadable, audit.skipped)
-    )
+
+    def named(rows: Table) -> list[tuple[str, str]]:
+        return [(f"{row['source']}/{row['path']}" if several else row["path"], row["reason"]) for row in rows]
+
+    unreadable, skipped = named(audit.unreadable), named(audit.skipped)
     if unreadable:
         path, reason = unreadable[0]
         text = f"{counted(len(unreadable), 'file')} unreadable and left out. For example {path} ({reason})."
@@ -257,7 +267,8 @@ def _about_files(audit: Audit) -> Iterator[Finding]:
         yield Finding("identifiers", "info", text, action)
 
 
-def counted(number: int, one: str) -> str:  # `1 slice`, `2 slices`
+def counted(number: int, one: str) -> str:
+    """`1 slice`, `2 slices`."""
     return f"{number:,} {one if number == 1 else one + 's'}"
 
 

@@ -110,7 +110,8 @@ class ShortcutScores(NamedTuple):
 def shortcut_scores(manifest: pd.DataFrame, images: np.ndarray, *, seed: int) -> list[ShortcutScores]:
     """Every baseline that is defined on these slices, learned on the measurable of `split` "train", applied to "test".
 
-    manifest: as in `shortcuts`, with the column `split`. For comparing a model with its best shortcut, slice by slice.
+    manifest, images: as in `shortcuts`, with the column `split`. For comparing a model with its best shortcut slice by
+    slice.
     """
     manifest = pd.concat([measurable(manifest, "train"), manifest[manifest["split"] == "test"]], ignore_index=True)
     y = (manifest["label"] == "cancer").to_numpy()

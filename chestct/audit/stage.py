@@ -66,16 +66,16 @@ def kept_audit(cfg: Config, store: Store) -> Audit:
     kept = kept_folder(cfg, store) / "report.json"
     if kept.is_file():
         return Audit.from_json(kept.read_text(encoding="utf-8"))
-    made = audit_store(cfg, store)
-    write_atomic(kept, made.to_json())
-    return made
+    audit = audit_store(cfg, store)
+    write_atomic(kept, audit.to_json())
+    return audit
 
 
 def kept_folder(cfg: Config, store: Store) -> Path:
     """The folder under cache_dir for the audit of this store under this split, by this code."""
     data, package = cfg.data, Path(__file__).parents[1]
-    makes = [*package.glob("audit/*.py"), *package.glob("stats/*.py"), package / "data" / "splits.py"]
-    code = [digest(path.read_bytes()) for path in sorted(makes)]
+    modules = [*package.glob("audit/*.py"), *package.glob("stats/*.py"), package / "data" / "splits.py"]
+    code = [digest(path.read_bytes()) for path in sorted(modules)]
     splits = make_splits(store.manifest, cfg.task, data, check=False).tolist()
     # The fractions are of the policies that are not in force.
     settings = [cfg.task, data.name, data.split, data.split_seed, data.valid_fraction, data.test_fraction]
@@ -112,10 +112,8 @@ def leaks(manifest: pd.DataFrame, split: pd.Series, pairs: pd.DataFrame) -> dict
         part = manifest[split == held_out]
         # The first of `earlier` names the worst place for a copy, so it is looked in first.
         known = pd.concat([manifest[split == name] for name in earlier])
-        by_content, by_group = (
-            pd.Series(known.index, known[key])[lambda places: ~places.index.duplicated()]
-            for key in ("content", "group")
-        )
+        firsts = {key: known.drop_duplicates(key) for key in ("content", "group")}
+        by_content, by_group = (pd.Series(first.index, first[key]) for key, first in firsts.items())
         closest = alike[alike["b"].isin(known.index)].drop_duplicates("a").set_index("a")["b"]
         copy = part["content"].map(by_content)
         twin = copy.fillna(part.index.to_series().map(closest)).fillna(part["group"].map(by_group))
@@ -161,9 +159,10 @@ def conflicts(manifest: pd.DataFrame, pairs: pd.DataFrame) -> Table:
     manifest = _named(manifest)
     copied = manifest[manifest.duplicated("content", keep=False)]
     alike = [("copy", part.index.tolist()) for _, part in copied.groupby("content", sort=False)]
-    near, classes = _near(manifest, pairs)[["a", "b"]].to_numpy(int), manifest["subtype"].to_numpy()
+    near, subtype = _near(manifest, pairs)[["a", "b"]].to_numpy(int), manifest["subtype"].to_numpy()
+    alike += [("near", pair) for pair in near[subtype[near[:, 0]] != subtype[near[:, 1]]].tolist()]
     rows = []
-    for kind, places in alike + [("near", pair) for pair in near[classes[near[:, 0]] != classes[near[:, 1]]].tolist()]:
+    for kind, places in alike:
         part = manifest.iloc[places]
         labels = part["label"].nunique() > 1
         if labels or part["subtype"][part["subtype"] != "cancer"].nunique() > 1:

@@ -46,8 +46,9 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
             )
     cfg = OmegaConf.create(cast(dict[str, Any], cfg))
     for group, name in (key.rsplit(".", 1) for key in REMOVED):
-        if name in (holder := OmegaConf.select(cfg, group) or {}):
-            del holder[name]
+        settings = OmegaConf.select(cfg, group) or {}
+        if name in settings:
+            del settings[name]
     try:
         result = cast(Config, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), cfg)))
     except OmegaConfBaseException as error:
@@ -143,8 +144,9 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     if trainer.args.get("overfit_batches"):
         yield "trainer.args.overfit_batches replaces what deals out the slices of a batch: say debug=overfit."
     for name, value in trainer.args.items():
-        usual, none = EPOCHS.get(name, value), name in ("limit_train_batches", "limit_val_batches") and value == 0
-        if none or (type(value), value) != (type(usual), usual):  # val_check_interval=1 is after every batch
+        usual = EPOCHS.get(name, value)
+        no_batches = name in ("limit_train_batches", "limit_val_batches") and value == 0
+        if no_batches or (type(value), value) != (type(usual), usual):  # val_check_interval=1 is after every batch
             yield (
                 f"trainer.args.{name}={value}: each epoch ends with one validation, by which the best checkpoint is "
                 "chosen. Leave it out; trainer.max_epochs=N says how long."
@@ -168,9 +170,9 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
     for key, parts in WHOLE.items():
         group, _, name = key.partition(".")
-        mine, default = getattr(cfg, group), getattr(Config(), group)
-        idle = [part for part in parts if getattr(mine, name) and getattr(mine, part) != getattr(default, part)]
-        given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (mine, default))
+        now, usual = getattr(cfg, group), getattr(Config(), group)
+        idle = [part for part in parts if getattr(now, name) and getattr(now, part) != getattr(usual, part)]
+        given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (now, usual))
         if idle:
             yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
     if cfg.seed + cfg.seeds - 1 > HIGHEST_SEED:
@@ -243,7 +245,6 @@ OTHER_NAMES = {
     "seed": ("random_seed", "random_state"),
 }
 """What other projects of the field call a setting."""
-
 
 LAUNCHERS = {"joblib": "'chestct[sweep]'", "submitit_slurm": "'chestct[slurm]'"}
 

@@ -118,9 +118,12 @@ def readable(override: str, sweep: bool = False, text: bool = False) -> str:
         (parsed,) = OverridesParser.create().parse_overrides([override])
     except OverrideParseException:
         return quoted(key, value)
-    several = value.startswith(("{", "[")) or parsed.is_sweep_override()
-    altered = not several and isinstance(number := parsed.value(), int | float) and str(number) != value
-    return quoted(key, value) if kind.startswith("str") and (altered or (several and not sweep)) else override
+    if not kind.startswith("str"):
+        return override
+    if value.startswith(("{", "[")) or parsed.is_sweep_override():  # several values, or a text that looks like them
+        return override if sweep else quoted(key, value)
+    number = parsed.value()
+    return quoted(key, value) if isinstance(number, int | float) and str(number) != value else override
 
 
 def in_home(text: str) -> str:
@@ -141,6 +144,7 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
     stored: what the checkpoint holds, which `check_trusted` has seen. It describes a model and its data; where this
     machine keeps things, what it runs on and whom it talks to (HERE) comes from `cfg`. overrides: Hydra's override
     strings, such as `data.root=/x` or `data=chest_ct`; their values are read from `cfg`, where groups are opened.
+    Raises ConfigError for an experiment next to a checkpoint, and as `resolve` does.
     """
     merged, source = OmegaConf.create(stored), OmegaConf.structured(cfg)
     keys = [override.split("=", 1)[0].lstrip("+~").split("@")[0] for override in overrides]
@@ -164,12 +168,12 @@ def left_behind(stored: dict[str, Any], groups: Sequence[str], cfg: Config | Non
 
     stored: settings as plain containers; groups: such as `callbacks`; cfg: has what the command said already.
     """
-    ours, theirs = OmegaConf.structured(cfg or Config()), OmegaConf.create(stored)
+    current, before = OmegaConf.structured(cfg or Config()), OmegaConf.create(stored)
     lacking: list[str] = []
     for group in groups:
-        parts: Any = OmegaConf.to_container(OmegaConf.select(theirs, group) or OmegaConf.create())
+        parts: Any = OmegaConf.to_container(OmegaConf.select(before, group) or OmegaConf.create())
         for name, value in parts.items():
-            if name not in OmegaConf.select(ours, group) and f"{group}.{name}" not in ABOUT_THE_MACHINE:
+            if name not in OmegaConf.select(current, group) and f"{group}.{name}" not in ABOUT_THE_MACHINE:
                 lacking += map(shlex.quote, _overrides(f"{group}.{name}", value))
     return lacking
 

@@ -28,22 +28,23 @@ def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwarg
 
     if not isinstance(spec, dict) or "_target_" not in spec:
         raise ConfigError(f"{setting} names no class: give {setting}._target_=PACKAGE.CLASS, see docs/extend.md.")
-    wrong = f"{setting}._target_={spec['_target_']} is no {kind.__module__}.{kind.__name__}."
+    wrong_kind = f"{setting}._target_={spec['_target_']} is no {kind.__module__}.{kind.__name__}."
     try:
         # Partial, because Hydra would copy tensors that it is given.
-        part = instantiate({**spec, "_partial_": True, "_convert_": "all"})
-        if isinstance(part.func, type) and not issubclass(part.func, kind):
-            raise ConfigError(wrong)  # before it is made, which may open files
-        taken = inspect.signature(part.func).parameters
-        made = part(*args, **{name: kwargs[name] for name in kwargs.keys() & taken.keys() - part.keywords.keys()})
+        factory = instantiate({**spec, "_partial_": True, "_convert_": "all"})
+        if isinstance(factory.func, type) and not issubclass(factory.func, kind):
+            raise ConfigError(wrong_kind)  # before it is made, which may open files
+        parameters = inspect.signature(factory.func).parameters
+        more = {k: value for k, value in kwargs.items() if k in parameters and k not in factory.keywords}
+        instance = factory(*args, **more)
     except ConfigError:
         raise
     except Exception as error:  # whatever the class of a user raises
         reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
         raise ConfigError(f"{setting}._target_={spec['_target_']} cannot be made: {reason.strip()}") from error
-    if not isinstance(made, kind):
-        raise ConfigError(wrong)
-    return made
+    if not isinstance(instance, kind):
+        raise ConfigError(wrong_kind)
+    return instance
 
 
 def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None:
@@ -99,8 +100,10 @@ def _trusted(target: Any, trust: Sequence[str]) -> bool:
     except Exception:
         return False
     kinds = (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler)
-    origin, part = f"{getattr(named, '__module__', '')}.", isinstance(named, type) and issubclass(named, kinds)
-    return _within(origin, trust) or (_within(origin, TRUSTED) and part)
+    origin = f"{getattr(named, '__module__', '')}."
+    if _within(origin, trust):
+        return True
+    return _within(origin, TRUSTED) and isinstance(named, type) and issubclass(named, kinds)
 
 
 def _within(name: str, packages: Sequence[str]) -> bool:
