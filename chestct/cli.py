@@ -45,8 +45,8 @@ def serve(cfg: Config, out: Path) -> None:
 
         return bundle_folder(cfg.bundle or "packaged", cfg)
 
-    opened = closing(Monitor(cfg.monitor.path, cfg.monitor.keep_days)) if cfg.monitor.enabled else nullcontext()
-    with opened as monitor:
+    record = closing(Monitor(cfg.monitor.path, cfg.monitor.keep_days)) if cfg.monitor.enabled else nullcontext()
+    with record as monitor:
         serve(cfg, locate, monitor.record if monitor else None)
 
 
@@ -110,7 +110,7 @@ def predict() -> None:
     parser.add_argument("--viewer", type=_path, metavar="FOLDER", help="DICOM of overlays and reports, for a viewer")
     parser.add_argument("--backend", choices=BACKENDS, default="auto", help="what computes, see serve.backend (auto)")
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="and where (auto)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from chestct.imaging.slice_files import describe_skipped
     from chestct.serving.batch import describe, find_files, predict_files
     from chestct.serving.model import bundle_folder
@@ -118,29 +118,29 @@ def predict() -> None:
     from chestct.serving.scan import describe_scans, scans_in
 
     _log_messages()
-    if given.viewer:
+    if args.viewer:
         from chestct.serving.viewer import export, import_highdicom
 
         import_highdicom()  # or else everything is scored first
     began = time.perf_counter()
-    paths, skipped = find_files(given.sources, given.out)
+    paths, skipped = find_files(args.sources, args.out)
     predictor = Predictor(
-        bundle_folder(given.bundle), backend=given.backend, accelerator=given.accelerator, whole_process=True
+        bundle_folder(args.bundle), backend=args.backend, accelerator=args.accelerator, whole_process=True
     )
     try:
-        rows, reused = predict_files(paths, given.out, predictor, progress=True)
+        rows, reused = predict_files(paths, args.out, predictor, progress=True)
     except (KeyboardInterrupt, Interrupted):
-        raise Interrupted(f"Interrupted. The same command goes on from {given.out}.partial.") from None
-    print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {given.out}")
-    listed = given.out.with_suffix(".scans.json")
+        raise Interrupted(f"Interrupted. The same command goes on from {args.out}.partial.") from None
+    print(f"Scored by bundle {rows[0]['bundle']} in {time.perf_counter() - began:,.0f} s: {args.out}")
+    listed = args.out.with_suffix(".scans.json")
     listed.unlink(missing_ok=True)  # it may be of other files
     if scans := scans_in(rows):
         write_atomic(listed, json.dumps([scan.as_dict() for scan in scans], indent=1) + "\n")
         print(f"{describe_scans(scans)}\nAll of them: {listed}")
-    if given.viewer:
-        made, failed = export(rows, paths, predictor, given.viewer)
+    if args.viewer:
+        made, failed = export(rows, paths, predictor, args.viewer)
         left_out = f"; {describe_skipped([*failed.items()])}" if failed else ""
-        print(f"For a viewer: {len(made)} DICOM files in {given.viewer}{left_out}")
+        print(f"For a viewer: {len(made)} DICOM files in {args.viewer}{left_out}")
     print(describe(rows, reused, skipped))
     unreadable = sum(row["decision"] == "unreadable" for row in rows)
     sys.exit(2 if unreadable == len(rows) else min(unreadable, 1))
@@ -160,21 +160,22 @@ def embed() -> None:
         "--out", type=_path, default=Path("features.parquet"), metavar="PARQUET", help="(features.parquet)"
     )
     parser.add_argument("--accelerator", choices=["auto", "cpu", "gpu"], default="auto", help="what computes (auto)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from chestct.config.schema import BLOCKS
 
-    if given.block and not re.fullmatch(BLOCKS, given.block):
-        raise ConfigError(f"--block {given.block}: give 3, 4 or 5, or several joined as in 3+4.")
+    if args.block and not re.fullmatch(BLOCKS, args.block):
+        raise ConfigError(f"--block {args.block}: give 3, 4 or 5, or several joined as in 3+4.")
     from chestct.serving.batch import find_files
     from chestct.serving.embed import SHOWN
     from chestct.serving.embed import embed as write
     from chestct.serving.model import bundle_folder
 
     _log_messages()
-    files, _ = find_files(given.sources, given.out)
-    unread = write(files, given.out, bundle_folder(given.bundle), given.block, given.pool, given.accelerator)
-    print(f"Features of {len(files) - len(unread):,} of {len(files):,} files: {given.out}")
-    print("\n".join(f"Not read: {reason}" for reason in unread[:SHOWN]), file=sys.stderr, end="\n" if unread else "")
+    files, _ = find_files(args.sources, args.out)
+    unread = write(files, args.out, bundle_folder(args.bundle), args.block, args.pool, args.accelerator)
+    print(f"Features of {len(files) - len(unread):,} of {len(files):,} files: {args.out}")
+    for reason in unread[:SHOWN]:
+        print(f"Not read: {reason}", file=sys.stderr)
     sys.exit(min(len(unread), 1))
 
 
@@ -191,14 +192,14 @@ def data() -> None:
     parser.add_argument("name", nargs="?", help="which collection")
     parser.add_argument("folder", nargs="?", type=_path, help="where you unzipped it")
     parser.add_argument("--out", type=_path, metavar="FOLDER", help="where to copy it")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from chestct.data.public import SETS, describe, fetch, settings_of
 
-    if given.folder is None:
-        print("\n\n".join(map(describe, [given.name] if given.name else SETS)))
+    if args.folder is None:
+        print("\n\n".join(map(describe, [args.name] if args.name else SETS)))
         return
-    target = fetch(given.name, given.folder, given.out, progress=True)
-    print(f"Whole: {target}. Now: chestct audit {settings_of(given.name, target)}")
+    target = fetch(args.name, args.folder, args.out, progress=True)
+    print(f"Whole: {target}. Now: chestct audit {settings_of(args.name, target)}")
 
 
 def push() -> None:
@@ -210,15 +211,15 @@ def push() -> None:
     parser.add_argument("bundle", help="folder, packaged, models:/ or runs:/ name")
     parser.add_argument("name", metavar="USER/NAME", help="repository, made where there is none")
     parser.add_argument("--private", action="store_true", help="a new one is for its owner alone")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from chestct.models.bundle import bundle_path, load_bundle
     from chestct.serving.model import bundle_folder
     from chestct.tracking import hub
 
-    source = bundle_folder(given.bundle)
+    source = bundle_folder(args.bundle)
     bundle = load_bundle(source)
-    address = hub.push(bundle_path(source), given.name, given.private)
-    print(f"bundle {bundle.id}  {address}\nNow: chestct serve bundle={hub.SCHEME}{given.name}")
+    address = hub.push(bundle_path(source), args.name, args.private)
+    print(f"bundle {bundle.id}  {address}\nNow: chestct serve bundle={hub.SCHEME}{args.name}")
 
 
 def space() -> None:
@@ -230,14 +231,14 @@ def space() -> None:
     parser = _parser(space)
     parser.add_argument("folder", type=_path, help="a new folder")
     parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from chestct.portable import write_space
     from chestct.serving.model import bundle_folder
 
-    write_space(given.folder, bundle_folder(given.bundle))
+    write_space(args.folder, bundle_folder(args.bundle))
     print(
-        f"{given.folder}: python app.py there shows the page; as a Space: hf upload USER/NAME "
-        f"{shlex.quote(str(given.folder))} --repo-type space"
+        f"{args.folder}: python app.py there shows the page; as a Space: hf upload USER/NAME "
+        f"{shlex.quote(str(args.folder))} --repo-type space"
     )
 
 
@@ -253,11 +254,11 @@ def drift() -> None:
     parser.add_argument("--bundle", default="packaged", help="folder, hf://, models:/ or runs:/ name (packaged)")
     parser.add_argument("--db", type=_path, default=Path("monitor.sqlite"), help="records (monitor.sqlite)")
     parser.add_argument("--days", type=float, help="only the last so many days")
-    given = parser.parse_args()
+    args = parser.parse_args()
     from chestct.reporting.drift_report import report
     from chestct.serving.model import bundle_folder
 
-    sys.exit(report(given.db, bundle_folder(given.bundle), given.days))
+    sys.exit(report(args.db, bundle_folder(args.bundle), args.days))
 
 
 def _log_messages() -> None:
@@ -272,7 +273,7 @@ def _parser(command: Callable[[], None]) -> argparse.ArgumentParser:
 
 
 def _path(text: str) -> Path:
-    """A path that is given. An empty one, as a variable that is not set leaves it, would be the working directory."""
+    """A path that is args. An empty one, as a variable that is not set leaves it, would be the working directory."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return Path(text)

@@ -77,10 +77,10 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
     if cfg.ckpt:
         cfg = from_checkpoint(cfg, best=False)
         ckpt = Path(cfg.ckpt or "")
-        beside = ckpt.resolve().parent
-        # The first process alone has the run's folder, which is that of the checkpoint where this has the name.
-        in_place = beside.name == "checkpoints" if rank() else beside == (out / "checkpoints").resolve()
-        if not (rank() or in_place) and (beside.name == "checkpoints" or (out / "checkpoints").exists()):
+        folder = ckpt.resolve().parent
+        # Only the first process is given the run's folder as `out`; the others go by the name of the checkpoint's.
+        in_place = folder.name == "checkpoints" if rank() else folder == (out / "checkpoints").resolve()
+        if not (rank() or in_place) and (folder.name == "checkpoints" or (out / "checkpoints").exists()):
             raise ConfigError(
                 f"{out} is not the folder of {ckpt}, where its training goes on. Give ckpt and runs_dir on the command "
                 "line, without hydra.run.dir and -m."
@@ -118,8 +118,8 @@ def _report(cfg: Config, out: Path, run: "Run", result: "Result") -> str:
     from chestct.reporting.text import summary
 
     phase("Measuring the best checkpoint, writing its report and bundle", cfg.trainer.progress)
-    own = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
-    trust = [*cfg.trust, *(target.split(".", 1)[0] for target in own)]
+    targets = foreign(dataclasses.asdict(cfg))  # named by who trains, or trusted by who resumes
+    trust = [*cfg.trust, *(target.split(".", 1)[0] for target in targets)]
     evaluation = _evaluate_checkpoint(dataclasses.replace(cfg, ckpt=str(result.best), trust=trust), out, result.data)
     write(evaluation, out / "evaluation")
     bundle = CODELESS

@@ -12,10 +12,10 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from omegaconf import DictConfig
@@ -33,11 +33,10 @@ FIRST_FILES = {".lock", "settings.yaml", "train.log", "evaluate.log"}
 """What lies in a run folder, beside Hydra's own, before anything was computed."""
 
 Task = Callable[[Config, Path], Any]
+RunFolder = Callable[[dict[str, str]], Path | None]
 
 
-def program(
-    config_name: str, run_folder: Callable[[dict[str, str]], Path | None] = lambda given: None
-) -> Callable[[Task], Callable[[], None]]:
+def program(config_name: str, run_folder: RunFolder = lambda given: None) -> Callable[[Task], Callable[[], None]]:
     """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
 
     The task's docstring is the first part of `--help`. run_folder: from the settings that are given on the command
@@ -52,36 +51,45 @@ def program(
                 if {"-h", "--help"} & set(sys.argv):
                     print(help_text(inspect.getdoc(task) or ""))
                     return
-                flags, overrides = split_arguments(sys.argv[1:])
-                sweep = bool(flags.keys() & {"-m", "--multirun"})
-                started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1
-                if int(started) > 1 and (config_name != "train" or sweep):
-                    raise ConfigError(f"{started} processes were started; only a single training takes several.")
-                given = {key: in_home(value.strip("'\"")) for key, _, value in (o.partition("=") for o in overrides)}
-                overrides = [readable(override, sweep) for override in overrides]
-                for key in {"tracking.uri", "tracking.local"} & given.keys():
-                    from chestct.tracking.stores import refuse_password
-
-                    refuse_password(given[key])  # before Hydra writes it into the run's folder
-                folder = run_folder(given)
-                if folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
-                    elsewhere = "-m" if sweep else "hydra.run.dir"
-                    raise ConfigError(
-                        f"A training goes on in its own folder, {folder}: leave out {elsewhere}. To branch it, copy "
-                        "its checkpoints/*.ckpt to checkpoints/ of another folder, and give ckpt=THAT alone."
-                    )
-                if rank():  # the first process has the run folder
-                    scratch = tempfile.TemporaryDirectory(prefix="chestct-")
-                    overrides += [quoted("hydra.run.dir", scratch.name), "hydra.output_subdir=null"]
-                elif folder and "hydra.run.dir" not in given:
-                    overrides.append(quoted("hydra.run.dir", str(folder)))
-                options = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
-                sys.argv[1:] = [*options, *overrides]
-                _run(task, config_name)
+                # The first of several processes has the run folder, the others one that goes with them.
+                with TemporaryDirectory(prefix="chestct-") if rank() else contextlib.nullcontext("") as scratch:
+                    sys.argv[1:] = _hydra_arguments(config_name, run_folder, scratch)
+                    _run(task, config_name)
 
         return run
 
     return decorate
+
+
+def _hydra_arguments(config_name: str, run_folder: RunFolder, scratch: str) -> list[str]:
+    """The command line as Hydra reads it: its options first, then overrides in its grammar, the run's folder included.
+
+    scratch: the folder of a process that has no run folder, else "". Raises ConfigError for a command that cannot be.
+    """
+    flags, overrides = split_arguments(sys.argv[1:])
+    sweep = bool(flags.keys() & {"-m", "--multirun"})
+    started = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1
+    if int(started) > 1 and (config_name != "train" or sweep):
+        raise ConfigError(f"{started} processes were started; only a single training takes several.")
+    given = {key: in_home(value.strip("'\"")) for key, _, value in (o.partition("=") for o in overrides)}
+    overrides = [readable(override, sweep) for override in overrides]
+    for key in {"tracking.uri", "tracking.local"} & given.keys():
+        from chestct.tracking.stores import refuse_password
+
+        refuse_password(given[key])  # before Hydra writes it into the run's folder
+    folder = run_folder(given)
+    if folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
+        elsewhere = "-m" if sweep else "hydra.run.dir"
+        raise ConfigError(
+            f"A training goes on in its own folder, {folder}: leave out {elsewhere}. To branch it, copy "
+            "its checkpoints/*.ckpt to checkpoints/ of another folder, and give ckpt=THAT alone."
+        )
+    if scratch:
+        overrides += [quoted("hydra.run.dir", scratch), "hydra.output_subdir=null"]
+    elif folder and "hydra.run.dir" not in given:
+        overrides.append(quoted("hydra.run.dir", str(folder)))
+    options = [part for flag, value in flags.items() for part in (flag, value) if part is not None]
+    return [*options, *overrides]
 
 
 def rank() -> int:

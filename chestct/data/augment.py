@@ -166,8 +166,8 @@ def change_batch(images: torch.Tensor, changes: torch.Tensor, seeds: Sequence[in
     images: float32 [B, 1, S, S] in [0, 1]; changes, seeds: of `draw_changes`. Only the noise has other numbers: it is
     drawn where the slices lie, by the same seeds, with the same spread.
     """
-    of = dict(zip(NEUTRAL, changes[:, :, None, None, None].unbind(1), strict=True))  # (B, 1, 1, 1) each
-    x = torch.where(of["flip"] > 0, images.flip(3), images)
+    number = dict(zip(NEUTRAL, changes[:, :, None, None, None].unbind(1), strict=True))  # (B, 1, 1, 1) each
+    x = torch.where(number["flip"] > 0, images.flip(3), images)
     if cfg.rotate or cfg.shift or cfg.zoom or cfg.shear:
         grid = nn.functional.affine_grid(changes[:, 2:8].reshape(-1, 2, 3), list(x.shape), align_corners=False)
         both = nn.functional.grid_sample(torch.cat([x, torch.ones_like(x)], 1), grid, align_corners=False)
@@ -175,20 +175,22 @@ def change_batch(images: torch.Tensor, changes: torch.Tensor, seeds: Sequence[in
     if cfg.blur:
         reach = _blur_size(cfg, x.shape[-1]) // 2
         places = torch.linspace(-reach, reach, 2 * reach + 1, device=x.device) / math.sqrt(2)
-        kernels = (places / of["blur"][:, 0]).square().neg().softmax(2).unsqueeze(1)  # (B, 1, 1, K)
+        kernels = (places / number["blur"][:, 0]).square().neg().softmax(2).unsqueeze(1)  # (B, 1, 1, K)
         for kernel, edges in ((kernels, (reach, reach, 0, 0)), (kernels.mT, (0, 0, reach, reach))):
             padded = nn.functional.pad(x.transpose(0, 1), edges, mode="reflect")  # (1, B, ...): each slice is a group
             x = nn.functional.conv2d(padded, kernel, groups=len(x)).transpose(0, 1)
     if cfg.window:
-        x = torch.where(of["contrast_first"] > 0, _bright(_contrast(x, of), of), _contrast(_bright(x, of), of))
+        x = torch.where(
+            number["contrast_first"] > 0, _bright(_contrast(x, number), number), _contrast(_bright(x, number), number)
+        )
     if cfg.gamma:
-        x = x.pow(of["gamma"])
+        x = x.pow(number["gamma"])
     if cfg.noise:
         drawn, generator = torch.empty_like(x), torch.Generator(x.device)
-        for one, number in zip(drawn, seeds, strict=True):
-            one.normal_(generator=generator.manual_seed(number))
-        x = (x + of["noise"] * drawn).clamp(0, 1)
-    return torch.where(of["changed"] > 0, x, images)
+        for one, seed in zip(drawn, seeds, strict=True):
+            one.normal_(generator=generator.manual_seed(seed))
+        x = (x + number["noise"] * drawn).clamp(0, 1)
+    return torch.where(number["changed"] > 0, x, images)
 
 
 def defers(device: torch.device) -> bool:
@@ -211,12 +213,12 @@ def finish(batch: Batch, cfg: AugmentConfig, slices: torch.Tensor | None = None)
     return {name: part for name, part in batch.items() if name not in ("row", "changes", "noise")} | {"x": x}
 
 
-def _bright(x: torch.Tensor, of: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (x * of["brightness"]).clamp(0, 1)
+def _bright(x: torch.Tensor, number: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (x * number["brightness"]).clamp(0, 1)
 
 
-def _contrast(x: torch.Tensor, of: dict[str, torch.Tensor]) -> torch.Tensor:
-    return (x * of["contrast"] + (1 - of["contrast"]) * x.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
+def _contrast(x: torch.Tensor, number: dict[str, torch.Tensor]) -> torch.Tensor:
+    return (x * number["contrast"] + (1 - number["contrast"]) * x.mean((1, 2, 3), keepdim=True)).clamp(0, 1)
 
 
 def _uniform(low: float, high: float) -> float:

@@ -130,8 +130,8 @@ class SliceDataset(Dataset):
         batch |= {} if self.w is None else {"w": self.w[positions]}
         if self.deferred:
             return batch | self.unfinished(positions, views.tolist())
-        parts = [(at[views == view].tolist(), view) for view in np.unique(views).tolist()]
-        batch["x"], places = map(torch.cat, zip(*(self._seen(*part) for part in parts), strict=True))
+        parts = [self._seen(at[views == view].tolist(), view) for view in np.unique(views).tolist()]
+        batch["x"], places = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         if self.has_places and places.ndim == 4:
             shown = places.flatten(1).amax(1) > 0
             # Of other slices with cancer it is not known where; normal ones are clear, and cancer if drawn into.

@@ -51,10 +51,10 @@ def mask_file(file: SliceFile) -> Path:
 def _check_masks(root: Path, masks: Mapping[str, Path]) -> None:
     """Raises DataError for a mask of no slice; one of a slice that labels leave out is none. masks: of the others."""
     try:
-        there = {path.relative_to(root / MASKS).as_posix(): path for path, reason in walk(root / MASKS) if not reason}
+        found = {path.relative_to(root / MASKS).as_posix(): path for path, reason in walk(root / MASKS) if not reason}
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its masks would be missing.") from None
-    for name, mask in there.items():
+    for name, mask in found.items():
         if name not in masks and not (root / name).is_file() and mask.suffix.lower() not in NOTES:
             stem = PurePosixPath(name).with_suffix("")
             slice_ = next((path for path in masks if PurePosixPath(path).with_suffix("") == stem), next(iter(masks)))
@@ -72,8 +72,8 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
         if missing := set(COLUMNS) - set(table):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], float))
-        for columns, outwards in ((COLUMNS[1:3], np.floor), (COLUMNS[3:], np.ceil)):
-            table[columns] = outwards(table[columns])
+        table[["left", "top"]] = np.floor(table[["left", "top"]])
+        table[["right", "bottom"]] = np.ceil(table[["right", "bottom"]])
         table = table.astype(dict.fromkeys(COLUMNS[1:], int))
     except (OSError, ValueError) as error:  # pandas' parser, numbers that are none, and bytes that are no text
         raise DataError(f"{setting}: {path} cannot be read: {error}. Its columns: {','.join(COLUMNS)}.") from None
@@ -116,7 +116,10 @@ def mask_of(known: Known, shape: tuple[int, ...], name: str, limits: Limits) -> 
 
 
 def in_square(mask: np.ndarray, gray: np.ndarray, preprocess: Preprocess) -> bytes:
-    """The mask of a slice, as uint8 `gray`, in its square, a bit a pixel; b"" where the crop leaves nothing of it."""
+    """A mask in the network's square, a bit a pixel; b"" where the crop leaves nothing of it.
+
+    mask: bool [H, W]; gray: uint8 [H, W], its slice, by which `preprocess` crops.
+    """
     square = mask_to_square(mask, placement(gray, preprocess))
     return np.packbits(square).tobytes() if square.any() else b""
 

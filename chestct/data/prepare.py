@@ -134,25 +134,7 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
                     if pixels and fact["content"] not in rows:
                         rows[fact["content"]] = len(rows)
                         out.write(pixels)
-            table: list[dict[str, Any]] = []
-            unreadable: list[dict[str, str]] = []
-            unfit: list[dict[str, str]] = []
-            for file, key in zip(files, keys, strict=True):
-                fact = facts[key]
-                if "reason" in fact:
-                    left_out = unfit if fact.get("unfit") else unreadable
-                    left_out.append({"source": file.source, "path": file.path, "reason": fact["reason"]})
-                else:
-                    # A pattern that is given says who the patient is; what DICOM says then counts no more.
-                    patient = file.patient if file.source in named else fact["patient"]
-                    lesion = fact["lesion"] if file.label == "cancer" else b""
-                    fact = fact | {"patient": patient, "lesion": lesion, "row": rows[fact["content"]]}
-                    table.append({**file._asdict(), "file_hash": key, **fact})
-            if not table:
-                first = (unreadable or unfit)[0]
-                why = f"the first, {first['path']}: {first['reason']}"
-                raise DataError(f"None of the {len(files)} files can be read as a slice; {why}")
-            manifest = pd.DataFrame(table)
+            manifest, unreadable, unfit = _tables(files, keys, facts, rows, named)
             thumbs = np.memmap(slices, stores.record_type(cfg.size), "r")["thumb"]
             copies = find_pairs(thumbs[manifest["row"]], *(manifest[name].tolist() for name in ("content", "source")))
             units = join(manifest, copies, named, ordered)
@@ -170,6 +152,35 @@ def _update(cfg: DataConfig, listing: Listing, folder: Path, progress: bool) -> 
         finally:
             slices.unlink(missing_ok=True)
     return open_store(folder)
+
+
+def _tables(
+    files: list[SliceFile], keys: list[str], facts: dict[str, dict[str, Any]], rows: dict[str, int], named: list[str]
+) -> tuple[pd.DataFrame, list[dict[str, str]], list[dict[str, str]]]:
+    """The manifest, the files that cannot be read, and those that are no axial CT slices.
+
+    keys: of each file in `facts`, which are those of `_measure`; rows: content -> row of the store; named: sources that
+    say who the patient is. Raises DataError where no file is a slice.
+    """
+    table: list[dict[str, Any]] = []
+    unreadable: list[dict[str, str]] = []
+    unfit: list[dict[str, str]] = []
+    for file, key in zip(files, keys, strict=True):
+        fact = facts[key]
+        if "reason" in fact:
+            left_out = unfit if fact.get("unfit") else unreadable
+            left_out.append({"source": file.source, "path": file.path, "reason": fact["reason"]})
+        else:
+            # A pattern that is given says who the patient is; what DICOM says then counts no more.
+            patient = file.patient if file.source in named else fact["patient"]
+            lesion = fact["lesion"] if file.label == "cancer" else b""
+            fact = fact | {"patient": patient, "lesion": lesion, "row": rows[fact["content"]]}
+            table.append({**file._asdict(), "file_hash": key, **fact})
+    if not table:
+        first = (unreadable or unfit)[0]
+        why = f"the first, {first['path']}: {first['reason']}"
+        raise DataError(f"None of the {len(files)} files can be read as a slice; {why}")
+    return pd.DataFrame(table), unreadable, unfit
 
 
 def _current(cfg: DataConfig, folder: Path, made_of: str) -> Store | None:
@@ -196,9 +207,9 @@ def _known_lesions(cfg: DataConfig, files: list[SliceFile], hashes: list[str]) -
     """What is known of lesions, by the hash of the file: copies show what their original shows."""
     known: dict[str, lesions.Known] = {}
     for name, source in sources_of(cfg).items():
-        own = {file.path: key for file, key in zip(files, hashes, strict=True) if file.source == name}
-        of_name = lesions.known_lesions(name, source, [file for file in files if file.source == name])
-        known |= {own[path]: where for path, where in of_name.items() if own.get(path)}
+        hash_of = {file.path: key for file, key in zip(files, hashes, strict=True) if file.source == name}
+        by_path = lesions.known_lesions(name, source, [file for file in files if file.source == name])
+        known |= {hash_of[path]: lesion for path, lesion in by_path.items() if hash_of.get(path)}
     return known
 
 

@@ -61,19 +61,25 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
         raise DataError(f"{target} is there already. Remove it, or give another place with --out FOLDER.")
     if not source.is_dir():
         raise DataError(f"There is no folder {source}. Give the one that you unzipped the download into.")
-    found = {folder: _find(source, folder, known.also.get(folder, folder)) for folder in known.folders}
-    slices = {folder: [path for path, reason in walk(where) if not reason] for folder, where in found.items() if where}
-    problems = [f"{folder}: there is no such folder" for folder, where in found.items() if where is None]
+    places = {folder: _find(source, folder, known.also.get(folder, folder)) for folder in known.folders}
+    problems = [f"{folder}: there is no such folder" for folder, place in places.items() if place is None]
+    found = {folder: place for folder, place in places.items() if place is not None}
+    slices = {folder: [path for path, reason in walk(place) if not reason] for folder, place in found.items()}
     for folder, paths in slices.items():
         if len(paths) != known.folders[folder][0]:
             problems.append(f"{folder}: {len(paths)} slices, where there should be {known.folders[folder][0]}")
-    for folder, paths in () if problems else slices.items():
-        if content_digest(paths, folder, progress) != known.folders[folder][1]:
-            problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
-    extra = {file: next(source.rglob(file), None) for file in known.files}
-    for file, where in extra.items():
-        if not where or file_digest(where) != known.files[file]:
-            problems.append(f"{file} {'differs' if where else 'is missing'}")
+    if not problems:  # digests take a while
+        for folder, paths in slices.items():
+            if content_digest(paths, folder, progress) != known.folders[folder][1]:
+                problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
+    extra: dict[str, Path] = {}
+    for file, checksum in known.files.items():
+        if not (path := next(source.rglob(file), None)):
+            problems.append(f"{file} is missing")
+        elif file_digest(path) != checksum:
+            problems.append(f"{file} differs")
+        else:
+            extra[file] = path
     if problems:
         raise DataError(
             f"{source} is not {known.title} as the project knows it.\n"
@@ -85,11 +91,11 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
     shutil.rmtree(part, ignore_errors=True)
     for folder, paths in slices.items():
         for path in paths:
-            copy = part / folder / path.relative_to(found[folder] or source)
+            copy = part / folder / path.relative_to(found[folder])
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    for file, where in extra.items():
-        shutil.copyfile(where or source, part / file)
+    for file, path in extra.items():
+        shutil.copyfile(path, part / file)
     return part.rename(target)
 
 

@@ -61,10 +61,12 @@ def record_type(size: int) -> np.dtype:
 
 
 def preprocess_of(cfg: DataConfig) -> Preprocess:
+    """How these settings make a slice the network's square."""
     return Preprocess(cfg.size, cfg.fit, cfg.contrast)
 
 
 def pixel_settings(cfg: DataConfig) -> dict[str, Any]:
+    """All settings that decide a stored pixel, as plain values."""
     limits = {"max_bytes": cfg.max_bytes, "max_pixels": cfg.max_pixels}  # they decide what is readable
     return {**asdict(preprocess_of(cfg)), "window": asdict(cfg.window), **limits}
 

@@ -50,8 +50,8 @@ def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], o
     shared = int((manifest["source"].groupby(numbers).nunique().drop("", errors="ignore") > 1).sum())
     for column, ids in identifiers.items():
         identifiers[column] = ids.mask(ids.str.isdigit(), manifest["source"] + " " + ids)
-    mates = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
-    pairs = pd.concat([copies, mates.drop_duplicates()], ignore_index=True)
+    same_id = pd.concat([link(identifiers[column].tolist(), "series") for column in identifiers])
+    pairs = pd.concat([copies, same_id.drop_duplicates()], ignore_index=True)
     groups, notes = group(len(manifest), pairs), []
     if shared:
         notes.append(f"Patient numbers that stand in several sources ({shared}) are taken for different patients.")
@@ -59,7 +59,7 @@ def join(manifest: pd.DataFrame, copies: pd.DataFrame, named: Collection[str], o
         pairs = pd.concat([pairs, interleaved(manifest[manifest["source"] == source], groups)], ignore_index=True)
     joined = group(len(manifest), pairs)
     for source in ordered:
-        before, after = (len(np.unique(of[manifest["source"] == source])) for of in (groups, joined))
+        before, after = (len(np.unique(part[manifest["source"] == source])) for part in (groups, joined))
         notes.append(
             f"File numbers of {source} are taken to run in patient order: groups whose runs of numbers interleave were "
             f"joined, {before} to {after}. They are runs of near-copies, without patient ids: some may be several "
@@ -118,8 +118,9 @@ def believable(manifest: pd.DataFrame, named: Collection[str] = ()) -> tuple[pd.
             placeholder = values.str.replace(r"\W|_", "", regex=True).str.lower().str.fullmatch(PLACEHOLDER)
             given = values[~placeholder]
             classes = given.groupby(rows["subtype"]).nunique()
-            most = 2 * contents[given.index].nunique() > contents.nunique() > len(classes)
-            constant = given if most and (classes <= 1).all() else given[:0]
+            covers_most = 2 * contents[given.index].nunique() > contents.nunique()
+            one_a_class = (classes <= 1).all() and contents.nunique() > len(classes)
+            constant = given if covers_most and one_a_class else given[:0]
             shown = ", ".join(map(repr, values[placeholder].unique()[:3]))
             # Not its values, which may be patients: notes go into cards and records.
             same = f"the same throughout each class (different values: {constant.nunique()})"

@@ -1,1 +1,1 @@
-"""Synthetic thorax slices with known lesions and, on request, known faults: what the tests and the first run use."""
+"""Synthetic thorax slices with known lesions, which tests and the first run use; and lesions drawn into real ones."""
