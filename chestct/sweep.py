@@ -52,7 +52,7 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     lines = [f"{key}={'null' if value is None else value}" for key, value in options.params.items()] + arguments
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(lines)
     overrides = {override.get_key_element().lstrip("+"): override for override in parsed}  # the later ones count
-    swept = {o.get_key_element(): o for o in overrides.values() if o.is_sweep_override()}
+    swept = {override.get_key_element(): override for override in overrides.values() if override.is_sweep_override()}
     fixed = [str(override.input_line) for override in overrides.values() if not override.is_sweep_override()]
     if not options.trials and (ranges := [k for k, o in swept.items() if isinstance(o.value(), IntervalSweep)]):
         raise ConfigError(f"{ranges[0]}: an interval has no end of values; give hydra.sweeper.trials=N for a search.")

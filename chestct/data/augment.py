@@ -107,12 +107,7 @@ class Intensity(v2.Transform):
         return inpt if isinstance(inpt, tv_tensors.Mask) else self.change(inpt, **params)
 
 
-NEUTRAL = {
-    "changed": 0.0,
-    "flip": 0.0,
-    **dict(zip("abcdef", (1.0, 0.0, 0.0, 0.0, 1.0, 0.0), strict=True)),
-    "blur": 1e-3,
-}
+NEUTRAL = {"changed": 0.0, "flip": 0.0, "a": 1.0, "b": 0.0, "c": 0.0, "d": 0.0, "e": 1.0, "f": 0.0, "blur": 1e-3}
 NEUTRAL |= {"brightness": 1.0, "contrast": 1.0, "contrast_first": 0.0, "gamma": 1.0, "noise": 0.0}
 """What changes nothing: the columns of `draw_changes`; a to f are the rows of a matrix as `affine_grid` takes it."""
 

@@ -72,14 +72,9 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
         for folder, paths in slices.items():
             if content_digest(paths, folder, progress) != known.folders[folder][1]:
                 problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
-    extra: dict[str, Path] = {}
-    for file, checksum in known.files.items():
-        if not (path := next(source.rglob(file), None)):
-            problems.append(f"{file} is missing")
-        elif file_digest(path) != checksum:
-            problems.append(f"{file} differs")
-        else:
-            extra[file] = path
+    extra = {file: path for file in known.files for path in [*source.rglob(file)][:1]}
+    problems += [f"{file} is missing" for file in known.files if file not in extra]
+    problems += [f"{file} differs" for file, path in extra.items() if file_digest(path) != known.files[file]]
     if problems:
         raise DataError(
             f"{source} is not {known.title} as the project knows it.\n"

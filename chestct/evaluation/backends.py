@@ -75,7 +75,7 @@ def compared(expected: Outputs, answers: Outputs, valid: pd.DataFrame, cfg: Conf
     Heat maps are compared where they are shown: on slices that torch does not call normal.
     """
     shown = np.flatnonzero(expected.decision != NORMAL)
-    maps = [np.asarray(of.heat)[shown].reshape(len(shown), -1) for of in (expected, answers)]
+    maps = [np.asarray(outputs.heat)[shown].reshape(len(shown), -1) for outputs in (expected, answers)]
     settings = (cfg.evaluation.resamples, cfg.data.split_seed)
     cancer = (valid["label"] == "cancer").to_numpy()
     auroc = auroc_difference(answers.score, expected.score, cancer, valid["group"], *settings)
@@ -98,12 +98,20 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> float:
 def shortcomings(name: str, numbers: dict[str, Any]) -> list[str]:
     """What of the numbers lies beyond LIMITS, a sentence each."""
     limits = LIMITS[ROUNDED.get(name, "fp32")]
-    of = numbers | {"auroc": numbers["auroc"]["value"]}
+    auroc = numbers["auroc"]["value"]
     checks = [  # in this form because NaN, too, falls short
-        ("logits", of["logits"] <= limits["logits"], f"a logit differs by {of['logits']:.3g} standard deviations"),
-        ("decisions", of["decisions"] <= limits["decisions"], f"{of['decisions']:.1%} of the decisions change"),
-        ("auroc", of["auroc"] >= limits["auroc"], f"the AUROC changes by {of['auroc']:+.4f}"),
-        ("heat", of["heat"] >= limits["heat"], f"heat maps correlate by {of['heat']:.3f} only"),
+        (
+            "logits",
+            numbers["logits"] <= limits["logits"],
+            f"a logit differs by {numbers['logits']:.3g} standard deviations",
+        ),
+        (
+            "decisions",
+            numbers["decisions"] <= limits["decisions"],
+            f"{numbers['decisions']:.1%} of the decisions change",
+        ),
+        ("auroc", auroc >= limits["auroc"], f"the AUROC changes by {auroc:+.4f}"),
+        ("heat", numbers["heat"] >= limits["heat"], f"heat maps correlate by {numbers['heat']:.3f} only"),
     ]
     return [f"{text} (limit {limits[key]:g})" for key, within, text in checks if not within]
 
@@ -118,12 +126,12 @@ def table(backends: dict[str, Any]) -> str:
         "AUROC, difference (95 %) | heat maps, correlation | novelty of 1 was | calibrated on | by |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, of in backends.items():
-        auroc = of["auroc"]
+    for name, numbers in backends.items():
+        auroc = numbers["auroc"]
         interval = "no interval" if auroc["low"] is None else f"{auroc['low']:+.4f} to {auroc['high']:+.4f}"
-        cells = [name, of["slices"], f"{of['logits']:.2g}", f"{of['decisions']:.1%}"]
-        cells += [f"{auroc['value']:+.4f} ({interval})", f"{of['heat']:.3f}", f"{of.get('novelty', 1):.3f}"]
-        cells += [f"{of['calibration']} training slices" if of["calibration"] else "-", of["version"]]
+        cells = [name, numbers["slices"], f"{numbers['logits']:.2g}", f"{numbers['decisions']:.1%}"]
+        cells += [f"{auroc['value']:+.4f} ({interval})", f"{numbers['heat']:.3f}", f"{numbers.get('novelty', 1):.3f}"]
+        cells += [f"{numbers['calibration']} training slices" if numbers["calibration"] else "-", numbers["version"]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, ""])
 

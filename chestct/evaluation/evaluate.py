@@ -126,7 +126,8 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
     table = pd.concat(parts, ignore_index=True)
     point = fit_point(table, cfg)
-    table, ckpt = decided(table, point, cfg.task), Path(cfg.ckpt).resolve()
+    table = decided(table, point, cfg.task)
+    ckpt = Path(cfg.ckpt).resolve()
     about = {
         "data_hash": data.store.data_hash,
         # In a run, its folder and below; else the name: where it lies on this machine is nobody's business.
@@ -172,7 +173,7 @@ def assembled(
     sections = {
         "subgroups": subgroups(test, cfg),
         "shift": drift.differences(bundle.facts, of_test),
-        "made": made(),
+        "made": provenance(),
     }
     about = {
         "task": cfg.task,
@@ -264,7 +265,7 @@ def row(cfg: Config, policy: str, test: pd.DataFrame, estimates: dict[str, Estim
     return dataclasses.replace(line, shortcut=best.title, shortcut_auroc=best.auroc, margin=margin)
 
 
-def made() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """How the numbers came about: command, time, versions. It goes into cards that others read: no folders of here."""
     program = Path(sys.argv[0]).name.replace("__main__.py", "chestct")
     arguments = [FOLDERS.sub(".../", argument) for argument in sys.argv[1:]]

@@ -41,12 +41,13 @@ def elsewhere(evaluation: Evaluation) -> list[dict[str, Any]]:
     parts = evaluation.sections.get("protocol", {})
     if "loso" not in parts:
         return []
-    ranked = {row["held out"]: row["AUROC"] for row in parts["loso"].rows}
-    found = []
+    auroc = {row["held out"]: row["AUROC"] for row in parts["loso"].rows}
+    results = []
     for row in parts["threshold"].rows:
-        figures = {"auroc": ranked[row["held out"]], **{name: row[name] for name in ("sensitivity", "specificity")}}
+        source = row["held out"]
+        figures = {"auroc": auroc[source], "sensitivity": row["sensitivity"], "specificity": row["specificity"]}
         values = {name: getattr(figure, "value", None) for name, figure in figures.items()}
         # A source of one class, or one that could not be held out, has no such figures.
-        if row["held out"] not in ("mean", "worst") and None not in values.values():
-            found.append({"source": row["held out"], **values})
-    return found
+        if source not in ("mean", "worst") and None not in values.values():
+            results.append({"source": source, **values})
+    return results

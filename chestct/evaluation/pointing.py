@@ -96,35 +96,36 @@ def _lesions(rows: pd.DataFrame, images: Sequence[np.ndarray], masks: list[np.nd
 
 
 @torch.no_grad()
-def pointing(cfg: Config, data: SliceModule, models: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def pointing(cfg: Config, data: SliceModule, checkpoints: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """The game on test slices: `known` lesions, and lesions `drawn` into normal slices, as far as there are any.
 
-    data: set up, with the places of train that these checkpoints (one a seed, of the settings `cfg`) were trained on.
+    data: set up, with the places of train that the checkpoints (one a seed, of the settings `cfg`) were trained on.
     Maps are averaged over the seeds. The usual place is that of the lesions that training was shown, None where it was
     shown none.
     """
     assert data.store is not None
     test = data.manifest[data.manifest["split"] == "test"]
     kinds = {"known": known_lesions, "drawn": drawn_lesions}
-    every = {kind: make(test, data.store.images, cfg) for kind, make in kinds.items()}
-    heads = [load_classifier(path, cfg.trust).eval() for path in models]
-    shown = {}
-    baselines = [normal_baseline(head, data, cfg) for head in heads]
-    taught = [held[:].sum((0, 1)) for held in data.places.get("train", []) if held.rows[0].shape[-1] > 1]
+    by_kind = {kind: make(test, data.store.images, cfg) for kind, make in kinds.items()}
+    models = [load_classifier(path, cfg.trust).eval() for path in checkpoints]
+    baselines = [normal_baseline(model, data, cfg) for model in models]
+    taught = [view[:].sum((0, 1)) for view in data.places.get("train", []) if view.rows[0].shape[-1] > 1]
     usual = torch.stack(taught).sum(0).numpy() if taught else None
-    for kind, lesions in every.items():
+    results = {}
+    for kind, lesions in by_kind.items():
         if lesions is not None:
-            of = partial(conv5_of, data=data, images=lesions.images, cfg=cfg)
-            conv5 = [of(heads[0])] * len(heads) if cfg.always_frozen else [of(head) for head in heads]
-            each = [head.net.head(head.net.pool(maps)) for head, maps in zip(heads, conv5, strict=True)]
-            outputs = explained_output(torch.stack(each).mean(0).numpy())
-            parts = zip(heads, conv5, baselines, strict=True)
-            cams = [normalised_cam(head.net, maps, outputs, baseline)[1] for head, maps, baseline in parts]
-            shown[kind] = game(heat(torch.stack(cams).mean(0)).numpy(), lesions, usual)
-    return shown
+            maps_of = partial(conv5_of, data=data, images=lesions.images, cfg=cfg)
+            # Frozen convolutions are the same in all models.
+            conv5 = [maps_of(models[0])] * len(models) if cfg.always_frozen else [maps_of(model) for model in models]
+            logits = [model.net.head(model.net.pool(maps)) for model, maps in zip(models, conv5, strict=True)]
+            outputs = explained_output(torch.stack(logits).mean(0).numpy())
+            parts = zip(models, conv5, baselines, strict=True)
+            cams = [normalised_cam(model.net, maps, outputs, baseline)[1] for model, maps, baseline in parts]
+            results[kind] = pointing_game(heat(torch.stack(cams).mean(0)).numpy(), lesions, usual)
+    return results
 
 
-def game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -> dict[str, Any]:
+def pointing_game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -> dict[str, Any]:
     """Shares of slices in which a place lies in the lesion or near it; None for what is not known.
 
     heats: [N, h, w] in [0, 1]; one without any heat points nowhere. usual: where lesions usually are, [h, w] for all or
@@ -135,15 +136,15 @@ def game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -
     near = np.stack([ndimage.distance_transform_edt(~mask) <= allowed for mask, allowed in pairs])
 
     def hits(maps: np.ndarray) -> np.ndarray:
-        whole = [heat_to_square(one / max(one.max(), 1e-12), side) for one in maps]
-        peaks = [np.unravel_index(one.argmax(), one.shape) for one in whole]
-        return np.array([one[at] > 0 and allowed[at] for one, at, allowed in zip(whole, peaks, near, strict=True)])
+        squares = [heat_to_square(grid / max(grid.max(), 1e-12), side) for grid in maps]
+        peaks = [np.unravel_index(square.argmax(), square.shape) for square in squares]
+        return np.array([seen[at] > 0 and allowed[at] for seen, at, allowed in zip(squares, peaks, near, strict=True)])
 
-    found = hits(heats)
+    hit = hits(heats)
     lungs = [find_lungs(as_bytes(image)) for image in lesions.images]
     by_chance = [near[i][lung.mask].mean() for i, lung in enumerate(lungs) if lung is not None]
     taught = None if usual is None or not usual.any() else np.broadcast_to(usual, (count, *usual.shape[-2:]))
-    n, share = effective_size(found, lesions.groups), float(found.mean())
+    n, share = effective_size(hit, lesions.groups), float(hit.mean())
     return {
         "slices": count,
         "heat map": Estimate(share, *wilson(share * n, n), count, len(np.unique(lesions.groups))),
@@ -155,11 +156,11 @@ def game(heats: np.ndarray, lesions: Lesions, usual: np.ndarray | None = None) -
 def check_explanation(bundle: Bundle, lesions: Lesions) -> dict[str, Any]:
     """Whether heat maps find lesions more often than whoever looks where lesions usually are.
 
-    Returns `pointing` (see `game`) and `failure`, a sentence, empty where they do.
+    Returns `pointing` (see `pointing_game`) and `failure`, a sentence, empty where they do.
     """
     heats = bundle.predict(lesions.images, explain=True).heat
     assert heats is not None
-    pointing, failure = game(heats, lesions, _of_other_half(lesions.masks)), ""
+    pointing, failure = pointing_game(heats, lesions, _of_other_half(lesions.masks)), ""
     blind = max(("random place in the lungs", "usual place"), key=lambda name: pointing[name] or 0)
     chance = pointing[blind] or 0  # no slice may show lungs
     if pointing["heat map"].low <= chance:

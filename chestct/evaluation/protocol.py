@@ -97,26 +97,24 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
             # Fine-tuned, this network knows the source that is held out: it judges no novelty there.
             novelty = _novelty(net, data) if cfg.always_frozen else 0.0
             test, threshold = on_test(predictions, held, novelty)
-            figures, points = believed(of_cancer(test, held)), pointing(held, data, checkpoints)
+            figures, points = without_weak_intervals(of_cancer(test, held)), pointing(held, data, checkpoints)
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
             ranked.append({"held out": source, "AUROC": None})
             called.append({"held out": source, "sensitivity": None, "specificity": None})
             continue
         answered = test[test["decision"].isin((CANCER, NORMAL))]
-        sure = {} if answered.empty else believed(of_cancer(answered, held))
+        of_these = {} if answered.empty else without_weak_intervals(of_cancer(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))
         for kind, row in points.items():
-            pointed.append({"held out": source, "lesions": kind} | believed(row))
-        seen = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
-        ranked.append(seen | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
-        called.append(
-            {"held out": source, "threshold": threshold}
-            | {name: figures[name] for name in ("sensitivity", "specificity")}
-            | {"answered": len(answered) / len(test)}
-            | {f"{name} of these": sure.get(name) for name in ("sensitivity", "specificity")}
-            | {"ECE": figures["ece"]}
-        )
+            pointed.append({"held out": source, "lesions": kind} | without_weak_intervals(row))
+        counts = {"held out": source, "normal / cancer": slices, "groups": test["group"].nunique()}
+        ranked.append(counts | {"AUROC": figures["auroc"], "single seeds": _by_seed([test])})
+        row = {"held out": source, "threshold": threshold}
+        row |= {"sensitivity": figures["sensitivity"], "specificity": figures["specificity"]}
+        row |= {"answered": len(answered) / len(test)}
+        row |= {f"{name} of these": of_these.get(name) for name in ("sensitivity", "specificity")}
+        called.append(row | {"ECE": figures["ece"]})
     near = (
         f"{TOLERANCE} pixels of the original slice are allowed. Known: boxes and masks. Drawn: a lesion in each of up "
         f"to {DRAWN} normal slices, from all groups in turn. Usual place: of the lesions that training was shown."
@@ -145,7 +143,7 @@ def _matrix(cfg: Config, train: Train, real: Sequence[str]) -> dict[str, Part]:
             test, _ = on_test(train(f"only-{source}", alone, SliceModule(alone))[0], alone)
             for other in (other for other in real if other != source):
                 part = test[test["source"] == other]
-                row[other] = believed(of_cancer(part, alone))["auroc"]
+                row[other] = without_weak_intervals(of_cancer(part, alone))["auroc"]
                 spread[other] = _by_seed([part])
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
@@ -176,7 +174,7 @@ def _within(cfg: Config, train: Train, real: Sequence[str]) -> Part:
             pooled = pd.concat(tests, ignore_index=True)
             row["groups"] = " / ".join(map(str, groups_by_class(pooled)))
             measured = of_cancer(pooled, alone)
-            row |= {"AUROC": believed(measured)["auroc"], "single seeds": _by_seed(tests)}
+            row |= {"AUROC": without_weak_intervals(measured)["auroc"], "single seeds": _by_seed(tests)}
             row |= {name: measured[name] for name in ("sensitivity", "specificity")}
         except ChestCTError as error:
             notes.append(f"{source}: not available: {error}")
@@ -246,14 +244,14 @@ def _by_seed(tests: Sequence[pd.DataFrame]) -> Spread | None:
     return Spread([float(np.mean([auroc(test[seed].to_numpy(), y)[0] for test, y in pairs])) for seed in columns])
 
 
-def believed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without intervals that rest on too few units."""
-    return {
-        name: dataclasses.replace(cell, low=None, high=None, reason=f"no interval over {cell.groups} groups")
-        if isinstance(cell, Estimate) and cell.low is not None and cell.groups < FEWEST_UNITS
-        else cell
-        for name, cell in row.items()
-    }
+def without_weak_intervals(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the intervals that rest on fewer than FEWEST_UNITS groups; the reason stands there instead."""
+    cells = row.copy()
+    for name, cell in row.items():
+        if isinstance(cell, Estimate) and cell.low is not None and cell.groups < FEWEST_UNITS:
+            reason = f"no interval over {cell.groups} groups"
+            cells[name] = dataclasses.replace(cell, low=None, high=None, reason=reason)
+    return cells
 
 
 def mean_and_worst(rows: Table) -> Table:

@@ -11,8 +11,8 @@ from chestct.data.prepare import prepare_store
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
 from chestct.evaluation.novelty_check import novelty_figures
-from chestct.evaluation.pointing import check_explanation, game, known_lesions
-from chestct.evaluation.protocol import believed
+from chestct.evaluation.pointing import check_explanation, known_lesions, pointing_game
+from chestct.evaluation.protocol import without_weak_intervals
 from chestct.evaluation.robustness import robustness
 
 OTHER_SEED = 1_000_003
@@ -38,10 +38,7 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
     """Heat maps of phantoms like those of the settings, but new, held against their lesions: `check_explanation`."""
     cfg, number = evaluation.cfg, evaluation.cfg.evaluation.phantoms
     drawn = dataclasses.replace(
-        cfg.data.phantom,
-        seed=cfg.data.phantom.seed + OTHER_SEED,
-        slices=max(12, round(number / 0.9)),
-        cancer=0.95,
+        cfg.data.phantom, seed=cfg.data.phantom.seed + OTHER_SEED, slices=max(12, round(number / 0.9)), cancer=0.95
     )
     data = dataclasses.replace(cfg.data, name=PHANTOM, root=None, sources={}, store=None, phantom=drawn)
     cfg = dataclasses.replace(cfg, data=dataclasses.replace(data, labels={name: name for name in SUBTYPES}))
@@ -59,7 +56,7 @@ def pointing(evaluation: Evaluation) -> dict[str, Any]:
     assert lesions is not None
     answers = evaluation.bundle.predict(lesions.images, explain=True)
     assert answers.heat is not None
-    return believed(game(answers.heat, lesions))
+    return without_weak_intervals(pointing_game(answers.heat, lesions))
 
 
 def _boxed(evaluation: Evaluation) -> pd.DataFrame:

@@ -69,10 +69,10 @@ def averaging(train: Train, seeds: int) -> Train:
             predictions, trained = train(f"{name}/seed-{seed}", data.cfg, data)
             tables.append(predictions)
             checkpoints += trained
-        every = [logits_of(table) for table in tables]
-        ranking = {f"seed_{i}": x[:, 0] if x.shape[1] == 1 else -to_scores(x)[:, 0] for i, x in enumerate(every)}
+        logits = [logits_of(table) for table in tables]  # [N, K] each
+        ranking = {f"seed_{i}": x[:, 0] if x.shape[1] == 1 else -to_scores(x)[:, 0] for i, x in enumerate(logits)}
         table = tables[0].assign(**ranking)
-        table[[str(column) for column in table if str(column).startswith("logit_")]] = np.mean(every, axis=0)
+        table[[str(column) for column in table if str(column).startswith("logit_")]] = np.mean(logits, axis=0)
         return table, checkpoints
 
     return run
@@ -92,7 +92,7 @@ def anew(cfg: Config, **data: object) -> Config:
 def on_test(predictions: pd.DataFrame, cfg: Config, novelty: np.ndarray | float = 0.0) -> tuple[pd.DataFrame, float]:
     """The test slices with decisions by the operating point of these valid slices, and its threshold.
 
-    novelty: of each slice of the table; without, none is refused or uncertain for it.
+    novelty: float [N], of each slice of the table; without, none is refused or uncertain for it.
     """
     point = fit_point(predictions, cfg)
     table = decided(predictions.assign(novelty=novelty), point, cfg.task)

@@ -104,8 +104,8 @@ def axes(datasets: list[Dataset]) -> np.ndarray | None:
 
     Anonymising may leave zeros in the place of numbers.
     """
-    found = np.reshape(numbers(datasets, "ImageOrientationPatient", 6) or [0.0] * 6, (2, 3))
-    return found if np.linalg.norm(np.cross(*found)) > 0.5 else None
+    plane = np.reshape(numbers(datasets, "ImageOrientationPatient", 6) or [0.0] * 6, (2, 3))
+    return plane if np.linalg.norm(np.cross(*plane)) > 0.5 else None
 
 
 def _normal(macros: list[Dataset]) -> np.ndarray | None:

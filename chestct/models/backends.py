@@ -55,22 +55,22 @@ class Exported(nn.Module):
         return self.net.answer(x)
 
 
-def choose(wanted: str, there: Collection[str], accelerator: str = "auto") -> tuple[str, torch.device]:
+def choose(wanted: str, verified: Collection[str], accelerator: str = "auto") -> tuple[str, torch.device]:
     """The backend that answers, and the device that torch computes on next to it; logs both in one line.
 
-    wanted: `auto` (an accelerator where there is one, else the first of FILES that is `there`, installed, and known to
-    the processor, else torch) or the name of one; there: the backends that the bundle was verified for.
+    wanted: `auto` (an accelerator where there is one, else the first of FILES that is verified, installed, and known to
+    the processor, else torch) or the name of one; verified: the backends that the bundle was verified for.
     Raises ConfigError where a backend that was named cannot be had.
     """
     device = pick_device(accelerator if wanted in ("auto", "torch") else "cpu")
     name = wanted
     if wanted == "auto":
-        usable = (one for one in FILES if one in there and importlib.util.find_spec(PACKAGES[one]) and computes(one))
+        usable = (b for b in FILES if b in verified and importlib.util.find_spec(PACKAGES[b]) and computes(b))
         name = next(usable, "torch") if device.type == "cpu" else "torch"
-    elif wanted != "torch" and wanted not in there:
+    elif wanted != "torch" and wanted not in verified:
         raise ConfigError(
-            f"serve.backend={wanted}: the bundle was verified for {', '.join(['torch', *there])} alone. Add it with: "
-            f"chestct export bundle=FOLDER format={wanted} data=..., with the data that the bundle was made with."
+            f"serve.backend={wanted}: the bundle was verified for {', '.join(['torch', *verified])} alone. Add it "
+            f"with: chestct export bundle=FOLDER format={wanted} data=..., with the data that the bundle was made with."
         )
     elif wanted != "torch":
         _program(wanted)
@@ -167,11 +167,11 @@ class Passes:
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         slices = x.cpu().numpy()[:, None]
         if len(slices) == 1:
-            return _joined([self.one(slices[0])])
+            return _joined([self.infer(slices[0])])
         with ThreadPoolExecutor(self.at_once) as pool:
-            return _joined(list(pool.map(partial(self.one, several=True), slices)))
+            return _joined(list(pool.map(partial(self.infer, several=True), slices)))
 
-    def one(self, x: np.ndarray, several: bool = False) -> list[np.ndarray]:
+    def infer(self, x: np.ndarray, several: bool = False) -> list[np.ndarray]:
         """The answer for one slice, float32 [1, 1, S, S]; several: others are about to be asked for, too."""
         with self.lock:
             streams = self.at_once if several or self.running else 1

@@ -89,7 +89,7 @@ class Bundle:
         if not (rows := self.facts.get("elsewhere", [])):
             return ""
         found, flagged = [row["sensitivity"] for row in rows], [1 - row["specificity"] for row in rows]
-        cancers, normals = (f"{100 * min(of):.0f} to {100 * max(of):.0f} %" for of in (found, flagged))
+        cancers, normals = (f"{100 * min(part):.0f} to {100 * max(part):.0f} %" for part in (found, flagged))
         return (
             f"In {len(rows)} collections, each left out of training in turn, a threshold set this way called {cancers} "
             f"of the slices with cancer possible cancer, and {normals} of the normal ones."
@@ -110,13 +110,13 @@ class Bundle:
         for x in self.net.batches(images, rows=rows):
             answer, conv5 = self.graph(x) if self.graph else self.net.answer(x)
             maps = self.net.pool(conv5)
-            of_batch = answer.cpu().numpy()
+            batch_logits = answer.cpu().numpy()
             distances = self.novelty_model.distance(self.net.channel_means(maps).cpu()).numpy()
             shown = np.empty(0)
             if explain:
-                cam = normalised_cam(self.net, conv5, explained_output(of_batch), self.baseline)[1]
+                cam = normalised_cam(self.net, conv5, explained_output(batch_logits), self.baseline)[1]
                 shown = heat(cam).cpu().numpy()
-            parts.append((of_batch, distances, shown))
+            parts.append((batch_logits, distances, shown))
         logits, novelty, heats = (np.concatenate(part) for part in zip(*parts, strict=True))
         probabilities = self.point.probabilities(logits)
         decision = self.point.decide(probabilities, novelty)
@@ -131,9 +131,9 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     Raises BundleError where the folder holds anything but a bundle.
     """
     net = bundle.net
-    own = net.digest != PACKAGED_SHA256 or bundle.facts["model"]["trained_convolutions"]
+    packaged = net.digest == PACKAGED_SHA256 and not bundle.facts["model"]["trained_convolutions"]
     tensors = {f"head.{key}": value for key, value in net.head.state_dict().items()}
-    if own:
+    if not packaged:
         tensors |= {f"features.{key}": value for key, value in net.features.state_dict().items()}
     tensors |= {f"novelty.{key}": value for key, value in asdict(bundle.novelty_model).items()}
     tensors |= {} if bundle.baseline is None else {"saliency.baseline": bundle.baseline}
@@ -144,7 +144,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
         "schema": SCHEMA,
         "chestct": __version__,
         **{key: value for key, value in bundle.facts.items() if key != "digest"},
-        "weights": {"packaged": not own, "mean": mean, "scale": scale, "digest": net.digest},
+        "weights": {"packaged": packaged, "mean": mean, "scale": scale, "digest": net.digest},
         "operating_point": asdict(bundle.point),
         "files": {name: digest(data) for name, data in files.items()},
     }

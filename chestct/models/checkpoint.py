@@ -24,8 +24,8 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Pa
     """
     path, name = Path(ckpt), "best.ckpt" if best else "last.ckpt"
     if ckpt == "last":
-        found = Path(runs_dir).glob("**/checkpoints/last.ckpt")
-        runs = [p for p in found if not any(x == REFITS or x[0] == "." for x in p.relative_to(runs_dir).parts)]
+        paths = Path(runs_dir).glob("**/checkpoints/last.ckpt")
+        runs = [p for p in paths if not any(part == REFITS or part[0] == "." for part in p.relative_to(runs_dir).parts)]
         if not runs:
             raise ConfigError(f"ckpt=last: no run with a checkpoint under {runs_dir}. Train first: python train.py")
         # Runs that end in the same instant are told apart by their names, which begin with the time.

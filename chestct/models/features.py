@@ -55,14 +55,10 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
         layer = torch.compile(layer)
     for split in splits:
         dataset = data.dataset(split, train=split == "train")
-        spaces = [
-            (
-                space_folder(cfg, net.digest, view, quantised),
-                dataset.drawn_contents(view),
-                dataset.places_contents(view),
-            )
-            for view in range(views if split == "train" else 1)
-        ]
+        spaces = []
+        for view in range(views if split == "train" else 1):
+            folder = space_folder(cfg, net.digest, view, quantised)
+            spaces.append((folder, dataset.drawn_contents(view), dataset.places_contents(view)))
         if data.features.get(split) and data.spaces.get(split) == spaces:
             continue
         dataset.features, data.features[split], data.places[split] = (), [], []
@@ -74,13 +70,13 @@ def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], vi
                 grid = net.grid if cfg.model.pool == "topk" else (1, 1)
                 kept.append(Kept(partial(_covered, grid=grid), [places[i] for i in at], folder / "places"))
             label = f"Features, {split}, view {view}" if cfg.trainer.progress else ""
-            run = partial(extract, batch_size=cfg.features.batch_size, label=label)
-            every = run(kept, partial(_shown, dataset, at, view, device), device)
-            for held, values in zip((data.features[split], data.places[split]), every, strict=False):
-                rows = [*(held[0] if view else values).rows]
+            shown = partial(_shown, dataset, at, view, device)
+            every = extract(kept, shown, device, batch_size=cfg.features.batch_size, label=label)
+            for by_view, values in zip((data.features[split], data.places[split]), every, strict=False):
+                rows = [*(by_view[0] if view else values).rows]
                 for position, row in zip(at.tolist(), values.rows, strict=True):
                     rows[position] = row
-                held.append(Rows(rows))
+                by_view.append(Rows(rows))
         data.spaces[split] = spaces
 
 
@@ -164,7 +160,9 @@ def extract(
     rows = [_load(one.folder, set(one.contents)) for one in kept]
     lacking = []
     for one, held in zip(kept, rows, strict=True):
-        first = {content: i for i, content in reversed([*enumerate(one.contents)])}
+        first: dict[str, int] = {}  # content -> its first position
+        for i, content in enumerate(one.contents):
+            first.setdefault(content, i)
         lacking.append({i for content, i in first.items() if content not in held})
     todo = sorted(set().union(*lacking))
     shards: list[dict[str, torch.Tensor]] = [{} for _ in kept]

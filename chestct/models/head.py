@@ -19,8 +19,8 @@ def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int])
     in_half = places and cfg.standardise and not cfg.head
     layers: list[nn.Module] = [Pool(cfg.pool, in_half), *([Maximum()] if cfg.pool == "max" else [])]
     if cfg.head:
-        own = build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
-        return nn.Sequential(*layers, own)
+        head = build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
+        return nn.Sequential(*layers, head)
     if cfg.standardise:
         layers.append(Standardise(width, places))
     for i, out in enumerate((*cfg.hidden, outputs)):

@@ -141,8 +141,8 @@ class Classifier(L.LightningModule):
         cfg = self.cfg.optim
         optimizer: torch.optim.Optimizer
         groups = [{"params": list(self.net.head.parameters()), "lr": cfg.lr}]
-        if later := self._later():  # from the start: without gradients the optimiser leaves them alone
-            groups.append({"params": later, "lr": cfg.lr * cfg.backbone_lr_ratio})
+        if convolutions := self._trained_convolutions():  # from the start: without gradients they are left alone
+            groups.append({"params": convolutions, "lr": cfg.lr * cfg.backbone_lr_ratio})
         if cfg.optimizer:
             optimizer = build(cfg.optimizer, torch.optim.Optimizer, "optim.optimizer", groups)
         else:
@@ -170,17 +170,16 @@ class Classifier(L.LightningModule):
         schedule = lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def _later(self) -> list[nn.Parameter]:
+    def _trained_convolutions(self) -> list[nn.Parameter]:
         """Parameters of the convolutions that train at any time in the run."""
-        later = self.cfg.trainer
-        first = self.net.first_trainable(
-            self.net.block - later.unfreeze_blocks if later.unfreeze_epoch else self.cfg.model.freeze
-        )
-        return list(self.net.features[first:].parameters())
+        freeze, trainer = self.cfg.model.freeze, self.cfg.trainer
+        if trainer.unfreeze_epoch:
+            freeze = self.net.block - trainer.unfreeze_blocks
+        return list(self.net.features[self.net.first_trainable(freeze) :].parameters())
 
     def parameter_counts(self) -> dict[str, int]:
         """Trainable and all parameters, as the settings leave them after the last unfreezing."""
-        training = [*self.net.head.parameters(), *self._later()]
+        training = [*self.net.head.parameters(), *self._trained_convolutions()]
         parts = {"parameters/trainable": training, "parameters/all": self.net.parameters()}
         return {name: sum(p.numel() for p in part) for name, part in parts.items()}
 
@@ -279,14 +278,14 @@ def load_classifier(path: Path, trust: Sequence[str] = ()) -> Classifier:
 
 def check_fits(checkpoint: dict[str, Any], model: Classifier) -> None:
     """Raises WeightsError where a checkpoint belongs to another task, another network or other weights."""
-    theirs = resolve(checkpoint["hyper_parameters"]["settings"])
-    if theirs.task != model.cfg.task:
-        raise WeightsError(f"The checkpoint was made for task={theirs.task}, not task={model.cfg.task}.")
+    stored = resolve(checkpoint["hyper_parameters"]["settings"])
+    if stored.task != model.cfg.task:
+        raise WeightsError(f"The checkpoint was made for task={stored.task}, not task={model.cfg.task}.")
     states = checkpoint["state_dict"], model.state_dict()
     shapes = [{key: getattr(value, "shape", None) for key, value in state.items()} for state in states]
     if shapes[0] != shapes[1]:
-        ours, other = (dataclasses.asdict(cfg.model) for cfg in (model.cfg, theirs))
-        settings = ", ".join(f"model.{k}={other[k]} (now {ours[k]})" for k in ours if ours[k] != other[k])
+        now, then = dataclasses.asdict(model.cfg.model), dataclasses.asdict(stored.model)
+        settings = ", ".join(f"model.{key}={then[key]} (now {now[key]})" for key in now if now[key] != then[key])
         raise WeightsError(
             f"The checkpoint belongs to another model: {settings or 'its tensors differ'}. "
             "Give the settings it was made with, or start anew without ckpt."

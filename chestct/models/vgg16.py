@@ -17,7 +17,7 @@ from torch.nn import functional
 from chestct.config.schema import ModelConfig
 from chestct.errors import ConfigError
 from chestct.models.head import Standardise, make_head
-from chestct.models.weights import BLOCKS, Weights, convolutions
+from chestct.models.weights import VGG16_BLOCKS, Weights, convolutions
 
 
 class VGG16(nn.Module):
@@ -36,7 +36,7 @@ class VGG16(nn.Module):
         if self.blocks != [5]:
             layers = layers[: self._block_ends(layers)[self.block]]
         if cfg.backbone == "vgg16":  # a pass on the meta device imports torch's compiler: a third of a start
-            self.channels, grid = sum(BLOCKS[block - 1][0] for block in self.blocks), [size >> self.block] * 2
+            self.channels, grid = sum(VGG16_BLOCKS[block - 1][0] for block in self.blocks), [size >> self.block] * 2
         else:
             self.channels, *grid = self._joined(layers, torch.empty(1, 3, size, size, device="meta")).shape[1:]
         self.grid: tuple[int, int] = (grid[0], grid[1])  # of the maps that the head gets
@@ -94,24 +94,24 @@ class VGG16(nn.Module):
         return self.features[:-1](x) if self.pools_last else self._joined(self.features, x)
 
     def pool(self, conv5: torch.Tensor) -> torch.Tensor:
-        """From `conv5` to `maps`."""
+        """From `conv5` to `maps`, [B, C, h, w] both."""
         return self.features[-1](conv5) if self.pools_last else conv5
 
     def _joined(self, layers: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
         """The maps of all `blocks` [B, C, h, w] on the grid of the last; finer ones are averaged."""
         if len(self.blocks) == 1:
             return layers(x)
-        maps: list[torch.Tensor] = []
-        done = 0
-        for end in (self._block_ends(layers)[block] for block in self.blocks):
-            x = layers[done:end](x)
-            maps, done = [*maps, x], end
-        finer, side = [], x.shape[2]
-        for one in maps[:-1]:
-            step, left = divmod(one.shape[2], side)
+        ends = [self._block_ends(layers)[block] for block in self.blocks]
+        maps = []
+        for start, end in zip([0, *ends], ends, strict=False):
+            x = layers[start:end](x)
+            maps.append(x)
+        side = x.shape[2]
+        for i, finer in enumerate(maps[:-1]):
+            step, rest = divmod(finer.shape[2], side)
             # Adaptive, which OpenVINO computes slowly, only where blocks of places do not fit.
-            finer.append(functional.adaptive_avg_pool2d(one, side) if left else functional.avg_pool2d(one, step))
-        return torch.cat([*finer, x], 1)
+            maps[i] = functional.adaptive_avg_pool2d(finer, side) if rest else functional.avg_pool2d(finer, step)
+        return torch.cat(maps, 1)
 
     def channel_means(self, features: torch.Tensor) -> torch.Tensor:
         """Mean-pooled features [N, C] from what the head gets: maps [N, C, h, w], or as `pooled` gives them."""

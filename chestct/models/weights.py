@@ -45,7 +45,7 @@ class Weights:
     digest: str  # identity of the tensors, and of a file with its mean and scale
 
 
-BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+VGG16_BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 """Channels and number of the convolutions in each block of VGG16; a max pool of stride 2 ends it."""
 
 
@@ -72,7 +72,7 @@ def _vgg16() -> nn.Sequential:
     """`features` of torchvision's vgg16, whose import would double the time until a service answers."""
     layers: list[nn.Module] = []
     channels = 3
-    for width, count in BLOCKS:
+    for width, count in VGG16_BLOCKS:
         for _ in range(count):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
             channels = width
@@ -106,14 +106,16 @@ def load_weights(name: str, backbone: str = "vgg16") -> Weights:
         tensors, identity = _torchvision(backbone)
     else:
         tensors, identity = _file(Path(name))
-    theirs = backbone != "vgg16" or OF_TORCHVISION.search(f"{identity[:8]} {Path(name).name.lower()}")
-    mean, scale = _input(backbone) if theirs else OXFORD
+    torchvisions = backbone != "vgg16" or OF_TORCHVISION.search(f"{identity[:8]} {Path(name).name.lower()}")
+    mean, scale = _input(backbone) if torchvisions else OXFORD
     if name == "imagenet1k_v1" and backbone != "vgg16":
         identity = digest(f"{identity} {mean} {scale}")  # earlier versions gave all of them VGG16's
     if name not in ("oxford", "imagenet1k_v1"):
         identity = digest(f"{identity} {mean} {scale}")  # the file's name decides about them
         numbers = " and scale ".join(", ".join(f"{x:g}" for x in three) for three in (mean, scale))
-        like = "torchvision's do" if theirs else "oxford does; imagenet1k in its name would say: as torchvision's do"
+        like = (
+            "torchvision's do" if torchvisions else "oxford does; imagenet1k in its name would say: as torchvision's do"
+        )
         _say(f"model.weights={name}: taken to expect mean {numbers}, as {like}.")
     return Weights(_checked(tensors, name, backbone), mean, scale, identity)
 

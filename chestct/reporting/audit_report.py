@@ -51,10 +51,10 @@ def kept_report(cfg: Config, store: Store) -> Path:
 def summary(audit: Audit) -> str:
     """The audit for a terminal: verdict, findings, leakage under each policy, the strongest baselines."""
     copies = audit.duplicates
-    beside = f" Beside them {counted(audit.phantoms, 'phantom')}, not measured." if audit.phantoms else ""
+    drawn = f" Beside them {counted(audit.phantoms, 'phantom')}, not measured." if audit.phantoms else ""
     lines = [
         f"Audit of {audit.name}, split {audit.split}: {audit.verdict.severity}. {audit.verdict.text}",
-        f"{copies['files']} files, {copies['contents']} different images, {len(audit.unreadable)} unreadable.{beside}",
+        f"{copies['files']} files, {copies['contents']} different images, {len(audit.unreadable)} unreadable.{drawn}",
         "",
     ]
     for finding in audit.findings:

@@ -69,28 +69,32 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
     """
     facts = bundle.facts
     check_reference(facts, bundle.id)
-    own = np.char.startswith(records["bundle"].astype(str), bundle.id)  # whatever its backend
-    fresh = own & ~records["known"]
+    of_bundle = np.char.startswith(records["bundle"].astype(str), bundle.id)  # whatever its backend
+    fresh = of_bundle & ~records["known"]
     refused = fresh & (records["decision"] == REFUSED)
     answered, slices = fresh & ~refused, int(fresh.sum())
-    new = differences(facts, {name: records[name][answered] for name in MEASURED}) if answered.sum() >= FEWEST else []
-    compared = [(d.name, f"median {d.now:.4g}, was {d.before:.4g}; PSI {d.psi:.2f}", d.psi >= PSI_LARGE) for d in new]
-    p = [d.p for d in new]
+    compared: list[tuple[str, str, bool, float]] = []  # name, change, whether that is large, p-value
+    if answered.sum() >= FEWEST:
+        for d in differences(facts, {name: records[name][answered] for name in MEASURED}):
+            change = f"median {d.now:.4g}, was {d.before:.4g}; PSI {d.psi:.2f}"
+            compared.append((d.name, change, d.psi >= PSI_LARGE, d.p))
     if slices >= FEWEST:
         foreign, count = reference(facts, "novelty") > FOREIGN, int(refused.sum())
         before, now = float(foreign.mean()), count / slices
-        compared.append(("refused", f"{now:.1%} of slices, was {before:.1%}", abs(now - before) >= SHARE_LARGE))
-        p.append(float(fisher_exact([[foreign.sum(), (~foreign).sum()], [count, slices - count]]).pvalue))
+        p = float(fisher_exact([[foreign.sum(), (~foreign).sum()], [count, slices - count]]).pvalue)
+        change = f"{now:.1%} of slices, was {before:.1%}"
+        compared.append(("refused", change, abs(now - before) >= SHARE_LARGE, p))
+    adjusted = holm(np.array([p for *_, p in compared])).tolist()
     days = [time.strftime("%Y-%m-%d", time.gmtime(moment)) for moment in sorted(records["time"][fresh])]
     return Drift(
         bundle=bundle.id,
         period=f"{days[0]} to {days[-1]}" if days else "no slices",
         slices=slices,
-        others=int((~own).sum()),
-        known=int((own & ~fresh).sum()),
+        others=int((~of_bundle).sum()),
+        known=int((of_bundle & ~fresh).sum()),
         shifts=[
             Shift(name, change, p, large and p < SIGNIFICANT)
-            for (name, change, large), p in zip(compared, holm(np.array(p)).tolist(), strict=True)
+            for (name, change, large, _), p in zip(compared, adjusted, strict=True)
         ],
         decisions=dict(Counter(records["decision"][fresh].tolist()).most_common()),
     )

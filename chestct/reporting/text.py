@@ -153,9 +153,10 @@ def _about_the_scores(evaluation: Evaluation) -> Iterator[Finding]:
         text = f"{row.shortcut}, which sees no lesion, alone gives AUROC {as_text(row.shortcut_auroc)}"
         yield Finding("Shortcut", "error", f"{text} on the same slices: that the model does better is not shown.")
     for name, part in evaluation.test.groupby("label"):
-        truth = zip(part["label" if evaluation.cfg.task == "binary" else "subtype"], part["set"], strict=True)
+        truth = part["label" if evaluation.cfg.task == "binary" else "subtype"]
         # A subtype bundle that is measured on cancer and normal still has sets of subtypes.
-        held = np.array([name in text or (name == "cancer" and text not in ("normal", "none")) for name, text in truth])
+        any_cancer = (truth == "cancer") & ~part["set"].isin(("normal", "none"))
+        held = np.array([true in held for true, held in zip(truth, part["set"], strict=True)]) | any_cancer.to_numpy()
         size = effective_size(held, part["group"].to_numpy())
         if wilson(held.mean() * size, size)[1] < evaluation.point.coverage:
             text = f"Conformal sets hold the truth in {held.sum()} of {counted(len(part), f'{name} test slice')} where"

@@ -74,14 +74,14 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
 
 def _in_archive(path: Path) -> Sequence[File]:
     """The files of a zip archive. Raises DataError."""
-    found = entries(path)
-    size = sum(entry.info.file_size for entry in found)
-    if not found or len(found) > MAX_ENTRIES or size > MAX_INFLATED:
+    files = entries(path)
+    size = sum(entry.info.file_size for entry in files)
+    if not files or len(files) > MAX_ENTRIES or size > MAX_INFLATED:
         raise DataError(
-            f"{path} holds {len(found):,} files that may be slices, {size:,} bytes in all; it takes at least one, at "
+            f"{path} holds {len(files):,} files that may be slices, {size:,} bytes in all; it takes at least one, at "
             f"most {MAX_ENTRIES:,} files and {MAX_INFLATED:,} bytes. Unpack what is wanted of it, and give the folder."
         )
-    return found
+    return files
 
 
 def predict_files(
@@ -98,9 +98,9 @@ def predict_files(
     rows: list[Row] = []
     reused = 0
     try:
-        known = {path: rows for table in (out, partial) for path, rows in _read_table(table, columns).items()}
-        earlier = {path: rows for path, rows in known.items() if rows[0]["bundle"] == predictor.bundle.id}
-        write_atomic(partial, _as_csv(columns, [row for rows in earlier.values() for row in rows]))
+        tables = _read_table(out, columns) | _read_table(partial, columns)
+        earlier = {path: old for path, old in tables.items() if old[0]["bundle"] == predictor.bundle.id}
+        write_atomic(partial, _as_csv(columns, [row for old in earlier.values() for row in old]))
         answers = pool.map(lambda file: answer_file(predictor, file, earlier.get(cell(str(file)), [])), files)
         with partial.open("a", encoding="utf-8", newline="") as opened:
             for answered, are_old in steps(answers, "Scoring files", len(files), progress):

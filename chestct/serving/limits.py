@@ -178,9 +178,10 @@ class RequestLimits:
     async def _body(self, scope: Scope, receive: Receive, route: str, client: str) -> AsyncIterator[bytes]:
         """A whole body, read within its deadline and the budgets. Raises Refused, and ClientDisconnect."""
         announced = dict(scope["headers"]).get(b"content-length", b"0")
-        began, more, parts, size, counted = asyncio.get_running_loop().time(), True, list[bytes](), 0, 0
-        half = self.cfg.max_upload_bytes
-        most = half if route in WITH_FILES else MAX_JSON
+        began, upload = asyncio.get_running_loop().time(), self.cfg.max_upload_bytes
+        most = upload if route in WITH_FILES else MAX_JSON
+        parts: list[bytes] = []
+        more, size, counted = True, 0, 0
         try:
             while True:
                 if max(size, int(announced)) > most:
@@ -189,7 +190,7 @@ class RequestLimits:
                         f"That is too large: one request may send {most:,} bytes. Send less, or use the command line "
                         "for whole scans: chestct predict.",
                     )
-                if self.bytes[client] > half or self.bytes.total() > 2 * half:
+                if self.bytes[client] > upload or self.bytes.total() > 2 * upload:
                     raise Refused(503, "Too much is being sent at the moment. Try again.", **SOON)
                 if not more:
                     break

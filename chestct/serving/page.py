@@ -148,10 +148,10 @@ def make_page(
         thumbs = [
             {"image": {"url": one.slice or GREY}, "caption": f"{place[id(one)]}: {one.decision}"} for one in shown
         ]
-        said = about or f"<b>{len(shown)} slices</b>: {tally}. {choice}"
+        summary = about or f"<b>{len(shown)} slices</b>: {tally}. {choice}"
         yield {
             **show(shown[first]),
-            status: gr.update(value=said, visible=len(shown) > 1),
+            status: gr.update(value=summary, visible=len(shown) > 1),
             strip: gr.update(value=STRIP | {"data": points}, x_lim=[0, len(place) + 1], visible=bool(scan)),
             start: gr.update(visible=False),
             box: None,

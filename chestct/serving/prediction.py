@@ -116,4 +116,5 @@ def data_uri(image: Image.Image, format: str, side: int | None = None, **options
 
 
 def jpeg_uri(image: Image.Image) -> str:
+    """A picture for the page."""
     return data_uri(image, "JPEG", 512, quality=90)

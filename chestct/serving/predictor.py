@@ -93,12 +93,7 @@ class Predictor:
                 self._pixels_changed.notify_all()
 
     def predict(
-        self,
-        source: Path | bytes,
-        *,
-        name: str | None = None,
-        explain: bool = True,
-        gone: Gone = NEVER.is_set,
+        self, source: Path | bytes, *, name: str | None = None, explain: bool = True, gone: Gone = NEVER.is_set
     ) -> Prediction:
         """The answer for a file; of one with several frames, for the one that `decode` chooses.
 

@@ -81,12 +81,12 @@ def expand(files: Files, max_slices: int, max_bytes: int) -> Files:
 
 def unzip(data: bytes, max_files: int, max_bytes: int) -> Files:
     """The files in an archive that may be slices. Raises UploadError, and DataError where it cannot be opened."""
-    found = entries(data)
-    _check_count(len(found), max_files)
-    if sum(entry.info.file_size for entry in found) > max_bytes:
+    listed = entries(data)
+    _check_count(len(listed), max_files)
+    if sum(entry.info.file_size for entry in listed) > max_bytes:
         raise UploadError("The zip archive holds more bytes than one request may send. Give it to chestct predict.")
     files: Files = []
-    for entry in found:
+    for entry in listed:
         try:
             files.append((entry.info.filename, entry.read(max_bytes)))
         except DecodeError as error:

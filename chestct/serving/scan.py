@@ -122,7 +122,7 @@ def scans_in(rows: Iterable[Row]) -> list[Scan]:
     for row in in_order(rows, place_of):
         if row.get("series"):
             series.setdefault(row["series"], {}).setdefault((row["file_hash"], row["frame"]), row)
-    return [Scan(name, tuple(found.values())) for name, found in series.items()]
+    return [Scan(name, tuple(slices.values())) for name, slices in series.items()]
 
 
 def describe_scans(scans: list[Scan]) -> str:

@@ -49,6 +49,7 @@ def capped(share: float) -> float:
 
 
 def of_100(share: float, digits: int = 0) -> str:
+    """A score in [0, 1] as points out of 100, such as `56`."""
     return f"{100 * capped(share):.{digits}f}"
 
 

@@ -113,11 +113,7 @@ def predictor_for(cfg: Config, bundle: str) -> "Predictor":
 
 
 def make_server(
-    cfg: Config,
-    loading: "Future[Predictor]",
-    uploads: Path,
-    on_answer: "OnAnswer | None" = None,
-    login: bytes = b"",
+    cfg: Config, loading: "Future[Predictor]", uploads: Path, on_answer: "OnAnswer | None" = None, login: bytes = b""
 ) -> "PatientServer":
     """The server with API and page, not yet running. loading: as `make_app` takes it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before it is imported
@@ -127,12 +123,12 @@ def make_server(
         if on_answer:
             on_answer(prediction)
 
-    async def made() -> Starlette:
+    async def make() -> Starlette:
         predictor = await asyncio.wrap_future(loading)
         make_page_app, examples = await run_in_threadpool(_import_page)
         return make_page_app(predictor, cfg.serve, uploads, examples, count)
 
-    page, app = Page(made), make_app(loading, cfg.serve, uploads, count, login)
+    page, app = Page(make), make_app(loading, cfg.serve, uploads, count, login)
     app.router.lifespan_context = page.lifespan
     app.mount("/", page)
     return PatientServer(
@@ -160,8 +156,8 @@ def _import_page() -> tuple[Callable[..., Starlette], "list[Example]"]:
 class Page:
     """The page, an app that is made while the API answers already. Whoever asks for it before then waits."""
 
-    def __init__(self, made: Callable[[], Awaitable[Starlette]]) -> None:
-        self.made = made
+    def __init__(self, make: Callable[[], Awaitable[Starlette]]) -> None:
+        self.make = make
         self.app: asyncio.Task[Starlette] | None = None
 
     @contextlib.asynccontextmanager
@@ -174,7 +170,7 @@ class Page:
 
     async def _start(self, stack: contextlib.AsyncExitStack) -> Starlette:
         try:
-            app = await self.made()
+            app = await self.make()
             await stack.enter_async_context(app.router.lifespan_context(app))
             return app
         except BusyError:  # of which the command tells

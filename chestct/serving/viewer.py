@@ -116,12 +116,12 @@ def _blank_odd_values(highdicom: Any, source: Dataset) -> None:
 
 def _identity(kind: str, source: Dataset, prediction: Prediction) -> dict[str, Any]:
     """Whose and which a file is. The same answer again has the same UIDs, so a viewer keeps it once, in one series."""
-    of = [prediction.bundle, kind]
+    answer = [prediction.bundle, kind]
     return {
-        "series_instance_uid": generate_uid(entropy_srcs=[source.SeriesInstanceUID, *of]),
+        "series_instance_uid": generate_uid(entropy_srcs=[source.SeriesInstanceUID, *answer]),
         "series_number": SERIES[kind],
         "series_description": "chestct, research only",
-        "sop_instance_uid": generate_uid(entropy_srcs=[source.SOPInstanceUID, *of]),
+        "sop_instance_uid": generate_uid(entropy_srcs=[source.SOPInstanceUID, *answer]),
         "instance_number": max(1, int((numbers([source], "InstanceNumber", 1) or [1])[0])),
         "transfer_syntax_uid": ExplicitVRLittleEndian,
         "manufacturer": "chestct",
@@ -158,7 +158,8 @@ def _orientation(source: Dataset) -> tuple[str, str]:
     plane = axes([source])
     if plane is None:
         return "L", "P"
-    rows, columns = (("LPH" if axis[i] > 0 else "RAF")[i] for axis in plane for i in [int(abs(axis).argmax())])
+    largest = abs(plane).argmax(1)  # of x, y, z: to the left, back, head, or the other way
+    rows, columns = (("LPH" if axis[i] > 0 else "RAF")[i] for axis, i in zip(plane, largest, strict=True))
     return rows, columns
 
 
@@ -187,10 +188,5 @@ def _report(highdicom: Any, source: Dataset, prediction: Prediction, identity: d
         sr.ImageContentItem(concept("SLICE", "The slice"), source.SOPClassUID, source.SOPInstanceUID, **contains),
     ]
     return sr.EnhancedSR(
-        evidence=[source],
-        content=root,
-        is_complete=False,
-        is_final=False,
-        is_verified=False,
-        **identity,
+        evidence=[source], content=root, is_complete=False, is_final=False, is_verified=False, **identity
     )

@@ -71,11 +71,7 @@ def fit_calibration(logits: np.ndarray, targets: np.ndarray) -> Calibration:
 
 
 def choose_threshold(
-    scores: np.ndarray,
-    targets: np.ndarray,
-    policy: str,
-    cost_ratio: float = 1.0,
-    weights: np.ndarray | None = None,
+    scores: np.ndarray, targets: np.ndarray, policy: str, cost_ratio: float = 1.0, weights: np.ndarray | None = None
 ) -> float:
     """The score from which a slice counts as cancer (score >= threshold), chosen on validation slices.
 

@@ -78,7 +78,7 @@ def measure(table: pd.DataFrame, task: str, resamples: int = 2000, seed: int = 0
 
 
 def sample_of(table: pd.DataFrame, task: str) -> Sample:
-    """What `measure` measures."""
+    """What `measure` measures, of N slices and K classes. Raises DataError without slices or for a score not finite."""
     names = classes_of(task)
     if not len(table):
         raise DataError("No slices to measure: this split is empty.")
@@ -159,7 +159,7 @@ def _ranking(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> t
 
 
 def proportions_of(sample: Sample) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
-    """Metrics that are a share of slices: (which count, out of which, what it means if there are none)."""
+    """Metrics that are a share of slices: which count, out of which (bool [N] both), and what it means if none."""
     s = sample
     shares = {"accuracy": (s.target == s.decision, np.ones(len(s.target), bool), "")}
     by_class = [(1, "sensitivity", "precision"), (0, "specificity", "npv")]

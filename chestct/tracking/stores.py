@@ -40,6 +40,7 @@ class TrackingError(ChestCTError):
 
 
 def is_server(uri: str) -> bool:
+    """Whether a tracking URI names a server, not a store on this machine."""
     return uri.startswith(("http://", "https://"))
 
 
@@ -59,6 +60,7 @@ def store_file(uri: str) -> Path | None:
 
 
 def first_line(error: BaseException) -> str:
+    """What an error says first, for a sentence of ours: 200 characters at most, without a full stop."""
     return str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
 
 
@@ -121,7 +123,8 @@ def server_uri(cfg: TrackingConfig) -> str | None:
                 )
         uri = f"https://{DAGSHUB}/{cfg.owner}/{cfg.repo}.mlflow"
     refuse_password(uri)
-    user, password = own = [_own(name) for name in CREDENTIALS]
+    before = [_own(name) for name in CREDENTIALS]
+    user, password = before
     if _parts(uri).hostname == DAGSHUB:
         if token := os.environ.get("DAGSHUB_USER_TOKEN"):  # those there are may be of another server
             user = password = token  # DagsHub takes it for the user name, too
@@ -131,8 +134,8 @@ def server_uri(cfg: TrackingConfig) -> str | None:
                 "export DAGSHUB_USER_TOKEN=..., or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
             )
         user = user or password
-    for name, value, before in zip(CREDENTIALS, (user, password), own, strict=True):
-        GIVEN[name] = value, before
+    for name, value, users_own in zip(CREDENTIALS, (user, password), before, strict=True):
+        GIVEN[name] = value, users_own
         if value is None:
             os.environ.pop(name, None)
         else:

@@ -34,25 +34,27 @@ def resumable(cfg: Config, model: Classifier) -> Path | None:
     checkpoint = read_checkpoint(Path(cfg.ckpt))
     _check_settings(cfg, checkpoint)  # first: it names the setting by which tensors differ
     check_fits(checkpoint, model)
-    theirs, ours = (hparams["data"] for hparams in (checkpoint["hyper_parameters"], model.hparams))
-    check_own(theirs, ours, cfg.ckpt, "start anew without ckpt.")
+    check_own(checkpoint["hyper_parameters"]["data"], model.hparams["data"], cfg.ckpt, "start anew without ckpt.")
     return Path(cfg.ckpt)
 
 
 def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
     stored = resolve(checkpoint["hyper_parameters"]["settings"])
-    before, now = (
-        {key: value for key, value, _ in leaves(settings)}
-        | {f"trainer.args.{name}": settings.trainer.args.get(name, usual) for name, usual in STEPS.items()}
-        for settings in (stored, cfg)
-    )
+
+    def by_key(settings: Config) -> dict[str, Any]:
+        steps = {f"trainer.args.{name}": settings.trainer.args.get(name, usual) for name, usual in STEPS.items()}
+        return {key: value for key, value, _ in leaves(settings)} | steps
+
+    before, now = by_key(stored), by_key(cfg)
     falls = cfg.optim.schedule != "constant" and not cfg.optim.scheduler
     steps = ("data.batch_size", *(f"trainer.args.{name}" for name in STEPS))
     fixed: tuple[str, ...] = (*FIXED, *steps) if falls else FIXED
-    began, begins, done = stored.trainer.unfreeze_epoch, cfg.trainer.unfreeze_epoch, checkpoint["epoch"] + 1
-    if bool(begins) != bool(began) or began < done < begins:  # what has trained does not freeze again
+    done = checkpoint["epoch"] + 1  # epochs
+    unfrozen_at, unfreeze_at = stored.trainer.unfreeze_epoch, cfg.trainer.unfreeze_epoch
+    # What has trained does not freeze again.
+    if bool(unfreeze_at) != bool(unfrozen_at) or unfrozen_at < done < unfreeze_at:
         fixed += ("trainer.unfreeze_epoch",)
-    elif begins:
+    elif unfreeze_at:
         fixed += ("trainer.unfreeze_blocks",)
     if changed := [key for key in now if key.startswith(fixed) and key not in LOSS and now[key] != before[key]]:
         given = ", ".join(f"{key}={now[key]} (was {before[key]})" for key in changed)

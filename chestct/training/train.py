@@ -86,13 +86,13 @@ def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result
     except OSError as error:
         reason = f"{error.strerror}. Choose another with runs_dir=FOLDER."
         raise ChestCTError(f"Cannot write to the run folder {out}: {reason}") from None
-    where = environment(cfg.trainer.strategy)
+    cluster = environment(cfg.trainer.strategy)
     callbacks = callbacks_of(cfg, out)
-    trainer = _trainer(cfg, out, callbacks, where)
-    own = [build(spec, Logger, f"loggers.{name}", save_dir=out) for name, spec in cfg.loggers.items()]  # type: ignore[type-abstract]
+    trainer = _trainer(cfg, out, callbacks, cluster)
+    loggers = [build(spec, Logger, f"loggers.{name}", save_dir=out) for name, spec in cfg.loggers.items()]  # type: ignore[type-abstract]
     # Processes that torchrun or srun started prepare data one after the other: the first makes it, others read it.
     cfg.cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cfg.cache / "prepare.lock") if where.creates_processes_externally else nullcontext():
+    with FileLock(cfg.cache / "prepare.lock") if cluster.creates_processes_externally else nullcontext():
         data = data or SliceModule(cfg)
         data.prepare_data()
         data.setup()
@@ -112,7 +112,7 @@ def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result
                 nn.init.zeros_(parameter)
         resume = resumable(cfg, model)
         run.begin()  # now that all this has proved usable
-        trainer.loggers = [*run.loggers(), *own]
+        trainer.loggers = [*run.loggers(), *loggers]
         if cfg.starts_frozen:
             model.to(trainer.strategy.root_device)
             if cfg.features.cache:
@@ -122,8 +122,8 @@ def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result
             model.net.fit_standardise(plain_maps(model.net, slices, cfg.features.batch_size), slices.w)
         _record(cfg, data, model, run)
 
-    where_to = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
-    phase(where_to, cfg.trainer.progress and trainer.is_global_zero)
+    message = f"Training on {trainer.strategy.root_device} ({cfg.trainer.max_epochs} epochs at most)"
+    phase(message, cfg.trainer.progress and trainer.is_global_zero)
     with _ended_in_order(trainer, out, cfg):
         trainer.fit(model, datamodule=data, ckpt_path=resume, weights_only=True)
     data.trainer = None  # whose processes shared out the slices
@@ -140,10 +140,10 @@ def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result
     return Result(out, best, last, metrics, predictions, data)
 
 
-def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEnvironment) -> L.Trainer:
+def _trainer(cfg: Config, out: Path, callbacks: list[Callback], cluster: ClusterEnvironment) -> L.Trainer:
     """Lightning's trainer for these settings. Raises ChestCTError where this machine cannot meet them."""
 
-    def made(name: str, value: Any) -> Any:
+    def argument(name: str, value: Any) -> Any:
         """An argument of the Trainer's; what is named by `_target_`, such as a profiler, writes to the run folder."""
         named = isinstance(value, dict) and "_target_" in value
         return build(value, object, f"trainer.args.{name}", dirpath=out) if named else value
@@ -155,9 +155,9 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEn
     else:
         # Processes that Lightning starts itself get what they need from this one: as scripts (popen) each would compose
         # settings, make a run folder and start the sweep again.
-        strategy = DDPStrategy(start_method="popen" if where.creates_processes_externally else "spawn")
-        if devices == "auto" and where.creates_processes_externally:
-            devices = where.world_size() // cfg.trainer.num_nodes
+        strategy = DDPStrategy(start_method="popen" if cluster.creates_processes_externally else "spawn")
+        if devices == "auto" and cluster.creates_processes_externally:
+            devices = cluster.world_size() // cfg.trainer.num_nodes
     try:
         return L.Trainer(
             max_epochs=cfg.trainer.max_epochs,
@@ -165,7 +165,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEn
             devices=devices,
             num_nodes=cfg.trainer.num_nodes,
             strategy=strategy,
-            plugins=[where, SealedCheckpoints()],
+            plugins=[cluster, SealedCheckpoints()],
             precision=cfg.trainer.precision,  # type: ignore[arg-type]
             deterministic=cfg.trainer.deterministic,
             logger=False,  # run.loggers() follow when the run has begun
@@ -177,7 +177,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], where: ClusterEn
             use_distributed_sampler=False,  # chestct.data.datamodule.Batches deals the slices
             # The loaders change from features to images when convolutions join in.
             reload_dataloaders_every_n_epochs=1 if cfg.trainer.unfreeze_epoch else 0,
-            **{name: made(name, value) for name, value in cfg.trainer.args.items()},
+            **{name: argument(name, value) for name, value in cfg.trainer.args.items()},
         )
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise ConfigError(f"trainer settings that this machine or Lightning's Trainer cannot meet: {error}") from None
@@ -189,17 +189,17 @@ def environment(strategy: str) -> ClusterEnvironment:
     Named, because Lightning takes each batch script of SLURM's for one of several processes, and there ignores SIGTERM.
     Raises ConfigError where several were started for a training of one.
     """
-    where: ClusterEnvironment = LightningEnvironment()
+    cluster: ClusterEnvironment = LightningEnvironment()
     try:
         if TorchElasticEnvironment.detect():
-            where = TorchElasticEnvironment()
+            cluster = TorchElasticEnvironment()
         elif int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
-            where = SLURMEnvironment(auto_requeue=False)
+            cluster = SLURMEnvironment(auto_requeue=False)
     except RuntimeError as error:  # what Lightning expects of SLURM's options
         raise ConfigError(str(error)) from None
-    if strategy == "single" and where.world_size() > 1:
-        raise ConfigError(f"{where.world_size()} processes were started to train together: add trainer=ddp.")
-    return where
+    if strategy == "single" and cluster.world_size() > 1:
+        raise ConfigError(f"{cluster.world_size()} processes were started to train together: add trainer=ddp.")
+    return cluster
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from chestct import experiment
 from chestct.config.schema import Config, classes_of
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ConfigError, DataError
-from chestct.evaluation.evaluate import Evaluation, evaluate, made
+from chestct.evaluation.evaluate import Evaluation, evaluate, provenance
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.vgg16 import VGG16, pick_device
 from chestct.training.train import Result, train
@@ -136,7 +136,7 @@ def test_the_command_of_a_card_names_no_folders_of_this_machine(monkeypatch: pyt
     said += " tracking.local=sqlite:///.../mlflow.db a=file://.../y b=file:.../y c=sqlite:///mlflow.db bundle=hf://jane/model"
     uri = "tracking.uri=https://hub.example/u/r.mlflow"
     monkeypatch.setattr("sys.argv", ["/opt/env/bin/evaluate.py", *given, uri])
-    assert made()["command"] == f"python evaluate.py {said} {uri}"
+    assert provenance()["command"] == f"python evaluate.py {said} {uri}"
 
 
 @pytest.mark.parametrize("given", ["bundle=packaged", "compare=[a,b]"])

@@ -18,9 +18,9 @@ from chestct.evaluation.pointing import (
     _of_other_half,
     check_explanation,
     drawn_lesions,
-    game,
     known_lesions,
     pointing,
+    pointing_game,
 )
 from chestct.evaluation.sections import optional_sections
 from chestct.models.bundle import Bundle
@@ -99,12 +99,12 @@ def test_a_peak_may_lie_as_far_from_the_lesion_as_is_allowed_there():
     mask[100:110, 100:110] = True
     shown = np.stack([spot(105, 105), spot(105, 124), spot(105, 125), np.zeros((224, 224))])
     lesions = known(np.zeros((4, 224, 224), np.uint8), np.stack([mask] * 4), reach=15)
-    found = game(shown, lesions, usual=mask[::15, ::15].astype(float))
+    found = pointing_game(shown, lesions, usual=mask[::15, ::15].astype(float))
     assert found["heat map"].value == 0.5
     assert (found["heat map"].low, found["heat map"].high) == pytest.approx((0.15, 0.85), abs=1e-3)  # Wilson 1927
     assert found["random place in the lungs"] is None  # there are no lungs in black
     assert found["usual place"] == 1
-    assert game(shown, lesions)["usual place"] is None
+    assert pointing_game(shown, lesions)["usual place"] is None
 
 
 def test_the_usual_place_of_a_slice_is_that_of_the_others():
@@ -114,7 +114,7 @@ def test_the_usual_place_of_a_slice_is_that_of_the_others():
     for masks, expected in (([centre, corner, corner, corner], 0.75), ([corner, corner, centre, centre], 0.5)):
         masks = np.stack(masks)
         usual = _of_other_half(masks)
-        found = game(np.zeros(masks.shape), known(masks.astype(np.uint8), masks), usual)
+        found = pointing_game(np.zeros(masks.shape), known(masks.astype(np.uint8), masks), usual)
         assert (found["heat map"].value, found["usual place"]) == (0, expected)
 
 
