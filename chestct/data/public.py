@@ -72,7 +72,8 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
         for folder, paths in slices.items():
             if content_digest(paths, folder, progress) != known.folders[folder][1]:
                 problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
-    extra = {file: path for file in known.files for path in [*source.rglob(file)][:1]}
+    matches = {file: next(source.rglob(file), None) for file in known.files}
+    extra = {file: path for file, path in matches.items() if path is not None}
     problems += [f"{file} is missing" for file in known.files if file not in extra]
     problems += [f"{file} differs" for file, path in extra.items() if file_digest(path) != known.files[file]]
     if problems:
