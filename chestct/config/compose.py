@@ -40,7 +40,7 @@ MACHINE = ("strategy", "accelerator", "devices", "num_nodes", "precision", "comp
 """What the files of conf/trainer set."""
 
 SOURCE = ("name", "root", "sources", "labels")
-"""Of what the files of conf/data set, whose slices these are. How they are seen is a checkpoint's own."""
+"""What of the files in conf/data says whose slices these are; how slices are shown stays the checkpoint's."""
 
 
 BUNDLED = (
@@ -163,8 +163,8 @@ def merge_settings(cfg: Config, overrides: list[str], stored: dict[str, Any]) ->
 
 
 def left_behind(stored: dict[str, Any], groups: Sequence[str], cfg: Config | None = None) -> list[str]:
-    """What a command must say again, ready to paste, to train as a run did: of these groups, the parts that no file
-    decides (HERE).
+    """Overrides, ready to paste, without which a command does not train as a run did: the parts of these groups, which
+    no file decides (HERE).
 
     stored: settings as plain containers; groups: such as `callbacks`; cfg: has what the command said already.
     """

@@ -142,7 +142,7 @@ class DataConfig:
 
     @property
     def looks(self) -> int:
-        """Of how many looks at a slice one shows it as it is: next to drawn lesions of three, with more views, too."""
+        """One in so many looks at a slice shows it unchanged: next to all views, with drawn lesions to two at most."""
         return 1 + (min(self.views, 2) if self.lesions else self.views)
 
 
@@ -154,12 +154,12 @@ class ModelConfig:
     weights: str = setting("oxford", "oxford (in the package), imagenet1k_v1 (downloaded), none (random), or a file")
     freeze: bool | int = setting(True, "true: all convolutions; false: none; 1-5: so many blocks", low=0, high=5)
     pool: str = setting(
-        "gap", "mean over places; maximum; both and spread; every place; or each is judged", choices=POOLS
+        "gap", "gap: mean over places; max; mean_max_std; flatten: every place; topk: each is judged", choices=POOLS
     )
     block: str = setting("5", "which of VGG's blocks the head sees, one or several, as in 3+4", form=BLOCKS)
     context: bool = setting(False, "with pool=topk: a place is also compared with the mean of its slice")
     smooth: float = setting(0.0, "with pool=topk: over how many places evidence is averaged (spread)", low=0, high=4)
-    standardise: bool = setting(False, "features less their mean, over their spread, as training shows them")
+    standardise: bool = setting(False, "features minus their mean in train, divided by their spread there")
     hidden: list[int] = setting([], "widths of hidden layers between features and output", low=1)
     head: dict[str, Any] = setting({}, "a head of your own: {_target_: CLASS}, made with in_features and out_features")
     dropout: float = setting(0.0, "dropout before every linear layer of the head", low=0, high=0.95)

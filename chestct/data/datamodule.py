@@ -48,8 +48,8 @@ class SliceDataset(Dataset):
         self.rows = manifest["row"].to_numpy()
         self.contents: list[str] = manifest["content"].tolist()
         self.y = torch.tensor(y)
-        # Where lesions are known counts for nothing but the places of training slices, and next to drawn lesions not
-        # there either: boxes of two patients made the model worse on the others' (RESULTS.md).
+        # Known lesions only tell the places of training slices, and next to drawn ones they are not used at all: boxes
+        # of two patients made the model worse on other patients (RESULTS.md).
         known = train and cfg.model.pool == "topk" and cfg.task == "binary" and not cfg.data.lesions
         self.lesions: list[bytes] = manifest["lesion"].tolist() if known else [b""] * len(manifest)
         self.lungs: dict[int, bytes] = {}  # row of the store -> mask, packed; b"" where there are none
@@ -161,8 +161,8 @@ class SliceDataset(Dataset):
 def views_of(cfg: Config, epoch: int, positions: np.ndarray) -> np.ndarray:
     """The view that training sees of each slice, int [B], by its position in the split.
 
-    Frozen training cycles through its views, mixed in every epoch: drawn lesions show cancer more often, and a head
-    would swing with them. Fine-tuning sees none twice, but slices as they are, in their turn, beside drawn lesions.
+    Frozen training cycles through its views, each slice at another one: those with drawn lesions show cancer more
+    often, and a head would swing with them. Fine-tuning sees no view twice, and next to drawn lesions plain slices too.
     """
     cycle, turn = divmod(epoch + positions, cfg.data.looks)
     if cfg.frozen_at(epoch):

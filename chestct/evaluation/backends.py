@@ -98,20 +98,13 @@ def _agreement(a: np.ndarray, b: np.ndarray) -> float:
 def shortcomings(name: str, numbers: dict[str, Any]) -> list[str]:
     """What of the numbers lies beyond LIMITS, a sentence each."""
     limits = LIMITS[ROUNDED.get(name, "fp32")]
-    auroc = numbers["auroc"]["value"]
+    logits, decisions = numbers["logits"], numbers["decisions"]
+    auroc, heat = numbers["auroc"]["value"], numbers["heat"]
     checks = [  # in this form because NaN, too, falls short
-        (
-            "logits",
-            numbers["logits"] <= limits["logits"],
-            f"a logit differs by {numbers['logits']:.3g} standard deviations",
-        ),
-        (
-            "decisions",
-            numbers["decisions"] <= limits["decisions"],
-            f"{numbers['decisions']:.1%} of the decisions change",
-        ),
+        ("logits", logits <= limits["logits"], f"a logit differs by {logits:.3g} standard deviations"),
+        ("decisions", decisions <= limits["decisions"], f"{decisions:.1%} of the decisions change"),
         ("auroc", auroc >= limits["auroc"], f"the AUROC changes by {auroc:+.4f}"),
-        ("heat", numbers["heat"] >= limits["heat"], f"heat maps correlate by {numbers['heat']:.3f} only"),
+        ("heat", heat >= limits["heat"], f"heat maps correlate by {heat:.3f} only"),
     ]
     return [f"{text} (limit {limits[key]:g})" for key, within, text in checks if not within]
 

@@ -174,7 +174,7 @@ def check_explanation(bundle: Bundle, lesions: Lesions) -> dict[str, Any]:
 def _of_other_half(masks: np.ndarray) -> np.ndarray:
     """Where lesions of the other half of the slices are most often, for each slice: [N, S, S].
 
-    Of the other half: all slices but one would point away from that one's lesion wherever two places are as usual.
+    Of the other half, not of all slices but one: that sum lacks just the one's own lesion, and would point elsewhere.
     """
     half = np.arange(len(masks)) % 2
     others = np.stack([masks[half != k].sum(0) for k in (0, 1)]).astype(float)

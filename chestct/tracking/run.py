@@ -139,9 +139,9 @@ class _OpenRun(Run):
         self.server = server_uri(cfg.tracking)
         # Next to the checkpoints, so that the id goes where they go: DVC removes, restores and shares them as one.
         self.folder = out if sweep else out / "checkpoints"
-        # The sweep that `out`, or with seeds=N the folder it is in, is a job of.
-        self.family = None if sweep else next(filter(noted_run, out.parents[:2]), None)
-        self.parent = noted_run(self.family) if self.family else None
+        # The sweep's folder, where `out` is that of a job, or with seeds=N in that of one.
+        self.sweep_folder = None if sweep else next(filter(noted_run, out.parents[:2]), None)
+        self.parent = noted_run(self.sweep_folder) if self.sweep_folder else None
         self.prepared = bool((file := store_file(self.uri)) and file.exists())  # a new one is made when the run begins
         if self.prepared:
             prepare(self.uri)
@@ -182,8 +182,8 @@ class _OpenRun(Run):
         # MLflow would keep artifacts in the working directory, which DVC may remove.
         artifacts = str(file.resolve().parent / "mlruns" / quote(experiment, safe="")) if file else None
         name = os.environ.get("DVC_EXP_NAME")
-        if self.family:
-            name = " ".join([self.family.name, *self.out.relative_to(self.family).parts])
+        if self.sweep_folder:
+            name = " ".join([self.sweep_folder.name, *self.out.relative_to(self.sweep_folder).parts])
         run = client.create_run(
             stores.use_experiment(client, experiment, artifacts),
             tags=resolve_tags() | ({PARENT: self.parent} if self.parent else {}),  # user, program, commit
