@@ -231,10 +231,8 @@ def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
     alone = (severity.get("size"), severity.get("file"))
     if "error" in alone or severity.get("metadata") in alone:
         best.pop("metadata", None)
-    for family, (what, action) in FAMILIES.items():
-        if family not in best:
-            continue
-        row = best[family]
+    for family in (name for name in FAMILIES if name in best):
+        (what, action), row = FAMILIES[family], best[family]
         text = f"{what} cancer from normal without a look at the lesion: {_lower(row['title'])} alone gives AUROC "
         yield Finding("shortcut", severity[family], f"{text}{estimate(row)}.", action)
     for row in audit.shortcuts:

@@ -11,6 +11,7 @@ counts fewer). What is alike there besides, down to THRESHOLD, are neighbouring 
 in two splits.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -151,10 +152,11 @@ def _encode(thumbs: np.ndarray, pyramid: list[Level]) -> np.ndarray:
     mean = mean_slice([(image[: SAMPLE // 2], weight[: SAMPLE // 2]) for image, weight in pyramid])
     base = _describe(pyramid, mean)
     rng = np.random.default_rng(0)
-    origin = np.repeat(np.arange(min(SAMPLE, len(base))), -(-CHANGES // min(SAMPLE, len(base))))
-    way = rng.uniform([0.92, -0.05, 0.92, -0.05], [1.1, 0.05, 1.1, 0.05], (len(origin), 4))
+    sample = min(SAMPLE, len(base))
+    origin = np.repeat(np.arange(sample), math.ceil(CHANGES / sample))
+    pose = rng.uniform([0.92, -0.05, 0.92, -0.05], [1.1, 0.05, 1.1, 0.05], (len(origin), 4))
     gamma = np.exp(rng.uniform(-0.5, 0.5, (len(origin), 1, 1))).astype(np.float32)
-    copies = np.rint(255 * np.clip(warp(thumbs[origin] / np.float32(255), way), 0, 1) ** gamma).astype(np.uint8)
+    copies = np.rint(255 * np.clip(warp(thumbs[origin] / np.float32(255), pose), 0, 1) ** gamma).astype(np.uint8)
     change = _describe(make_levels(copies, COARSE, 0.2), mean) - base[origin]
     within = change.T @ change / len(change)
     within += np.eye(len(within)) * (0.05 * np.trace(within) / len(within) + 1e-9)

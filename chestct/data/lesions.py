@@ -116,10 +116,7 @@ def mask_of(known: Known, shape: tuple[int, ...], name: str, limits: Limits) -> 
 
 
 def in_square(mask: np.ndarray, gray: np.ndarray, preprocess: Preprocess) -> bytes:
-    """A mask in the network's square, a bit a pixel; b"" where the crop leaves nothing of it.
-
-    mask: bool [H, W]; gray: uint8 [H, W], its slice, by which `preprocess` crops.
-    """
+    """A mask bool [H, W] in its slice's square, a bit a pixel; b"" where the crop of `gray`, uint8 [H, W], omits it."""
     square = mask_to_square(mask, placement(gray, preprocess))
     return np.packbits(square).tobytes() if square.any() else b""
 

@@ -65,7 +65,7 @@ def compare(table_a: pd.DataFrame, table_b: pd.DataFrame, resamples: int = 2000,
         row: dict[str, Any] = {"metric": name, "a": values[0][name], "b": values[1][name]}
         row |= {"difference": row["b"] - row["a"], "low": None, "high": None, "excludes_zero": False, "reason": ""}
         if np.isnan(row["difference"]):
-            row["reason"] = missing((a, b)[int(not np.isnan(row["a"]))])
+            row["reason"] = missing(a if np.isnan(row["a"]) else b)
         else:
             differences = np.concatenate([of_b[name] - of_a[name] for of_a, of_b in drawn])
             fewest = groups if name in POOLED else fewest_groups(a.target, a.group)

@@ -30,7 +30,9 @@ def subgroups(test: pd.DataFrame, cfg: Config) -> list[dict[str, Any]]:
     """
     overall, rows = of_cancer(test, cfg), []
     for by in ("source", "subtype"):
-        for name, part in test.groupby(by) if test[by].nunique() > 1 else ():
+        if test[by].nunique() < 2:
+            continue
+        for name, part in test.groupby(by):
             measured = of_cancer(part, cfg)
             estimates = {metric: measured[metric] for metric in ("sensitivity", "specificity", "auroc")}
             counts = {label: int((part["label"] == label).sum()) for label in ("normal", "cancer")}

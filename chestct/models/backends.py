@@ -225,12 +225,12 @@ def convert(net: VGG16, name: str, squares: np.ndarray) -> list[bytes]:
             torch.onnx.export(Exported(net), (x,), paths[0], dynamo=True, external_data=False, verbose=False)
         else:
             model = _program(name).convert_model(torch.export.export(Exported(net), (x,)), input=[tuple(x.shape)])
-            model = quantised(model, net.batches(squares[:CALIBRATION], 1)) if name == "openvino_int8" else model
+            model = quantise(model, net.batches(squares[:CALIBRATION], 1)) if name == "openvino_int8" else model
             _program(name).save_model(model, paths[0], compress_to_fp16=False)
         return [path.read_bytes() for path in paths]
 
 
-def quantised(model: Any, slices: Any) -> Any:
+def quantise(model: Any, slices: Any) -> Any:
     """An OpenVINO model whose convolutions compute in INT8 (NNCF, post-training); the first and the head stay fp32.
 
     The first is a hundredth of the work, and was two thirds of the logits' error (packaged bundle, 200 valid slices).

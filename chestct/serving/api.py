@@ -171,8 +171,8 @@ def files_in_form(body: bytes, content_type: str, max_files: int) -> list[bytes]
 
     For Starlette, a part named by `filename*=` (RFC 5987, as older clients write names that are not ASCII) is a field.
     """
-    parts: list[tuple[bytearray, bytearray]] = []
-    ends: list[bool] = []
+    parts: list[tuple[bytearray, bytearray]] = []  # headers and content of each
+    ends: list[bool] = []  # not empty once the form's end was seen
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     too_many = UploadError(
         f"More than {max_files} files at once. Send fewer, or use the command line for whole folders: chestct predict."

@@ -180,8 +180,7 @@ class RequestLimits:
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         began, upload = asyncio.get_running_loop().time(), self.cfg.max_upload_bytes
         most = upload if route in WITH_FILES else MAX_JSON
-        parts: list[bytes] = []
-        more, size, counted = True, 0, 0
+        parts, more, size, counted = list[bytes](), True, 0, 0
         try:
             while True:
                 if max(size, int(announced)) > most:

@@ -182,9 +182,10 @@ def _unseen(sample: Sample) -> dict[str, np.ndarray]:
     1 this gives wilson(m, m) of the smaller class, the smallest that can be whatever the distributions of scores.
     """
     s, K = sample, len(sample.names)
-    classes = np.repeat([k for k in range(K) if (s.target == k).any()], 2)
-    copied = [pick(s.scores[:, k]) for k, pick in zip(classes, (np.argmin, np.argmax) * K, strict=False)]
-    beyond = np.tile([-1e-9, 1e-9], len(classes) // 2)[:, None]  # past the slice itself, lest they tie
+    occurring = [k for k in range(K) if (s.target == k).any()]
+    classes = np.repeat(occurring, 2)
+    copied = [pick(s.scores[:, k]) for k in occurring for pick in (np.argmin, np.argmax)]
+    beyond = np.tile([-1e-9, 1e-9], len(occurring))[:, None]  # past the slice itself, lest they tie
     scores = s.scores[copied] + beyond * np.where(np.arange(K) == classes[:, None], 1, -1 / (K - 1))
     seen, unseen = np.ones((len(classes), len(s.target))), np.zeros((len(classes), len(classes)))
     for row, k in enumerate(classes):

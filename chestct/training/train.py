@@ -220,8 +220,8 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
             raise Interrupted("Stopped. No epoch was finished.") from None
         raise Interrupted(f"Stopped in epoch {read_checkpoint(last)['epoch'] + 1}. {resume}") from None
     except (ProcessRaisedException, ProcessExitedException) as error:
-        if ours := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
-            raise ChestCTError(ours[1].strip()) from None
+        if mistake := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
+            raise ChestCTError(mistake[1].strip()) from None
         if re.search(r"^torch\.OutOfMemoryError", str(error), re.M):
             raise torch.OutOfMemoryError from None
         message = f"Of {trainer.world_size} processes, {str(error).strip().removeprefix('-- ')}"
