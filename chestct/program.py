@@ -52,7 +52,8 @@ def program(config_name: str, run_folder: RunFolder = lambda given: None) -> Cal
                     print(help_text(inspect.getdoc(task) or ""))
                     return
                 # The first of several processes has the run folder, the others one that goes with them.
-                with TemporaryDirectory(prefix="chestct-") if rank() else contextlib.nullcontext("") as scratch:
+                with contextlib.ExitStack() as stack:
+                    scratch = stack.enter_context(TemporaryDirectory(prefix="chestct-")) if rank() else ""
                     sys.argv[1:] = _hydra_arguments(config_name, run_folder, scratch)
                     _run(task, config_name)
 

@@ -156,7 +156,7 @@ def _about_the_scores(evaluation: Evaluation) -> Iterator[Finding]:
         truth = part["label" if evaluation.cfg.task == "binary" else "subtype"]
         # A subtype bundle that is measured on cancer and normal still has sets of subtypes.
         any_cancer = (truth == "cancer") & ~part["set"].isin(("normal", "none"))
-        held = np.array([true in held for true, held in zip(truth, part["set"], strict=True)]) | any_cancer.to_numpy()
+        held = np.array([name in names for name, names in zip(truth, part["set"], strict=True)]) | any_cancer.to_numpy()
         size = effective_size(held, part["group"].to_numpy())
         if wilson(held.mean() * size, size)[1] < evaluation.point.coverage:
             text = f"Conformal sets hold the truth in {held.sum()} of {counted(len(part), f'{name} test slice')} where"
