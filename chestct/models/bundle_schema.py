@@ -143,8 +143,11 @@ class Facts(Part, extra="allow"):
 
 
 def check_target(folder: Path) -> None:
-    """Raises BundleError unless a folder is not there, empty or a bundle; OSError where none can be made there."""
-    tempfile.TemporaryFile(dir=next(filter(os.path.lexists, folder.absolute().parents))).close()
+    """Raises BundleError unless a folder is empty or a bundle, or is not there and can be made."""
+    try:
+        tempfile.TemporaryFile(dir=next(filter(os.path.lexists, folder.absolute().parents))).close()
+    except OSError as error:
+        raise BundleError(f"No bundle can be made at {folder} ({error.strerror}): give another bundle=FOLDER") from None
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():

@@ -230,7 +230,7 @@ def test_a_place_that_takes_no_bundle_is_found_before_an_evaluation_and_a_full_o
     tmp_path, before = folder.parent, load_bundle(folder).id
     monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(BundleError, match=r"file/below/bundle \(Not a directory\).*bundle=FOLDER"):
         experiment.export.__wrapped__(compose("ckpt=x", f"bundle={tmp_path}/file/below/bundle"), tmp_path)
     with pytest.raises(OSError, match="too large"), limited(resource.RLIMIT_FSIZE, 2000):
         make(folder, classes=4)
