@@ -82,8 +82,8 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         in_place = folder.name == "checkpoints" if rank() else folder == (out / "checkpoints").resolve()
         if not (rank() or in_place) and (folder.name == "checkpoints" or (out / "checkpoints").exists()):
             raise ConfigError(
-                f"{out} is not the folder of {ckpt}, where its training goes on. Give ckpt and runs_dir on the command "
-                "line, without hydra.run.dir and -m."
+                f"{out} is not the folder of {ckpt}, where its training goes on: give {shlex.quote(f'ckpt={ckpt}')} on "
+                "the command line, without hydra.run.dir and -m."
             )
         if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
@@ -221,7 +221,8 @@ def export(cfg: Config, out: Path) -> None:
     """
     from chestct.evaluation.backends import add_backends, own_slices
     from chestct.evaluation.export import export
-    from chestct.models.bundle import PACKAGED_BUNDLE, check_target, load_bundle
+    from chestct.models.bundle import PACKAGED_BUNDLE, load_bundle
+    from chestct.models.bundle_schema import check_target
     from chestct.pyfunc import log_bundle
     from chestct.reporting.render import model_card
     from chestct.serving.model import ELSEWHERE

@@ -9,6 +9,7 @@ import inspect
 import io
 import logging
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -82,8 +83,8 @@ def _hydra_arguments(config_name: str, run_folder: RunFolder, scratch: str) -> l
     if folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
         elsewhere = "-m" if sweep else "hydra.run.dir"
         raise ConfigError(
-            f"A training goes on in its own folder, {folder}: leave out {elsewhere}. To branch it, copy "
-            "its checkpoints/*.ckpt to checkpoints/ of another folder, and give ckpt=THAT alone."
+            f"A training goes on in its own folder, {folder}: leave out {elsewhere}, or branch it with mkdir -p "
+            f"NEW/checkpoints && cp {shlex.quote(str(folder))}/checkpoints/*.ckpt NEW/checkpoints and give ckpt=NEW."
         )
     if scratch:
         overrides += [quoted("hydra.run.dir", scratch), "hydra.output_subdir=null"]
@@ -196,6 +197,6 @@ def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return (
             f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, or choose another place: "
-            "runs_dir=FOLDER and cache_dir=FOLDER, --out for a table or page."
+            "runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, --out for a table or page."
         )
     raise error

@@ -26,7 +26,8 @@ from chestct.config.schema import Config
 from chestct.data.sources import check_roots
 from chestct.errors import ChestCTError, ConfigError, Interrupted
 from chestct.files import write_atomic
-from chestct.tracking import Run, open_run, sole_writer
+from chestct.tracking import Run, TrackingError, open_run, sole_writer
+from chestct.tracking.stores import usable
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -121,7 +122,8 @@ def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "Bas
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage, direction = f"sqlite:///{folder / STUDY}", f"{mode}imize"
-    study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
+    with usable(str(folder / STUDY), "Move it away, or begin another sweep with hydra.sweep.dir=FOLDER."):
+        study = optuna.create_study(storage=storage, study_name="sweep", direction=direction, load_if_exists=True)
     if study.user_attrs.get("facts", facts) != facts:
         raise ConfigError(
             f"{folder} holds a sweep with other settings, ranges or another seed. Give the same to go on with it, or "
@@ -171,6 +173,8 @@ def _record(study: "Study", number: int, job: JobReturn) -> None:
     try:
         value = job.return_value
         problem = None if math.isfinite(value) else f"the objective is {value}"
+    except TrackingError:  # of the store of all jobs: the same command runs this one again
+        raise
     except ChestCTError as error:
         problem = str(error)
     if problem:

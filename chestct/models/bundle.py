@@ -6,7 +6,6 @@ one is noticed. A head on the packaged convolutions makes a bundle of some kilob
 
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -27,7 +26,7 @@ from chestct.errors import BundleError, WeightsError
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import Graph, choose, load_graph
-from chestct.models.bundle_schema import LARGEST, LITTER, check_facts
+from chestct.models.bundle_schema import LARGEST, check_facts, check_target
 from chestct.models.head import has_places
 from chestct.models.novelty import NoveltyModel
 from chestct.models.operating_point import OperatingPoint, Outputs
@@ -166,28 +165,16 @@ def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
     check_target(folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    new.mkdir(parents=True)
-    for name, data in files.items():
-        (new / name).write_bytes(data)
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
+    try:
+        new.mkdir(parents=True)
+        for name, data in files.items():
+            (new / name).write_bytes(data)
+        if folder.exists():
+            folder.replace(old)
+        new.replace(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # what a full disk could not take
     shutil.rmtree(old, ignore_errors=True)
-
-
-def check_target(folder: Path) -> None:
-    """Raises BundleError unless a bundle may take a folder's place: there is none, it is empty, or it is a bundle."""
-    if not os.path.lexists(folder):
-        return
-    if not folder.is_dir():
-        raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
-    entries = sorted(entry for entry in folder.iterdir() if not LITTER.fullmatch(entry.name))
-    other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
-    if other or (entries and not (folder / FACTS).is_file()):
-        raise BundleError(
-            f"{folder} holds {(other or entries)[0].name} and is no bundle: an export would remove what is in it. "
-            f"Give a folder of its own: {shlex.quote(f'bundle={folder}/bundle')}"
-        )
 
 
 def bundle_path(source: str | Path) -> Path:

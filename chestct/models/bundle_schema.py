@@ -4,7 +4,11 @@ What only describes the bundle (metrics) is checked as well, because the page sh
 stand at the top and in `data`.
 """
 
+import os
 import re
+import shlex
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from chestct.config.schema import BLOCKS, HIGHEST_SEED, classes_of
 from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
 from chestct.config.targets import foreign
+from chestct.errors import BundleError
 
 LARGEST = {TENSORS: 4_000_000_000, FACTS: 64_000_000, CARD: 4_000_000}
 LARGEST |= {name: 16_000_000 if "xml" in name else 2_000_000_000 for names in FILES.values() for name in names}
@@ -135,6 +140,25 @@ class Facts(Part, extra="allow"):
     statistics: dict[str, Annotated[list[float], Field(min_length=2)]] = {}
     metrics: dict[str, dict[str, Metric]] = {}
     elsewhere: list[Elsewhere] = []
+
+
+def check_target(folder: Path) -> None:
+    """Raises BundleError unless a folder is empty or a bundle, or is not there and can be made."""
+    try:
+        tempfile.TemporaryFile(dir=next(filter(os.path.lexists, folder.absolute().parents))).close()
+    except OSError as error:
+        raise BundleError(f"No bundle can be made at {folder} ({error.strerror}): give another bundle=FOLDER") from None
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
+    entries = sorted(entry for entry in folder.iterdir() if not LITTER.fullmatch(entry.name))
+    other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
+    if other or (entries and not (folder / FACTS).is_file()):
+        raise BundleError(
+            f"{folder} holds {(other or entries)[0].name} and is no bundle: an export would remove what is in it. "
+            f"Give a folder of its own: {shlex.quote(f'bundle={folder}/bundle')}"
+        )
 
 
 def check_facts(facts: dict[str, Any]) -> None:

@@ -15,8 +15,8 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # an epoch of a head is shorter than a write
 
 from chestct.tracking.registry import fetch_bundle
-from chestct.tracking.run import Run, open_run, run_of, sole_writer
-from chestct.tracking.stores import TrackingError, probe
+from chestct.tracking.run import Run, open_run, run_of
+from chestct.tracking.stores import TrackingError, probe, sole_writer
 from chestct.tracking.sync import sync
 
 __all__ = ["Run", "TrackingError", "fetch_bundle", "open_run", "probe", "run_of", "sole_writer", "sync"]

@@ -211,17 +211,20 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
         yield Run()
         return
     run, status = _OpenRun(cfg, out, sweep), "FINISHED"
-    try:
-        yield run
-    except BaseException as error:
-        status = "FAILED" if isinstance(error, Exception) else "KILLED"
-        raise
-    finally:
-        if run.client:
-            name = cfg.tracking.register if status == "FINISHED" else None
-            run.register(name)
-            run.client.set_terminated(run.run_id, status)  # waits for MLflow's threads
-            _share(run, cfg.tracking, name, run.copy)
+    again = "the same command" if sweep or run.family else f"python train.py {shlex.quote(f'ckpt={out}')}"
+    way_out = f"Mend it, and go on with: {again} (tracking=off needs none)"
+    with stores.usable(f"The MLflow store {run.uri}", way_out):
+        try:
+            yield run
+        except BaseException as error:
+            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            raise
+        finally:
+            if run.client:
+                name = cfg.tracking.register if status == "FINISHED" else None
+                run.register(name)
+                run.client.set_terminated(run.run_id, status)  # waits for MLflow's threads
+                _share(run, cfg.tracking, name, run.copy)
 
 
 @contextmanager
@@ -269,6 +272,7 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
         Run(remote if sent else None, sent or "", server).register(name)
 
     if problem := probe(server, cfg.experiment) or stores.within(END_SECONDS, work):
+        problem = problem if isinstance(problem, str) else f"{first_line(problem)}."
         settings = [f"tracking.uri={server}"]
         settings += [f"tracking.local={cfg.local}"] if cfg.local != TrackingConfig().local else []
         print(
@@ -281,19 +285,3 @@ def noted_run(folder: Path) -> str | None:
     """The id of the run that is noted in a folder."""
     note = folder / RUN_ID_FILE
     return note.read_text(encoding="utf-8").strip() if note.is_file() else None
-
-
-@contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Holds the folder `out` for this process. Raises ChestCTError where another training holds it."""
-    from filelock import FileLock, Timeout
-
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ChestCTError(
-            f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
-            "and in another folder."
-        ) from None

@@ -9,8 +9,8 @@ import os
 import re
 import sqlite3
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -41,7 +41,7 @@ class TrackingError(ChestCTError):
 
 def is_server(uri: str) -> bool:
     """Whether a tracking URI names a server, not a store on this machine."""
-    return uri.startswith(("http://", "https://"))
+    return uri.lower().startswith(("http://", "https://"))
 
 
 def local_uri(cfg: TrackingConfig) -> str:
@@ -56,12 +56,26 @@ def local_uri(cfg: TrackingConfig) -> str:
 
 def store_file(uri: str) -> Path | None:
     """The SQLite file behind a URI; None for any other store."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+    return Path(uri.removeprefix(SQLITE)).expanduser() if uri.startswith(SQLITE) else None
 
 
 def first_line(error: BaseException) -> str:
     """What an error says first, for a sentence of ours: 200 characters at most, without a full stop."""
     return str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def usable(place: str, way_out: str, kinds: str = "sqlalchemy.") -> Iterator[None]:
+    """Makes errors of a database behind MLflow or Optuna, or of the modules that `kinds` begins, a TrackingError."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause and not type(cause).__module__.startswith(kinds):
+            cause = None if isinstance(cause, ChestCTError) else cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise TrackingError(f"{place} cannot be used ({first_line(cause)}). {way_out}") from None
 
 
 def prepare(uri: str) -> None:
@@ -71,16 +85,16 @@ def prepare(uri: str) -> None:
 
     file = store_file(uri)
     if file is None:
-        try:
+        way_out = "Give sqlite:///FILE or https://SERVER with tracking.uri or MLFLOW_TRACKING_URI, sqlite:///FILE with "
+        way_out += "tracking.local; tracking=off records nothing."
+        with usable(f"The MLflow store {uri}", way_out, kinds=""):  # as below, or of a driver that is not installed
             MlflowClient(uri).search_experiments(max_results=1)
-        except Exception as error:  # as below, or a driver's that is not installed
-            raise TrackingError(
-                f"The MLflow store {uri} cannot be used ({first_line(error)}). Give sqlite:///FILE or https://SERVER "
-                "with tracking.uri or MLFLOW_TRACKING_URI, sqlite:///FILE with tracking.local; tracking=off records "
-                "nothing."
-            ) from None
         return
-    try:
+    way_out = (
+        f"After an update of MLflow: mlflow db upgrade {uri}. Where MLflow was killed while it made the file, move "
+    )
+    way_out += "it away. Or choose another with tracking.local=sqlite:///FILE; tracking=off records nothing."
+    with usable(f"The MLflow store {file}", way_out, kinds=""):  # of SQLite, MLflow, SQLAlchemy or Alembic
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock", timeout=WAIT_SECONDS):
             if not _has_tables(file):
@@ -90,12 +104,6 @@ def prepare(uri: str) -> None:
                 MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
                 part.replace(file)
         MlflowClient(uri).search_experiments(max_results=1)
-    except Exception as error:  # SQLite's, MLflow's, SQLAlchemy's or Alembic's
-        raise TrackingError(
-            f"The MLflow store {file} cannot be used ({first_line(error)}). After an update of MLflow: mlflow db "
-            f"upgrade {uri}. Where MLflow was killed while it made the file, move it away. Or choose another with "
-            "tracking.local=sqlite:///FILE; tracking=off records nothing."
-        ) from None
 
 
 def _has_tables(file: Path) -> bool:
@@ -210,7 +218,7 @@ def use_experiment(client: "MlflowClient", name: str, artifacts: str | None = No
         if known is None:
             raise
     if known.lifecycle_stage == "deleted":
-        raise ConfigError(f"the experiment '{name}' was deleted: restore it, or give tracking.experiment=NAME")
+        raise ConfigError(f"the experiment '{name}' was deleted: restore it, or give new runs tracking.experiment=NAME")
     return str(known.experiment_id)
 
 
@@ -252,3 +260,19 @@ def within(seconds: float, work: Callable[[], T]) -> T | Exception:
     thread.start()
     thread.join(seconds)
     return results[0] if results else TimeoutError(f"no answer within {seconds:.0f} s")
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Holds the folder `out` for this process. Raises ChestCTError where another training holds it."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ChestCTError(
+            f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
+            "and in another folder."
+        ) from None

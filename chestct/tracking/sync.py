@@ -53,22 +53,29 @@ def sync(cfg: Config) -> int:
             "tracking.local=sqlite:///FILE."
         )
     prepare(uri)
-    if problem := probe(server, cfg.tracking.experiment):
-        raise TrackingError(problem)
     local, remote = MlflowClient(uri), MlflowClient(server)
-    experiments = [experiment.experiment_id for experiment in local.search_experiments()]
+    experiments = {experiment.experiment_id: experiment.name for experiment in local.search_experiments()}
     # Oldest first, so that the parent of a sweep comes before its children.
-    runs = local.search_runs(experiments, max_results=50_000, order_by=["attributes.start_time ASC"])
-    sent = 0
+    runs = local.search_runs([*experiments], max_results=50_000, order_by=["attributes.start_time ASC"])
+    problems: dict[str, str | None] = {}  # of an experiment, which may be deleted there or another user's
+    sent, left = 0, []
     for run in runs:
+        experiment = experiments[run.info.experiment_id]
+        if experiment not in problems:
+            problems[experiment] = probe(server, experiment)
+        if problems[experiment]:
+            continue
         try:
             copy_id = send(local, remote, run.info.run_id)
-        except (MlflowException, OSError) as error:
-            raise TrackingError(
-                f"{sent} of {len(runs)} runs are on {server}; then: {first_line(error)}. The same command goes on."
-            ) from None
+        except (MlflowException, ConfigError, OSError) as error:
+            left.append(f"{run.info.run_id}: {first_line(error)}.")
+            problems[experiment] = probe(server, experiment)  # is it the run, or is the server gone?
+            continue
         print(f"{run.info.run_id}  {run.info.run_name} -> {copy_id or 'deleted on the server, and stays so'}")
         sent += copy_id is not None
+    if left := [*left, *dict.fromkeys(filter(None, problems.values()))]:
+        reasons = "\n".join(left)
+        raise TrackingError(f"{sent} of {len(runs)} runs are on {server}.\n{reasons}\nThe same command goes on.")
     print(f"{sent} runs are on {server}")
     return sent
 

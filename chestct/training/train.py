@@ -110,7 +110,9 @@ def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result
             # learning rate would take thousands of steps to forget.
             for parameter in model.net.head[-1].parameters():
                 nn.init.zeros_(parameter)
-        resume = resumable(cfg, model)
+        if not (resume := resumable(cfg, model)):
+            for name in ("best.ckpt", "last.ckpt"):  # of an earlier training in this folder, which nobody asks for
+                (out / "checkpoints" / name).unlink(missing_ok=True)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *loggers]
         if cfg.starts_frozen:

@@ -123,7 +123,7 @@ def test_sync_sends_what_was_trained_offline_once_and_goes_on_after_a_break(
     cfg, send = small(*settings), MlflowClient.log_artifacts
 
     monkeypatch.setattr(MlflowClient, "log_artifacts", Mock(side_effect=ConnectionError("cable pulled")))
-    with pytest.raises(TrackingError, match=r"cable pulled\. The same command goes on"):
+    with pytest.raises(TrackingError, match=r"cable pulled\.\nThe same command goes on"):
         sync(cfg)
     monkeypatch.setattr(MlflowClient, "log_artifacts", send)
     for _ in range(2):

@@ -9,9 +9,11 @@ import sys
 import pandas as pd
 import pytest
 import yaml
+from hydra.core.utils import JobReturn, JobStatus
 
 from chestct.config.compose import CONF, compose
-from chestct.sweep import _errors, _next_trials, _open_study
+from chestct.sweep import _errors, _next_trials, _open_study, _record
+from chestct.tracking import TrackingError
 from tests.conftest import SMALL, until
 from tests.tracking.conftest import runs
 
@@ -67,6 +69,16 @@ def assert_one_family(tmp_path, jobs):
     assert {run.info.status for run in known} == {"FINISHED"}
     assert not [name for run in known for name in run.data.metrics if "test" in name]
     return parent
+
+
+def test_a_store_or_study_that_cannot_be_used_ends_the_sweep_and_fails_no_job(tmp_path):
+    (tmp_path / "study.db").write_bytes(b"no database at all")
+    with pytest.raises(TrackingError, match=r"study\.db cannot be used .*not a database.*hydra\.sweep\.dir=FOLDER"):
+        _open_study(tmp_path, "min", [], {}, grid=True)
+    job = JobReturn(status=JobStatus.FAILED)
+    job.return_value = TrackingError("disk full")
+    with pytest.raises(TrackingError, match="disk full"):
+        _record(None, 0, job)
 
 
 @pytest.mark.slow

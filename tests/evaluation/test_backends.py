@@ -97,12 +97,14 @@ def test_an_export_without_anything_to_export_says_what_to_give(tmp_path: Path) 
     assert compose("format=openvino_int8+onnx").format == "openvino_int8+onnx"
 
 
-def test_nan_is_within_no_limit() -> None:
-    good = {"logits": 0.0, "decisions": 0.0, "auroc": {"value": 0.0}, "heat": 1.0}
-    assert backends.shortcomings("onnx", good) == []
-    for name in good:
+def test_nan_is_within_no_limit_and_slices_on_the_conformal_quantiles_are_within_all() -> None:
+    good = {"logits": 0.0, "decisions": 0.0, "auroc": {"value": 0.0}, "heat": 1.0, "slices": 60}
+    for name in set(good) - {"slices"}:
         wrong = {"value": np.nan} if name == "auroc" else np.nan
-        assert len(backends.shortcomings("onnx", good | {name: wrong})) == 1
+        assert len(backends.shortcomings("onnx", good | {name: wrong}, 2)) == 1
+    for slices, changed, kept in ((60, 0, True), (60, 2, True), (60, 3, False), (400, 4, True), (400, 5, False)):
+        numbers = good | {"slices": slices, "decisions": changed / slices}
+        assert (backends.shortcomings("onnx", numbers, 2) == []) == kept
 
 
 def test_agreement_of_heat_maps() -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import resource
 import shlex
 import shutil
 import signal
@@ -29,7 +30,7 @@ from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
 from chestct.models.saliency import normal_cam
 from chestct.stats.calibration import to_scores
-from tests.conftest import Trap, network
+from tests.conftest import Trap, limited, network
 
 ROOT = Path(__file__).parents[2]
 SIZE = 32
@@ -223,6 +224,18 @@ def test_a_killed_export_leaves_the_old_bundle_and_its_rest_goes_with_the_next(f
     assert load_bundle(folder).id != before
     assert sorted(path.name for path in folder.parent.glob("[!.]*")) == [folder.name, "thesis.tex"]
     assert not list(folder.parent.glob(".*bundle-*"))
+
+
+def test_a_place_that_takes_no_bundle_is_found_before_an_evaluation_and_a_full_one_as_it_was(folder, monkeypatch):
+    tmp_path, before = folder.parent, load_bundle(folder).id
+    monkeypatch.setattr(experiment, "from_checkpoint", lambda cfg: cfg)
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match=r"file/below/bundle \(Not a directory\).*bundle=FOLDER"):
+        experiment.export.__wrapped__(compose("ckpt=x", f"bundle={tmp_path}/file/below/bundle"), tmp_path)
+    with pytest.raises(OSError, match="too large"), limited(resource.RLIMIT_FSIZE, 2000):
+        make(folder, classes=4)
+    assert load_bundle(folder).id == before
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "bundle", ".bundle.lock"}
 
 
 def test_exports_to_one_folder_wait_for_each_other(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ def uri(tmp_path, monkeypatch, empty_store):
 
 
 @contextmanager
-def recorded(cfg, out):
+def recorded(cfg, out, sweep=False):
     """A run of open_run that has begun."""
-    with open_run(cfg, out) as run:
+    with open_run(cfg, out, sweep) as run:
         run.begin()
         yield run
 

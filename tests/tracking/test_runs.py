@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from mlflow import MlflowClient
@@ -13,7 +14,7 @@ from mlflow import MlflowClient
 from chestct import program
 from chestct.config.compose import CONF
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.tracking import open_run, run_of, sole_writer
+from chestct.tracking import TrackingError, open_run, run_of, sole_writer, sync
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
 from chestct.version import code_version
@@ -117,6 +118,25 @@ def test_a_run_that_does_not_finish_is_marked_and_none_is_left_by_what_never_beg
     with pytest.raises(error), opened(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out"):
         raise error
     assert [made.info.status for made in runs(uri)] == ends
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+def test_a_store_that_breaks_in_the_middle_is_one_error_with_the_way_out(small, uri, tmp_path, sweep):
+    says = f"mlflow.db cannot be used .*not a database.*(the same command|python train.py ckpt={tmp_path}/out) "
+    cfg, file = small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "mlflow.db"
+    with pytest.raises(TrackingError, match=says), recorded(cfg, tmp_path / "out", sweep):
+        file.write_bytes(b"no database at all, " * 5000)
+
+
+def test_what_a_server_refuses_of_one_run_or_experiment_keeps_no_other_run_back(small, uri, monkeypatch):
+    local = MlflowClient(uri)
+    gone, mine = map(local.create_experiment, ("gone", "mine"))
+    large = [local.create_run(experiment).info.run_id for experiment in (gone, mine, mine)][1]
+    monkeypatch.setitem(sync.__globals__, "send", Mock(side_effect=[OSError("413 too large"), "copy"]))
+    monkeypatch.setitem(sync.__globals__, "probe", lambda _, name: "'gone' was deleted." if name == "gone" else None)
+    says = f"^1 of 3 runs are on .*\n{large}: 413 too large\\.\n'gone' was deleted\\.\nThe same command goes on"
+    with pytest.raises(TrackingError, match=says):
+        sync(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"))
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -238,6 +239,8 @@ def test_a_mistake_or_a_password_in_the_uri_is_refused_and_not_repeated(small, t
         ("https://other", "https://host", "https://other", "sqlite:///mlflow.db"),
         ("sqlite:///mine.db", "https://host", None, "sqlite:///mine.db"),
         (None, "sqlite:///theirs.db", None, "sqlite:///theirs.db"),
+        ("HTTPS://host", "sqlite:///~/theirs.db", "HTTPS://host", "sqlite:///mlflow.db"),
+        (None, "sqlite:///~/theirs.db", None, f"sqlite:///{Path.home()}/theirs.db"),
     ],
 )
 def test_mlflows_own_variable_names_the_server_unless_a_setting_does(monkeypatch, setting, variable, server, local):

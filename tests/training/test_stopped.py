@@ -22,8 +22,10 @@ from tests.training.test_train import ROOT, losses
 class StopInTheSecond(callbacks.EndWithParent):
     """Ends a run the way a signal does: in the second epoch, after a batch."""
 
+    epoch = 1
+
     def on_train_batch_end(self, trainer, *_):
-        if trainer.current_epoch == 1:
+        if trainer.current_epoch == self.epoch:
             raise KeyboardInterrupt
 
 
@@ -48,6 +50,15 @@ def test_an_interrupted_run_resumes_to_the_same_end(small, tmp_path, monkeypatch
     resumed = train(small(*overrides, resume), cut)
     assert resumed.metrics == pytest.approx(whole.metrics, abs=1e-6)
     assert losses(cut).to_numpy() == pytest.approx(losses(tmp_path / "whole").to_numpy(), abs=1e-6)
+
+
+def test_a_training_that_is_stopped_at_once_goes_on_with_no_earlier_one_of_its_folder(small, tmp_path, monkeypatch):
+    last = train(small("trainer.max_epochs=1"), tmp_path).last
+    monkeypatch.setattr(StopInTheSecond, "epoch", 0)
+    monkeypatch.setattr(callbacks, "EndWithParent", StopInTheSecond)
+    with pytest.raises(Interrupted, match=r"^Stopped\. No epoch was finished\.$"):
+        train(small("trainer.max_epochs=1", "optim.lr=0.1"), tmp_path)
+    assert not last.exists()
 
 
 def test_a_head_of_an_evaluation_that_is_stopped_is_no_run_to_go_on_with(small, tmp_path, monkeypatch):
