@@ -222,7 +222,8 @@ def _about_shortcuts(audit: Audit) -> Iterator[Finding]:
     best = {family: strongest[family] for family in FAMILIES if family in strongest}
     severity = {family: "error" if row["auroc"] >= STRONG_SHORTCUT else "warning" for family, row in best.items()}
     # Metadata taken together repeat what size and file say; they are a finding only where neither is as bad alone.
-    if {severity.get("metadata", ""), "error"} & {severity.get("size"), severity.get("file")}:
+    alone = (severity.get("size"), severity.get("file"))
+    if "error" in alone or severity.get("metadata") in alone:
         best.pop("metadata", None)
     for family, row in best.items():
         what, action = FAMILIES[family]
