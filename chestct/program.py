@@ -21,8 +21,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from chestct.config.checks import explain, resolve_composed, suggest
+from chestct.config.checks import resolve_composed
 from chestct.config.compose import CONF, help_text, in_home, quoted, readable
+from chestct.config.explain import explain, suggest
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
 
@@ -32,6 +33,11 @@ ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--vers
 
 FIRST_FILES = {".lock", "settings.yaml", "train.log", "evaluate.log"}
 """What lies in a run folder, beside Hydra's own, before anything was computed."""
+
+OUT_OF_MEMORY = (
+    "Out of memory: lower data.batch_size, features.batch_size (of frozen convolutions) or data.size; or compute "
+    "elsewhere: trainer.accelerator=cpu, or --accelerator cpu for predict and embed."
+)
 
 Task = Callable[[Config, Path], Any]
 RunFolder = Callable[[dict[str, str]], Path | None]
@@ -166,12 +172,18 @@ def _run(task: Task, config_name: str) -> None:
         try:
             return task(resolve_composed(composed), out)
         except ChestCTError as error:
-            if out != Path.cwd():
-                _remove_if_empty(out)  # a mistake leaves no empty run
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # the sweep, maybe in another process, reports it
-            failures.append(error)  # Hydra would print a line of its own
-            return None
+            failure = error
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            failure = ChestCTError(OUT_OF_MEMORY)
+        # Outside the handlers: torch's error would hold on to what fills the memory, which the next job needs.
+        if out != Path.cwd():
+            _remove_if_empty(out)  # a mistake leaves no empty run
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise failure  # the sweep, maybe in another process, reports it
+        failures.append(failure)  # Hydra would print a line of its own
+        return None
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failures:
@@ -188,8 +200,15 @@ def _remove_if_empty(out: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)  # what cannot be removed must not hide the mistake
 
 
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out: torch's error goes by its name, for torch is imported where it is needed alone."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
 def _explained(error: Exception) -> str:
     """What a user has to know of an error from outside this package; raises it again where it is a bug of ours."""
+    if _out_of_memory(error):
+        return OUT_OF_MEMORY
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised_by = (type(error).__module__, frame.f_globals.get("__name__", ""))  # Hydra raises plain ValueErrors, too
     if any(name.startswith(("hydra.", "omegaconf.", "antlr4.")) for name in raised_by):  # one of Hydra's is an OSError

@@ -1,4 +1,4 @@
-"""From composed settings to checked plain dataclasses, with errors that name the key that was meant."""
+"""From composed settings to checked plain dataclasses."""
 
 import dataclasses
 import difflib
@@ -10,8 +10,18 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from chestct.config.explain import explain
 from chestct.config.fields import leaves, type_name
-from chestct.config.schema import HIGHEST_SEED, NAME, PHANTOM, Config, DataConfig, OptimConfig, SourceConfig
+from chestct.config.schema import (
+    HIGHEST_SEED,
+    LABEL_NAMES,
+    NAME,
+    PHANTOM,
+    Config,
+    DataConfig,
+    OptimConfig,
+    SourceConfig,
+)
 from chestct.errors import ConfigError
 
 REMOVED = (
@@ -69,17 +79,23 @@ def resolve_composed(cfg: DictConfig) -> Config:
 
 
 def _name_of(data: DataConfig) -> str:
-    """The name of the source: a folder that was given none lends its own, lest patients be taken for phantoms.
+    """The name of the data: a folder that was given none lends its own, lest patients be taken for phantoms.
 
-    Where its slices are named as phantoms are, that is what they are.
+    Where its slices are named as phantoms are, that is what they are. Several sources are called by the first of them.
     """
     root = Path(data.root or "")
-    if data.name != PHANTOM or not data.root or not root.is_dir():
+    if data.name == PHANTOM and data.sources:
+        first, *others = sorted(data.sources, key=PHANTOM.__eq__)
+        return f"{first} and {len(others)} more" if others else str(first)
+    if data.name != PHANTOM or not data.root:
         return data.name
     if any(next(root.glob(f"{folders}/phantom_?????.png"), None) for folders in ("[!.]*", "[!.]*/[!.]*")):
         return data.name
     name = root.resolve().name.replace("\\", "_")
     return f"{name} slices".strip() if name in ("", PHANTOM) else name
+
+
+OmegaConf.register_new_resolver("data_name", lambda *, _root_: _name_of(_root_.data), replace=True)  # conf/stage.yaml
 
 
 def _read_labels(path: Path) -> dict[str, Any]:
@@ -90,6 +106,8 @@ def _read_labels(path: Path) -> dict[str, Any]:
             isinstance(folder, str) and isinstance(label, str | None) for folder, label in table.items()
         ):
             raise ValueError("no table of folders and labels, whose names are text")
+        if without := [folder for folder, label in table.items() if label is None]:  # a file of no colon is one name
+            raise ValueError(f"what follows {without[0]!r} is not one of {', '.join(LABEL_NAMES)}")
     except Exception as error:  # whatever a YAML parser can say
         raise ConfigError(
             f"data.labels_file={path} cannot be read: {error}. Write one line a class folder, as in\n\n"
@@ -103,6 +121,14 @@ def check(cfg: Config) -> None:
     settings = [*leaves(cfg)]
     for name, source in cfg.data.sources.items():
         settings += leaves(source, f"data.sources.{name}.")
+    if nested := [
+        f"{key}: {part!r} stands where one value belongs ({item.metadata['help']})."
+        for key, value, item in settings
+        if isinstance(value, list | dict) and "Any" not in type_name(item)
+        for part in (value.values() if isinstance(value, dict) else value)
+        if isinstance(part, list | dict)
+    ]:
+        raise ConfigError("\n".join(nested))
     empty = [key for key, value, item in settings if value == "" and item.default != ""]
     problems = [
         f"{key}= is empty, as a variable that is not set leaves it. Give a value, or leave it out." for key in empty
@@ -210,91 +236,3 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "data.holdout says what test is: it works with data.split=grouped and without data.folds."
     if data.root and data.sources:
         yield "Give either data.root (one source) or data.sources (several), not both; data.root=null takes it back."
-
-
-OTHER_NAMES = {
-    "optim.lr": ("learning_rate", "base_lr", "head_lr"),
-    "optim.name": ("optimizer", "optimiser"),
-    "optim.schedule": ("scheduler", "lr_scheduler"),
-    "optim.weight_decay": ("wd", "l2"),
-    "data.root": ("path", "dir", "data_dir", "data_path", "dataset", "folder", "root_dir"),
-    "data.size": ("img_size", "image_size", "input_size", "resolution", "resize"),
-    "data.batch_size": ("bs", "batch"),
-    "data.workers": ("num_workers",),
-    "data.valid_fraction": ("val_size", "valid_size", "val_split", "val_fraction"),
-    "data.test_fraction": ("test_size", "test_split"),
-    "data.folds": ("k_folds", "kfold", "cv", "n_splits"),
-    "trainer.max_epochs": ("epochs", "epoch", "num_epochs", "n_epochs", "max_steps"),
-    "trainer.patience": ("early_stopping", "early_stopping_patience"),
-    "trainer.devices": ("gpus", "num_gpus"),
-    "trainer.accelerator": ("device", "cuda", "gpu"),
-    "trainer.precision": ("amp", "fp16", "mixed_precision"),
-    "trainer.progress": ("verbose", "progress_bar"),
-    "trainer.args": ("gradient_clip_val", "accumulate_grad_batches", "profiler"),
-    "debug=fast": ("fast_dev_run", "trainer.fast_dev_run"),
-    "model.freeze": ("frozen", "freeze_backbone"),
-    "model.weights": ("pretrained",),
-    "model.backbone": ("arch", "architecture", "model.name"),
-    "model.dropout": ("dropout_rate",),
-    "task": ("num_classes", "classes"),
-    "evaluation.protocol": ("sources", "loso", "evaluation.folds"),
-    "tracking.uri": ("tracking_uri", "mlflow_uri"),
-    "tracking.experiment": ("experiment_name",),
-    "runs_dir": ("output_dir", "out_dir", "output", "out", "save_dir", "log_dir"),
-    "ckpt": ("checkpoint", "ckpt_path", "resume", "resume_from"),
-    "seed": ("random_seed", "random_state"),
-}
-"""What other projects of the field call a setting."""
-
-LAUNCHERS = {"joblib": "'chestct[sweep]'", "submitit_slurm": "'chestct[slurm]'"}
-
-
-def explain(error: Exception) -> str:
-    """Hydra's or OmegaConf's message in one or two lines, with the nearest key where one was misspelt."""
-    text, cause = str(error), error.__cause__ or error
-    first = str(cause).strip().splitlines()[0]
-    if launcher := re.search(r"Could not find 'hydra/launcher/(\w+)'", text):
-        package = LAUNCHERS.get(launcher[1], f"hydra-{launcher[1]}-launcher")
-        return f"The launcher {launcher[1]} is a plugin of Hydra's that is not installed here: pip install {package}"
-    if option := re.search(r"Could not find '(\w+)/([^']+)'", text):
-        return f"There is no {option[1]}={option[2]}: the options are the files in conf/{option[1]}/, see --help."
-    if several := re.search("Ambiguous value for argument '(.*)'", text):
-        key, _, value = several[1].lstrip("+").partition("=")
-        lists = [known for known, _, item in leaves(Config) if type_name(item).startswith("list")]
-        one = f"a list as in '{key}=[{value}]'" if key in lists else "one"
-        return f"{several[1]} names several values: give {one}, or, to train with each, add -m."
-    if override := getattr(error, "override", None):
-        return (
-            f"{override.lstrip('+')}: Hydra cannot read this. Settings are given as key=value, for example optim.lr="
-            "1e-4. Names with spaces, parentheses or other scripts go into a YAML file; for class folders: "
-            "data.labels_file=FILE."
-        )
-    named = re.search(r"Could not override '([^']+)'", text)
-    key = named[1] if named else getattr(error, "full_key", None) or getattr(cause, "full_key", None) or ""
-    if key and any("not in struct" in part or "not in '" in part for part in (text, first)):
-        near = suggest(key)
-        return f"There is no setting {key!r}.{f' Did you mean {near}?' if near else ''} All settings: --help."
-    for known, _, item in leaves(Config):
-        if key.split("[")[0] == known:
-            value = re.search(r"Value '(.*?)' of type", first)
-            return f"{key}{f'={value[1]}' if value else ''}: give {type_name(item)} ({item.metadata['help']})."
-    return f"{key}: {first}" if key and key not in first else first
-
-
-def suggest(key: str) -> str:
-    """The setting or group that a misspelt key most likely means; empty where none is near."""
-    key = key.lstrip("+~")
-    keys = [known for known, _, _ in leaves(Config)]
-    group, _, name = key.rpartition(".")
-    same = [known for known, others in OTHER_NAMES.items() if key in others] or [
-        known for known in keys if name == known.rpartition(".")[2] or name in OTHER_NAMES.get(known, ())
-    ]
-    if same:
-        meant = min(same, key=lambda known: not known.startswith(f"{group}."))  # of the same group, if there is one
-        return f"{meant}.{name}" if meant == "trainer.args" else meant
-    groups = {known.rpartition(".")[0] for known in keys} - {""}
-    near = difflib.get_close_matches(key, [*keys, *groups], n=1, cutoff=0.8)
-    if not near and not group:  # `lrr` for `optim.lr`
-        last = {known.rpartition(".")[2]: known for known in reversed(keys)}
-        near = [last[match] for match in difflib.get_close_matches(name, last, n=1, cutoff=0.75)]
-    return near[0] if near else ""

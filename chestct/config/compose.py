@@ -10,7 +10,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from chestct.config.checks import explain, resolve, resolve_composed
+from chestct.config.checks import resolve, resolve_composed
+from chestct.config.explain import explain
 from chestct.config.fields import leaves, type_name
 from chestct.config.schema import Config, SourceConfig
 from chestct.errors import ConfigError
@@ -99,7 +100,8 @@ def readable(override: str, sweep: bool = False, text: bool = False) -> str:
 
     Tables such as data.labels take new keys, which Hydra admits only where the override begins with ++. A value is
     quoted where it would not be read as typed: a path with `=`, parentheses or, unless `sweep`, a comma, or a text that
-    looks like a number, such as 2024_11_27. text: whether it is one; else the schema says so, where it knows the key.
+    looks like a number, such as 2024_11_27, an item of a list, too. text: whether it is one; else the schema says so,
+    where it knows the key.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
@@ -111,6 +113,8 @@ def readable(override: str, sweep: bool = False, text: bool = False) -> str:
     if any(kinds[name].startswith("dict") and f"{key}.".startswith(f"{name}.") for name in kinds):
         key = f"++{key}"
     value = in_home(value) if "str" in kind else value
+    if kind == "list[str]":
+        value = re.sub(r"(?<=[\[,])\s*([-+.\w]+)\s*(?=[,\]])", r"'\1'", value)
     override = f"{key}{equals}{value}"
     if not equals or (value.startswith(("{", "[")) and not kind.startswith("str")):
         return override

@@ -72,11 +72,13 @@ def _boxes(path: Path, setting: str, files: Sequence[SliceFile]) -> dict[str, li
         if missing := set(COLUMNS) - set(table):
             raise ValueError(f"it has no column {', '.join(sorted(missing))}")
         table = table[COLUMNS].astype({"file": str} | dict.fromkeys(COLUMNS[1:], float))
+        if len(lacking := np.flatnonzero(~np.isfinite(table[COLUMNS[1:]]).all(axis=1))):
+            raise ValueError(f"a number is missing in line {lacking[0] + 2}")
         table[["left", "top"]] = np.floor(table[["left", "top"]])
         table[["right", "bottom"]] = np.ceil(table[["right", "bottom"]])
         table = table.astype(dict.fromkeys(COLUMNS[1:], int))
     except (OSError, ValueError) as error:  # pandas' parser, numbers that are none, and bytes that are no text
-        raise DataError(f"{setting}: {path} cannot be read: {error}. Its columns: {','.join(COLUMNS)}.") from None
+        raise DataError(f"{setting}: {path} cannot be read: {error}. It is to begin with {','.join(COLUMNS)}") from None
     labels = {file.path: file.label for file in files}
     boxes: dict[str, list[Box]] = {}
     for line, (file, *box) in enumerate(table.itertuples(index=False), 2):

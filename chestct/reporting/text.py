@@ -119,11 +119,13 @@ def summary(evaluation: Evaluation) -> str:
 
 def _about_the_data(evaluation: Evaluation) -> Iterator[Finding]:
     about = evaluation.about
-    if not evaluation.test["source"].map(of_patients).any():
-        yield Finding("Synthetic", "error", "Tested on phantoms: these numbers say nothing about patients.")
+    tested = not evaluation.test["source"].map(of_patients).any()
     # A checkpoint is measured on its own data; what a bundle learned from it says itself.
-    if evaluation.bundle.facts.get("data", {}).get("synthetic", about["synthetic"] and "bundle" not in about):
-        yield Finding("Synthetic", "error", "Trained on phantoms: the model has seen no patient.")
+    trained = evaluation.bundle.facts.get("data", {}).get("synthetic", about["synthetic"] and "bundle" not in about)
+    if tested or trained:
+        how = "Trained and tested" if tested and trained else "Tested" if tested else "Trained"
+        means = "these numbers say nothing about patients" if tested else "the model has seen no patient"
+        yield Finding("Synthetic", "error", f"{how} on phantoms: {means}.")
     if about["leaked"]:
         text = f"{about['leaked']} validation and test slices of the split {about['split']} have copies in an earlier"
         yield Finding("Leaky split", "error", f"{text} one; these numbers are too good.")

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,14 +72,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
     that returns has measured all slices. Raises ChestCTError for what the user can mend, and Interrupted after Ctrl-C
     or SIGTERM; the checkpoint of the last whole epoch is then in place.
     """
-    with suppress(torch.OutOfMemoryError):
-        return _train(cfg, out, run or Run(), data)
-    # Outside the handler: the error would hold on to what fills the memory, which the next job of a sweep needs.
-    smaller = "lower data.batch_size, features.batch_size (of frozen convolutions) or data.size."
-    raise ChestCTError(f"Out of memory on {pick_device(cfg.trainer.accelerator).type}: {smaller}")
-
-
-def _train(cfg: Config, out: Path, run: Run, data: SliceModule | None) -> Result:
+    run = run or Run()
     L.seed_everything(cfg.seed, verbose=False)
     try:
         write_atomic(out / "settings.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))

@@ -7,8 +7,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from chestct import experiment
-from chestct.config.checks import OTHER_NAMES, resolve, suggest
+from chestct.config.checks import resolve
 from chestct.config.compose import CONF, compose, derived_files, idle_with_bundle, left_behind, merge_settings, readable
+from chestct.config.explain import OTHER_NAMES, suggest
 from chestct.config.fields import leaves
 from chestct.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from chestct.data.prepare import is_synthetic
@@ -60,6 +61,19 @@ from chestct.errors import ConfigError
         ("serve.host=", "serve.host= is empty"),
         ("serve.port=7860,7861", "give one, or, to train with each, add -m."),
         ("model.hidden=8,16", "a list as in 'model.hidden=[8,16]'"),
+        ("data.holdout=b", "give a list, as in 'data.holdout=[A,B]'"),
+        ("data.holdout=[[b]]", "['b'] stands where one value belongs"),
+        ("data.labels={a: [cancer]}", "['cancer'] stands where one value belongs"),
+        ("data.labels={0: normal, 1: cancer}", "Give each alone, as data.labels.NAME=VALUE"),
+        ("data.sources={2024_11: {root: /x}}", "Give each alone, as data.sources.NAME.root=FOLDER"),
+        ("data.sources={a: /x}", "give each alone, as data.sources.a.root=FOLDER"),
+        ("data.sources=[/x]", "a table in braces (several collections at once: {name: {root: ..., labels: ...}})"),
+        ("data.sources.a=null", "data.sources.a: null is no value here"),
+        ("data.sources.a.rot=/x", "Did you mean data.sources.a.root?"),
+        ("data.sources.a.root=null", "data.sources.a.root: give str (folder"),
+        ("data.window=40", "data.window is a group of settings, no int: give each alone, as data.window.NAME=VALUE"),
+        ("data=", "There is no data=: the options are the files in conf/data/"),
+        ("+data.size=64", "leave out the +"),
     ],
 )
 def test_a_wrong_setting_is_named_with_the_way_out(override, says):
@@ -238,6 +252,8 @@ def test_a_folder_without_a_name_takes_its_own_unless_it_holds_phantoms(tmp_path
     assert compose(root).data.name == "clinic"
     stored = OmegaConf.to_container(OmegaConf.structured(Config(data=DataConfig(root=f"{tmp_path}/clinic"))))
     assert merge_settings(compose(), [], stored).data.name == "phantom"  # as it was when its slices were named
+    assert compose("data.sources.phantom={}", "data.sources.b.root=x").data.name == "b and 1 more"
+    assert compose(f"data.root={tmp_path}/gone").data.name == "gone"
     clinic.parent.rename(tmp_path / "phantom")
     assert not is_synthetic(compose(f"data.root={tmp_path}/phantom").data)
 
@@ -260,8 +276,10 @@ def test_a_path_is_read_as_typed(key, value):
 
 @pytest.mark.parametrize("value", ["2024_11_27", "007", "1e5", "12e4567", "1_000", "true", "On", "nan", "5", "3.50"])
 def test_a_text_that_looks_like_a_number_is_read_as_typed(value):
-    cfg = compose(f"cache_dir={value}", f"tracking.run_name={value}", f"data.sources.a.root={value}")
-    assert cfg.cache_dir == cfg.tracking.run_name == cfg.data.sources["a"].root == value
+    cfg = compose(
+        f"cache_dir={value}", f"tracking.run_name={value}", f"data.sources.a.root={value}", f"trust=[{value} ]"
+    )
+    assert cfg.cache_dir == cfg.tracking.run_name == cfg.data.sources["a"].root == cfg.trust[0] == value
 
 
 def test_numbers_switches_and_null_are_no_texts():

@@ -83,10 +83,10 @@ def test_boxes_that_may_not_be_read_are_named(root, tmp_path, monkeypatch):
     [
         (None, "there is no file"),
         ("file,left,top,right\n", "it has no column bottom"),
+        (HEAD + "cancer/2.png,1,2,9,9\ncancer/3.png,1,,3,4\n", "missing in line 3. It is to begin with file,left"),
         (HEAD + "cancer/2.png,1,5,2,3,4\n", "1 is no slice of this source"),  # a decimal comma
         ("", "cannot be read"),
         (HEAD + "cancer/2.png,1,x,3,4\n", "cannot be read"),
-        (HEAD + "cancer/2.png,1,,3,4\n", "cannot be read"),
         (HEAD + "cancer/2.png,-1,0,5,5\n", "lies outside"),
         (HEAD + "cancer/2.png,1,2,3,4\ncancer/77.png,1,2,3,4\n", "line 3: cancer/77.png is no slice of this source"),
         (HEAD + "normal/1.png,1,2,3,4\n", "normal/1.png is a normal slice"),

@@ -131,6 +131,7 @@ def test_no_label_is_suggested_and_the_advice_works_for_any_name_when_it_is_comp
         ("no: normal", "names are text"),
         ("a: ${oc.env:HOME}", r"\[a\]='\${oc.env:HOME}' is not one of"),
         ("healthy: [normal]", "names are text"),
+        ("healthy;normal\ntumour;cancer", "what follows 'healthy;normal tumour;cancer' is not one of normal, "),
         (None, "No such file"),
     ],
 )

@@ -1,13 +1,17 @@
 """The commands as a user meets them: what they print, where they write, and how they fail."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
+import torch
 
+from chestct.cli import main
 from chestct.config.compose import CONF
 from tests.conftest import SMALL, command
 
@@ -150,6 +154,35 @@ def test_data_commands_ingest_and_audit(call, tmp_path, phantoms, cache):
     report = tmp_path / "runs" / "audit-phantom"
     assert (report / "report.html").stat().st_size > 10_000
     assert json.loads((report / "report.json").read_text())["name"] == "phantom"
+
+
+def test_an_audit_is_written_to_a_folder_that_is_called_as_its_data_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written = Mock()
+    monkeypatch.setattr("chestct.reporting.audit_report.validate", written)
+    (tmp_path / "clinic").mkdir()
+    monkeypatch.setattr(sys, "argv", ["chestct", "audit", "data.root=clinic"])
+    main()
+    assert written.call_args.args[1] == tmp_path / "runs" / "audit-clinic"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["audit-clinic"]
+
+
+@pytest.mark.parametrize(
+    ("full", "arguments"),
+    [
+        ("chestct.training.train", ("train",)),
+        ("chestct.evaluation.external.evaluate_bundle", ("evaluate", "bundle=packaged")),
+        ("chestct.serving.batch.find_files", ("embed", "a.png")),
+    ],
+)
+def test_too_little_memory_is_one_clear_error_that_holds_on_to_nothing(full, arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(full, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")))
+    monkeypatch.setattr(sys, "argv", ["chestct", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert re.search(r"error: Out of memory: lower data\.batch_size.*trainer\.accelerator=cpu", capsys.readouterr().err)
+    assert arguments[0] == "embed" or stop.value.__context__.__context__ is None  # the next job needs the memory
 
 
 def test_the_path_of_an_option_may_begin_in_the_home_folder(tmp_path, monkeypatch, capsys):

@@ -37,7 +37,7 @@ def test_serious_caveats_come_first_then_the_answer_then_numbers_with_interval_a
 @pytest.mark.parametrize(
     ("about", "facts", "source", "said"),
     [
-        ({"synthetic": True}, {}, "phantom", ["Tested", "Trained"]),
+        ({"synthetic": True}, {}, "phantom", ["Trained and tested"]),
         ({"synthetic": True, "bundle": "b"}, {"synthetic": False}, "phantom", ["Tested"]),
         ({"synthetic": False, "bundle": "b"}, {"synthetic": True}, "clinic", ["Trained"]),
         ({"synthetic": False, "bundle": "b"}, {}, "clinic", []),

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -40,14 +39,6 @@ def test_history_has_the_rate_that_an_epoch_began_with(tmp_path):
     optimizer.param_groups[0]["lr"] = 0.05
     history.on_train_epoch_end(trainer, None)
     assert pd.read_csv(tmp_path / "history.csv")["lr"].tolist() == [0.1]
-
-
-def test_too_little_memory_is_one_clear_error_that_holds_on_to_nothing(small, tmp_path, monkeypatch):
-    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."))
-    monkeypatch.setattr(sys.modules["chestct.training.train"], "SliceModule", full)
-    with pytest.raises(ChestCTError, match=r"Out of memory on \w+: lower data\.batch_size") as error:
-        train(small(), tmp_path)
-    assert error.value.__context__ is None
 
 
 def losses(folder):
