@@ -36,6 +36,10 @@ SIGNATURES = (
 )
 """Where a file says which format it has, and how."""
 
+GZIP = b"\x1f\x8b"
+PACKED = (GZIP, b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!")
+"""How files begin that hold others."""
+
 
 class Size(NamedTuple):
     """What a file announces: pixels of the first frame, and how many frames or pages."""
@@ -103,10 +107,12 @@ def read(path: File, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 def sniff(data: bytes) -> str:
     """Name of the format of `data` ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "DICOM", "NIFTI") by its content, or ""."""
-    if data.startswith(b"\x1f\x8b"):  # gzip: so are most NIfTI files
+    signatures = SIGNATURES
+    if data.startswith(GZIP):  # as most NIfTI files are, which alone are read so
+        signatures = tuple(one for one in SIGNATURES if one[2] == "NIFTI")
         with suppress(zlib.error):
             data = zlib.decompressobj(31).decompress(data[:4096], 352)
-    return next((format for at, sign, format in SIGNATURES if data.startswith(sign, at)), "")
+    return next((format for at, sign, format in signatures if data.startswith(sign, at)), "")
 
 
 def _slices(
@@ -131,6 +137,8 @@ def _explained(data: bytes, limits: Limits, label: str) -> Iterator[str]:
     """The format of data; turns whatever decoders raise for wrong bytes, which has no common type, into DecodeError."""
     if not (format := sniff(data)):
         start = f"it starts with {data[:24]!r}. Save it as one of these" if data else "it is empty"
+        if data.startswith(PACKED):
+            start = "it is a packed file. Unpack it, or give its files in a folder or a .zip"
         raise DecodeError(label, f"neither PNG, JPEG, TIFF, BMP, WebP, DICOM nor NIfTI: {start}")
     try:
         if len(data) > limits.max_bytes:

@@ -1,5 +1,6 @@
 """Everything that is wrong with a file gives a DecodeError."""
 
+import gzip
 import os
 import struct
 import subprocess
@@ -192,6 +193,12 @@ def test_files_of_countless_pieces_are_not_walked_to_their_end(flood: str) -> No
         (dicom(SMALL, NumberOfFrames="-1"), "NumberOfFrames is -1"),
         (dicom(SMALL, BitsStored=12, HighBit=15), "HighBit"),
         (dicom(SMALL, Rows=0), "4 x 0 pixels"),
+        *(
+            (gzip.compress(data, mtime=0), "packed file. Unpack it")
+            for data in (dicom(SMALL), encoded(RAMP, "PNG"), b"tar")
+        ),
+        (b"PK\3\4 a zip archive", "packed file. Unpack it"),
+        (dicom(SMALL, PixelData=None, FloatPixelData=bytes(64)), "floating-point numbers; export"),
         (dicom(SMALL, RescaleSlope="0"), "RescaleSlope is 0"),
         (dicom(SMALL, RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
         (dicom(SMALL, ModalityLUTSequence=[pydicom.Dataset()]), "lookup tables are not read"),
