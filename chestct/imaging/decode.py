@@ -5,6 +5,7 @@ DecodeError. `dicom` is imported when the first such file is met: that takes lon
 """
 
 import errno
+import logging
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from chestct.imaging import raster
 from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, RefusedError, Slice
 from chestct.imaging.slice_files import File
 
-# Real archives are full of odd values, and Pillow and pydicom warn of each; what matters is in `decode`'s errors.
-warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
+# Real archives are full of odd values, and the decoders warn of each and log it; what matters is in `decode`'s errors.
+warnings.filterwarnings("ignore", module=r"(PIL|pydicom|nibabel)\b")
+for _name in ("PIL", "nibabel.global"):  # pydicom sets its own level when it is imported, see `dicom`
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 SIGNATURES = (
     (344, b"n+1\0", "NIFTI"),

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -268,7 +269,9 @@ def test_odd_files_put_nothing_on_the_terminal(tmp_path: Path) -> None:
     odd = dicom(SMALL, WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
     exif = encoded(RAMP, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
     damaged = dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless).replace(b"\xff\x52", b"\xff\x00")
-    for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged}.items():
+    volume = nibabel.Nifti1Image(np.full((70, 64, 5), -800, np.int16), np.eye(4)).to_bytes()
+    volume = volume[:80] + bytes(12) + volume[92:]  # voxels without a size
+    for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged, "e": volume}.items():
         (tmp_path / name).write_bytes(data)
     code = (
         "import logging, sys; from pathlib import Path; from chestct.config.schema import WindowConfig\n"
