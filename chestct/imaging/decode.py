@@ -110,12 +110,11 @@ def read(path: File, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 def sniff(data: bytes) -> str:
     """Name of the format of `data` ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "DICOM", "NIFTI") by its content, or ""."""
-    signatures = SIGNATURES
-    if data.startswith(GZIP):  # as most NIfTI files are, which alone are read so
-        signatures = tuple(one for one in SIGNATURES if one[2] == "NIFTI")
+    if gzipped := data.startswith(GZIP):  # as most NIfTI files are, which alone are read so
         with suppress(zlib.error):
             data = zlib.decompressobj(31).decompress(data[:4096], 352)
-    return next((format for at, sign, format in signatures if data.startswith(sign, at)), "")
+    found = next((format for at, sign, format in SIGNATURES if data.startswith(sign, at)), "")
+    return "" if gzipped and found != "NIFTI" else found
 
 
 def _slices(
