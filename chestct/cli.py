@@ -98,8 +98,8 @@ def predict() -> None:
     One row a slice, so one for each frame or page of a file: path, frame, score (calibrated P(cancer)), decision
     (cancer, normal, uncertain, refused, or unreadable for a file), reason, possible (classes that cannot be excluded),
     a probability for each class, novelty (distance to the training data; beyond 1 unfamiliar), known (the slice was in
-    the training data), bundle, file_hash, frames, series, position. The same command again goes on where the last one
-    ended, and reads only what changed.
+    the training data), bundle, format, file_hash, frames, series, position. The same command again goes on where the
+    last one ended, and reads only what changed.
 
     Exit status: 0 every file scored, 1 some files unreadable, 2 nothing scored, 130 interrupted.
     """
@@ -124,6 +124,8 @@ def predict() -> None:
         import_highdicom()  # or else everything is scored first
     began = time.perf_counter()
     paths, skipped = find_files(args.sources, args.out)
+    if args.viewer:
+        args.viewer.mkdir(parents=True, exist_ok=True)  # as above
     predictor = Predictor(
         bundle_folder(args.bundle), backend=args.backend, accelerator=args.accelerator, whole_process=True
     )

@@ -5,6 +5,7 @@ DecodeError. `dicom` is imported when the first such file is met: that takes lon
 """
 
 import errno
+import logging
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ from chestct.imaging import raster
 from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, RefusedError, Slice
 from chestct.imaging.slice_files import File
 
-# Real archives are full of odd values, and Pillow and pydicom warn of each; what matters is in `decode`'s errors.
-warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\b")
+# Real archives are full of odd values, and the decoders warn of each and log it; what matters is in `decode`'s errors.
+warnings.filterwarnings("ignore", module=r"(PIL|pydicom|nibabel)\b")
+for _name in ("PIL", "nibabel.global"):  # pydicom sets its own level when it is imported, see `dicom`
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 SIGNATURES = (
     (344, b"n+1\0", "NIFTI"),
@@ -35,6 +38,10 @@ SIGNATURES = (
     *((0, group, "DICOM") for group in (b"\x02\0", b"\x08\0", b"\0\x08")),  # no preamble, as in old archives
 )
 """Where a file says which format it has, and how."""
+
+GZIP = b"\x1f\x8b"
+PACKED = (GZIP, b"PK\x03\x04", b"7z\xbc\xaf", b"Rar!")
+"""How files begin that hold others."""
 
 
 class Size(NamedTuple):
@@ -103,10 +110,11 @@ def read(path: File, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
 def sniff(data: bytes) -> str:
     """Name of the format of `data` ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "DICOM", "NIFTI") by its content, or ""."""
-    if data.startswith(b"\x1f\x8b"):  # gzip: so are most NIfTI files
+    if gzipped := data.startswith(GZIP):  # as most NIfTI files are, which alone are read so
         with suppress(zlib.error):
             data = zlib.decompressobj(31).decompress(data[:4096], 352)
-    return next((format for at, sign, format in SIGNATURES if data.startswith(sign, at)), "")
+    found = next((format for at, sign, format in SIGNATURES if data.startswith(sign, at)), "")
+    return "" if gzipped and found != "NIFTI" else found
 
 
 def _slices(
@@ -131,6 +139,8 @@ def _explained(data: bytes, limits: Limits, label: str) -> Iterator[str]:
     """The format of data; turns whatever decoders raise for wrong bytes, which has no common type, into DecodeError."""
     if not (format := sniff(data)):
         start = f"it starts with {data[:24]!r}. Save it as one of these" if data else "it is empty"
+        if data.startswith(PACKED):
+            start = "it is a packed file. Unpack it, or give its files in a folder or a .zip"
         raise DecodeError(label, f"neither PNG, JPEG, TIFF, BMP, WebP, DICOM nor NIfTI: {start}")
     try:
         if len(data) > limits.max_bytes:

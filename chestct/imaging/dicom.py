@@ -55,6 +55,8 @@ def slices(data: bytes, window: WindowConfig, limits: Limits, every: bool) -> It
     """
     dataset, syntax, (_, _, count) = _read(data, limits)
     if not dataset.get("PixelData"):
+        if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+            raise RefusedError("its pixels are floating-point numbers; export it with integers, as CT has them")
         what = _text(dataset, "Modality") or "unknown"
         raise RefusedError(f"no integer pixel data (modality {what}): a report, a plan or a header, not an image")
     layout = _layout(dataset)
@@ -254,15 +256,17 @@ def _jpeg2000_size(stream: bytes) -> list[int]:
 
 
 def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any], window: WindowConfig) -> np.ndarray:
-    keywords = ("RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth")
-    slope, intercept, center, width = (_number(datasets, keyword) for keyword in keywords)
+    slope, intercept = (_number(datasets, keyword) for keyword in ("RescaleSlope", "RescaleIntercept"))
     signed = stored.dtype.kind == "i"
     rescaled = slope is not None or intercept is not None
     hounsfield = _text(datasets[0], "Modality") in ("CT", "") and (rescaled or signed)
     slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
     if not slope:
         raise RefusedError("RescaleSlope is 0")
-    if center is None or width is None or width < 1 or (hounsfield and not window.from_file):
+    center = width = None
+    if window.from_file or not hounsfield:  # else a window that is no number spoils nothing
+        center, width = (_number(datasets, keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    if center is None or width is None or width < 1:
         center, width = window.center, window.width
         if not hounsfield:  # the whole range
             bits = layout["bits_stored"]
@@ -271,11 +275,9 @@ def _windowed(stored: np.ndarray, datasets: list[Dataset], layout: dict[str, Any
     gray = windowed(stored.astype(np.float32) * np.float32(slope) + np.float32(intercept), WindowConfig(center, width))
     if layout["photometric_interpretation"] == "MONOCHROME1":
         gray = 1 - gray
-    first = datasets[0].get("PixelPaddingValue")
-    if first not in (None, ""):  # outside the reconstructed circle
+    if padding := numbers(datasets[:1], "PixelPaddingValue", 1):  # outside the reconstructed circle
+        padding += numbers(datasets[:1], "PixelPaddingRangeLimit", 1) or padding
         # As bit patterns of the pixels' own type: signed files often declare -2000 as the unsigned 63536.
-        last = datasets[0].get("PixelPaddingRangeLimit")
-        last = first if last in (None, "") else last
-        low, high = sorted(np.array([first % 65536, last % 65536], np.uint16).astype(stored.dtype))
+        low, high = sorted((np.array(padding) % 65536).astype(np.uint16).astype(stored.dtype))
         gray[(stored >= low) & (stored <= high)] = 0
     return gray

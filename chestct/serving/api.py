@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from chestct.serving.predictor import OnAnswer, Predictor
 
 logger = logging.getLogger("chestct.serving")
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it logs bytes of bodies that it cannot read
 
 FILENAME = re.compile(rb";\s*filename\*?(0\*?)?\s*=", re.IGNORECASE)
 MAX_FIELDS, MAX_HEAD = 8, 8_000
@@ -228,7 +229,7 @@ def keep(files: list[bytes], folder: Path, max_bytes: int) -> list[str]:
 
 def _file_in(body: bytes, content_type: str, max_files: int) -> bytes:
     """The file in a request: its body, or the one file of a form. Raises UploadError where there is none, or more."""
-    is_form = content_type.startswith("multipart/form-data")
+    is_form = content_type.lower().startswith("multipart/form-data")
     files = files_in_form(body, content_type, max_files) if is_form else [body]
     if len(files) > 1:
         raise UploadError(f"There are {len(files)} files in the request. Send one at a time.")

@@ -30,7 +30,7 @@ THREADS = 6
 
 FIRST, LAST = (
     ["path", "frame", "score", "decision", "reason", "possible"],
-    ["novelty", "known", "bundle", "file_hash", "frames", "series", "position"],
+    ["novelty", "known", "bundle", "format", "file_hash", "frames", "series", "position"],
 )
 
 MAX_ENTRIES, MAX_INFLATED = 50_000, 20_000_000_000
@@ -151,6 +151,7 @@ def row_of(name: str, prediction: Prediction) -> Row:
         "novelty": f"{prediction.novelty:.6g}",
         "known": str(prediction.known),
         "bundle": prediction.bundle,
+        "format": prediction.slice.format,
         "series": cell(prediction.slice.series),
         "position": "" if place is None else f"{place[2]:.8g} mm" if place[1] == "mm" else f"no. {place[2]:.10g}",
     }

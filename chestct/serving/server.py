@@ -62,7 +62,7 @@ def serve(cfg: Config, locate: Callable[[], str], on_answer: "OnAnswer | None" =
     loading.set_running_or_notify_cancel()
     login = login_from(os.environ)
     listening = bind(cfg.serve.host, cfg.serve.port)
-    signal.signal(signal.SIGHUP, lambda *_: Thread(target=reload, args=(loading, locate)).start())
+    signal.signal(signal.SIGHUP, lambda *_: Thread(target=reload, args=(loading, locate), daemon=True).start())
     with upload_folder() as uploads:
         server = make_server(cfg, loading, uploads, on_answer, login)
         with running(server, listening) as thread:
@@ -73,11 +73,13 @@ def serve(cfg: Config, locate: Callable[[], str], on_answer: "OnAnswer | None" =
                 logger.info(
                     "ready: http://%s:%s bundle %s", netloc(cfg.serve.host), cfg.serve.port, predictor.bundle.id
                 )
-                thread.join()
+                wait_for(thread)
             finally:
                 if not loading.done():
                     loading.set_exception(BusyError("The service could not start: its log says why."))
                 signal.signal(signal.SIGINT, server.handle_exit)  # a second Ctrl-C waits for nobody
+    if RELOADING.acquire(timeout=STILL_S):  # to end amid loading may crash; who never answers holds up nothing more
+        RELOADING.release()
 
 
 @contextlib.contextmanager
@@ -91,7 +93,13 @@ def running(server: uvicorn.Server, listening: socket.socket) -> Iterator[Thread
         yield thread
     finally:
         server.should_exit = True
-        thread.join()
+        wait_for(thread)
+
+
+def wait_for(thread: Thread) -> None:
+    """Until it ends. A signal that comes soon after another may reach any thread; this one has to wake to handle it."""
+    while thread.is_alive():
+        thread.join(0.5)
 
 
 def predictor_for(cfg: Config, bundle: str) -> "Predictor":

@@ -19,7 +19,7 @@ from pydicom.valuerep import DA, TM
 
 from chestct.errors import ChestCTError, DataError
 from chestct.files import digest, write_atomic
-from chestct.imaging.decode import read, sniff
+from chestct.imaging.decode import read
 from chestct.imaging.dicom import axes, numbers
 from chestct.imaging.slice_files import File
 from chestct.serving.batch import cell
@@ -72,7 +72,7 @@ def write_dicom(source: bytes, name: str, prediction: Prediction, folder: Path) 
             contents[kind] = file.getvalue()
     except Exception as error:  # whatever other values lead highdicom and pydicom to
         raise DataError(f"{name}: DICOM for a viewer cannot be written: {error}") from error
-    stem = f"{Path(name).stem}-{digest(source)[:8]}"
+    stem = f"{Path(name).stem[:50]}-{digest(source)[:8]}"  # systems allow 255 bytes
     return [write_atomic(folder / f"{stem}-{kind}.dcm", content) for kind, content in contents.items()]
 
 
@@ -87,15 +87,15 @@ def export(
     named = {cell(str(file)): file for file in files}
     paths: list[Path] = []
     failed: dict[str, str] = {}
-    alone = Scan("", tuple({row["path"]: row for row in rows if not row.get("series")}.values()))
+    rows = [row for row in rows if row.get("format") == "DICOM"]
+    alone = Scan("", tuple({row["path"]: row for row in rows if not row["series"]}.values()))
     for scan in [*scans_in(rows), alone]:
         for row in scan.answered if scan is alone or scan.left_out else scan.answered[:SHOWN]:
             if (name := row["path"]) in failed:  # frames of one file
                 continue
             try:
                 data = read(named[name], predictor.limits)
-                if sniff(data) == "DICOM":
-                    paths += write_dicom(data, name, predictor.predict(data), folder)
+                paths += write_dicom(data, name, predictor.predict(data), folder)
             except DataError as error:
                 failed[name] = str(error).removeprefix(f"{name}: ")
     return paths, failed

@@ -1,5 +1,6 @@
 """Everything that is wrong with a file gives a DecodeError."""
 
+import gzip
 import os
 import struct
 import subprocess
@@ -9,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -192,6 +194,12 @@ def test_files_of_countless_pieces_are_not_walked_to_their_end(flood: str) -> No
         (dicom(SMALL, NumberOfFrames="-1"), "NumberOfFrames is -1"),
         (dicom(SMALL, BitsStored=12, HighBit=15), "HighBit"),
         (dicom(SMALL, Rows=0), "4 x 0 pixels"),
+        *(
+            (gzip.compress(data, mtime=0), "packed file. Unpack it")
+            for data in (dicom(SMALL), encoded(RAMP, "PNG"), b"tar")
+        ),
+        (b"PK\3\4 a zip archive", "packed file. Unpack it"),
+        (dicom(SMALL, PixelData=None, FloatPixelData=bytes(64)), "floating-point numbers; export"),
         (dicom(SMALL, RescaleSlope="0"), "RescaleSlope is 0"),
         (dicom(SMALL, RescaleSlope="1e300"), r"RescaleSlope is 1e\+?300"),
         (dicom(SMALL, ModalityLUTSequence=[pydicom.Dataset()]), "lookup tables are not read"),
@@ -261,7 +269,9 @@ def test_odd_files_put_nothing_on_the_terminal(tmp_path: Path) -> None:
     odd = dicom(SMALL, WindowWidth="0").replace(b"UI\4\x001.2\0", b"UI\4\0no!\0")
     exif = encoded(RAMP, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
     damaged = dicom(np.zeros((48, 64), np.int16), uid.JPEG2000Lossless).replace(b"\xff\x52", b"\xff\x00")
-    for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged}.items():
+    volume = nibabel.Nifti1Image(np.full((70, 64, 5), -800, np.int16), np.eye(4)).to_bytes()
+    volume = volume[:80] + bytes(12) + volume[92:]  # voxels without a size
+    for name, data in {"a": says_implicit, "b": odd, "c": exif, "d": damaged, "e": volume}.items():
         (tmp_path / name).write_bytes(data)
     code = (
         "import logging, sys; from pathlib import Path; from chestct.config.schema import WindowConfig\n"

@@ -131,6 +131,9 @@ def test_numbers_that_anonymising_set_to_zero_say_nothing() -> None:
     assert (slice_.unfit, slice_.position, slice_.spacing) == ("", ("1.3", "number", 7.0), None)
     oriented = dicom(SMALL, InstanceNumber="7", **zeros | {"ImageOrientationPatient": [1, 0, 0, 0, 1, 0]})
     assert decode(oriented, LUNG).position == ("1.3", "mm", 0.0)  # the origin is a place, too
+    text = dicom(SMALL, WindowCenter="40", WindowWidth="40", PixelPaddingValue=0x6161)
+    text = text.replace(b"DS\2\x0040", b"DS\2\0ab").replace(b"\x20\1US", b"\x20\1LO")
+    assert np.array_equal(decode(text, LUNG).gray, slice_.gray)
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ BOMB = encoded(np.zeros((5000, 5000), np.uint8), "PNG")  # training would take i
         (BOMB, {}, 422, "max_pixels"),
         (form("name=a; filename=b", b"rubbish")[:-6], FORM, 400, "cut off"),
         (form("name=a", b"text"), FORM, 400, "no file"),
+        (form("name=a", b"text"), {"content-type": FORM["content-type"].replace("form", "FORM")}, 400, "no file"),
         (form("name=a; filename=b", b"1")[:-7] + form("name=a; filename=c", b"2"), FORM, 400, "2 files"),
         (b"x" * 3_000_001, {}, 413, "chestct predict"),
     ],
@@ -201,6 +202,8 @@ def test_nothing_of_an_upload_is_in_the_log(served: Served, files, caplog: pytes
     for content in (files[0], b"patient Jane Doe"):
         httpx.post(f"{served.url}/predict?name=Jane", files={"Jane": ("Jane.png", content)})
     httpx.get(f"{served.url}/Jane")
+    assert httpx.post(f"{served.url}/predict", content=b"--Jane", headers=FORM).status_code == 400
+    assert not [record for record in caplog.records if record.name.startswith("python_multipart")]
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("chestct")]
     assert messages
     assert not [line for line in messages if "Jane" in line]

@@ -4,7 +4,9 @@ Sockets are real and on loopback; deadlines are shortened, and nothing here asse
 """
 
 import contextlib
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from chestct.config.schema_serving import ServeConfig
 from chestct.errors import ConfigError
 from chestct.serving import limits, server
 from chestct.serving.limits import HEADERS, RequestLimits, login_from, route_of
-from chestct.serving.server import PatientServer, bind, running
+from chestct.serving.server import PatientServer, bind, running, wait_for
 from tests.conftest import until
 
 PASSWORD = "correct horse battery staple"
@@ -149,6 +151,21 @@ def test_a_login_that_cannot_be_used_is_an_error_that_tells_the_way(changed: dic
         login_from(LOGIN | changed)
     assert login_from({}) == b""
     assert len({len(login_from(LOGIN | {"CHESTCT_USERNAME": "a" * n})) for n in (1, 999)}) == 1  # compared alike
+
+
+def test_a_signal_that_reaches_another_thread_is_handled_too() -> None:
+    handled, in_time = threading.Event(), list[bool]()
+
+    def work() -> None:
+        time.sleep(0.1)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        in_time.append(handled.wait(10))
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: handled.set())
+    (thread := threading.Thread(target=work)).start()
+    wait_for(thread)
+    signal.signal(signal.SIGUSR1, before)
+    assert in_time == [True]
 
 
 def test_a_taken_port_is_an_error_that_tells_the_way() -> None:

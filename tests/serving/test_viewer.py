@@ -9,8 +9,12 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
+from PIL import Image
 
+from chestct.config.schema import WindowConfig
 from chestct.errors import DataError
+from chestct.imaging.decode import decode, read
+from chestct.serving import viewer
 from chestct.serving.prediction import NOT_MEDICAL
 from chestct.serving.viewer import write_dicom
 from tests.conftest import Slices, real
@@ -105,17 +109,22 @@ def test_a_number_of_a_slice_that_is_none_is_left_out(model, scan: Slices, tmp_p
 
 
 def test_files_without_dicom_for_a_viewer_are_named_and_the_others_get_theirs(
-    call, scan: Slices, bundle_folder, tmp_path: Path, capsys
+    call, scan: Slices, bundle_folder, tmp_path: Path, monkeypatch, capsys
 ) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(viewer, "read", lambda file, limits: opened.append(file) or read(file, limits))
     several = pydicom.dcmread(io.BytesIO(*scan(1, uid="1.9").values()))
     several.PixelData, several.NumberOfFrames = several.PixelData * 2, 2
     for i, data in enumerate([*scan(1, uid="1.8", SpecificCharacterSet="none").values(), *scan(2).values()]):
-        (tmp_path / f"{i}.dcm").write_bytes(data)
+        (tmp_path / f"{i}.dcm".rjust(250, "0")).write_bytes(data)
+    gray = decode(data, WindowConfig()).gray
+    Image.fromarray((255 * gray).astype(np.uint8)).save(tmp_path / "a.png")
     several.save_as(tmp_path / "several.dcm")
     (tmp_path / "9.dcm").write_bytes(*scan(1, SeriesInstanceUID="").values())
     asked = ("--bundle", bundle_folder, "--out", tmp_path / "s.csv", "--viewer", tmp_path / "dicom")
-    assert call(*sorted(tmp_path.glob("*.dcm")), *asked) == 0
+    assert call(*sorted(tmp_path.glob("*.*")), *asked) == 0
     printed = capsys.readouterr().out
+    assert {path.suffix for path in opened} == {".dcm"}
     assert len(list((tmp_path / "dicom").iterdir())) == 4
     assert "4 DICOM files" in printed
     assert "3 skipped" in printed
@@ -124,11 +133,17 @@ def test_files_without_dicom_for_a_viewer_are_named_and_the_others_get_theirs(
     assert "several.dcm (it has several frames" in printed
 
 
-def test_a_missing_highdicom_is_said_before_anything_is_scored(call, scan, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_missing_highdicom_or_folder_is_said_before_anything_is_scored(
+    call, scan, tmp_path: Path, monkeypatch, capsys
+) -> None:
     monkeypatch.setitem(sys.modules, "highdicom", None)
     (tmp_path / "scan.zip").write_bytes(zipped(scan(1)))
     assert call(tmp_path / "scan.zip", "--out", tmp_path / "s.csv", "--viewer", tmp_path / "dicom") == 2
     assert "chestct[viewer]" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert call(tmp_path / "scan.zip", "--out", tmp_path / "s.csv", "--viewer", tmp_path / "scan.zip") == 2
+    assert "choose another place" in (error := capsys.readouterr().err)
+    assert "--viewer" in error
     assert [path.name for path in tmp_path.iterdir()] == ["scan.zip"]
 
 
