@@ -118,14 +118,13 @@ def predict() -> None:
     from chestct.serving.scan import describe_scans, scans_in
 
     _log_messages()
-    if args.viewer:
-        from chestct.serving.viewer import export, import_highdicom
-
-        import_highdicom()  # or else everything is scored first
     began = time.perf_counter()
     paths, skipped = find_files(args.sources, args.out)
-    if args.viewer:
-        args.viewer.mkdir(parents=True, exist_ok=True)  # as above
+    if args.viewer:  # what is missing for it shows before everything is scored
+        from chestct.serving.viewer import export, import_highdicom
+
+        import_highdicom()
+        args.viewer.mkdir(parents=True, exist_ok=True)
     predictor = Predictor(
         bundle_folder(args.bundle), backend=args.backend, accelerator=args.accelerator, whole_process=True
     )

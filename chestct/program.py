@@ -216,7 +216,7 @@ def _explained(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return (
             f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, or choose another place: "
-            "runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, --out for a table or page, --viewer for "
-            "DICOM."
+            "runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, --out for a table or page, --viewer "
+            "for DICOM."
         )
     raise error

@@ -69,15 +69,16 @@ def explain(error: Exception) -> str:
     if key and any("not in struct" in part or "not in '" in part for part in (text, first)):
         near = suggest(key)
         return f"There is no setting {key!r}.{f' Did you mean {near}?' if near else ''} All settings: --help."
-    if "Could not append" in first and (known := re.search("already at '(.*)'", first)):
-        return f"{known[1]} is a setting that is there already: leave out the + before it."
+    if "Could not append" in first and (existing := re.search("already at '(.*)'", first)):
+        return f"{existing[1]} is a setting that is there already: leave out the + before it."
     key = key or next(iter(re.findall("field '(.*)' is not Optional", first)), "")
     if number := re.search(r"Key (\S+) \((int|float|bool)\)", first):
         key = key.rpartition(".")[0]
         example = "NAME.root=FOLDER" if key == "data.sources" else "NAME=VALUE"
         return f"{key}: a name in braces is read as {number[1]}, no text. Give each alone, as {key}.{example}"
     if group := re.search(r"(\w+) is not a subclass of (\w+)Config", first):
-        key, example = key or f"data.{group[2].lower()}", "root=FOLDER" if group[2] == "Source" else "NAME=VALUE"
+        key = key or f"data.{group[2].lower()}"
+        example = "root=FOLDER" if group[2] == "Source" else "NAME=VALUE"
         return f"{key} is a group of settings, no {group[1]}: give each alone, as {key}.{example}"
     of_source = re.sub(r"^data\.sources\.[^.]+\.", "data.sources.NAME.", key)
     for known, _, item in [*leaves(Config), *leaves(SourceConfig, "data.sources.NAME.")]:

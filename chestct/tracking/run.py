@@ -211,7 +211,7 @@ def open_run(cfg: Config, out: Path, sweep: bool = False) -> Iterator[Run]:
         yield Run()
         return
     run, status = _OpenRun(cfg, out, sweep), "FINISHED"
-    again = "the same command" if sweep or run.family else f"python train.py {shlex.quote(f'ckpt={out}')}"
+    again = "the same command" if sweep or run.sweep_folder else f"python train.py {shlex.quote(f'ckpt={out}')}"
     way_out = f"Mend it, and go on with: {again} (tracking=off needs none)"
     with stores.usable(f"The MLflow store {run.uri}", way_out):
         try:

@@ -103,9 +103,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             # learning rate would take thousands of steps to forget.
             for parameter in model.net.head[-1].parameters():
                 nn.init.zeros_(parameter)
-        if not (resume := resumable(cfg, model)):
-            for name in ("best.ckpt", "last.ckpt"):  # of an earlier training in this folder, which nobody asks for
-                (out / "checkpoints" / name).unlink(missing_ok=True)
+        resume = resumable(cfg, model)
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *loggers]
         if cfg.starts_frozen:
@@ -208,10 +206,11 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     resume = " ".join(["Go on with: python train.py", shlex.quote(f"ckpt={last}"), *parts])
     if REFITS in out.parts:  # one of many heads of an evaluation, none of which is a run
         resume = "The same command starts the evaluation anew."
+    earlier = last.stat().st_mtime_ns if last.is_file() and not cfg.ckpt else 0  # of another training in this folder
     try:
         yield
     except (Interrupted, KeyboardInterrupt, SystemExit):
-        if not last.is_file():
+        if not last.is_file() or last.stat().st_mtime_ns == earlier:
             raise Interrupted("Stopped. No epoch was finished.") from None
         raise Interrupted(f"Stopped in epoch {read_checkpoint(last)['epoch'] + 1}. {resume}") from None
     except (ProcessRaisedException, ProcessExitedException) as error:
