@@ -85,15 +85,17 @@ def prepare(uri: str) -> None:
 
     file = store_file(uri)
     if file is None:
-        way_out = "Give sqlite:///FILE or https://SERVER with tracking.uri or MLFLOW_TRACKING_URI, sqlite:///FILE with "
-        way_out += "tracking.local; tracking=off records nothing."
+        way_out = (
+            "Give sqlite:///FILE or https://SERVER with tracking.uri or MLFLOW_TRACKING_URI, sqlite:///FILE with "
+            "tracking.local; tracking=off records nothing."
+        )
         with usable(f"The MLflow store {uri}", way_out, kinds=""):  # as below, or of a driver that is not installed
             MlflowClient(uri).search_experiments(max_results=1)
         return
     way_out = (
-        f"After an update of MLflow: mlflow db upgrade {uri}. Where MLflow was killed while it made the file, move "
+        f"After an update of MLflow: mlflow db upgrade {uri}. Where MLflow was killed while it made the file, move it "
+        "away. Or choose another with tracking.local=sqlite:///FILE; tracking=off records nothing."
     )
-    way_out += "it away. Or choose another with tracking.local=sqlite:///FILE; tracking=off records nothing."
     with usable(f"The MLflow store {file}", way_out, kinds=""):  # of SQLite, MLflow, SQLAlchemy or Alembic
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock", timeout=WAIT_SECONDS):

