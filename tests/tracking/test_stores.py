@@ -115,7 +115,7 @@ def test_sync_makes_no_store_and_names_the_missing_one(server, small, tmp_path, 
     (tmp_path / "typo.db").write_bytes(empty_store.read_bytes())
     assert sync(cfg) == 0
     cfg.tracking.uri = "http://127.0.0.1:9"
-    with pytest.raises(TrackingError, match="127.0.0.1:9"):
+    with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9"):
         sync(cfg)
 
 

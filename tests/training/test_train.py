@@ -53,7 +53,7 @@ def test_training_learns_and_leaves_what_it_says(small, tmp_path, monkeypatch):
     assert result.last.is_file()
     history = losses(tmp_path / "run")
     assert history["train/loss"].iloc[-1] < 0.8 * history["train/loss"].iloc[0]
-    assert pd.read_csv(tmp_path / "run" / "history.csv").notna().all(axis=None)  # each epoch has its own training metrics
+    assert pd.read_csv(tmp_path / "run" / "history.csv").notna().all(axis=None)  # of each epoch
     assert set(result.predictions["split"]) == {"valid", "test"}
     for path in (result.best, result.last):  # plain data only
         assert torch.load(path, weights_only=True)["hyper_parameters"]["settings"]["task"] == "binary"
