@@ -5,6 +5,7 @@ Hydra composes the settings, makes the run folder, logs, and runs one job or man
 
 import contextlib
 import functools
+import gc
 import inspect
 import io
 import logging
@@ -112,6 +113,7 @@ def errors_for_people() -> Iterator[None]:
     SIGTERM ends it as Ctrl-C does: what has to be kept is kept on the way out.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(10_000)  # the default, 700, is reached a thousand times while torch and MLflow are imported
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a finished training
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
@@ -128,6 +130,8 @@ def errors_for_people() -> Iterator[None]:
         if not (rank() and isinstance(error, ConfigError | DataError)):  # all processes find it, the first one says it
             print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        gc.freeze()  # else Python looks for cycles among all modules before it ends, for one to two seconds
 
 
 def _terminate(signum: int, frame: object) -> None:

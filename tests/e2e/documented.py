@@ -55,6 +55,7 @@ FILLED = {
     r"bundle=FOLDER data=\.\.\. serve": "bundle=runs/quick data=chest_ct data.root=FOLDER serve",
     r"bundle=(FOLDER|\.\.\.)": "bundle=runs/A/bundle",
     r"ckpt=\.\.\.": "ckpt=runs/A",
+    r"ckpt=runs/bundle\S*": "ckpt=runs/row",
     r"ckpt=last (.evaluation.protocol)": r"ckpt=runs/row \1",  # whose head trains in a second
     r"ckpt=last (.trust)": r"ckpt=runs/narrow \1",
     r"iq_oth FOLDER": "iq_oth FOLDER --out new",

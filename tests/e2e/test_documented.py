@@ -27,12 +27,13 @@ from tests.reporting.test_drift_report import records, write
 from tests.serving.conftest import zipped
 
 RUNNER = """
-import contextlib, json, os, re, runpy, signal, subprocess, sys, time, urllib.request
+import contextlib, gc, json, os, re, runpy, signal, subprocess, sys, time, urllib.request
 import chestct.evaluation.export, chestct.experiment, chestct.pyfunc, chestct.reporting.render, chestct.training
 
 program, jobs = sys.argv[1], json.load(sys.stdin)
 status = []
 copy = "?"
+gc.freeze()
 for n, (name, *arguments) in enumerate(jobs):
     arguments = [argument.replace("RUN_ID", copy) for argument in arguments]
     if not (child := os.fork()):  # all that takes seconds to import is there
