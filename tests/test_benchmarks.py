@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks import scale
+from chestct.config.schema import PhantomConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -56,6 +57,7 @@ def test_a_program_that_fails_ends_the_measurement(tmp_path):
 @pytest.mark.slow
 def test_every_measurement_runs(tmp_path, monkeypatch):
     options = ["--turns", "1", "--json", f"{tmp_path}/made.json", "--write", f"{tmp_path}/page.md"]
+    monkeypatch.setattr(bench, "PhantomConfig", lambda slices: PhantomConfig(slices=24))
     monkeypatch.setattr("sys.argv", ["benchmarks", *options])
     monkeypatch.setattr(bench, "BACKENDS", bench.BACKENDS[:2])  # the others run by the same lines
     bench.main()
