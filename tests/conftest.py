@@ -23,7 +23,8 @@ from chestct.cli import main
 from chestct.config.compose import compose
 from chestct.config.schema import Config, ModelConfig, PhantomConfig
 from chestct.data import duplicates
-from chestct.data.datamodule import SliceDataset, SliceModule
+from chestct.data.datamodule import SliceModule
+from chestct.data.dataset import SliceDataset
 from chestct.models import bundle, lightning_module
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import Weights, load_weights

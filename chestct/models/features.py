@@ -20,7 +20,8 @@ from safetensors.torch import save
 from torch.nn import functional
 
 from chestct.config.schema import Config
-from chestct.data.datamodule import SliceDataset, SliceModule
+from chestct.data.datamodule import SliceModule
+from chestct.data.dataset import SliceDataset
 from chestct.data.rows import Rows
 from chestct.data.store import preprocess_of
 from chestct.files import digest, file_digest, json_digest, write_atomic

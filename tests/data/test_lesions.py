@@ -12,7 +12,8 @@ from PIL import Image
 
 from chestct.config.compose import compose
 from chestct.config.schema import DataConfig, SourceConfig
-from chestct.data.datamodule import SliceModule, views_of
+from chestct.data.datamodule import SliceModule
+from chestct.data.dataset import views_of
 from chestct.data.lesions import known_lesions, unpack
 from chestct.data.prepare import ingest
 from chestct.data.sources import list_slices
