@@ -33,7 +33,7 @@ from chestct.config.schema import ModelConfig, PhantomConfig
 from chestct.files import write_atomic
 from chestct.models.backends import computes, conv5_by, has_int8
 from chestct.models.bundle import PACKAGED_BUNDLE, Bundle, load_bundle
-from chestct.models.features import Kept, extract
+from chestct.models.feature_cache import Kept, extract
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED, load_weights
 from chestct.phantom.dataset import write

@@ -17,7 +17,7 @@ import torch
 from benchmarks.scale import draw
 from chestct.config.compose import compose
 from chestct.data.datamodule import SliceModule
-from chestct.models.features import Kept, extract
+from chestct.models.feature_cache import Kept, extract
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.training import train

@@ -3,6 +3,7 @@
 Hydra composes the settings, makes the run folder, logs, and runs one job or many; a mistake leaves no folder behind.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -114,6 +115,7 @@ def errors_for_people() -> Iterator[None]:
     """
     signal.signal(signal.SIGTERM, _terminate)
     gc.set_threshold(10_000)  # the default, 700, is reached a thousand times while torch and MLflow are imported
+    atexit.register(gc.freeze)  # else Python looks for cycles among all modules before it ends, for one to two seconds
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a finished training
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")
@@ -130,8 +132,6 @@ def errors_for_people() -> Iterator[None]:
         if not (rank() and isinstance(error, ConfigError | DataError)):  # all processes find it, the first one says it
             print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
         sys.exit(2)
-    finally:
-        gc.freeze()  # else Python looks for cycles among all modules before it ends, for one to two seconds
 
 
 def _terminate(signum: int, frame: object) -> None:

@@ -32,6 +32,7 @@ from chestct.evaluation.subgroups import subgroups
 from chestct.files import digest
 from chestct.models import features
 from chestct.models.bundle import Bundle
+from chestct.models.feature_cache import Kept, extract
 from chestct.models.head import has_places
 from chestct.models.lightning_module import Classifier, load_classifier
 from chestct.models.novelty import NoveltyModel, fit_novelty
@@ -126,7 +127,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
         parts.append(part.assign(novelty=novelty_model.distance(pooled).numpy()))
     table = pd.concat(parts, ignore_index=True)
     point = fit_point(table, cfg)
-    table = decided(table, point, cfg.task)
+    table = with_decisions(table, point, cfg.task)
     ckpt = Path(cfg.ckpt).resolve()
     about = {
         "data_hash": data.store.data_hash,
@@ -137,7 +138,7 @@ def evaluate(cfg: Config, data: SliceModule | None = None) -> Evaluation:
     facts = training_facts(data.manifest, table) | {"task": cfg.task}
     facts["data"]["seen"] = sorted({*now["seen"]["train"], *now["seen"]["valid"]})
     bundle = Bundle(model.net, point, novelty_model, normal_baseline(model, data, cfg), facts)
-    evaluation = assembled(cfg, bundle, table, data.manifest, data.store.images, about, data)
+    evaluation = assemble(cfg, bundle, table, data.manifest, data.store.images, about, data)
     evaluation.sections["audit"] = kept_audit(cfg, data.store)
     return evaluation
 
@@ -154,7 +155,7 @@ def fit_point(table: pd.DataFrame, cfg: Config) -> OperatingPoint:
     return OperatingPoint.fit(logits_of(valid), valid["target"].to_numpy(), cfg.evaluation, valid["source"].tolist())
 
 
-def assembled(
+def assemble(
     cfg: Config,
     bundle: Bundle,
     table: pd.DataFrame,
@@ -167,7 +168,7 @@ def assembled(
 
     bundle: with the facts that `training_facts` makes.
     """
-    metrics = {split: measured(measurable(table, split), cfg) for split in table["split"].unique()}
+    metrics = {split: metrics_of(measurable(table, split), cfg) for split in table["split"].unique()}
     test = table[table["split"] == "test"]
     of_test = drift.measured(manifest[manifest["split"] == "test"], test)
     sections = {
@@ -216,18 +217,18 @@ def conv5_of(model: Classifier, data: SliceModule, images: np.ndarray, cfg: Conf
         conv5, device, quantised = features.convolutions(data, net, cfg)
         folder = features.space_folder(cfg, net.digest, 0, quantised) / "conv5"
         contents = [digest(image.tobytes()) for image in images]
-        kept = features.Kept(lambda x: conv5(x).half(), contents, folder)  # half the space
+        kept = Kept(lambda x: conv5(x).half(), contents, folder)  # half the space
 
         def squares(positions: Sequence[int]) -> list[torch.Tensor]:
             return list(net.batches(images[positions], len(positions)))
 
-        maps = features.extract([kept], squares, device, batch_size=batch_size)[0][:]
+        maps = extract([kept], squares, device, batch_size=batch_size)[0][:]
     else:
         maps = torch.cat([net.conv5(x).half().cpu() for x in net.batches(images, batch_size)])
     return maps.to(net.mean.device).float()
 
 
-def decided(table: pd.DataFrame, point: OperatingPoint, task: str) -> pd.DataFrame:
+def with_decisions(table: pd.DataFrame, point: OperatingPoint, task: str) -> pd.DataFrame:
     """The table of predictions and novelty with calibrated `probability_CLASS`, `flagged` (at the threshold),
     `decision` (`uncertain` or `refused` for some) and conformal `set`.
     """
@@ -246,7 +247,7 @@ def logits_of(table: pd.DataFrame) -> np.ndarray:
     return table[[column for column in table if str(column).startswith("logit_")]].to_numpy()
 
 
-def measured(part: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
+def metrics_of(part: pd.DataFrame, cfg: Config) -> dict[str, Estimate]:
     """All metrics of one split."""
     return measure(part, cfg.task, cfg.evaluation.resamples, cfg.data.split_seed)
 

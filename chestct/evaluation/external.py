@@ -14,7 +14,7 @@ from chestct.data.prepare import prepare_store
 from chestct.data.splits import groups_of, load_splits, of_patients_first
 from chestct.data.store import Store
 from chestct.errors import DataError
-from chestct.evaluation.evaluate import Evaluation, assembled, decided
+from chestct.evaluation.evaluate import Evaluation, assemble, with_decisions
 from chestct.evaluation.sections import optional_sections
 from chestct.models.bundle import Bundle, load_bundle
 from chestct.models.predictions import prediction_table
@@ -38,7 +38,7 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     manifest, counts = _slices(cfg, store, bundle)
     table = _predicted(manifest, store, bundle, cfg)
     about = {"data_hash": store.data_hash, "bundle": bundle.id} | counts
-    evaluation = assembled(cfg, bundle, table, manifest, store.images, about)
+    evaluation = assemble(cfg, bundle, table, manifest, store.images, about)
     evaluation.sections |= optional_sections(evaluation)
     return evaluation
 
@@ -93,5 +93,5 @@ def _predicted(manifest: pd.DataFrame, store: Store, bundle: Bundle, cfg: Config
     names = {name: i for i, name in enumerate(classes_of(cfg.task))}
     manifest = manifest.assign(target=manifest["label" if cfg.task == "binary" else "subtype"].map(names))
     table = prediction_table(manifest, "test", answers.logits, bundle.task)
-    table = decided(table.assign(novelty=answers.novelty), bundle.point, bundle.task)
+    table = with_decisions(table.assign(novelty=answers.novelty), bundle.point, bundle.task)
     return table if cfg.task == bundle.task else table.assign(probability_cancer=1 - table["probability_normal"])

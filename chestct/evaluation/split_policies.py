@@ -16,7 +16,7 @@ from chestct.config.schema import Config, of_patients
 from chestct.data.datamodule import SliceModule
 from chestct.data.sources import sources_of
 from chestct.errors import ChestCTError
-from chestct.evaluation.evaluate import Row, decided, fit_point, logits_of, measured, row
+from chestct.evaluation.evaluate import Row, fit_point, logits_of, metrics_of, row, with_decisions
 from chestct.models.vgg16 import pick_device
 from chestct.stats.calibration import to_scores
 
@@ -54,7 +54,7 @@ def policy_row(cfg: Config, policy: str, train: Train) -> Row:
         test, _ = on_test(train(policy, cfg, data)[0], cfg)
     except ChestCTError as error:
         return Row(policy, {}, {}, 0, 0, note=f"not available: {error}")
-    return row(cfg, policy, test, measured(test, cfg), data)
+    return row(cfg, policy, test, metrics_of(test, cfg), data)
 
 
 def averaging(train: Train, seeds: int) -> Train:
@@ -95,5 +95,5 @@ def on_test(predictions: pd.DataFrame, cfg: Config, novelty: np.ndarray | float 
     novelty: float [N], of each slice of the table; without, none is refused or uncertain for it.
     """
     point = fit_point(predictions, cfg)
-    table = decided(predictions.assign(novelty=novelty), point, cfg.task)
+    table = with_decisions(predictions.assign(novelty=novelty), point, cfg.task)
     return table[table["split"] == "test"], point.threshold

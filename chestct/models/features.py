@@ -1,22 +1,16 @@
 """Frozen features: while the convolutions do not change, they run once per view and their outputs are kept on disk.
 
-A cache folder belongs to one feature space (weights, preprocessing, view settings) and holds shards: safetensors files
-of some hundred slices, each named by its own digest and written whole or not at all. A killed run loses one shard at
-most, and several processes can write at once; a damaged shard is never believed.
+What is kept belongs to one feature space: weights, preprocessing, settings of the view, and what computes.
 """
 
 import importlib.util
-import json
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch.nn import functional
 
 from chestct.config.schema import Config
@@ -24,20 +18,14 @@ from chestct.data.datamodule import SliceModule
 from chestct.data.dataset import SliceDataset
 from chestct.data.rows import Rows
 from chestct.data.store import preprocess_of
-from chestct.files import digest, file_digest, json_digest, write_atomic
+from chestct.files import json_digest
 from chestct.models.backends import conv5_by
+from chestct.models.feature_cache import Kept, Layer, extract
 from chestct.models.vgg16 import VGG16
 from chestct.phantom import insertion
-from chestct.progress import steps
-
-SHARD = 256
-"""Slices a shard: what a killed run has to compute again."""
 
 FORMAT = 3
 """Version of shards and of how views are made; part of the name of a cache folder."""
-
-
-Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def attach(data: SliceModule, net: VGG16, cfg: Config, splits: Sequence[str], views: int) -> None:
@@ -133,104 +121,6 @@ def space_folder(cfg: Config, weights_digest: str, view: int, quantised: str = "
         settings |= {"view": view, "seed": cfg.data.view_seed, "augment": asdict(cfg.data.augment)}
         settings |= {"lesions": cfg.data.lesions, "drawing": insertion.VERSION} if cfg.data.lesions else {}
     return cfg.cache / "features" / json_digest(settings)[:24]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What is kept of N slices: what `layer` gives for them, in `folder`, by `contents`, the hash of each."""
-
-    layer: Layer
-    contents: Sequence[str]
-    folder: Path
-
-
-@torch.no_grad()
-def extract(
-    kept: Sequence[Kept],
-    slices: Callable[[Sequence[int]], Sequence[torch.Tensor]],
-    device: torch.device,
-    *,
-    batch_size: int,
-    label: str = "",
-) -> list[Rows]:
-    """What is kept of N slices, [N, ...] each, on the CPU: from the cache where it is there, else computed and cached.
-
-    slices: gives for positions what each layer takes, as images float [B, 1, S, S] and masks [B, 1, S, S]; equal hashes
-    share what is kept; label: of the progress bar, if there is to be one.
-    """
-    rows = [_load(one.folder, set(one.contents)) for one in kept]
-    lacking = []
-    for one, held in zip(kept, rows, strict=True):
-        first: dict[str, int] = {}  # content -> its first position
-        for i, content in enumerate(one.contents):
-            first.setdefault(content, i)
-        lacking.append({i for content, i in first.items() if content not in held})
-    todo = sorted(set().union(*lacking))
-    shards: list[dict[str, torch.Tensor]] = [{} for _ in kept]
-    batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
-
-    def keep(batch: list[int], computed: list[torch.Tensor], last: bool) -> None:
-        for one, values, wanted, held, shard in zip(kept, computed, lacking, rows, shards, strict=True):
-            at = [position for position in batch if position in wanted]
-            shard |= {one.contents[position]: row.clone() for position, row in zip(at, values, strict=True)}
-            if shard and (len(shard) >= SHARD or last):
-                raw = save({"features": torch.stack(list(shard.values()))}, {"contents": json.dumps(list(shard))})
-                held |= _rows(write_atomic(one.folder / f"{digest(raw)}.safetensors", raw))
-                shard.clear()
-
-    # While a batch is computed, the next one is drawn and the one before it is written.
-    with ThreadPoolExecutor(2) as pool:
-        following = pool.submit(slices, batches[0]) if batches else None
-        keeping: Future[None] | None = None
-        for i, batch in enumerate(steps(batches, f"{label}, batches", len(batches), bool(label))):
-            assert following is not None
-            tensors = following.result()
-            following = pool.submit(slices, batches[i + 1]) if i + 1 < len(batches) else None
-            computed = []
-            for one, shown, wanted in zip(kept, tensors, lacking, strict=False):
-                at = [k for k, position in enumerate(batch) if position in wanted]
-                shown = shown if len(at) == len(batch) else shown[at]
-                computed.append(one.layer(shown.to(device)).cpu() if at else torch.empty(0))
-            if keeping is not None:
-                keeping.result()
-            keeping = pool.submit(keep, batch, computed, following is None)
-        if keeping is not None:
-            keeping.result()
-    return [Rows([held[content] for content in one.contents]) for one, held in zip(kept, rows, strict=True)]
-
-
-def _load(folder: Path, wanted: set[str]) -> dict[str, torch.Tensor]:
-    """The features of these contents as far as they are cached; of shards that hold none, only the header is read.
-
-    A damaged shard is removed: what it held is computed again.
-    """
-
-    def checked(path: Path) -> dict[str, torch.Tensor]:
-        of_shard = _rows(path, wanted)
-        if of_shard and file_digest(path) != path.stem:
-            raise ValueError("its checksum does not match")
-        return of_shard
-
-    with ThreadPoolExecutor() as pool:  # of a large collection, checksums take seconds
-        shards = {path: pool.submit(checked, path) for path in sorted(folder.glob("*.safetensors"))}
-    rows: dict[str, torch.Tensor] = {}
-    for path, shard in shards.items():
-        try:
-            rows |= shard.result()
-        except (SafetensorError, LookupError, OSError, TypeError, ValueError) as error:
-            print(f"Removing the damaged feature file {path} ({error}); its slices are computed again.")
-            path.unlink(missing_ok=True)
-    return rows
-
-
-def _rows(path: Path, wanted: set[str] | None = None) -> dict[str, torch.Tensor]:
-    """The features in a shard by content (all, or those wanted), mapped into memory: read when they are looked at."""
-    with safe_open(path, "pt") as shard:
-        contents = json.loads(shard.metadata()["contents"])
-        if wanted is not None and wanted.isdisjoint(contents):
-            return {}
-        rows = zip(contents, shard.get_tensor("features"), strict=True)
-        return {content: row for content, row in rows if wanted is None or content in wanted}
 
 
 def plain_maps(net: VGG16, dataset: SliceDataset, batch_size: int) -> Iterable[torch.Tensor]:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from chestct.config.schema import Config, classes_of
-from chestct.evaluation.evaluate import Evaluation, Row, decided, measured
+from chestct.evaluation.evaluate import Evaluation, Row, metrics_of, with_decisions
 from chestct.models.bundle import Bundle
 from chestct.models.novelty import fit_novelty
 from chestct.models.operating_point import OperatingPoint
@@ -63,8 +63,8 @@ def made_up(
     logits = [column for column in valid if column.startswith("logit_")]
     point = point or OperatingPoint.fit(valid[logits].to_numpy(), valid["target"].to_numpy(), cfg.evaluation)
     table = pd.concat([valid, tested], ignore_index=True)
-    table = decided(table.assign(novelty=np.linspace(0.2, 1.3, len(table))), point, task)
-    metrics = {name: measured(part, cfg) for name, part in table.groupby("split", sort=False)}
+    table = with_decisions(table.assign(novelty=np.linspace(0.2, 1.3, len(table))), point, task)
+    metrics = {name: metrics_of(part, cfg) for name, part in table.groupby("split", sort=False)}
     about = {"task": task, "data": "made_up", "split": "grouped", "synthetic": False, "leaked": 0}
     about |= {"data_hash": "0" * 64, "checkpoint": "best.ckpt"}
     slices = {name: int((tested["label"] == name).sum()) for name in ("normal", "cancer")}
