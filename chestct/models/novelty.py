@@ -79,7 +79,10 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor) -> N
     """
     for name, features in (("training", features_train), ("validation", features_valid)):
         if len(features) < FEWEST:
-            raise DataError(f"Novelty needs {FEWEST} {name} slices at least; there are {len(features)}.")
+            raise DataError(
+                f"{len(features)} {name} slices are too few to tell unlike slices by: it takes {FEWEST}. Give more "
+                "slices, or train without report and bundle: evaluation.report=false."
+            )
     x = _roots_of_shares(features_train)
     mean = x.mean(0)
     _, spread, directions = torch.linalg.svd(x - mean, full_matrices=False)
