@@ -155,13 +155,25 @@ def _out_of_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Iterator[st
 
 
 def _contradictions(cfg: Config) -> Iterator[str]:
-    data, model, trainer = cfg.data, cfg.model, cfg.trainer
-    if model.weights == "none" and model.freeze not in (False, 0):
-        yield (
-            "model.weights=none with model.freeze: random convolutions that never change learn nothing. "
-            "Set model.freeze=false, or take weights."
-        )
-    if trainer.unfreeze_epoch and model.freeze is not True:
+    """What is wrong between settings, each of which may be by itself."""
+    yield from _training_problems(cfg)
+    yield from _model_problems(cfg)
+    yield from _split_problems(cfg)
+    yield from _source_problems(cfg)
+    for key, parts in WHOLE.items():
+        group, _, name = key.partition(".")
+        now, usual = getattr(cfg, group), getattr(Config(), group)
+        idle = [part for part in parts if getattr(now, name) and getattr(now, part) != getattr(usual, part)]
+        given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (now, usual))
+        if idle:
+            yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
+    if cfg.compare and len(cfg.compare) != 2:
+        yield f"compare={cfg.compare}: give two evaluations, as in 'compare=[runs/A,runs/B]'."
+
+
+def _training_problems(cfg: Config) -> Iterator[str]:
+    trainer = cfg.trainer
+    if trainer.unfreeze_epoch and cfg.model.freeze is not True:
         yield "trainer.unfreeze_epoch starts from frozen convolutions: set model.freeze=true."
     if trainer.unfreeze_epoch >= trainer.max_epochs:
         yield f"trainer.unfreeze_epoch={trainer.unfreeze_epoch} comes after the last epoch ({trainer.max_epochs})."
@@ -182,6 +194,17 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield f"trainer.devices={trainer.devices} trainer.num_nodes={trainer.num_nodes}: for several say trainer=ddp."
     if trainer.strategy == "ddp" and trainer.accelerator == "mps":
         yield "trainer=ddp does not run on Apple's GPUs: set trainer.accelerator=cpu, or leave out trainer=ddp."
+    if cfg.seed + cfg.seeds - 1 > HIGHEST_SEED:
+        yield f"seed={cfg.seed} seeds={cfg.seeds}: the last of them is out of range: 0 to {HIGHEST_SEED}."
+
+
+def _model_problems(cfg: Config) -> Iterator[str]:
+    data, model = cfg.data, cfg.model
+    if model.weights == "none" and model.freeze not in (False, 0):
+        yield (
+            "model.weights=none with model.freeze: random convolutions that never change learn nothing. "
+            "Set model.freeze=false, or take weights."
+        )
     if data.lesions and cfg.task != "binary":
         yield "data.lesions draws cancer of no subtype: take experiment=subtype, or set data.lesions=0."
     if data.lesions and not data.views:
@@ -194,25 +217,31 @@ def _contradictions(cfg: Config) -> Iterator[str]:
             )
     if cfg.optim.places != OptimConfig.places and (model.pool, cfg.task) != ("topk", "binary"):
         yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
-    for key, parts in WHOLE.items():
-        group, _, name = key.partition(".")
-        now, usual = getattr(cfg, group), getattr(Config(), group)
-        idle = [part for part in parts if getattr(now, name) and getattr(now, part) != getattr(usual, part)]
-        given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (now, usual))
-        if idle:
-            yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
-    if cfg.seed + cfg.seeds - 1 > HIGHEST_SEED:
-        yield f"seed={cfg.seed} seeds={cfg.seeds}: the last of them is out of range: 0 to {HIGHEST_SEED}."
+
+
+def _split_problems(cfg: Config) -> Iterator[str]:
+    data = cfg.data
     if data.folds == 1:
         yield "data.folds: two folds at least, or 0 for none."
-    if cfg.compare and len(cfg.compare) != 2:
-        yield f"compare={cfg.compare}: give two evaluations, as in 'compare=[runs/A,runs/B]'."
     if data.fold >= max(1, data.folds):
         yield f"data.folds={data.folds} data.fold={data.fold}: fold counts from 0, up to data.folds - 1."
     if data.folds and data.split != "grouped":
         yield f"data.folds works with data.split=grouped, not with {data.split}: folders give one split only."
     if not data.folds and data.valid_fraction + data.test_fraction > 0.9:
         yield "data.valid_fraction and data.test_fraction leave less than a tenth of the slices for training."
+    if unknown := set(data.holdout) - set(data.sources or [data.name]):
+        yield (
+            f"data.holdout={data.holdout}: there is no source {', '.join(sorted(unknown))}. The sources are "
+            f"{', '.join(data.sources or [data.name])}; several are given with data.sources."
+        )
+    elif data.holdout and not set(data.sources) - set(data.holdout):
+        yield f"data.holdout={data.holdout} leaves no source to train on: leave one out of it."
+    if data.holdout and (data.folds or data.split != "grouped"):
+        yield "data.holdout says what test is: it works with data.split=grouped and without data.folds."
+
+
+def _source_problems(cfg: Config) -> Iterator[str]:
+    data = cfg.data
     for name, source in data.sources.items():
         if not re.fullmatch(NAME, name):
             yield f"data.sources: {name!r} is no name of a source: give one without / and \\."
@@ -225,14 +254,5 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         else:
             if groups != 1:
                 yield f"data.sources.{name}.patient={source.patient}: give one group, as in (LIDC-IDRI-\\d+)."
-    if unknown := set(data.holdout) - set(data.sources or [data.name]):
-        yield (
-            f"data.holdout={data.holdout}: there is no source {', '.join(sorted(unknown))}. The sources are "
-            f"{', '.join(data.sources or [data.name])}; several are given with data.sources."
-        )
-    elif data.holdout and not set(data.sources) - set(data.holdout):
-        yield f"data.holdout={data.holdout} leaves no source to train on: leave one out of it."
-    if data.holdout and (data.folds or data.split != "grouped"):
-        yield "data.holdout says what test is: it works with data.split=grouped and without data.folds."
     if data.root and data.sources:
         yield "Give either data.root (one source) or data.sources (several), not both; data.root=null takes it back."
