@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 from chestct.config.compose import compose
 from chestct.config.schema import ModelConfig
 from chestct.config.schema_serving import TENSORS
-from chestct.data import datamodule
+from chestct.data import dataset as slices
 from chestct.errors import ConfigError
 from chestct.evaluation.evaluate import evaluate, logits_of
 from chestct.evaluation.export import export
@@ -180,8 +180,8 @@ def test_cached_maps_and_places_are_those_of_one_drawing(drawn, tmp_path, monkey
     cfg, data = drawn
     dataset, drawings, searches = data.dataset("train", train=True), [], []
     net = network(**vars(cfg.model))
-    monkeypatch.setattr(datamodule, "insert", lambda *args: drawings.append(args) or insert(*args))
-    monkeypatch.setattr(datamodule, "find_lungs", lambda image: searches.append(image) or find_lungs(image))
+    monkeypatch.setattr(slices, "insert", lambda *args: drawings.append(args) or insert(*args))
+    monkeypatch.setattr(slices, "find_lungs", lambda image: searches.append(image) or find_lungs(image))
     attach(data, net, replace(cfg, cache_dir=str(tmp_path)), ("train",), views=3)
     normal = (dataset.y == 0).sum().item()
     assert (len(drawings), len(searches)) == (2 * normal, normal)  # features and places are of one drawing
