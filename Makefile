@@ -28,7 +28,7 @@ train: $(READY) ## the main job: train and test, on 120 phantoms, in two views i
 test: $(READY) ## all tests, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "" $(ARGS)
 
-test-fast: $(READY) ## the fast tests, under two minutes
+test-fast: $(READY) ## the fast tests, two to five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## style, types and the direction of imports
