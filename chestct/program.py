@@ -114,7 +114,7 @@ def errors_for_people() -> Iterator[None]:
     SIGTERM ends it as Ctrl-C does: what has to be kept is kept on the way out.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    gc.set_threshold(10_000)  # the default, 700, is reached a thousand times while torch and MLflow are imported
+    gc.set_threshold(10_000)  # Python 3.11's, 700, is reached a thousand times while torch and MLflow are imported
     atexit.register(gc.freeze)  # else Python looks for cycles among all modules before it ends, for one to two seconds
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character must not end a finished training
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
