@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,13 +51,21 @@ SMALL += ("data.batch_size=8",)
 last map is 2 x 2, and a slice takes a hundredth of the time."""
 
 
-OXFORD = functools.cache(lambda: load_weights("oxford"))
 CHANGES = duplicates.CHANGES
+
+
+@functools.cache
+def oxford() -> Weights:
+    """The packaged weights, laid out in memory as networks want them, which would do that once in each test."""
+    weights = load_weights("oxford")
+    layout = torch.channels_last
+    tensors = {name: x.contiguous(memory_format=layout) if x.ndim == 4 else x for name, x in weights.tensors.items()}
+    return replace(weights, tensors=tensors)
 
 
 def read_once(name: str, backbone: str = "vgg16") -> Weights:
     """`load_weights`, which hashes and converts 29 MB; a copy, for networks keep the tensors and train them."""
-    return copy.deepcopy(OXFORD()) if (name, backbone) == ("oxford", "vgg16") else load_weights(name, backbone)
+    return copy.deepcopy(oxford()) if (name, backbone) == ("oxford", "vgg16") else load_weights(name, backbone)
 
 
 def network(outputs: int = 1, size: int = 64, **model: Any) -> VGG16:
