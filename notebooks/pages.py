@@ -1,4 +1,4 @@
-"""Hook of mkdocs: every notebook is run on phantoms, and shown on the site with what it printed and drew.
+"""Hook of mkdocs: every notebook is run on phantoms, and shown on the site with what it printed and drew; and RESULTS.md.
 
 The sources stay without outputs. Plain Markdown, because themes for notebooks fetch scripts from elsewhere.
 CHESTCT_DOCS_RUN=0 shows them without running them.
@@ -24,6 +24,8 @@ def on_files(files: Any, config: Any) -> Any:
         if os.environ.get("CHESTCT_DOCS_RUN") != "0":
             NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER.parent)}}).execute()
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=as_markdown(notebook)))
+    results = (FOLDER.parent / "RESULTS.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "results.md", content=results))
     return files
 
 
