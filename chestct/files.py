@@ -24,6 +24,10 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield part
         part.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(part)):  # a full disk names no file, and nobody knows the part
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -172,6 +172,16 @@ def _about_the_split(audit: Audit) -> Iterator[Finding]:
         action = "Check data.labels and the class folders; where a class has few groups, take larger fractions "
         action += "(data.valid_fraction, data.test_fraction), or add slices of other patients."
         yield Finding("imbalance", "error", text, action)
+    classes: dict[str, set[str]] = {}
+    for row in audit.counts:
+        if row["split"] == "train" and of_patients(row["source"]):
+            classes.setdefault(row["source"], set()).add("normal" if row["subtype"] == "normal" else "cancer")
+    single = [f"{source} ({label})" for source, labels in classes.items() if len(labels) == 1 for label in labels]
+    if single and len(classes) > 1:
+        text = f"Of these sources train has one class alone: {', '.join(single)}. What tells a source from the others, "
+        text += "such as its scanner, tells cancer from normal, too."
+        action = "Take both classes from the same sources, or keep these for test (data.holdout)."
+        yield Finding("shortcut", "warning", text, action)
     groups = {row["label"]: row["groups"] for row in audit.balance if row["split"] == "train"}
     rare, common = sorted(groups, key=lambda label: groups[label])
     if groups[common] > IMBALANCE * groups[rare] > 0:

@@ -83,7 +83,7 @@ def make_splits(manifest: pd.DataFrame, task: str, cfg: DataConfig, *, check: bo
         copies = manifest.assign(split=splits).duplicated(["content", "split"])
         splits = splits.mask(leaked(manifest, splits) | copies | conflicting, LEFT_OUT)
     if check:
-        _check_classes(splits, classes, manifest["group"], task)
+        _check_classes(splits, classes, manifest["group"], task, cfg.holdout)
     return splits
 
 
@@ -107,9 +107,9 @@ def balanced_weights(
 ) -> np.ndarray:
     """How much each slice counts in the loss with data.balance: float32 [N].
 
-    The classes of a source have the same sum, so that it never stands in for the label. The sum grows with the fourth
-    root of the source's groups of normal slices, and within a class a group's share with the square root of its slices:
-    what is alike, or of few patients, teaches less.
+    The classes of a source have the same sum, so that one with both never stands in for the label. The sum grows with
+    the fourth root of the source's groups of normal slices, and within a class a group's share with the square root of
+    its slices: what is alike, or of few patients, teaches less.
 
     manifest: of the slices of one split; target: int [N]; drawn: share of the normal slices, over all views, that show
     a drawn lesion and are cancer: they take the place of so many others, and classes still count alike. sources: what
@@ -250,7 +250,9 @@ def lacking(splits: pd.Series, classes: pd.Series, task: str) -> list[str]:
     return missing if (splits == "test").any() else [*missing, "slices in test"]
 
 
-def _check_classes(splits: pd.Series, classes: pd.Series, groups: pd.Series, task: str) -> None:
+def _check_classes(
+    splits: pd.Series, classes: pd.Series, groups: pd.Series, task: str, holdout: Collection[str]
+) -> None:
     names = classes_of(task)
     present = [name for name in names if (classes == name).any()]
     if len(present) < 2:
@@ -259,9 +261,16 @@ def _check_classes(splits: pd.Series, classes: pd.Series, groups: pd.Series, tas
             "check data.labels and the class folders."
         )
     if missing := lacking(splits, classes, task):
-        sizes = [f"{(classes == n).sum()} {n} slices make {groups[classes == n].nunique()} groups" for n in names]
+        of = {name: (classes == name) & (splits.isin(("train", "valid")) | (not holdout)) for name in names}
+        sizes = [f"{of[name].sum()} {name} slices make {groups[of[name]].nunique()} groups" for name in names]
+        without = f"without what is held out ({', '.join(holdout)}), " if holdout else ""
+        way_out = (
+            "Hold out other sources, use a larger data.valid_fraction"
+            if holdout
+            else "Use data.split=grouped with larger fractions"
+        )
         raise DataError(
-            f"There are no {' and no '.join(missing)}. Groups (copies, near-copies, one patient) stay whole: "
-            f"{', '.join(sizes)}. Use data.split=grouped with larger fractions, or add slices of other patients; "
-            "`chestct audit` shows what ties slices together."
+            f"There are no {' and no '.join(missing)}. Groups (copies, near-copies, one patient) stay whole: {without}"
+            f"{', '.join(sizes)}. {way_out}, or add slices of other patients; `chestct audit` shows what ties slices "
+            "together."
         )

@@ -122,11 +122,11 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
     rule = f"Threshold by {cfg.evaluation.threshold} on validation slices of the other sources, each counting alike"
     unsure = "Answered: neither uncertain nor refused; the next two columns are of these slices."
     unsure += "" if cfg.always_frozen else " None is refused: novelty was not judged."
+    (of_ranked, fewer), (of_called, fewer_called) = mean_and_worst(ranked), mean_and_worst(called)
+    called_notes = [f"{rule}. {unsure}", *fewer_called]
     return {
-        "loso": Part("Leave one source out", filled([*ranked, *mean_and_worst(ranked)]), notes),
-        "threshold": Part(
-            "At the threshold of the others", filled([*called, *mean_and_worst(called)]), [f"{rule}. {unsure}"]
-        ),
+        "loso": Part("Leave one source out", filled([*ranked, *of_ranked]), [*notes, *fewer]),
+        "threshold": Part("At the threshold of the others", filled([*called, *of_called]), called_notes),
         "pointing": Part("Hottest place in a known lesion", pointed, [near]),
     }
 
@@ -254,8 +254,9 @@ def without_weak_intervals(row: dict[str, Any]) -> dict[str, Any]:
     return cells
 
 
-def mean_and_worst(rows: Table) -> Table:
-    """Mean and worst of each column of figures."""
+def mean_and_worst(rows: Table) -> tuple[Table, list[str]]:
+    """Mean and worst of each column of figures, and a note of the columns in which not all sources have one."""
+    fewer = []
     mean: dict[str, Any] = {"held out": "mean"}
     worst: dict[str, Any] = {"held out": "worst"}
     columns = dict.fromkeys(name for row in rows for name in row if name not in ("threshold", "groups"))
@@ -264,12 +265,14 @@ def mean_and_worst(rows: Table) -> Table:
         spreads = np.array([cell.values for cell in cells if isinstance(cell, Spread)])
         values = [cell.value if isinstance(cell, Estimate) else cell for cell in cells]
         figures = [value for value in values if isinstance(value, float)]
+        if 0 < (known := len(spreads) or len(figures)) < len(rows):
+            fewer.append(f"{column} of {known}")
         if len(spreads):
             mean[column], worst[column] = Spread(spreads.mean(0).tolist()), Spread(spreads.min(0).tolist())
         elif figures:
             mean[column] = float(np.mean(figures))
             worst[column] = max(figures) if column == "ECE" else min(figures)
-    return [mean, worst]
+    return [mean, worst], [f"Mean and worst are not of all {len(rows)} sources: {', '.join(fewer)}."] if fewer else []
 
 
 def filled(rows: Table) -> Table:

@@ -38,6 +38,16 @@ def test_what_training_refuses_is_an_error_whichever_split_or_class_it_is(make_d
     assert audit_store(Config(task="subtype"), data).lacking == missing
 
 
+def test_sources_of_one_class_in_train_are_named_next_to_others(make_data):
+    data = make_data(120)
+    label, train = data.manifest["label"], data.splits["grouped"] == "train"
+    data.manifest["source"] = np.where(label == "cancer", "b", np.where(train, "a", "b"))
+    text, *_ = (finding.text for finding in run(data).findings if finding.text.startswith("Of these sources"))
+    assert "one class alone: b (cancer), a (normal)" in text or "one class alone: a (normal), b (cancer)" in text
+    data.manifest["source"] = np.where(data.manifest.index % 2, "a", "b")
+    assert not [finding for finding in run(data).findings if finding.text.startswith("Of these sources")]
+
+
 def test_phantoms_beside_patients_count_in_no_finding(make_data):
     data = make_data(200)
     data.manifest["source"] = np.where(data.manifest.index < 120, "clinic", "phantom")

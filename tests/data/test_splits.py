@@ -93,6 +93,16 @@ def test_a_held_out_source_is_test_alone_and_nothing_of_it_is_trained_on():
     assert (splits == "valid").sum() == pytest.approx(4, abs=1)
 
 
+def test_a_class_that_only_held_out_sources_have_is_said_with_what_is_left():
+    manifest = make_manifest(range(20), ["normal"] * 12 + ["normal", "squamous"] * 4)
+    manifest["source"] = ["here"] * 12 + ["elsewhere"] * 8
+    says = (
+        r"no cancer slices in train and .* without what is held out \(elsewhere\), 12 normal slices make 12 groups, 0 "
+    )
+    with pytest.raises(DataError, match=rf"{says}cancer slices make 0 groups\. Hold out other sources, "):
+        make_splits(manifest, "binary", DataConfig(holdout=["elsewhere"]))
+
+
 @pytest.mark.parametrize("split", ["grouped", "official", "official_clean"])
 def test_next_to_patients_phantoms_are_never_tested(split):
     manifest = make_manifest(range(200), ["normal", "squamous"] * 100, ["train", "valid", "test", "train", "test"] * 40)

@@ -125,6 +125,7 @@ def test_each_source_is_measured_by_heads_that_have_never_seen_it(measured: tupl
     assert (mean["held out"], worst["held out"]) == ("mean", "worst")
     assert mean["AUROC"] == pytest.approx(np.mean(list(values.values())))
     assert worst["AUROC"] == min(values.values())
+    assert parts["loso"].notes == ["Mean and worst are not of all 4 sources: AUROC of 3, single seeds of 3."]
 
 
 @pytest.mark.slow
