@@ -130,13 +130,24 @@ def test_a_store_that_breaks_in_the_middle_is_one_error_with_the_way_out(small, 
 
 def test_what_a_server_refuses_of_one_run_or_experiment_keeps_no_other_run_back(small, uri, monkeypatch):
     local = MlflowClient(uri)
-    gone, mine = map(local.create_experiment, ("gone", "mine"))
+    mine, gone = map(local.create_experiment, ("mine", "gone"))
+    known = local.search_experiments()  # in which `gone` comes first
     large = [local.create_run(experiment).info.run_id for experiment in (gone, mine, mine)][1]
     monkeypatch.setitem(sync.__globals__, "send", Mock(side_effect=[OSError("413 too large"), "copy"]))
     monkeypatch.setitem(sync.__globals__, "probe", lambda _, name: "'gone' was deleted." if name == "gone" else None)
-    says = f"^1 of 3 runs are on .*\n{large}: 413 too large\\.\n'gone' was deleted\\.\nThe same command goes on"
+    monkeypatch.setattr(MlflowClient, "search_experiments", lambda *_, **__: known)  # the server answers
+    says = f"^1 of 3 runs are on .*\n'gone' was deleted\\.\n{large}: 413 too large\\.\nThe same command goes on"
     with pytest.raises(TrackingError, match=says):
         sync(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"))
+
+
+def test_a_server_that_is_gone_is_asked_once_not_for_each_experiment(small, uri, monkeypatch):
+    for name in "abc":
+        MlflowClient(uri).create_run(MlflowClient(uri).create_experiment(name))
+    monkeypatch.setitem(sync.__globals__, "probe", asked := Mock(return_value="The server is gone."))
+    with pytest.raises(TrackingError, match=r"^0 of 3 runs are on .*\nThe server is gone\.\nThe same command"):
+        sync(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"))
+    asked.assert_called_once()
 
 
 @pytest.mark.parametrize("known", [True, False])
