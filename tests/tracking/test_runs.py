@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from chestct import program
 from chestct.config.compose import CONF
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.tracking import TrackingError, open_run, run_of, sole_writer, sync
+from chestct.tracking import TrackingError, open_run, run_of, sole_writer, stores, sync
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
 from chestct.version import code_version
@@ -211,6 +211,22 @@ def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_
     (made,) = runs(f"sqlite:///{home}/mlflow.db")
     assert made.info.artifact_uri.startswith(f"{home}/mlruns/chestct/")
     assert list(copy.iterdir()) == [copy / "out"]
+
+
+def test_a_project_that_was_copied_reads_and_writes_its_own_artifacts(small, uri, tmp_path, capsys):
+    second = tmp_path / "second" / "mlflow.db"
+    with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
+        run.artifacts(Path(__file__))
+    shutil.copytree(tmp_path / "mlruns", second.parent / "mlruns")
+    shutil.copy(tmp_path / "mlflow.db", second)
+    with recorded(small("tracking=mlflow", f"tracking.uri=sqlite:///{second}"), tmp_path / "new"):
+        pass
+    assert f"no longer in {tmp_path}/mlruns/chestct." in capsys.readouterr().out
+    places = [Path(made.info.artifact_uri) for made in runs(f"sqlite:///{second}")]
+    assert [place.relative_to(second.parent / "mlruns" / "chestct").name for place in places] == ["artifacts"] * 2
+    assert (places[1] / Path(__file__).name).is_file()
+    stores.prepare(f"sqlite:///{second}")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
