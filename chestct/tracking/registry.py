@@ -16,7 +16,17 @@ from chestct.config.schema_serving import FACTS
 from chestct.errors import ChestCTError, ConfigError
 from chestct.files import digest, file_digest
 from chestct.tracking import hub
-from chestct.tracking.stores import first_line, is_server, local_uri, prepare, refuse_elsewhere, server_uri, store_file
+from chestct.tracking.stores import (
+    first_line,
+    follow,
+    is_server,
+    local_uri,
+    prepare,
+    refuse_elsewhere,
+    server_uri,
+    store_file,
+    usable,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,7 +70,10 @@ def client_of(uri: str) -> "MlflowClient":
 
     if (file := store_file(uri)) and not file.is_file():
         raise LookupError("there is no such store")  # asking would make one
-    if not (file or is_server(uri)):
+    if file:
+        with usable(f"The MLflow store {file}", "Choose another with tracking.local=sqlite:///FILE.", kinds="sqlite3"):
+            follow(file)
+    elif not is_server(uri):
         prepare(uri)
     return MlflowClient(uri)
 

@@ -109,10 +109,10 @@ def prepare(uri: str) -> None:
                 MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
                 part.replace(file)
             MlflowClient(uri).search_experiments(max_results=1)
-            _follow(file)
+            follow(file)
 
 
-def _follow(file: Path) -> None:
+def follow(file: Path) -> None:
     """Makes a store that was moved or copied name the artifacts next to it; MLflow goes on with those it had before."""
     with closing(sqlite3.connect(file, timeout=WAIT_SECONDS)) as database, database:
         for (before,) in database.execute("SELECT artifact_location FROM experiments").fetchall():

@@ -227,6 +227,12 @@ def test_a_project_that_was_copied_reads_and_writes_its_own_artifacts(small, uri
     assert (places[1] / Path(__file__).name).is_file()
     stores.prepare(f"sqlite:///{second}")
     assert capsys.readouterr().out == ""
+    (tmp_path / "second").rename(third := tmp_path / "third")  # and an evaluation is the first that looks
+    with run_of(
+        small("tracking=mlflow", f"tracking.uri=sqlite:///{third}/mlflow.db"),
+        tmp_path / "new" / "checkpoints" / "best.ckpt",
+    ):
+        assert f"no longer in {tmp_path}/second/mlruns/chestct." in capsys.readouterr().out
 
 
 def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
