@@ -3,6 +3,7 @@
 Any other exception is a bug of ours and keeps its traceback.
 """
 
+import errno
 from pathlib import Path
 
 
@@ -46,3 +47,14 @@ class BusyError(ChestCTError):
 
 class Interrupted(BaseException):
     """Ctrl-C or SIGTERM, after what had to be kept was kept. Not an Exception, so that nothing swallows it."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch, which is not imported here, has no class for that of the processor."""
+    if isinstance(error, RuntimeError):
+        return any(words in f"{error!r}" for words in NO_MEMORY)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+NO_MEMORY = ("MemoryError", "DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
+"""In the names or words of torch's errors: of its pool on a GPU, the processor, CUDA outside that pool, and cuBLAS."""

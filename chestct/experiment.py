@@ -33,11 +33,22 @@ if TYPE_CHECKING:
 CODELESS = "No bundle: it holds no code, and the head is of code that is not in this package or torch."
 
 
-def _resumed_folder(given: dict[str, str]) -> Path | None:
-    """Where a resumed run began, and goes on."""
+def _resumed_folder(given: dict[str, str], sweep: bool) -> Path | None:
+    """Where a resumed run began, and goes on. Raises ConfigError where the command line has another place for it."""
     ckpt = given.get("ckpt", "null")
     path = None if ckpt in ("null", "") else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
-    return path.parent.parent if path and path.parent.name == "checkpoints" else None
+    folder = path.parent.parent if path and path.parent.name == "checkpoints" else None
+    if path and folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
+        raise _elsewhere(path)
+    return folder
+
+
+def _elsewhere(ckpt: Path) -> ConfigError:
+    checkpoints, this = shlex.quote(str(ckpt.parent)), shlex.quote(f"ckpt={ckpt}")
+    return ConfigError(
+        f"The training of {ckpt} goes on in its own folder: give {this} on the command line, without hydra.run.dir and "
+        f"-m. Or branch it: mkdir -p NEW/checkpoints && cp {checkpoints}/*.ckpt NEW/checkpoints, and give ckpt=NEW."
+    )
 
 
 @program("train", _resumed_folder)
@@ -81,10 +92,7 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         # Only the first process is given the run's folder as `out`; the others go by the name of the checkpoint's.
         in_place = folder.name == "checkpoints" if rank() else folder == (out / "checkpoints").resolve()
         if not (rank() or in_place) and (folder.name == "checkpoints" or (out / "checkpoints").exists()):
-            raise ConfigError(
-                f"{out} is not the folder of {ckpt}, where its training goes on: give {shlex.quote(f'ckpt={ckpt}')} on "
-                "the command line, without hydra.run.dir and -m."
-            )
+            raise _elsewhere(ckpt)
         if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
                 cfg = from_checkpoint(dataclasses.replace(cfg, ckpt=str(ckpt.with_name("last.ckpt"))), best=False)

@@ -11,7 +11,6 @@ import inspect
 import io
 import logging
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -27,7 +26,7 @@ from chestct.config.checks import resolve_composed
 from chestct.config.compose import CONF, help_text, in_home, quoted, readable
 from chestct.config.explain import explain, suggest
 from chestct.config.schema import Config
-from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, out_of_memory
 
 WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
@@ -42,15 +41,15 @@ OUT_OF_MEMORY = (
 )
 
 Task = Callable[[Config, Path], Any]
-RunFolder = Callable[[dict[str, str]], Path | None]
+RunFolder = Callable[[dict[str, str], bool], Path | None]
 
 
-def program(config_name: str, run_folder: RunFolder = lambda given: None) -> Callable[[Task], Callable[[], None]]:
+def program(config_name: str, run_folder: RunFolder = lambda *_: None) -> Callable[[Task], Callable[[], None]]:
     """Decorator: `task(cfg, out)` becomes a program whose settings are composed from conf/<config_name>.yaml.
 
     The task's docstring is the first part of `--help`. run_folder: from the settings that are given on the command
-    line, the folder that a run goes on in; None for a new one. The program exits with 0, with 2 after an error that the
-    user can mend, with 130 when it was interrupted.
+    line, and whether they are of a sweep, the folder that a run goes on in; None for a new one. The program exits with
+    0, with 2 after an error that the user can mend, with 130 when it was interrupted.
     """
 
     def decorate(task: Task) -> Callable[[], None]:
@@ -87,13 +86,7 @@ def _hydra_arguments(config_name: str, run_folder: RunFolder, scratch: str) -> l
         from chestct.tracking.stores import refuse_password
 
         refuse_password(given[key])  # before Hydra writes it into the run's folder
-    folder = run_folder(given)
-    if folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
-        elsewhere = "-m" if sweep else "hydra.run.dir"
-        raise ConfigError(
-            f"A training goes on in its own folder, {folder}: leave out {elsewhere}, or branch it with mkdir -p "
-            f"NEW/checkpoints && cp {shlex.quote(str(folder))}/checkpoints/*.ckpt NEW/checkpoints and give ckpt=NEW."
-        )
+    folder = run_folder(given, sweep)
     if scratch:
         overrides += [quoted("hydra.run.dir", scratch), "hydra.output_subdir=null"]
     elif folder and "hydra.run.dir" not in given:
@@ -130,7 +123,7 @@ def errors_for_people() -> Iterator[None]:
         sys.exit(141)
     except Exception as error:
         if not (rank() and isinstance(error, ConfigError | DataError)):  # all processes find it, the first one says it
-            print(f"error: {error if isinstance(error, ChestCTError) else _explained(error)}", file=sys.stderr)
+            print(f"error: {_mistake(error) or _explained(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -166,7 +159,8 @@ def _run(task: Task, config_name: str) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # else its first look at a machine's fonts is a line
+    for name in ("matplotlib", "torch", "onnx_ir", "onnxscript"):  # which tell of fonts, of caches, and of each pass
+        logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     failures: list[ChestCTError] = []
 
@@ -175,12 +169,9 @@ def _run(task: Task, config_name: str) -> None:
         out = Path(HydraConfig.get().runtime.output_dir)
         try:
             return task(resolve_composed(composed), out)
-        except ChestCTError as error:
-            failure = error
         except Exception as error:
-            if not _out_of_memory(error):
+            if not (failure := _mistake(error)):
                 raise
-            failure = ChestCTError(OUT_OF_MEMORY)
         # Outside the handlers: torch's error would hold on to what fills the memory, which the next job needs.
         if out != Path.cwd():
             _remove_if_empty(out)  # a mistake leaves no empty run
@@ -204,15 +195,15 @@ def _remove_if_empty(out: Path) -> None:
             shutil.rmtree(out, ignore_errors=True)  # what cannot be removed must not hide the mistake
 
 
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out: torch's error goes by its name, for torch is imported where it is needed alone."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+def _mistake(error: Exception) -> ChestCTError | None:
+    """What a user can mend, wherever it was raised, in this package's words; None for any other error."""
+    if out_of_memory(error):
+        return ChestCTError(OUT_OF_MEMORY)
+    return error if isinstance(error, ChestCTError) else None
 
 
 def _explained(error: Exception) -> str:
     """What a user has to know of an error from outside this package; raises it again where it is a bug of ours."""
-    if _out_of_memory(error):
-        return OUT_OF_MEMORY
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised_by = (type(error).__module__, frame.f_globals.get("__name__", ""))  # Hydra raises plain ValueErrors, too
     if any(name.startswith(("hydra.", "omegaconf.", "antlr4.")) for name in raised_by):  # one of Hydra's is an OSError

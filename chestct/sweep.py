@@ -2,7 +2,7 @@
 
 The sweep's folder is the record: study.db holds Optuna's study, and each job has a folder with its number. A proposal
 depends on the seed and on the trials before it alone, so that a search that was killed and goes on makes the proposals
-that it would have made; a trial that was under way is run again under its own number.
+that it would have made; a trial that was under way, or failed on a mistake, is run again under its own number.
 
 Not hydra-optuna-sweeper: its release needs Optuna 2 and cannot go on with a sweep that was killed.
 """
@@ -65,6 +65,7 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
     space = {key: _distribution(override) for key, override in swept.items()}
     alike = sorted(line for line in fixed if not line.startswith("launcher="))  # whoever runs it, it is this sweep
     facts = [{key: str(value) for key, value in space.items()}, alike, options.seed]
+    kept = f" (with {shlex.quote(f'hydra.sweep.dir={folder}')})"
     with sole_writer(folder), open_run(cfg, folder, sweep=True) as run:
         study = _open_study(folder, cfg.trainer.mode, facts, space, grid=not options.trials)
         total = options.trials or len(study.trials)
@@ -75,13 +76,14 @@ def sweep(arguments: list[str], config: DictConfig, loader: ConfigLoader, launch
                 for trial, job in zip(trials, launcher.launch(jobs, trials[0].number), strict=True):
                     _record(study, trial.number, job)
         except (Interrupted, KeyboardInterrupt):
-            again = f"The same command goes on with it (with {shlex.quote(f'hydra.sweep.dir={folder}')})."
-            raise Interrupted(f"The sweep was stopped. {again}") from None
+            raise Interrupted(f"The sweep was stopped. The same command goes on with it{kept}.") from None
         finally:
             _report(study, cfg.trainer.monitor, fixed, folder, run)
     if errors := _errors(study):
         jobs_of = {text: [str(job) for job in sorted(errors) if errors[job] == text] for text in errors.values()}
         lines = [f"job {', '.join(numbers)}: {text}" for text, numbers in jobs_of.items()]
+        if left := [str(job) for job in sorted(errors) if not study.trials[job].state.is_finished()]:
+            lines.append(f"The same command runs job {', '.join(left)} again{kept}.")
         raise ChestCTError("\n".join([f"{len(errors)} of {total} jobs failed.", *lines]))
 
 
@@ -134,6 +136,7 @@ def _open_study(folder: Path, mode: str, facts: list[Any], space: dict[str, "Bas
             study.enqueue_trial(dict(zip(space, values, strict=True)), skip_if_exists=True)
     study.set_user_attr("facts", facts)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
+        study.set_user_attr(f"error {trial.number}", "")  # what failed on a mistake runs again, as what was cut short
         if trial.params.keys() != space.keys():
             _fail(study, trial.number, "the sweep was stopped while its settings were being proposed")
     return study
@@ -157,30 +160,36 @@ def _next_trials(
     from optuna.samplers import TPESampler
     from optuna.trial import TrialState
 
-    if not study.get_trials(states=[TrialState.RUNNING]):
+    def running() -> "list[FrozenTrial]":
+        errors = _errors(study)
+        return [trial for trial in study.get_trials(states=[TrialState.RUNNING]) if trial.number not in errors]
+
+    if not running():
         started = len(study.trials) - len(study.get_trials(states=[TrialState.WAITING]))
         for number in range(started, min(started + jobs, total)):
             # A sampler of its own for each trial: its draws then do not depend on where a search was interrupted. Few
             # random trials before TPE has something to go by, because a sweep here has some dozen trials.
             study.sampler = TPESampler(n_startup_trials=5, seed=(1009 * seed + number) % 2**32)
             study.ask(space)
-    running = study.get_trials(states=[TrialState.RUNNING])[:jobs]
-    return [trial for i, trial in enumerate(running) if trial.number == running[0].number + i]
+    trials = running()[:jobs]
+    return [trial for i, trial in enumerate(trials) if trial.number == trials[0].number + i]
 
 
 def _record(study: "Study", number: int, job: JobReturn) -> None:
-    """Keeps what a job reached. One that failed on a mistake of the user's says so; any other exception is raised."""
+    """Keeps what a job reached. One that failed on what the user can mend says so, and its trial stays open: the same
+    command runs it again. Any other exception is raised.
+    """
     try:
         value = job.return_value
-        problem = None if math.isfinite(value) else f"the objective is {value}"
-    except TrackingError:  # of the store of all jobs: the same command runs this one again
+    except TrackingError:  # of the store of all jobs
         raise
     except ChestCTError as error:
-        problem = str(error)
-    if problem:
-        _fail(study, number, problem)
-    else:
+        study.set_user_attr(f"error {number}", str(error))
+        return
+    if math.isfinite(value):
         study.tell(number, value)
+    else:
+        _fail(study, number, f"the objective is {value}")
 
 
 def _fail(study: "Study", number: int, problem: str) -> None:
@@ -192,7 +201,7 @@ def _fail(study: "Study", number: int, problem: str) -> None:
 
 def _errors(study: "Study") -> dict[int, str]:
     """Number and error of each job that failed."""
-    return {int(key.split()[1]): text for key, text in study.user_attrs.items() if key.startswith("error ")}
+    return {int(key.split()[1]): text for key, text in study.user_attrs.items() if key.startswith("error ") and text}
 
 
 def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: Run) -> None:
@@ -205,7 +214,7 @@ def _report(study: "Study", monitor: str, fixed: list[str], folder: Path, run: R
         {"job": trial.number, **_written(trial.params), monitor: trial.value}
         | {"state": "failed" if trial.number in errors else "done", "error": errors.get(trial.number, "")}
         for trial in study.trials
-        if trial.state.is_finished()
+        if trial.state.is_finished() or trial.number in errors
     ]
     if not rows:
         return

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from chestct.config.schema import ModelConfig, WindowConfig
 from chestct.config.schema_serving import CARD, FACTS, FILES, TENSORS
 from chestct.config.targets import check_trusted
-from chestct.errors import BundleError, WeightsError
+from chestct.errors import BundleError, WeightsError, out_of_memory
 from chestct.files import digest, json_digest, read_regular
 from chestct.imaging.preprocess import Preprocess
 from chestct.models.backends import Graph, choose, load_graph
@@ -214,6 +214,8 @@ def load_bundle(source: str | Path, backend: str = "torch", accelerator: str = "
         size = facts["preprocess"]["size"]
         bundle.predict(np.zeros((1, size, size), np.uint8), explain=True)  # whether all parts fit each other
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).splitlines()[-1].strip()
         raise BundleError(f"The bundle {folder} cannot be used: {reason}. Export it again.") from None
     return bundle

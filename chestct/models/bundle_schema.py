@@ -145,13 +145,15 @@ class Facts(Part, extra="allow"):
 def check_target(folder: Path) -> None:
     """Raises BundleError unless a folder is empty or a bundle, or is not there and can be made."""
     try:
-        tempfile.TemporaryFile(dir=next(filter(os.path.lexists, folder.absolute().parents))).close()
+        tempfile.TemporaryFile(dir=next(filter(os.path.lexists, folder.resolve().parents))).close()
     except OSError as error:
         raise BundleError(f"No bundle can be made at {folder} ({error.strerror}): give another bundle=FOLDER") from None
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder. Give another one: {shlex.quote(f'bundle={folder}-bundle')}")
+    if folder.resolve().is_mount():  # which nothing can be renamed to
+        raise BundleError(f"{folder} is a mount point. Give a folder in it: {shlex.quote(f'bundle={folder}/bundle')}")
     entries = sorted(entry for entry in folder.iterdir() if not LITTER.fullmatch(entry.name))
     other = [entry for entry in entries if entry.name not in LARGEST or not entry.is_file()]
     if other or (entries and not (folder / FACTS).is_file()):

@@ -9,7 +9,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from chestct.errors import ConfigError, WeightsError
+from chestct.errors import ConfigError, WeightsError, out_of_memory
 from chestct.files import digest
 
 REFITS = "refits"
@@ -57,6 +57,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its unpickler and its zip reader happen to raise
+        if out_of_memory(error):
+            raise
         reason = "it holds more than plain data and tensors" if "weights_only" in str(error) else "it is damaged"
         raise WeightsError(f"The checkpoint {path} cannot be read: {reason}.") from None
     try:

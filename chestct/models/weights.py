@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file
 from torch import nn
 
-from chestct.errors import ConfigError, WeightsError
+from chestct.errors import ConfigError, WeightsError, out_of_memory
 from chestct.files import digest, file_digest
 
 PACKAGED = Path(__file__).with_name("vgg16_features.fp16.safetensors")
@@ -164,6 +164,8 @@ def _file(path: Path) -> tuple[dict[str, torch.Tensor], str]:
         if "unsupported global" in str(error).lower():
             reason = "it holds more than tensors, and unpickling it could run code. Save it as safetensors"
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
     raise WeightsError(f"model.weights={path} cannot be read: {reason}.")
 

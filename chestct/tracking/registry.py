@@ -15,8 +15,8 @@ from chestct.config.schema import Config
 from chestct.config.schema_serving import FACTS
 from chestct.errors import ChestCTError, ConfigError
 from chestct.files import digest, file_digest
-from chestct.tracking import hub
-from chestct.tracking.stores import first_line, is_server, local_uri, prepare, refuse_elsewhere, server_uri, store_file
+from chestct.tracking import hub, stores
+from chestct.tracking.stores import first_line, is_server, local_uri, refuse_elsewhere, server_uri, store_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,8 +60,11 @@ def client_of(uri: str) -> "MlflowClient":
 
     if (file := store_file(uri)) and not file.is_file():
         raise LookupError("there is no such store")  # asking would make one
-    if not (file or is_server(uri)):
-        prepare(uri)
+    if file:
+        with stores.usable(f"The MLflow store {file}", "Give another: tracking.local=sqlite:///FILE.", kinds="sqlite3"):
+            stores.follow(file)
+    elif not is_server(uri):
+        stores.prepare(uri)
     return MlflowClient(uri)
 
 

@@ -33,6 +33,9 @@ KIND = ("mlflow.experimentKind", "custom_model_development")
 """A tag without which MLflow's page shows an experiment as one of language models."""
 SQLITE = "sqlite:///"
 WAIT_SECONDS = 120  # for another process that makes the store
+LOCATIONS = [("experiments", "artifact_location"), ("logged_models", "artifact_location"), ("runs", "artifact_uri")]
+LOCATIONS += [("model_versions", "source"), ("model_versions", "storage_location")]
+"""Tables and columns of MLflow's in which the path of an artifact stands."""
 
 
 class TrackingError(ChestCTError):
@@ -105,7 +108,22 @@ def prepare(uri: str) -> None:
                     Path(left).unlink(missing_ok=True)
                 MlflowClient(f"{SQLITE}{part}").search_experiments(max_results=1)
                 part.replace(file)
-        MlflowClient(uri).search_experiments(max_results=1)
+            MlflowClient(uri).search_experiments(max_results=1)
+            follow(file)
+
+
+def follow(file: Path) -> None:
+    """Makes a store that was moved or copied name the artifacts next to it; MLflow goes on with those it had before."""
+    with closing(sqlite3.connect(file, timeout=WAIT_SECONDS)) as database, database:
+        for (before,) in database.execute("SELECT artifact_location FROM experiments").fetchall():
+            now = f"{file.resolve().parent}/mlruns/{str(before).rpartition('/mlruns/')[2]}"
+            if now == before or "/mlruns/" not in str(before) or not Path(now).is_dir():
+                continue
+            part = {"now": now, "before": f"{before}/", "size": len(before) + 1}
+            for table, column in LOCATIONS:
+                change = f"UPDATE {table} SET {column} = :now || substr({column}, :size)"
+                database.execute(f"{change} WHERE substr({column} || '/', 1, :size) = :before", part)
+            print(f"{file} was moved or copied: the artifacts of its runs are those in {now}, no longer in {before}.")
 
 
 def _has_tables(file: Path) -> bool:

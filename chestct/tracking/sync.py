@@ -11,6 +11,7 @@ from chestct.config.schema import Config
 from chestct.errors import ConfigError
 from chestct.files import file_digest, json_digest
 from chestct.tracking.stores import (
+    PROBE_SECONDS,
     TrackingError,
     first_line,
     local_uri,
@@ -20,6 +21,7 @@ from chestct.tracking.stores import (
     server_uri,
     store_file,
     use_experiment,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -54,30 +56,34 @@ def sync(cfg: Config) -> int:
         )
     prepare(uri)
     local, remote = MlflowClient(uri), MlflowClient(server)
-    experiments = {experiment.experiment_id: experiment.name for experiment in local.search_experiments()}
-    # Oldest first, so that the parent of a sweep comes before its children.
-    runs = local.search_runs([*experiments], max_results=50_000, order_by=["attributes.start_time ASC"])
-    if not runs and (problem := probe(server, cfg.tracking.experiment)):
+    sent, total, left, gone = 0, 0, [], None
+    for experiment in local.search_experiments():
+        # Oldest first, so that the parent of a sweep comes before its children.
+        oldest = ["attributes.start_time ASC"]
+        runs = local.search_runs([experiment.experiment_id], max_results=50_000, order_by=oldest)
+        total += len(runs)
+        problem = gone or (probe(server, experiment.name) if runs else None)
+        for run in runs:
+            if problem:
+                break
+            try:
+                copy_id = send(local, remote, run.info.run_id)
+            except (MlflowException, ConfigError, OSError) as error:
+                left.append(f"{run.info.run_id}: {first_line(error)}.")
+                problem = probe(server, experiment.name)  # is it the run, or is the server gone?
+                continue
+            print(f"{run.info.run_id}  {run.info.run_name} -> {copy_id or 'deleted on the server, and stays so'}")
+            sent += copy_id is not None
+        if problem and not gone:
+            left.append(problem)
+            # An experiment may be deleted there, or another user's. A server that is gone is asked once, not for each.
+            known = within(PROBE_SECONDS, remote.search_experiments)
+            gone = problem if isinstance(known, Exception) else None
+    if not total and (problem := probe(server, cfg.tracking.experiment)):
         raise TrackingError(problem)
-    problems: dict[str, str | None] = {}  # of an experiment, which may be deleted there or another user's
-    sent, left = 0, []
-    for run in runs:
-        experiment = experiments[run.info.experiment_id]
-        if experiment not in problems:
-            problems[experiment] = probe(server, experiment)
-        if problems[experiment]:
-            continue
-        try:
-            copy_id = send(local, remote, run.info.run_id)
-        except (MlflowException, ConfigError, OSError) as error:
-            left.append(f"{run.info.run_id}: {first_line(error)}.")
-            problems[experiment] = probe(server, experiment)  # is it the run, or is the server gone?
-            continue
-        print(f"{run.info.run_id}  {run.info.run_name} -> {copy_id or 'deleted on the server, and stays so'}")
-        sent += copy_id is not None
-    if left := [*left, *dict.fromkeys(filter(None, problems.values()))]:
-        reasons = "\n".join(left)
-        raise TrackingError(f"{sent} of {len(runs)} runs are on {server}.\n{reasons}\nThe same command goes on.")
+    if left:
+        reasons = "\n".join(dict.fromkeys(left))
+        raise TrackingError(f"{sent} of {total} runs are on {server}.\n{reasons}\nThe same command goes on.")
     print(f"{sent} runs are on {server}")
     return sent
 

@@ -37,7 +37,7 @@ from chestct.config.targets import build
 from chestct.data.datamodule import SliceModule
 from chestct.data.prepare import is_synthetic
 from chestct.data.splits import identity
-from chestct.errors import ChestCTError, ConfigError, Interrupted
+from chestct.errors import ChestCTError, ConfigError, Interrupted, out_of_memory
 from chestct.files import write_atomic
 from chestct.models.checkpoint import REFITS, read_checkpoint
 from chestct.models.features import attach, outputs, plain_maps
@@ -216,8 +216,8 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     except (ProcessRaisedException, ProcessExitedException) as error:
         if mistake := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
             raise ChestCTError(mistake[1].strip()) from None
-        if re.search(r"^torch\.OutOfMemoryError", str(error), re.M):
-            raise torch.OutOfMemoryError from None
+        if out_of_memory(RuntimeError(str(error))):
+            raise MemoryError from None
         message = f"Of {trainer.world_size} processes, {str(error).strip().removeprefix('-- ')}"
         raise ChestCTError(f"{message}, and the training with it. {resume}") from None
     finally:

@@ -1,6 +1,8 @@
 """The commands as a user meets them: what they print, where they write, and how they fail."""
 
+import errno
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -114,7 +116,7 @@ def test_a_training_goes_on_in_its_own_folder_alone(call, tmp_path, elsewhere):
     last.touch()
     status, _, err = call("train.py", "ckpt=run", elsewhere)
     assert status == 2
-    assert f"in its own folder, {tmp_path}/run: leave out {elsewhere.split('=')[0]}" in err
+    assert f"in its own folder: give ckpt={last} on the command line, without hydra.run.dir and -m" in err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert "damaged" in call("train.py", "ckpt=run", "hydra.run.dir=run")[2]  # which is that folder
 
@@ -167,22 +169,42 @@ def test_an_audit_is_written_to_a_folder_that_is_called_as_its_data_are(tmp_path
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["audit-clinic"]
 
 
+PROCESSOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
+
+
 @pytest.mark.parametrize(
-    ("full", "arguments"),
+    ("full", "arguments", "error"),
     [
-        ("chestct.training.train", ("train",)),
-        ("chestct.evaluation.external.evaluate_bundle", ("evaluate", "bundle=packaged")),
-        ("chestct.serving.batch.find_files", ("embed", "a.png")),
+        ("chestct.training.train", ("train",), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")),
+        ("chestct.evaluation.external.evaluate_bundle", ("evaluate", "bundle=packaged"), RuntimeError(PROCESSOR)),
+        ("chestct.models.bundle.load", ("serve", "bundle=packaged"), RuntimeError(PROCESSOR)),
+        ("chestct.serving.batch.find_files", ("embed", "a.png"), OSError(errno.ENOMEM, "Cannot allocate memory")),
     ],
 )
-def test_too_little_memory_is_one_clear_error_that_holds_on_to_nothing(full, arguments, tmp_path, monkeypatch, capsys):
+def test_too_little_memory_is_one_clear_error_that_holds_on_to_nothing(
+    full, arguments, error, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(full, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")))
+    monkeypatch.setattr(full, Mock(side_effect=error))
     monkeypatch.setattr(sys, "argv", ["chestct", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert re.search(r"error: Out of memory: lower data\.batch_size.*trainer\.accelerator=cpu", capsys.readouterr().err)
     assert arguments[0] == "embed" or stop.value.__context__.__context__ is None  # the next job needs the memory
+
+
+@pytest.mark.slow
+def test_what_torch_and_onnx_log_of_an_export_is_not_printed(tmp_path):
+    pytest.importorskip("onnxscript")
+    code = """
+import torch
+from chestct.program import program
+export = torch.nn.Linear(2, 2).eval(), (torch.zeros(1, 2),), "graph.onnx"
+program("evaluate")(lambda cfg, out: print(torch.onnx.export(*export, dynamo=True, verbose=False) is not None))()
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("True\n", "")
 
 
 def test_the_path_of_an_option_may_begin_in_the_home_folder(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@ import yaml
 from hydra.core.utils import JobReturn, JobStatus
 
 from chestct.config.compose import CONF, compose
+from chestct.errors import ChestCTError
 from chestct.sweep import _errors, _next_trials, _open_study, _record
 from chestct.tracking import TrackingError
 from tests.conftest import SMALL, until
@@ -56,6 +57,33 @@ def test_a_job_whose_settings_were_not_all_proposed_when_the_search_was_killed_i
     assert (trial.number, trial.params.keys()) == (2, space.keys())
 
 
+def returned(value):
+    job = JobReturn(status=JobStatus.FAILED if isinstance(value, Exception) else JobStatus.COMPLETED)
+    job.return_value = value
+    return job
+
+
+def test_a_job_that_failed_on_a_mistake_runs_again_when_the_sweep_goes_on_and_one_that_diverged_does_not(tmp_path):
+    from optuna.distributions import CategoricalDistribution
+
+    space = {"optim.lr": CategoricalDistribution(["1", "2", "3"])}
+    study = _open_study(tmp_path, "min", [], space, grid=True)
+    ran = []
+    for value in (ChestCTError("Out of memory"), float("nan"), 0.5):
+        (trial,) = _next_trials(study, space, total=3, jobs=1, seed=0)
+        ran.append(trial.params["optim.lr"])
+        _record(study, trial.number, returned(value))
+    assert ran == ["1", "2", "3"]
+    assert not _next_trials(study, space, total=3, jobs=1, seed=0)  # not for ever
+    assert list(_errors(study)) == [0, 1]
+    study = _open_study(tmp_path, "min", [], space, grid=True)
+    (trial,) = _next_trials(study, space, total=3, jobs=1, seed=0)
+    assert (trial.number, trial.params) == (0, {"optim.lr": "1"})
+    _record(study, 0, returned(0.25))
+    assert not _next_trials(study, space, total=3, jobs=1, seed=0)
+    assert list(_errors(study)) == [1]
+
+
 def table(folder):
     return pd.read_csv(folder / "sweep.csv")
 
@@ -75,10 +103,8 @@ def test_a_store_or_study_that_cannot_be_used_ends_the_sweep_and_fails_no_job(tm
     (tmp_path / "study.db").write_bytes(b"no database at all")
     with pytest.raises(TrackingError, match=r"study\.db cannot be used .*not a database.*hydra\.sweep\.dir=FOLDER"):
         _open_study(tmp_path, "min", [], {}, grid=True)
-    job = JobReturn(status=JobStatus.FAILED)
-    job.return_value = TrackingError("disk full")
     with pytest.raises(TrackingError, match="disk full"):
-        _record(None, 0, job)
+        _record(None, 0, returned(TrackingError("disk full")))
 
 
 @pytest.mark.slow
@@ -111,6 +137,7 @@ def test_a_grid_goes_on_past_a_mistake_and_is_summed_up_again_but_not_with_other
     second = call(*command)
     assert first[0] == second[0] == 2
     assert "out of range" in first[2]
+    assert f"The same command runs job 0 again (with hydra.sweep.dir={folder})." in first[2]
     assert (folder / "1" / "history.csv").stat().st_mtime_ns == before
     assert second[1].splitlines()[-6:] == first[1].splitlines()[-6:]
     assert dict(table(folder).set_index("optim.lr")["state"]) == {-1: "failed", 0.01: "done"}

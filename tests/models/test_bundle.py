@@ -232,6 +232,10 @@ def test_a_place_that_takes_no_bundle_is_found_before_an_evaluation_and_a_full_o
     (tmp_path / "file").touch()
     with pytest.raises(BundleError, match=r"file/below/bundle \(Not a directory\).*bundle=FOLDER"):
         experiment.export.__wrapped__(compose("ckpt=x", f"bundle={tmp_path}/file/below/bundle"), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path == folder)
+        with pytest.raises(BundleError, match=rf"mount point.*bundle={folder}/bundle$"):
+            experiment.export.__wrapped__(compose("ckpt=x", f"bundle={folder}"), tmp_path)
     with pytest.raises(OSError, match="too large"), limited(resource.RLIMIT_FSIZE, 2000):
         make(folder, classes=4)
     assert load_bundle(folder).id == before

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from chestct import program
 from chestct.config.compose import CONF
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.tracking import TrackingError, open_run, run_of, sole_writer, sync
+from chestct.tracking import TrackingError, open_run, run_of, sole_writer, stores, sync
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
 from chestct.version import code_version
@@ -130,13 +130,24 @@ def test_a_store_that_breaks_in_the_middle_is_one_error_with_the_way_out(small, 
 
 def test_what_a_server_refuses_of_one_run_or_experiment_keeps_no_other_run_back(small, uri, monkeypatch):
     local = MlflowClient(uri)
-    gone, mine = map(local.create_experiment, ("gone", "mine"))
+    mine, gone = map(local.create_experiment, ("mine", "gone"))
+    known = local.search_experiments()  # in which `gone` comes first
     large = [local.create_run(experiment).info.run_id for experiment in (gone, mine, mine)][1]
     monkeypatch.setitem(sync.__globals__, "send", Mock(side_effect=[OSError("413 too large"), "copy"]))
     monkeypatch.setitem(sync.__globals__, "probe", lambda _, name: "'gone' was deleted." if name == "gone" else None)
-    says = f"^1 of 3 runs are on .*\n{large}: 413 too large\\.\n'gone' was deleted\\.\nThe same command goes on"
+    monkeypatch.setattr(MlflowClient, "search_experiments", lambda *_, **__: known)  # the server answers
+    says = f"^1 of 3 runs are on .*\n'gone' was deleted\\.\n{large}: 413 too large\\.\nThe same command goes on"
     with pytest.raises(TrackingError, match=says):
         sync(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"))
+
+
+def test_a_server_that_is_gone_is_asked_once_not_for_each_experiment(small, uri, monkeypatch):
+    for name in "abc":
+        MlflowClient(uri).create_run(MlflowClient(uri).create_experiment(name))
+    monkeypatch.setitem(sync.__globals__, "probe", asked := Mock(return_value="The server is gone."))
+    with pytest.raises(TrackingError, match=r"^0 of 3 runs are on .*\nThe server is gone\.\nThe same command"):
+        sync(small("tracking=mlflow", "tracking.uri=http://127.0.0.1:9", f"tracking.local={uri}"))
+    asked.assert_called_once()
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -200,6 +211,28 @@ def test_runs_and_caches_of_a_temporary_copy_lie_in_the_repository(small, empty_
     (made,) = runs(f"sqlite:///{home}/mlflow.db")
     assert made.info.artifact_uri.startswith(f"{home}/mlruns/chestct/")
     assert list(copy.iterdir()) == [copy / "out"]
+
+
+def test_a_project_that_was_copied_reads_and_writes_its_own_artifacts(small, uri, tmp_path, capsys):
+    second = tmp_path / "second" / "mlflow.db"
+    with recorded(small("tracking=mlflow", f"tracking.uri={uri}"), tmp_path / "out") as run:
+        run.artifacts(Path(__file__))
+    shutil.copytree(tmp_path / "mlruns", second.parent / "mlruns")
+    shutil.copy(tmp_path / "mlflow.db", second)
+    with recorded(small("tracking=mlflow", f"tracking.uri=sqlite:///{second}"), tmp_path / "new"):
+        pass
+    assert f"no longer in {tmp_path}/mlruns/chestct." in capsys.readouterr().out
+    places = [Path(made.info.artifact_uri) for made in runs(f"sqlite:///{second}")]
+    assert [place.relative_to(second.parent / "mlruns" / "chestct").name for place in places] == ["artifacts"] * 2
+    assert (places[1] / Path(__file__).name).is_file()
+    stores.prepare(f"sqlite:///{second}")
+    assert capsys.readouterr().out == ""
+    (tmp_path / "second").rename(third := tmp_path / "third")  # and an evaluation is the first that looks
+    with run_of(
+        small("tracking=mlflow", f"tracking.uri=sqlite:///{third}/mlflow.db"),
+        tmp_path / "new" / "checkpoints" / "best.ckpt",
+    ):
+        assert f"no longer in {tmp_path}/second/mlruns/chestct." in capsys.readouterr().out
 
 
 def test_a_deleted_experiment_is_one_clear_error(small, uri, tmp_path):
