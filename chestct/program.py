@@ -178,9 +178,9 @@ def _run(task: Task, config_name: str) -> None:
         except ChestCTError as error:
             failure = error
         except Exception as error:
-            if not _out_of_memory(error):
-                raise
-            failure = ChestCTError(OUT_OF_MEMORY)
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not _out_of_memory(error):
+                raise  # a full disk is no fault of one job: it ends the sweep, which goes on where there is room
+            failure = ChestCTError(_explained(error))
         # Outside the handlers: torch's error would hold on to what fills the memory, which the next job needs.
         if out != Path.cwd():
             _remove_if_empty(out)  # a mistake leaves no empty run
@@ -219,8 +219,8 @@ def _explained(error: Exception) -> str:
         return explain(error)
     if isinstance(error, OSError) and error.strerror:
         return (
-            f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, or choose another place: "
-            "runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, --out for a table or page, --viewer "
-            "for DICOM."
+            f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, let this user read and "
+            "write there, or choose another place: runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, "
+            "--out for a table or page, --viewer for DICOM."
         )
     raise error
