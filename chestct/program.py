@@ -170,8 +170,9 @@ def _run(task: Task, config_name: str) -> None:
         try:
             return task(resolve_composed(composed), out)
         except Exception as error:
-            if not (failure := _mistake(error)):
-                raise
+            if not (mistake := _mistake(error)) and HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # a full disk is no fault of one job: it ends the sweep, which goes on where there is room
+            failure = mistake or ChestCTError(_explained(error))
         # Outside the handlers: torch's error would hold on to what fills the memory, which the next job needs.
         if out != Path.cwd():
             _remove_if_empty(out)  # a mistake leaves no empty run
@@ -210,8 +211,8 @@ def _explained(error: Exception) -> str:
         return explain(error)
     if isinstance(error, OSError) and error.strerror:
         return (
-            f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, or choose another place: "
-            "runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, --out for a table or page, --viewer "
-            "for DICOM."
+            f"Cannot use {error.filename or 'a file'}: {error.strerror}. Free space there, let this user read and "
+            "write there, or choose another place: runs_dir=FOLDER and cache_dir=FOLDER, bundle=FOLDER for an export, "
+            "--out for a table or page, --viewer for DICOM."
         )
     raise error

@@ -230,11 +230,6 @@ def backend_files(folder: Path, facts: Mapping[str, Any]) -> dict[str, bytes]:
 def _read_facts(folder: Path) -> dict[str, Any]:
     """bundle.json, checked."""
     path = folder / FACTS
-    if not path.exists():
-        raise BundleError(
-            f"No bundle in {folder}: there is no {FACTS}. Make one with `chestct export ckpt=last`, or use "
-            "bundle=packaged."
-        )
     try:
         facts = json.loads(_read(folder, FACTS))
         schema, stated = facts["schema"], facts.pop("digest")
@@ -256,9 +251,16 @@ def _read_facts(folder: Path) -> dict[str, Any]:
 def _read(folder: Path, name: str, expected: str = "") -> bytes:
     try:
         data = read_regular(folder / name, LARGEST[name])
+    except (FileNotFoundError, NotADirectoryError):
+        if name != FACTS:
+            raise BundleError(f"The bundle lacks {folder / name}. Export it again.") from None
+        raise BundleError(
+            f"No bundle in {folder}: there is no {FACTS}. Make one with `chestct export ckpt=last`, or use "
+            "bundle=packaged."
+        ) from None
     except OSError as error:
-        what = "lacks" if isinstance(error, FileNotFoundError) else "cannot be read:"
-        raise BundleError(f"The bundle {what} {folder / name} ({error.strerror}). Export it again.") from None
+        way_out = "Let this user read it, or export it again."
+        raise BundleError(f"The bundle cannot be read: {folder / name} ({error.strerror}). {way_out}") from None
     if expected and digest(data) != expected:
         raise BundleError(f"{folder / name} was altered after the bundle was written (wrong SHA-256). Export it again.")
     return data

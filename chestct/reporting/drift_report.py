@@ -4,7 +4,6 @@ Each number is compared alone, and the share of refusals; what the model decline
 Small windows differ by chance, and in large ones everything is significant: a drift has to be both sure and large.
 """
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +84,10 @@ def compare(bundle: Bundle, records: dict[str, np.ndarray]) -> Drift:
         change = f"{now:.1%} of slices, was {before:.1%}"
         compared.append(("refused", change, abs(now - before) >= SHARE_LARGE, p))
     adjusted = holm(np.array([p for *_, p in compared])).tolist()
-    days = [time.strftime("%Y-%m-%d", time.gmtime(moment)) for moment in sorted(records["time"][fresh])]
+    days = np.sort(records["time"][fresh]).astype("datetime64[s]").astype("datetime64[D]")
     return Drift(
         bundle=bundle.id,
-        period=f"{days[0]} to {days[-1]}" if days else "no slices",
+        period=f"{days[0]} to {days[-1]}" if slices else "no slices",
         slices=slices,
         others=int((~of_bundle).sum()),
         known=int((of_bundle & ~fresh).sum()),

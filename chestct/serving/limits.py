@@ -168,7 +168,7 @@ class RequestLimits:
             raise Refused(429, f"More than {most} requests at once from your address.", **SOON)
         if self.requests.total() > MAX_REQUESTS:
             raise Refused(503, "Too many requests at the moment. Try again.", **SOON)
-        given = headers.get(b"authorization", b"")
+        given = re.sub(rb"(?i)^basic +", b"Basic ", headers.get(b"authorization", b""))  # in any case, says RFC 9110
         if self.login and not hmac.compare_digest(sha256(given).digest(), self.login):
             await asyncio.sleep(WRONG_PASSWORD_S if given else 0)
             ask = {"www-authenticate": 'Basic realm="chestct", charset="UTF-8"'}

@@ -83,7 +83,8 @@ class Monitor:
                 database.execute("DELETE FROM answers WHERE time < ?", (time.time() - self.keep_days * 86400,))
         except (sqlite3.Error, OSError) as error:
             if not self.dropped:  # once is enough: a full disk needs no full log
-                logger.error("monitor: cannot write %s (%s); answers go on without a record", self.path, error)
+                sorry = "answers go on without a record until the file can be written, or is moved away"
+                logger.error("monitor: cannot write %s (%s); %s", self.path, error, sorry)
             self.dropped += len(rows)
 
 
@@ -99,14 +100,18 @@ def read_records(path: str | Path, days: float | None = None) -> dict[str, np.nd
             f"No records in {path}: there is no such file. Start the service with monitor.enabled=true "
             f"{shlex.quote(f'monitor.path={path}')}, or give the right file with --db."
         )
+    if days is not None and not days > 0:
+        raise ChestCTError(f"--days {days:g}: give a number above 0.")
     since = 0 if days is None else time.time() - days * 86400
-    try:
-        rows = _select(path.resolve(), since)
-    except sqlite3.Error as error:
-        raise ChestCTError(f"{path} cannot be read as records of the service: {error}.") from None
-    columns = list(zip(*rows, strict=True)) or [()] * len(COLUMNS)
     types = {"time": np.int64, "bundle": str, "decision": str, "known": bool}
-    return {name: np.array(values, types.get(name, np.float64)) for name, values in zip(COLUMNS, columns, strict=True)}
+    try:
+        columns = list(zip(*_select(path.resolve(), since), strict=True)) or [()] * len(COLUMNS)
+        return {name: np.array(part, types.get(name, np.float64)) for name, part in zip(COLUMNS, columns, strict=True)}
+    except (sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        raise ChestCTError(
+            f"{path} cannot be read as records of the service: {error}. Give the right file with --db, or move this "
+            "one away: the service then begins another."
+        ) from None
 
 
 def _select(path: Path, since: float, more: str = "") -> list[tuple[Any, ...]]:

@@ -69,6 +69,10 @@ NO_ORIGINS = Middleware(CORSMiddleware, allow_origins=())
 
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
+REACHABLE = """() => [100, 500, 3000].forEach(wait =>
+    setTimeout(() => document.querySelectorAll("#card table").forEach(table => table.tabIndex = 0), wait))"""
+"""Keys scroll tables, too, that are wider than a phone. Gradio draws a tab some time after it was chosen."""
+
 GREY = jpeg_uri(Image.new("L", (1, 1), 128))
 
 START = """## Drop a slice, or try an example
@@ -236,7 +240,7 @@ def make_page(
                             why = gr.Markdown(elem_id="why")
                         with gr.Accordion("When not to trust it"):
                             doubts = gr.Markdown(elem_id="caveats")
-            with gr.Tab("Model"):
+            with gr.Tab("Model") as model:
                 card = gr.Markdown(container=True, elem_id="card")
         shown = [result, headline, verdict, score, picture, heat_box, heat, why_box, why]
         answered = [status, start, box, readings, strip, gallery, *shown]
@@ -246,6 +250,7 @@ def make_page(
         samples.click(look_at_example, [samples], answered, **raw)
         gallery.select(choose, [readings], shown, postprocess=False, **quiet)
         page.load(describe_model, None, [card, doubts], **quiet)
+        model.select(None, js=REACHABLE, **quiet)
     page.state_session_capacity = SESSIONS
     page.has_launched = True  # else Gradio, when it is mounted, copies whatever file of this machine a client names
     page.queue(max_size=cfg.queue_size, default_concurrency_limit=4)

@@ -22,7 +22,7 @@ from chestct.serving.batch import row_of
 from chestct.serving.prediction import Prediction, jpeg_uri
 from chestct.serving.predictor import OnAnswer, Predictor
 from chestct.serving.scan import BEST, VALIDATION, Row, scans_in
-from chestct.serving.sentences import explanation, plain, verdict
+from chestct.serving.sentences import capped, explanation, plain, verdict
 
 logger = logging.getLogger("chestct.serving")
 
@@ -186,10 +186,11 @@ def _reading(bundle: Bundle, name: str, prediction: Prediction, file_hash: str) 
 def scan_of(readings: list[Reading]) -> tuple[list[Reading], str]:
     """The answered slices of the series with most of them, and what is said of it; none and "" where it is no scan."""
     scan = max(scans_in(reading.row for reading in readings), key=lambda scan: len(scan.answered), default=None)
-    if not scan or scan.left_out:
+    if not scan or scan.score is None:  # as one that is left out
         return [], ""
     rows = {id(row) for row in scan.answered}
     others = len(readings) - len(rows)
     rest = f" {others} other images are left out of it." if others else ""
-    about = f"Scan of {len(rows)} slices, score {scan.score:.2f}: the mean of its {BEST} highest.{rest} {VALIDATION}"
+    score = f"score {capped(scan.score):.2f}: the mean of its {BEST} highest"
+    about = f"Scan of {len(rows)} slices, {score}.{rest} {VALIDATION}"
     return [reading for reading in readings if id(reading.row) in rows], about

@@ -237,6 +237,8 @@ def reload(loading: "Future[Predictor]", locate: Callable[[], str]) -> None:
             logger.info("bundle reloaded: %s", predictor.reload(locate()))
         except ChestCTError as error:
             logger.error("bundle not reloaded, %s stays: %s", predictor.bundle.id, error)
+        except Exception:
+            logger.exception("bundle not reloaded, %s stays", predictor.bundle.id)
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -26,6 +26,7 @@ from chestct.serving.batch import cell
 from chestct.serving.prediction import NOT_MEDICAL, Prediction
 from chestct.serving.predictor import Predictor
 from chestct.serving.scan import SHOWN, Row, Scan, scans_in
+from chestct.serving.sentences import capped
 from chestct.version import __version__
 
 warnings.filterwarnings("ignore", module=r"highdicom\b")  # names of one part, as anonymised files have them
@@ -133,7 +134,7 @@ def _identity(kind: str, source: Dataset, prediction: Prediction) -> dict[str, A
 def _overlay(highdicom: Any, source: Dataset, prediction: Prediction, identity: dict[str, Any]) -> Dataset:
     """The slice with its heat, and what it is worth, as Secondary Capture (PS3.3 A.8.1)."""
     picture = (prediction.overlay() or Image.fromarray(prediction.gray)).convert("RGB")
-    text = f"RESEARCH ONLY, NOT A MEDICAL DEVICE  {prediction.decision}, score {prediction.score:.2f}"
+    text = f"RESEARCH ONLY, NOT A MEDICAL DEVICE  {prediction.decision}, score {capped(prediction.score):.2f}"
     ImageDraw.Draw(picture).text((4, 4), text, fill=(255, 255, 0), stroke_width=1, stroke_fill=(0, 0, 0))
     capture = highdicom.sc.SCImage.from_ref_dataset(
         source,

@@ -109,6 +109,9 @@ def test_on_a_phone_nothing_is_cut_off(visit, examples, scheme: str) -> None:
     assert page.locator("#notice").bounding_box()["y"] == 0  # wherever a prediction is seen
     image = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("L"))
     assert (np.median(image) < 80) == (scheme == "dark")
+    page.click("role=tab[name='Model']")
+    assert page.locator("#card th >> text=threshold").bounding_box()["width"] > 80  # not a letter a line
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -135,6 +138,7 @@ def test_axe_finds_no_serious_barrier(visit, examples, scheme: str, viewport: di
     assert serious() == []
     page.click("role=tab[name='Model']")
     page.wait_for_selector("text=Trying things out")  # the card, without its scripts
+    page.wait_for_selector("#card table[tabindex]")  # a wide one is scrolled by keys, too
     assert page.locator("script:has-text('alert(1)')").count() == 0
     assert serious() == []
     page.click("role=tab[name='Slices']")

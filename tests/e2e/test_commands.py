@@ -130,6 +130,7 @@ def test_a_training_goes_on_in_its_own_folder_alone(call, tmp_path, elsewhere):
         *("evaluate compare=[gone,gone]", "export ckpt=gone bundle=new", "export bundle=gone format=onnx"),
         *("serve bundle=gone", "audit data.root=gone", "ingest data.root=gone", "predict gone", "embed gone"),
         *("predict a.png --bundle gone", "embed a.png --bundle gone", "data fetch chest_ct gone"),
+        f"evaluate ckpt={80 * 'gone'}",  # longer than names may be, and an error of the system itself
         *("push gone user/name", "space new --bundle gone", "drift report --db gone", "drift report --bundle gone"),
     ],
 )

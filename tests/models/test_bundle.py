@@ -187,6 +187,11 @@ def test_a_bundle_that_nothing_could_load_takes_the_place_of_none(folder: Path) 
     assert load_bundle(folder).id == before.id
 
 
+def test_a_folder_that_cannot_even_be_looked_into_is_a_bundle_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"cannot be read: .*bundle\.json \(File name too long\)"):  # as one forbidden
+        load_bundle(tmp_path / ("a" * 300))
+
+
 @pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("name", ["novelty.mean", "saliency.baseline", "head.2.weight"])
 def test_tensors_of_other_shapes_and_tensors_that_are_not_there_are_refused(folder, name, there) -> None:

@@ -39,6 +39,10 @@ CARD = """# Model card
 ## What it is for
 Trying things out.
 
+| held out | threshold | sensitivity | specificity | answered | sensitivity of these | specificity of these | ECE |
+|---|---|---|---|---|---|---|---|
+| here | 0.404 | 0.813 [0.765, 0.853] | 0.939 [0.824, 0.981] | 0.681 | 0.856 [0.801, 0.897] | 1 | 0.2 [0.1, 0.3] |
+
 ## Limits
 - It has only seen **phantoms**.
 - <script>alert(1)</script> is not run.

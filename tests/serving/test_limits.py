@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,10 @@ def test_a_body_may_be_as_large_as_the_limit_announced_or_not(service: Listening
 
 @pytest.mark.parametrize(
     ("given", "status"),
-    [(None, 401), (("ann", PASSWORD), 200), (("ann", "wrong"), 401), (("bob", PASSWORD), 401), (b"Basic \xe9", 401)],
+    [
+        *((None, 401), (("ann", PASSWORD), 200), (("ann", "wrong"), 401), (("bob", PASSWORD), 401)),
+        *((b"Basic \xe9", 401), (b"basic  " + b64encode(f"ann:{PASSWORD}".encode()), 200)),
+    ],
 )
 def test_only_who_has_the_password_comes_in(monkeypatch: pytest.MonkeyPatch, given, status: int) -> None:
     monkeypatch.setattr(limits, "WRONG_PASSWORD_S", 0)

@@ -115,6 +115,13 @@ def test_a_place_that_cannot_be_written_costs_records_only(tmp_path, monkeypatch
 def test_a_file_that_holds_no_records_is_told_from_an_empty_one(tmp_path):
     (tmp_path / "text.db").write_text("hello" * 500)
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE t (a)").connection.close()
-    for name, message in (("none", r"monitor\.enabled=true"), ("text", "cannot be read"), ("other", "no such table")):
+    record(tmp_path / "high.db", prediction())
+    with sqlite3.connect(tmp_path / "high.db") as database:
+        database.execute("UPDATE answers SET score = 'high'")
+    none = ("none", r"monitor\.enabled=true")
+    for name, message in (none, ("text", "cannot be read"), ("other", "no such table"), ("high", "'high'.*move this")):
         with pytest.raises(ChestCTError, match=message):
             read_records(tmp_path / f"{name}.db")
+    for days in (0, -7, float("nan")):
+        with pytest.raises(ChestCTError, match="above 0"):
+            read_records(tmp_path / "high.db", days)

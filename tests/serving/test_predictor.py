@@ -6,12 +6,13 @@ import time
 import tracemalloc
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from chestct.errors import DecodeError
+from chestct.errors import BundleError, DecodeError
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import Slice, pixel_hash
 from chestct.serving.api import answer
@@ -158,6 +159,14 @@ def test_of_two_reloads_the_later_one_has_the_last_word(tmp_path) -> None:
     for thread in threads:
         thread.join(30)
     assert loading.result().bundle.id == Predictor(tmp_path / "b").bundle.id
+
+
+@pytest.mark.parametrize("fault", [BundleError("No bundle"), PermissionError("no")])
+def test_where_no_bundle_can_be_had_the_old_one_goes_on_and_the_log_says_so(small_bundle, caplog, fault) -> None:
+    loading: Future[Predictor] = Future()
+    loading.set_result(Predictor(small_bundle))
+    reload(loading, Mock(side_effect=fault))
+    assert f"bundle not reloaded, {loading.result().bundle.id} stays" in caplog.text
 
 
 def test_pixels_in_flight_have_a_budget(small_bundle: Path) -> None:

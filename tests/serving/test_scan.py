@@ -86,12 +86,16 @@ def test_the_page_scores_the_slices_that_the_command_does(scan, model, bundle_fo
     found = [one for one in model.predict_scan(tmp_path / "scan.zip") if not one.left_out]
     predictor = Predictor(bundle_folder)
     uploaded = expand([("scan.zip", archive)], 100, 100_000_000)
-    shown, about = scan_of([one for file in uploaded for one in read_file(predictor, predictor.bundle, *file)])
+    readings = [one for file in uploaded for one in read_file(predictor, predictor.bundle, *file)]
+    shown, about = scan_of(readings)
     assert len(found) == bool(shown) == scans
     for one in found:
         scores = sorted(float(row["score"]) for row in one.rows)
         assert sorted(reading.score for reading in shown) == pytest.approx(scores, abs=1e-5)
         assert f"{count} slices, score {one.score:.2f}" in about
+        for reading in readings:
+            reading.row["score"] = "0.999"
+        assert "score 0.99:" in scan_of(readings)[1]  # no model is certain
 
 
 def test_other_planes_other_kinds_and_short_series_are_left_out_with_a_reason(scan, model, tmp_path) -> None:
