@@ -23,6 +23,7 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing
 SPLIT_FOLDERS |= dict.fromkeys(("valid", "val", "validation"), "valid")
 MASKS = "masks"  # folder next to split or class folders with the masks of lesions
 DEPTH = 4  # how many folders below a root that holds no class folders are searched for them
+UNLABELLED = "Labels that stand in a table: docs/data.md. Without labels: chestct predict FOLDER."
 # Words after a label that turn it into something else, as in `cancer free`
 NEGATIONS = {"free", "negative", "no", "non", "not", "or", "versus", "vs", "without"}
 
@@ -113,8 +114,8 @@ class _Source:
             seen = ", ".join(sorted(path.name for path in self.root.iterdir())[:8]) or "nothing"
             raise DataError(
                 f"No class folders with files under {self.root}. Saw: {seen}. Expected {self.root}/<class>/* or "
-                f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, see `chestct data fetch`, or train on "
-                "phantoms with data=phantom."
+                f"{self.root}/train|valid|test/<class>/*. {UNLABELLED} Or "
+                "run `dvc pull`, see `chestct data fetch`, or take phantoms with data=phantom."
             )
         if self.source.patient:
             self._check_patients(self.listing.slices[before:])
@@ -193,7 +194,7 @@ class _Source:
         if len(deeper) == 1 and deeper != [self.root]:
             return f"{text} Class folders lie deeper: give {shlex.quote(f'{self.root_setting}={deeper[0]}')}"
         known, choices = ", ".join(self.labels) or "none", ", ".join(LABEL_NAMES)
-        return f"{text} Known beginnings: {known}. {_advice(names, f' # one of {choices}')}"
+        return f"{text} Known beginnings: {known}. {UNLABELLED} {_advice(names, f' # one of {choices}')}"
 
     def _roots(self, folder: Path, depth: int) -> list[Path]:
         """Folders from here on that hold split folders or class folders, no deeper than needed."""

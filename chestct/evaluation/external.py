@@ -78,8 +78,8 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, di
     known = manifest["group"].isin(groups_of(store.manifest, bundle.seen)) & ~manifest["leaked"]
     if known.all():
         raise DataError(
-            f"Nothing is left to measure of {cfg.data.name}: {len(manifest)} slices were in the bundle's training data "
-            f"or are near-copies of such, and {conflicts} have more than one label. Give other data."
+            f"Nothing is left to measure of {cfg.data.name}. Slices that the bundle learned from, or near-copies of "
+            f"such: {len(manifest)}; with more than one label: {conflicts}. Give other data."
         )
     manifest = manifest[~known]
     measured = of_patients_first(manifest)
