@@ -87,11 +87,20 @@ def metric_table(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def counts(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    """Test slices by true class, with what they were `called` at the threshold and how that was `decided`."""
+    """Test slices by true class, with what they were `called` at the threshold and how that was `decided`.
+
+    An answer that none got has its column of zeros; a class that does not occur, no row.
+    """
     test, names = evaluation.test, np.array(classes_of(evaluation.cfg.task))
+    tables = {
+        "called": (names[test["target"]], names[called(evaluation)], names),
+        "decided": (test["label"], test["decision"], ["normal", "cancer", "uncertain", *test["decision"]]),
+    }
     return {
-        "called": pd.crosstab(names[test["target"]], names[called(evaluation)], rownames=["truth"]).reset_index(),
-        "decided": pd.crosstab(test["label"], test["decision"], rownames=["truth"]).reset_index(),
+        name: pd.crosstab(truth, answer, rownames=["truth"])
+        .reindex(columns=sorted(set(answers)), fill_value=0)
+        .reset_index()
+        for name, (truth, answer, answers) in tables.items()
     }
 
 
