@@ -141,10 +141,7 @@ class _Source:
         reasons |= {path: "lesion masks, not slices" for path in reasons if path == self.root / MASKS}
         for path, reason in reasons.items():
             self._skip(path, reason)
-        folders = [path for path, reason in reasons.items() if not reason]
-        for folder in folders:
-            self._name(folder)
-        return folders
+        return [path for path, reason in reasons.items() if not reason and self._name(path)]
 
     def _name(self, path: Path) -> str:
         """The path below the root, with /; raises DataError for one that is no text."""

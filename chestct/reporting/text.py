@@ -87,20 +87,14 @@ def metric_table(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def counts(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    """Test slices by true class, with what they were `called` at the threshold and how that was `decided`.
-
-    An answer that none got has its column of zeros; a class that does not occur, no row.
-    """
+    """Test slices by true class, as they were `called` at the threshold and `decided`, zeros included."""
     test, names = evaluation.test, np.array(classes_of(evaluation.cfg.task))
-    tables = {
-        "called": (names[test["target"]], names[called(evaluation)], names),
-        "decided": (test["label"], test["decision"], ["normal", "cancer", "uncertain", *test["decision"]]),
-    }
+    by_threshold = pd.crosstab(names[test["target"]], names[called(evaluation)], rownames=["truth"])
+    decided = pd.crosstab(test["label"], test["decision"], rownames=["truth"])
+    answers = sorted({"cancer", "normal", "uncertain", *test["decision"]})
     return {
-        name: pd.crosstab(truth, answer, rownames=["truth"])
-        .reindex(columns=sorted(set(answers)), fill_value=0)
-        .reset_index()
-        for name, (truth, answer, answers) in tables.items()
+        "called": by_threshold.reindex(columns=sorted(names), fill_value=0).reset_index(),
+        "decided": decided.reindex(columns=answers, fill_value=0).reset_index(),
     }
 
 
