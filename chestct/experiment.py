@@ -105,6 +105,8 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         print(f"{' and '.join(anew)}: more heads, trained after this run by {later}")
     if cfg.optim.optimizer and "weight_decay" not in cfg.optim.optimizer:  # that of a recipe, as often as not
         print(f"optim.weight_decay={cfg.optim.weight_decay} has no effect: optim.optimizer.weight_decay would have.")
+    if "lr" in cfg.optim.optimizer:
+        print(f"optim.optimizer.lr={cfg.optim.optimizer['lr']} has no effect: optim.lr={cfg.optim.lr} has.")
     with sole_writer(out), open_run(cfg, out) as run:
         result = fit(cfg, out, run)
         run.artifacts(out / "settings.yaml", "config")

@@ -40,11 +40,24 @@ def build(spec: dict[str, Any], kind: type[T], setting: str, *args: Any, **kwarg
     except ConfigError:
         raise
     except Exception as error:  # whatever the class of a user raises
-        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-        raise ConfigError(f"{setting}._target_={spec['_target_']} cannot be made: {reason.strip()}") from error
+        raise ConfigError(f"{setting}._target_={spec['_target_']} cannot be made: {_reason(error)}") from error
     if not isinstance(instance, kind):
         raise ConfigError(wrong_kind)
     return instance
+
+
+def _reason(error: Exception) -> str:
+    """Why something cannot be made, in a line; and Hydra's question where it cannot import it."""
+    from hydra.errors import InstantiationException
+
+    reason, cause = " ".join(str(error).split()) or type(error).__name__, error.__cause__
+    if not isinstance(error, InstantiationException) or cause is None:
+        return reason
+    question = str(cause).splitlines()[-1]
+    while cause.__cause__:
+        cause = cause.__cause__
+    own = " A file of your own is found in the working directory with PYTHONPATH=. before the command."
+    return f"{cause}. {question}{own * question.endswith('is installed?')}"
 
 
 def check_trusted(settings: Any, source: str, trust: Sequence[str] = ()) -> None:

@@ -15,7 +15,7 @@ import pandas as pd
 from omegaconf import OmegaConf
 
 from chestct.config.schema import WindowConfig
-from chestct.errors import DataError
+from chestct.errors import DataError, DecodeError
 from chestct.files import file_digest, json_digest
 from chestct.imaging.decode import decode
 from chestct.imaging.slice import pixel_hash
@@ -70,15 +70,18 @@ def fetch(name: str, source: Path, target: Path | None = None, progress: bool = 
             problems.append(f"{folder}: {len(paths)} slices, where there should be {known.folders[folder][0]}")
     if not problems:  # digests take a while
         for folder, paths in slices.items():
-            if content_digest(paths, folder, progress) != known.folders[folder][1]:
-                problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
+            try:
+                if content_digest(paths, folder, progress) != known.folders[folder][1]:
+                    problems.append(f"{folder}: {len(paths)} slices, but not those that were published")
+            except DecodeError as error:
+                problems.append(f"{folder}: {error}")
     matches = {file: next(source.rglob(file), None) for file in known.files}
     extra = {file: path for file, path in matches.items() if path is not None}
     problems += [f"{file} is missing" for file in known.files if file not in extra]
     problems += [f"{file} differs" for file, path in extra.items() if file_digest(path) != known.files[file]]
     if problems:
         raise DataError(
-            f"{source} is not {known.title} as the project knows it.\n"
+            f"{source} is not what the project knows as {known.title}.\n"
             + "".join(f"- {problem}\n" for problem in problems)
             + f"What it should be: chestct data fetch {name}. To use it as it is, unchecked: python train.py "
             + settings_of(name, source)

@@ -21,8 +21,9 @@ from chestct.imaging.slice_files import walk, why_skipped
 # Folder names, in lower case, that say which split their slices belong to
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_FOLDERS |= dict.fromkeys(("valid", "val", "validation"), "valid")
-MASKS = "masks"  # folder next to split folders with the masks of lesions
+MASKS = "masks"  # folder next to split or class folders with the masks of lesions
 DEPTH = 4  # how many folders below a root that holds no class folders are searched for them
+UNLABELLED = "Labels that stand in a table: docs/data.md. Without labels: chestct predict FOLDER."
 # Words after a label that turn it into something else, as in `cancer free`
 NEGATIONS = {"free", "negative", "no", "non", "not", "or", "versus", "vs", "without"}
 
@@ -62,9 +63,6 @@ def list_slices(cfg: DataConfig) -> Listing:
             _Source(name, Path(source.root), labels, listing, source, _root_setting(cfg, name)).read()
     except OSError as error:
         raise DataError(f"Cannot list {error.filename}: {error.strerror}. Its slices would be missing.") from error
-    for file in listing.slices:
-        if file.path.encode("utf-8", "replace").decode() != file.path:
-            raise DataError(f"A name in {file.root} is not UTF-8, which no table can hold: {file.path!a}. Rename it.")
     return listing
 
 
@@ -116,8 +114,8 @@ class _Source:
             seen = ", ".join(sorted(path.name for path in self.root.iterdir())[:8]) or "nothing"
             raise DataError(
                 f"No class folders with files under {self.root}. Saw: {seen}. Expected {self.root}/<class>/* or "
-                f"{self.root}/train|valid|test/<class>/*. Run `dvc pull`, see `chestct data fetch`, or train on "
-                "phantoms with data=phantom."
+                f"{self.root}/train|valid|test/<class>/*. {UNLABELLED} Or "
+                "run `dvc pull`, see `chestct data fetch`, or take phantoms with data=phantom."
             )
         if self.source.patient:
             self._check_patients(self.listing.slices[before:])
@@ -140,9 +138,16 @@ class _Source:
             path: why_skipped(path.name) or ("" if path.is_dir() else "not in a class folder")
             for path in sorted(parent.iterdir())
         }
+        reasons |= {path: "lesion masks, not slices" for path in reasons if path == self.root / MASKS}
         for path, reason in reasons.items():
             self._skip(path, reason)
-        return [path for path, reason in reasons.items() if not reason]
+        return [path for path, reason in reasons.items() if not reason and self._name(path)]
+
+    def _name(self, path: Path) -> str:
+        """The path below the root, with /; raises DataError for one that is no text."""
+        if str(path).encode("utf-8", "replace").decode() != str(path):
+            raise DataError(f"The name {str(path)!a} is not UTF-8, which no table can hold. Rename it.")
+        return path.relative_to(self.root).as_posix()
 
     def _add(self, split: str, folder: Path) -> None:
         subtype = label_of(folder.name, self.labels) or ""  # never: `read` refuses what has no label
@@ -152,8 +157,8 @@ class _Source:
         label = "normal" if subtype == "normal" else "cancer"
         for path, reason in walk(folder):
             self._skip(path, reason)
-            name = path.relative_to(self.root).as_posix()
             if not reason and path != self.root / self.source.boxes:
+                name = self._name(path)
                 match = re.search(self.source.patient, name) if self.source.patient else None
                 patient = (match[1] or "") if match else ""
                 patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
@@ -162,7 +167,7 @@ class _Source:
 
     def _leave_out(self, folders: list[Path]) -> None:
         """Skips folders next to split folders if they are empty or ignored, else raises DataError."""
-        reasons = {folder: "lesion masks, not slices" if folder.name == MASKS else "" for folder in folders}
+        reasons = dict.fromkeys(folders, "")
         for folder in folders:
             if label_of(folder.name, self.labels) == "ignore":
                 reasons[folder] = "data.labels says ignore"
@@ -186,7 +191,7 @@ class _Source:
         if len(deeper) == 1 and deeper != [self.root]:
             return f"{text} Class folders lie deeper: give {shlex.quote(f'{self.root_setting}={deeper[0]}')}"
         known, choices = ", ".join(self.labels) or "none", ", ".join(LABEL_NAMES)
-        return f"{text} Known beginnings: {known}. {_advice(names, f' # one of {choices}')}"
+        return f"{text} Known beginnings: {known}. {UNLABELLED} {_advice(names, f' # one of {choices}')}"
 
     def _roots(self, folder: Path, depth: int) -> list[Path]:
         """Folders from here on that hold split folders or class folders, no deeper than needed."""

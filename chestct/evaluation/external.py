@@ -5,6 +5,7 @@ training data are left out, which the bundle knows by their hashes, with all tha
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import pandas as pd
@@ -33,6 +34,8 @@ def evaluate_bundle(cfg: Config) -> Evaluation:
     drift.check_reference(bundle.facts, bundle.id)  # now, not after minutes
     cfg = as_made(cfg, bundle)
     store = prepare_store(cfg, cfg.trainer.progress)
+    for note in (*store.disbelieved, *store.notes):  # what the groups, and so the intervals, rest on
+        print(note, file=sys.stderr)
     if not store.manifest["subtype"].isin(bundle.classes).all():
         cfg = dataclasses.replace(cfg, task="binary")
     manifest, counts = _slices(cfg, store, bundle)
@@ -78,8 +81,8 @@ def _slices(cfg: Config, store: Store, bundle: Bundle) -> tuple[pd.DataFrame, di
     known = manifest["group"].isin(groups_of(store.manifest, bundle.seen)) & ~manifest["leaked"]
     if known.all():
         raise DataError(
-            f"Nothing is left to measure of {cfg.data.name}: {len(manifest)} slices were in the bundle's training data "
-            f"or are near-copies of such, and {conflicts} have more than one label. Give other data."
+            f"Nothing is left to measure of {cfg.data.name}. Slices that the bundle learned from, or near-copies of "
+            f"such: {len(manifest)}; with more than one label: {conflicts}. Give other data."
         )
     manifest = manifest[~known]
     measured = of_patients_first(manifest)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from chestct.config.schema import PHANTOM, SUBTYPES
+from chestct.config.schema import PHANTOM, SUBTYPES, of_patients
 from chestct.data.prepare import prepare_store
 from chestct.data.store import preprocess_of
 from chestct.evaluation.evaluate import Evaluation
@@ -22,14 +22,14 @@ OTHER_SEED = 1_000_003
 def optional_sections(evaluation: Evaluation) -> dict[str, Any]:
     """The sections `explanation`, `novelty` and `robustness` of an evaluation, as far as its settings ask for them.
 
-    And `pointing`, where sources of the test slices have boxes.
+    And `pointing`, where it is known of slices of patients where their lesions are.
     """
     cfg = evaluation.cfg
     sections = {
         "explanation": (cfg.evaluation.phantoms, explanation),
         "novelty": (cfg.evaluation.novelty, novelty),
         "robustness": (cfg.evaluation.robustness, under_changes),
-        "pointing": (len(_boxed(evaluation)), pointing),
+        "pointing": (len(_known(evaluation)), pointing),
     }
     return {name: make(evaluation) for name, (slices, make) in sections.items() if slices}
 
@@ -51,19 +51,18 @@ def explanation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def pointing(evaluation: Evaluation) -> dict[str, Any]:
-    """How often heat maps point into the boxes of test slices, and how often who sees nothing does."""
-    lesions = known_lesions(_boxed(evaluation), evaluation.images, evaluation.cfg)
+    """How often heat maps point into the known lesions of test slices, and how often who sees nothing does."""
+    lesions = known_lesions(_known(evaluation), evaluation.images, evaluation.cfg)
     assert lesions is not None
     answers = evaluation.bundle.predict(lesions.images, explain=True)
     assert answers.heat is not None
     return without_weak_intervals(pointing_game(answers.heat, lesions))
 
 
-def _boxed(evaluation: Evaluation) -> pd.DataFrame:
-    """Rows of the manifest: test slices with boxes."""
+def _known(evaluation: Evaluation) -> pd.DataFrame:
+    """Rows of the manifest: test slices of patients with boxes or masks; phantoms have a check of their own."""
     manifest = evaluation.manifest
-    boxed = [name for name, source in evaluation.cfg.data.sources.items() if source.boxes]
-    return manifest[manifest["source"].isin(boxed) & (manifest["split"] == "test") & (manifest["lesion"] != b"")]
+    return manifest[manifest["source"].map(of_patients) & (manifest["split"] == "test") & (manifest["lesion"] != b"")]
 
 
 def novelty(evaluation: Evaluation) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from chestct.config.schema import ModelConfig
 from chestct.config.targets import build
+from chestct.errors import ConfigError
 
 
 def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int]) -> nn.Sequential:
@@ -20,6 +21,8 @@ def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int])
     layers: list[nn.Module] = [Pool(cfg.pool, in_half), *([Maximum()] if cfg.pool == "max" else [])]
     if cfg.head:
         head = build(cfg.head, nn.Module, "model.head", in_features=width, out_features=outputs)
+        features = (2, width, *grid) if places else (2, width)
+        _check(head, features, (2, outputs), f"model.head._target_={cfg.head['_target_']}")
         return nn.Sequential(*layers, head)
     if cfg.standardise:
         layers.append(Standardise(width, places))
@@ -35,6 +38,18 @@ def make_head(cfg: ModelConfig, width: int, outputs: int, grid: tuple[int, int])
         return nn.Sequential(*layers[:-1])
     smooth = [Smooth(cfg.smooth, grid)] if cfg.smooth else []
     return nn.Sequential(*layers[:-1], *smooth, BestPlaces())
+
+
+@torch.no_grad()
+def _check(head: nn.Module, features: tuple[int, ...], logits: tuple[int, ...], name: str) -> None:
+    """Raises ConfigError for a user's head that does not take these features, or gives no logits of this shape."""
+    try:
+        found = f"gives {list(head.eval()(torch.zeros(features)).shape)}"
+    except Exception as error:  # whatever the code of a user raises
+        found = f"raises {type(error).__name__}: {error}"
+    head.train()
+    if found != f"gives {list(logits)}":
+        raise ConfigError(f"{name}: of features {list(features)} it is to make logits {list(logits)}, but it {found}.")
 
 
 class Pool(nn.Module):

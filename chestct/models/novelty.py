@@ -80,8 +80,9 @@ def fit_novelty(features_train: torch.Tensor, features_valid: torch.Tensor) -> N
     for name, features in (("training", features_train), ("validation", features_valid)):
         if len(features) < FEWEST:
             raise DataError(
-                f"{len(features)} {name} slices are too few to tell unlike slices by: it takes {FEWEST}. Give more "
-                "slices, or train without report and bundle: evaluation.report=false."
+                f"{len(features)} {name} slices are too few to tell unlike slices by, which reports and bundles do: it "
+                f"takes {FEWEST}. Train on more slices, or divide them otherwise (data.valid_fraction). What "
+                "validation reached is in the run's history.csv; python train.py evaluation.report=false ends with it."
             )
     x = _roots_of_shares(features_train)
     mean = x.mean(0)

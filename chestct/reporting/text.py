@@ -87,11 +87,14 @@ def metric_table(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def counts(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
-    """Test slices by true class, with what they were `called` at the threshold and how that was `decided`."""
+    """Test slices by true class, as they were `called` at the threshold and `decided`, zeros included."""
     test, names = evaluation.test, np.array(classes_of(evaluation.cfg.task))
+    by_threshold = pd.crosstab(names[test["target"]], names[called(evaluation)], rownames=["truth"])
+    decided = pd.crosstab(test["label"], test["decision"], rownames=["truth"])
+    answers = sorted({"cancer", "normal", "uncertain", *test["decision"]})
     return {
-        "called": pd.crosstab(names[test["target"]], names[called(evaluation)], rownames=["truth"]).reset_index(),
-        "decided": pd.crosstab(test["label"], test["decision"], rownames=["truth"]).reset_index(),
+        "called": by_threshold.reindex(columns=sorted(names), fill_value=0).reset_index(),
+        "decided": decided.reindex(columns=answers, fill_value=0).reset_index(),
     }
 
 

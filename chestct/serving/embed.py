@@ -55,7 +55,8 @@ def embed(files: Sequence[File], out: Path, source: str, block: str, pool: str, 
         try:
             data = read(file)
             decoded = decode(data, bundle.window, name=str(file))
-            return str(file), digest(data), pixel_hash(decoded.levels), bundle.preprocess(decoded.gray)
+            name = str(file).encode("utf-8", "backslashreplace").decode()  # Parquet takes UTF-8 alone
+            return name, digest(data), pixel_hash(decoded.levels), bundle.preprocess(decoded.gray)
         except DecodeError as error:
             unread.append(str(error))
             return None

@@ -73,6 +73,8 @@ def measure(table: pd.DataFrame, task: str, resamples: int = 2000, seed: int = 0
                 high = max(value, high)
             if low is not None and high is not None and (few or high - low < 1e-9):
                 low, high = min(low, float(extremes[name].min())), max(high, float(extremes[name].max()))
+            if low is not None and high is not None and (groups == 1 or high - low < 1e-6):
+                low, high, reason = None, None, "no interval: a single group, or the same score for all"
             estimates[name] = Estimate(value, low, high, slices, groups, reason)
     return estimates
 
@@ -178,14 +180,17 @@ def _unseen(sample: Sample) -> dict[str, np.ndarray]:
     """Metrics if what a class may hide had been seen: float [2C] for C classes that occur, for worse and for better.
 
     After m groups without an exception, Wilson's interval leaves room for a share of 1 - wilson(m, m) of exceptions.
-    Here that share of each class in turn scores like the slice that is least, or most, like the class. For an AUROC of
-    1 this gives wilson(m, m) of the smaller class, the smallest that can be whatever the distributions of scores.
+    Here that share of each class in turn scores like the slice that is least, or most, like the class, and is decided
+    wrong, or right. For an AUROC of 1 this gives wilson(m, m) of the smaller class, the smallest that can be whatever
+    the distributions of scores.
     """
     s, K = sample, len(sample.names)
     occurring = [k for k in range(K) if (s.target == k).any()]
     classes = np.repeat(occurring, 2)
     copied = [pick(s.scores[:, k]) for k in occurring for pick in (np.argmin, np.argmax)]
     beyond = np.tile([-1e-9, 1e-9], len(occurring))[:, None]  # past the slice itself, lest they tie
+    own, worse = s.decision[copied], beyond[:, 0] < 0
+    decision = np.where(worse & (own == classes), (classes + 1) % K, np.where(worse, own, classes))
     scores = s.scores[copied] + beyond * np.where(np.arange(K) == classes[:, None], 1, -1 / (K - 1))
     seen, unseen = np.ones((len(classes), len(s.target))), np.zeros((len(classes), len(classes)))
     for row, k in enumerate(classes):
@@ -195,7 +200,7 @@ def _unseen(sample: Sample) -> dict[str, np.ndarray]:
         seen[row, inside] = kept
         unseen[row, row] = (1 - kept) * inside.sum()
     measured = (s.scores, s.target, s.decision, s.flagged, s.group)
-    added = (scores, classes, s.decision[copied], s.flagged[copied], s.group[copied])
+    added = (scores, classes, decision, s.flagged[copied], s.group[copied])
     both = Sample(s.names, *map(np.concatenate, zip(measured, added, strict=True)))
     return statistics(both, np.hstack([seen, unseen]))
 

@@ -21,11 +21,17 @@ def test_arguments_of_the_settings_come_before_those_that_are_given():
     [
         ({}, r"optim\.optimizer\._target_=PACKAGE\.CLASS"),
         ({"_target_": "torch.optim.Adamm"}, r"torch\.optim\.Adamm cannot be made"),
-        ({"_target_": "nowhere.Class"}, r"nowhere\.Class cannot be made"),
+        ({"_target_": "nowhere.Class"}, r"nowhere\.Class cannot be made: No module named 'nowhere'.*PYTHONPATH=\."),
+        ({"_target_": "brought_too.Klass"}, r"Are you sure that 'Klass' is importable from module 'brought_too'\?$"),
+        ({"_target_": "brought.Class"}, r"brought\.Class cannot be made: No module named 'not_installed'"),
+        ({"_target_": "brought_too.Class"}, r"cannot be made: one line and another$"),
         ({"_target_": "torch.optim.SGD", "momentun": 1}, "momentun"),
     ],
 )
-def test_a_bad_target_is_named_with_its_setting(spec, says):
+def test_a_bad_target_is_named_with_its_setting_and_the_reason(spec, says, tmp_path, monkeypatch):
+    (tmp_path / "brought.py").write_text("import not_installed", "utf-8")
+    (tmp_path / "brought_too.py").write_text("def Class(groups): raise OSError('one line\\nand another')", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=says):
         build(spec, torch.optim.Optimizer, "optim.optimizer", [torch.nn.Parameter(torch.ones(1))])
 

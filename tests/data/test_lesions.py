@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import shutil
 from unittest.mock import Mock
 
 import numpy as np
@@ -134,8 +135,14 @@ def lesion(made):
     return unpack(row.lesion, 64).sum() if row.lesion else 0
 
 
-def test_whatever_is_above_0_in_a_mask_is_lesion_and_a_change_of_it_reaches_the_store(masked, tmp_path):
+@pytest.mark.parametrize("split", [True, False])
+def test_whatever_is_above_0_in_a_mask_is_lesion_and_a_change_of_it_reaches_the_store(masked, tmp_path, split):
     cfg, mask = masked
+    if not split:  # class folders alone, and masks next to them
+        for folder in (tmp_path / "data" / "train", tmp_path / "data" / "masks" / "train"):
+            shutil.copytree(folder, folder.parent, dirs_exist_ok=True)
+            shutil.rmtree(folder)
+        mask = tmp_path / "data" / "masks" / "cancer" / "a.png"
     white = lesion(ingest(cfg, tmp_path / "store"))
     image = Image.open(mask).point(lambda level: level // 255)
     image.save(mask)
@@ -146,7 +153,8 @@ def test_whatever_is_above_0_in_a_mask_is_lesion_and_a_change_of_it_reaches_the_
     Image.new("L", (90, 80)).save(mask)
     (note,) = ingest(cfg, tmp_path / "store").notes
     assert note == (
-        "In 1 slices of s the mask is empty: where it is counts as not known. For example train/cancer/a.png."
+        "In 1 slices of s the mask is empty: where it is counts as not known. For example "
+        f"{mask.relative_to(tmp_path / 'data' / 'masks')}."
     )
 
 

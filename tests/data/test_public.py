@@ -51,6 +51,7 @@ def test_a_whole_download_is_laid_out_as_the_settings_expect_it(download):
     ("harm", "says"),
     [
         (lambda at: next((at / "Normal cases").iterdir()).unlink(), "normal: .* slices, where there should be"),
+        (lambda at: max((at / "Normal cases").iterdir()).write_bytes(b""), r"as Tiny\.\n- normal: .* it is empty"),
         (lambda at: shutil.rmtree(at / "Normal cases"), "normal: there is no such folder"),
         (lambda at: (at / "boxes.csv").write_text("other"), r"boxes\.csv differs"),
         (lambda at: (at / "boxes.csv").unlink(), r"boxes\.csv is missing"),

@@ -243,8 +243,11 @@ def test_names_in_any_script_are_read(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS makes no file whose name is not UTF-8")
-def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path):
-    cfg = fill(tmp_path, "normal/a.png")
-    (tmp_path / "normal" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
-    with pytest.raises(DataError, match=r"is not UTF-8.*normal/\\udcff\.png"):
-        list_slices(cfg)
+@pytest.mark.parametrize("name", ["normal/\udcff.png", "\udcff/a.png", "train/\udcff/a.png"])
+@pytest.mark.parametrize("root", ["", "\udcff"])
+def test_a_name_that_is_no_text_is_an_error_that_shows_it(tmp_path, name, root):
+    path = tmp_path / root / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"\\udcff.* is not UTF-8.*Rename it"):
+        list_slices(DataConfig(name="a", root=str(tmp_path / root), labels={"normal": "normal"}))

@@ -81,6 +81,14 @@ def test_a_bundle_that_does_not_say_how_its_data_were_divided_is_measured_as_on_
     assert sorted(result.table["path"]) == sorted(evaluation.test["path"])
 
 
+def test_files_that_tell_no_patient_are_said_for_intervals_rest_on_them(run, folder, others, capsys) -> None:
+    first = min(others.glob("*/*")).name
+    sources = {"clinic": SourceConfig(str(others), patient=f"({first})")}
+    evaluate_bundle(settings(run, folder, root=None, sources=sources, labels=LABELS))
+    count = len(list(others.glob("*/*")))
+    assert f"does not match {count - 1} of {count} files: of their patients nothing" in capsys.readouterr().err
+
+
 def test_phantoms_beside_patients_are_not_measured_and_said_to_be_left_out(run, folder, others) -> None:
     labels = {**run[0].data.labels, **LABELS}
     sources = {"clinic": SourceConfig(str(others)), "phantom": SourceConfig(run[0].data.root or "")}

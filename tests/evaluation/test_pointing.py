@@ -10,7 +10,6 @@ from scipy import ndimage
 from sklearn.linear_model import LogisticRegression
 
 from chestct.config.compose import compose
-from chestct.config.schema import SourceConfig
 from chestct.errors import DecodeError
 from chestct.evaluation.pointing import (
     TOLERANCE,
@@ -139,7 +138,7 @@ def test_heat_maps_are_checked_on_new_phantoms_whose_lesions_lie_where_their_mas
         )
 
 
-def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone(tmp_path):
+def test_heat_maps_are_held_against_the_boxes_and_masks_of_test_slices_of_patients_alone(tmp_path):
     evaluation = made_up()
     evaluation.cfg.data.size = 32
     evaluation = with_images(evaluation, network(size=32), 32)
@@ -154,8 +153,9 @@ def test_heat_maps_are_held_against_the_boxes_of_test_slices_alone(tmp_path):
     manifest["lesion"] = np.packbits(corner).tobytes()
     manifest.loc[manifest["split"] == "test", "lesion"] = b""
     manifest.loc[cancers[:6], "lesion"] = np.packbits(whole).tobytes()
+    manifest["source"] = "phantom"
     assert optional_sections(evaluation) == {}  # masks of phantoms are checked by evaluation.phantoms
-    evaluation.cfg.data.sources = {"made_up": SourceConfig(boxes="boxes.csv")}
+    manifest["source"] = "hospital"
     pointing = optional_sections(evaluation)["pointing"]
     assert (pointing["slices"], pointing["heat map"].groups) == (6, 6)
     assert pointing["heat map"].value == 1

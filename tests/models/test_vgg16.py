@@ -4,6 +4,7 @@ from torchvision.models import vgg16
 
 from chestct.config.schema import ModelConfig
 from chestct.errors import ConfigError
+from chestct.models.head import make_head
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import PACKAGED, load_weights
 from tests.conftest import network
@@ -87,3 +88,16 @@ def test_other_convolutions_of_torchvision_take_the_place_of_vgg16():
     assert all(torch.equal(before[key], value) for key, value in net.features.state_dict().items())
     with pytest.raises(ConfigError, match="true or false"):
         net.set_frozen(3)
+
+
+@pytest.mark.parametrize("pool", ["gap", "topk"])
+def test_a_head_of_ones_own_that_does_not_fit_is_refused_with_the_shapes(pool):
+    def made(name, **given):
+        return make_head(ModelConfig(pool=pool, head={"_target_": f"torch.nn.{name}", **given}), 8, 3, (2, 2))
+
+    with pytest.raises(ConfigError, match=r"Flatten: of features \[2, 8.* to make logits \[2, 3\], but it gives \[2, "):
+        made("Flatten")
+    with pytest.raises(ConfigError, match=r"Linear: .*, but it raises RuntimeError: mat1 and mat2"):
+        made("Linear", in_features=9)
+    layers = [{"_target_": "torch.nn.Flatten"}, {"_target_": "torch.nn.LazyLinear", "out_features": 3}]
+    assert made("Sequential", _args_=layers).training

@@ -177,5 +177,6 @@ def test_a_bundle_is_called_by_its_own_calibration_and_keeps_its_own_card(tmp_pa
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Temperature scaling" in page
     assert "Platt" not in page
+    assert "<h3>Training</h3>" not in page  # a bundle keeps no history
     assert "python evaluate.py bundle=FOLDER data=... data.root=... evaluation.phantoms=100" in page
     assert not (tmp_path / "MODEL_CARD.md").exists()

@@ -97,8 +97,12 @@ def test_foreign_pictures_that_are_answered_and_decisions_that_flip_are_caveats(
     assert ("through: noise 0.02 (sd) 30%." in texts.get("Robustness", "")) is expected
 
 
-def test_decisions_count_every_slice():
-    assert {int(table.sum(numeric_only=True).sum()) for table in counts(made_up()).values()} == {80}
+def test_decisions_count_every_slice_and_show_answers_that_none_got():
+    evaluation = made_up()
+    assert {int(table.sum(numeric_only=True).sum()) for table in counts(evaluation).values()} == {80}
+    evaluation.table = evaluation.table.assign(flagged=True, decision="cancer")
+    assert list(counts(evaluation)["called"]) == ["truth", "cancer", "normal"]
+    assert list(counts(evaluation)["decided"]) == ["truth", "cancer", "normal", "uncertain"]
 
 
 def test_values_and_names_are_written_for_people_and_cannot_become_markup():

@@ -1,6 +1,8 @@
 """Features as a table: what is in it, and how they were made."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +58,10 @@ def test_blocks_and_pools_are_of_choice_and_mistakes_end_in_a_sentence(embed, ph
     assert "--out ." in capsys.readouterr().err
     assert embed(one, "--block", "7", "--out", out) == 2
     assert "--block 7" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS makes no file whose name is not UTF-8")
+def test_a_name_that_is_no_text_is_escaped_as_chestct_predict_does(embed, phantoms, tmp_path) -> None:
+    shutil.copy(next((phantoms / "test").rglob("*.png")), tmp_path / "\udcff.png")
+    assert embed(tmp_path / "\udcff.png", "--out", tmp_path / "f.parquet") == 0
+    assert parquet.read_table(tmp_path / "f.parquet")["path"].to_pylist() == [f"{tmp_path}/\\udcff.png"]

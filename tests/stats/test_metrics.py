@@ -214,6 +214,24 @@ def test_a_perfect_score_has_an_interval_as_wide_as_its_smaller_class_deserves()
     assert copies["auroc"].low == pytest.approx(wilson(4, 4)[0], abs=1e-6)
 
 
+@pytest.mark.parametrize("n", [8, 80])
+def test_where_all_is_called_cancer_accuracy_is_no_surer_than_sensitivity_and_specificity(n):
+    found = measure(table(np.repeat([0, 1], n), np.linspace(0.6, 0.9, 2 * n)), "binary")
+    room = 1 - wilson(n, n)[0]
+    assert found["specificity"].high == pytest.approx(room)
+    balanced = found["balanced_accuracy"]
+    assert (balanced.low, balanced.high) == pytest.approx(((1 - room) / 2, (1 + room) / 2))
+
+
+@pytest.mark.parametrize(("scores", "groups"), [([0.3, 0.2, 0.3], [0, 0, 0]), ([0.3, 0.3, 0.3], [0, 1, 2])])
+def test_no_interval_is_without_width_or_of_a_single_group(scores, groups):
+    found = measure(table([0, 0, 0], scores, groups), "binary")
+    assert found["brier"].value == pytest.approx(np.mean(np.square(scores)))
+    assert found["brier"].low is None
+    assert found["brier"].reason.startswith("no interval: a single group")
+    assert all(estimate.low is None or width(estimate) > 0.01 for estimate in found.values())
+
+
 @pytest.mark.parametrize(("task", "prefix"), [("binary", ""), ("subtype", "cancer/")])
 def test_metrics_of_one_class_are_none_with_the_reason_or_rest_on_that_class(task, prefix):
     frame = drawn(30, task)

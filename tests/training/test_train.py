@@ -116,10 +116,12 @@ def test_cached_views_train_like_running_the_convolutions_every_step(small, tmp_
 @pytest.mark.slow
 def test_the_runs_own_report_has_the_checks_asked_for_and_says_what_measures_the_rest(small, tmp_path, capsys):
     checks = ("evaluation.phantoms=6", "evaluation.novelty=1", "evaluation.robustness=4", "evaluation.resamples=100")
-    more = ("evaluation.policies=true", "evaluation.protocol=[within]", "optim.optimizer={_target_: torch.optim.Adam}")
-    train_and_report(small(*checks, *more), run := tmp_path / "my run")
-    first, second, *_ = (printed := capsys.readouterr().out).splitlines()
+    more = ("evaluation.policies=true", "evaluation.protocol=[within]")
+    optimizer = "optim.optimizer={_target_: torch.optim.Adam, lr: 1}"
+    train_and_report(small(*checks, *more, optimizer), run := tmp_path / "my run")
+    first, second, third, *_ = (printed := capsys.readouterr().out).splitlines()
     assert second.startswith("optim.weight_decay=0.3 has no effect")
+    assert third.startswith("optim.optimizer.lr=1 has no effect: optim.lr=")
     assert first.startswith("evaluation.policies and evaluation.protocol")
     assert shlex.split(first)[-1] == f"ckpt={run}"
     assert f"(python serve.py 'bundle={run}/bundle')" in printed
