@@ -16,7 +16,7 @@ from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
 from chestct.files import write_atomic
-from chestct.models.checkpoint import REFITS, find_checkpoint, read_checkpoint
+from chestct.models.checkpoint import REFITS, find_checkpoint, goes_on_elsewhere, read_checkpoint
 from chestct.program import program, rank
 from chestct.progress import phase
 
@@ -39,16 +39,8 @@ def _resumed_folder(given: dict[str, str], sweep: bool) -> Path | None:
     path = None if ckpt in ("null", "") else find_checkpoint(ckpt, given.get("runs_dir", Config.runs_dir)).resolve()
     folder = path.parent.parent if path and path.parent.name == "checkpoints" else None
     if path and folder and (sweep or Path(given.get("hydra.run.dir", folder)).resolve() != folder):
-        raise _elsewhere(path)
+        raise goes_on_elsewhere(path)
     return folder
-
-
-def _elsewhere(ckpt: Path) -> ConfigError:
-    checkpoints, this = shlex.quote(str(ckpt.parent)), shlex.quote(f"ckpt={ckpt}")
-    return ConfigError(
-        f"The training of {ckpt} goes on in its own folder: give {this} on the command line, without hydra.run.dir and "
-        f"-m. Or branch it: mkdir -p NEW/checkpoints && cp {checkpoints}/*.ckpt NEW/checkpoints, and give ckpt=NEW."
-    )
 
 
 @program("train", _resumed_folder)
@@ -92,7 +84,7 @@ def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
         # Only the first process is given the run's folder as `out`; the others go by the name of the checkpoint's.
         in_place = folder.name == "checkpoints" if rank() else folder == (out / "checkpoints").resolve()
         if not (rank() or in_place) and (folder.name == "checkpoints" or (out / "checkpoints").exists()):
-            raise _elsewhere(ckpt)
+            raise goes_on_elsewhere(ckpt)
         if ckpt.name == "best.ckpt" and in_place:  # epochs are never thrown away
             with suppress(WeightsError, ConfigError):  # no last one, or damaged
                 cfg = from_checkpoint(dataclasses.replace(cfg, ckpt=str(ckpt.with_name("last.ckpt"))), best=False)

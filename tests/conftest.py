@@ -25,7 +25,6 @@ from chestct.config.compose import compose
 from chestct.config.schema import Config, ModelConfig, PhantomConfig
 from chestct.data import duplicates
 from chestct.data.datamodule import SliceModule
-from chestct.data.dataset import SliceDataset
 from chestct.models import bundle, lightning_module
 from chestct.models.vgg16 import VGG16
 from chestct.models.weights import Weights, load_weights
@@ -89,13 +88,6 @@ class Trap:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return exec, ("raise SystemExit('code ran')",)
-
-
-def in_view(dataset: SliceDataset, view: int, positions: list[int]) -> dict[str, torch.Tensor]:
-    """A batch of slices as training sees them in one view; its own batches mix them."""
-    views = dataset.cfg.data.views + 1
-    parts = [dataset[(view - at) % views, [at]] for at in positions]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def command(*arguments: object) -> int:

@@ -6,6 +6,7 @@ needed: command lines look for a checkpoint before they know that their settings
 """
 
 import io
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,15 @@ def find_checkpoint(ckpt: str, runs_dir: str = "runs", best: bool = False) -> Pa
             "ckpt=last for the newest run."
         )
     return path
+
+
+def goes_on_elsewhere(ckpt: Path) -> ConfigError:
+    """What is said where a training is to go on in another folder than its own."""
+    checkpoints, this = shlex.quote(str(ckpt.parent)), shlex.quote(f"ckpt={ckpt}")
+    return ConfigError(
+        f"The training of {ckpt} goes on in its own folder: give {this} on the command line, without hydra.run.dir and "
+        f"-m. Or branch it: mkdir -p NEW/checkpoints && cp {checkpoints}/*.ckpt NEW/checkpoints, and give ckpt=NEW."
+    )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from chestct.data.prepare import ingest
 from chestct.data.sources import list_slices
 from chestct.errors import DataError
 from chestct.models.features import attach
-from tests.conftest import SMALL, in_view, network, opened
+from tests.conftest import SMALL, network, opened
 from tests.data.test_prepare import LABELS, draw
 from tests.imaging.files import dicom, encoded
+from tests.models.test_places import in_view
 
 HEAD = "file,left,top,right,bottom\n"
 MARK = (30, 12, 48, 24)  # white, in every second slice of 90 x 80 pixels

@@ -25,9 +25,16 @@ from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.phantom.insertion import insert
 from chestct.training.train import train
-from tests.conftest import SMALL, in_view, network, opened
+from tests.conftest import SMALL, network, opened
 
 PLACES = ("experiment=places", "data.size=64", "data.views=1", "trainer.max_epochs=2", "model.hidden=[8]")
+
+
+def in_view(dataset: slices.SliceDataset, view: int, positions: list[int]) -> dict[str, torch.Tensor]:
+    """A batch of slices as training sees them in one view; its own batches mix them."""
+    views = dataset.cfg.data.views + 1
+    parts = [dataset[(view - at) % views, [at]] for at in positions]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def places(**model):
