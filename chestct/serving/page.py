@@ -144,6 +144,7 @@ def make_page(
         points = [[place[id(one)], one.score, one.decision] for one in scan]
         if scan:
             shown = sorted(shown, key=lambda one: one.suspicion, reverse=True)[:PICTURES]
+            about += f" Shown are the {PICTURES} most suspicious." * (len(place) > PICTURES)
         first = max(range(len(shown)), key=lambda i: (shown[i].suspicion, -i))
         counts = Counter(reading.decision for reading in shown).most_common()
         choice = "The most suspicious one is shown first; choose another to look at it."

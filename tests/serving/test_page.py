@@ -182,3 +182,4 @@ def test_a_whole_scan_is_within_the_limits_of_a_request_and_in_order(bundle_fold
     assert found.keys() >= expected.keys()
     assert [found[place] for place in expected] == pytest.approx(list(expected.values()), abs=1e-5)
     assert len(visitor.values["slices"]) == PICTURES
+    assert f"Shown are the {PICTURES} most suspicious." in visitor.values["status"]
