@@ -44,8 +44,9 @@ def test_distance_is_mahalanobis_under_the_fitted_gaussian():
 
 
 def test_too_few_slices_are_named_and_slices_that_are_all_alike_give_finite_distances():
+    ways_out = r"Train on more .* history\.csv; python train\.py evaluation\.report=false"
     for n, valid, named in ((3, 9, "training"), (9, 1, "validation")):
-        with pytest.raises(DataError, match=rf"^\d {named} slices are too few .* Train on more .* history.csv"):
+        with pytest.raises(DataError, match=rf"^\d {named} slices are too few .* {ways_out}"):
             fit_novelty(population(n, 1), population(valid, 2))
     same = torch.ones(20, 512)
     distances = fit_novelty(same, same).distance(torch.cat([same, torch.rand(1, 512), torch.zeros(1, 512)]))
