@@ -69,7 +69,7 @@ FILLED = {
     r"data\.root=\.\.\.": "data.root=FOLDER",
     r"data=\.\.\.": "data=chest_ct",
     r"\{\.\.\.\}": "{healthy: normal, tumour: cancer}",
-    r"\bROW\b": "experiment=head data.batch_size=32",
+    r"\bROW\b": "block5_standard",
     r"USER/NAME": "ada/chest",
     r"host=0\.0\.0\.0": "host=127.0.0.2",  # not the network of who runs the tests
     r"trainer=gpu": "trainer=gpu trainer.accelerator=cpu trainer.precision=32-true",

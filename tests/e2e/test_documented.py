@@ -122,6 +122,15 @@ def test_what_runs_on_a_cluster_alone_composes():
         compose(*(setting.split(",")[0] for setting in settings))  # the first of several values
 
 
+def test_each_row_of_the_table_of_recipes_composes():
+    (rows,) = re.findall(r"`ROW` is (.*?)\.$", (ROOT / "RESULTS.md").read_text(encoding="utf-8"), re.M | re.S)
+    recipes = [" ".join(re.findall(r"`(.*?)`", row, re.S)).split() for row in rows.split(";")]
+    assert len(recipes) == 5
+    for name, *settings in recipes:
+        cfg = compose("data=hospitals", f"experiment={name}", *settings)
+        assert cfg.data.views == cfg.data.lesions == 0
+
+
 @pytest.fixture
 def place(tmp_path, scan, phantoms, empty_store):
     """A folder with all that the commands name: slices, a scan, collections, runs, code and weights of one's own."""
