@@ -135,7 +135,7 @@ def check(cfg: Config) -> None:
     ]
     for key, value, item in settings:
         problems += [] if key in empty else _out_of_bounds(key, value, item.metadata)
-    problems += _contradictions(cfg)
+    problems = problems or [*_contradictions(cfg)]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -146,8 +146,8 @@ def _out_of_bounds(key: str, value: Any, meta: Mapping[str, Any]) -> Iterator[st
             yield from _out_of_bounds(f"{key}[{name}]", item, meta)
     elif meta["choices"] and value not in meta["choices"]:
         near = difflib.get_close_matches(str(value), meta["choices"], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        yield f"{key}={value!r} is not one of {', '.join(meta['choices'])}.{hint}"
+        hint = f". Did you mean {near[0]}?" if near else f" ({meta['help']})."
+        yield f"{key}={value!r} is not one of {', '.join(meta['choices'])}{hint}"
     elif isinstance(value, int | float) and not meta["low"] <= value <= meta["high"]:
         yield f"{key}={value} is out of range: {meta['low']} to {meta['high']}."
     elif meta["form"] and not re.fullmatch(meta["form"], value):

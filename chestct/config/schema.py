@@ -156,7 +156,7 @@ class ModelConfig:
     pool: str = setting(
         "gap", "gap: mean over places; max; mean_max_std; flatten: every place; topk: each is judged", choices=POOLS
     )
-    block: str = setting("5", "which of VGG's blocks the head sees, one or several, as in 3+4", form=BLOCKS)
+    block: str = setting("5", "which of VGG's blocks the head sees, 3, 4 or 5, or several, as in 3+4", form=BLOCKS)
     context: bool = setting(False, "with pool=topk: a place is also compared with the mean of its slice")
     smooth: float = setting(0.0, "with pool=topk: over how many places evidence is averaged (spread)", low=0, high=4)
     standardise: bool = setting(False, "features minus their mean in train, divided by their spread there")
