@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config.schema import Config
 from chestct.config.targets import build
+from chestct.data.augment import Batch
 from chestct.data.datamodule import SliceModule
 from chestct.files import write_atomic
 from chestct.models.checkpoint import sealed
@@ -119,6 +120,7 @@ class HardNormals(Callback):
 
     def __init__(self, factor: float) -> None:
         self.factor = factor
+        self.weight: torch.Tensor | None = None  # float32 [N], what each slice counts in this epoch
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.current_epoch:  # nothing is learned yet
@@ -126,14 +128,17 @@ class HardNormals(Callback):
         model, data = cast(Classifier, pl_module), cast(SliceModule, trainer.datamodule)  # type: ignore[attr-defined]
         slices = data.dataset("train", train=True)
         assert slices.w is not None
-        assert trainer.train_dataloader is not None
         if not model.cfg.frozen_at(trainer.current_epoch):
             slices.features = ()  # of convolutions that have trained since
         logits, _ = outputs(model.net, slices, model.cfg.features.batch_size)
         model.train()
         score = logits[:, 0] if logits.shape[1] == 1 else -to_scores(logits)[:, 0]
         table = data.manifest[data.manifest["split"] == "train"].assign(score=score, weight=slices.w.numpy())
-        trainer.train_dataloader.dataset.w = torch.from_numpy(harder(table, self.factor))
+        self.weight = torch.from_numpy(harder(table, self.factor)).to(pl_module.device)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, _: int) -> None:
+        if self.weight is not None:
+            batch["w"] = self.weight[batch["i"]]
 
 
 def harder(table: pd.DataFrame, factor: float) -> np.ndarray:

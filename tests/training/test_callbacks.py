@@ -9,16 +9,18 @@ from chestct.training.train import train
 
 
 class Spy(Callback):
-    """What slices count in each epoch, and how they score when it begins."""
+    """What slices counted in each epoch, and how they scored when it began."""
 
     counts: list[np.ndarray]
     scores: list[np.ndarray]
 
-    def on_train_batch_start(self, trainer, model, batch, batch_idx):
-        if batch_idx == 0:
-            self.counts.append(trainer.train_dataloader.dataset.w.numpy())
-            self.scores.append(outputs(model.net, trainer.datamodule.dataset("train"), 8)[0][:, 0])
-            model.train()
+    def on_train_epoch_start(self, trainer, model):
+        self.scores.append(outputs(model.net, trainer.datamodule.dataset("train"), 8)[0][:, 0])
+        self.counts.append(np.zeros(len(self.scores[-1]), np.float32))
+        model.train()
+
+    def on_train_batch_end(self, trainer, model, outputs, batch, batch_idx):
+        self.counts[-1][batch["i"]] = batch["w"]
 
 
 def test_a_quarter_of_the_normal_slices_counts_more_by_what_was_learned(small, tmp_path, monkeypatch):
