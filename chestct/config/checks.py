@@ -217,8 +217,6 @@ def _model_problems(cfg: Config) -> Iterator[str]:
             )
     if cfg.optim.places != OptimConfig.places and (model.pool, cfg.task) != ("topk", "binary"):
         yield "optim.places weighs the loss at places: it works with model.pool=topk and task=binary."
-    if cfg.optim.hard_normals != 1 and not data.balance:
-        yield "optim.hard_normals changes how much slices count: it works with data.balance=true."
 
 
 def _split_problems(cfg: Config) -> Iterator[str]:

@@ -189,7 +189,6 @@ class OptimConfig:
     warmup: float = setting(0.1, "share of all steps over which the learning rate rises", low=0, high=0.9)
     label_smoothing: float = setting(0.0, "how far targets move towards the uniform distribution", low=0, high=0.5)
     places: float = setting(1.0, "with model.pool=topk: weight of the loss at places that are known", low=0, high=100)
-    hard_normals: float = setting(1.0, "how much more normal slices count that score high", low=1, high=100)
     class_weights: bool = setting(True, "weigh classes inversely to their frequency in train")
 
 

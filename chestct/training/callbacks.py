@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
-import numpy as np
 import pandas as pd
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
@@ -19,13 +18,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config.schema import Config
 from chestct.config.targets import build
-from chestct.data.augment import Batch
-from chestct.data.datamodule import SliceModule
 from chestct.files import write_atomic
 from chestct.models.checkpoint import sealed
-from chestct.models.features import outputs
 from chestct.models.lightning_module import Classifier
-from chestct.stats.calibration import to_scores
 
 
 def callbacks_of(settings: Config, out: Path) -> list[Callback]:
@@ -39,8 +34,6 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
     callbacks: list[Callback] = [History(out / "history.csv"), EndWithParent()]
     if cfg.unfreeze_epoch:
         callbacks.append(Unfreeze(cfg.unfreeze_epoch, cfg.unfreeze_blocks))
-    if settings.optim.hard_normals != 1:
-        callbacks.append(HardNormals(settings.optim.hard_normals))
     if cfg.patience:
         callbacks.append(
             EarlyStopping(cfg.monitor, mode=cfg.mode, patience=cfg.patience, check_on_train_epoch_end=True)
@@ -109,46 +102,6 @@ class Unfreeze(Callback):
             trainer.strategy.model = pl_module
             gc.collect()
             trainer.strategy.configure_ddp()
-
-
-class HardNormals(Callback):
-    """Shows normal slices that are easily taken for cancer (apices, liver dome, hila) as if they were more.
-
-    Of each source's normal slices the quarter that scored highest after the epoch before, as they are, count `factor`
-    times as much as the others; all of them together count what they did. In a run that is resumed, too.
-    """
-
-    def __init__(self, factor: float) -> None:
-        self.factor = factor
-        self.weight: torch.Tensor | None = None  # float32 [N], what each slice counts in this epoch
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.current_epoch:  # nothing is learned yet
-            return
-        model, data = cast(Classifier, pl_module), cast(SliceModule, trainer.datamodule)  # type: ignore[attr-defined]
-        slices = data.dataset("train", train=True)
-        assert slices.w is not None
-        if not model.cfg.frozen_at(trainer.current_epoch):
-            slices.features = ()  # of convolutions that have trained since
-        logits, _ = outputs(model.net, slices, model.cfg.features.batch_size)
-        model.train()
-        score = logits[:, 0] if logits.shape[1] == 1 else -to_scores(logits)[:, 0]
-        table = data.manifest[data.manifest["split"] == "train"].assign(score=score, weight=slices.w.numpy())
-        self.weight = torch.from_numpy(harder(table, self.factor)).to(pl_module.device)
-
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, _: int) -> None:
-        if self.weight is not None:
-            batch["w"] = self.weight[batch["i"]]
-
-
-def harder(table: pd.DataFrame, factor: float) -> np.ndarray:
-    """What each slice counts, float32 [N]; table: its `source`, `target`, `score` for cancer and `weight` so far."""
-    normal = table[table["target"] == 0]
-    by_source = normal.groupby("source")
-    hard = normal["score"] >= by_source["score"].transform("quantile", 0.75)
-    weight = normal["weight"].where(~hard, factor * normal["weight"])
-    weight *= by_source["weight"].transform("sum") / weight.groupby(normal["source"]).transform("sum")
-    return weight.reindex(table.index).fillna(table["weight"]).to_numpy(np.float32, copy=True)
 
 
 class EndWithParent(Callback):

@@ -20,7 +20,7 @@ STEPS = {"accumulate_grad_batches": 1, "limit_train_batches": 1.0}
 """Arguments of Lightning's Trainer that decide, as data.batch_size does, how many steps an epoch has, by which a
 falling learning rate counts -> what they are when nothing is said."""
 
-LOSS = ("optim.label_smoothing", "optim.class_weights", "optim.hard_normals", "optim.places")
+LOSS = ("optim.label_smoothing", "optim.class_weights", "optim.places")
 """Those of the loss, which has no state."""
 
 

@@ -98,7 +98,6 @@ def test_a_wrong_setting_is_named_with_the_way_out(override, says):
         ("trainer.devices=0",),
         ("trainer=ddp", "trainer.accelerator=mps"),
         ("experiment=head", "optim.places=10"),
-        ("optim.hard_normals=3", "data.balance=false"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):

@@ -32,7 +32,7 @@ class StopInTheSecond(callbacks.EndWithParent):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model.dropout=0.3", "data.balance=true", "optim.hard_normals=3"),
+        ("model.dropout=0.3",),
         pytest.param(("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle"), marks=pytest.mark.slow),
         pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1"), marks=pytest.mark.slow),
         pytest.param(("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"), marks=pytest.mark.slow),
