@@ -30,6 +30,8 @@ from chestct.errors import ConfigError
         ("trainer.args.limit_val_batches=0", "trainer.max_epochs=N"),
         ("trainer.args.limit_train_batches=0.0", "trainer.max_epochs=N"),
         ("trainer.args.overfit_batches=1", "say debug=overfit"),
+        ("trainer.args.logger=true", "say loggers.NAME._target_"),
+        ("trainer.args.max_epochs=3", "say trainer.max_epochs=VALUE"),
         ("trainer.max_steps=5", "Did you mean trainer.max_epochs?"),
         ("trainer.fast_dev_run=true", "Did you mean debug=fast?"),
         ("evaluation.folds=5", "Did you mean evaluation.protocol?"),
