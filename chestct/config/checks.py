@@ -63,7 +63,8 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
         if dataclasses.is_dataclass(field.type) and isinstance(value := cfg.get(field.name), str):
             raise ConfigError(
                 f"{field.name}={value} names a group of settings; params.yaml holds the settings themselves. "
-                f"Write them there with: python train.py --cfg job {field.name}={value} > params.yaml"
+                "This writes it anew, so add whatever else you set there: "
+                f"python train.py --cfg job {field.name}={value} > params.yaml"
             )
     cfg = OmegaConf.create(cast(dict[str, Any], cfg))
     for group, name in (key.rsplit(".", 1) for key in REMOVED):

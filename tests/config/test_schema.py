@@ -288,7 +288,7 @@ def test_a_path_may_begin_in_the_home_folder(monkeypatch):
 
 
 def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():
-    with pytest.raises(ConfigError, match=r"--cfg job data=chest_ct > params\.yaml"):
+    with pytest.raises(ConfigError, match=r"whatever else you set there: .*--cfg job data=chest_ct > params\.yaml"):
         resolve({"data": "chest_ct"})
     with pytest.raises(ConfigError, match=r"optim\.lrr.*Did you mean optim\.lr"):
         resolve({"optim": {"lrr": 1}})
