@@ -106,7 +106,7 @@ def _millimetres(spacing: tuple[float, float] | None) -> tuple[float, float] | N
     raise DataError(f"spacing={spacing!r}: give two numbers above 0, millimetres between rows and between columns.")
 
 
-def _slice(source: Source, window: WindowConfig, spacing: tuple[float, float] | None) -> Slice:
+def _slice(source: object, window: WindowConfig, spacing: tuple[float, float] | None) -> Slice:
     if isinstance(source, str | Path | bytes):
         if spacing:
             raise DataError("spacing belongs to arrays; of a file, the file says it. Leave it out.")
