@@ -86,22 +86,13 @@ def test_mistakes_are_answered_in_a_sentence_and_whatever_is_printed_is_no_medic
         model.predict([str(tmp_path / "missing.png")])
     with pytest.raises(DataError, match="spacing belongs to arrays"):
         model.predict(b"", spacing=(1, 1))
-    slice, picture = np.zeros((90, 90), np.uint8), Image.new("L", (90, 90))
+    slice, picture, tensor = np.zeros((90, 90), np.uint8), Image.new("L", (90, 90)), torch.zeros(90, 90)
     opened = io.BytesIO(examples["hills.png"])
-    for wrong in (
-        torch.zeros(90, 90),
-        [torch.zeros(90, 90)],
-        picture,
-        [slice, picture],
-        opened,
-        bytearray(9),
-        None,
-        [5],
-    ):
+    for wrong in (tensor, [tensor], picture, [slice, picture], opened, bytearray(9), None, [5]):
         with pytest.raises(DataError, match="is no slice: give a path"):
             model.predict(wrong)
     for many in (tmp_path, "study.zip"):
-        with pytest.raises(DataError, match="predict_scan takes such"):
+        with pytest.raises(DataError, match="predict_scan takes folders"):
             model.predict(many)
     for spacing in (0.7, (0.7, -0.7), (0.7, np.nan), (1, 1, 1), "wide"):
         with pytest.raises(DataError, match="two numbers above 0"):
