@@ -21,6 +21,7 @@ from chestct.config.schema import (
     DataConfig,
     OptimConfig,
     SourceConfig,
+    TrainerConfig,
 )
 from chestct.errors import ConfigError
 
@@ -41,6 +42,16 @@ WHOLE = {
 EPOCHS = {"max_steps": -1, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}
 """Arguments of Lightning's Trainer with which an epoch could end without its validation -> the value that they have."""
 
+ELSEWHERE = {
+    "callbacks": "callbacks.NAME._target_=PACKAGE.CLASS",
+    "logger": "loggers.NAME._target_=PACKAGE.CLASS",
+    "enable_progress_bar": "trainer.progress=true or false",
+    "enable_model_summary": "callbacks.summary._target_=lightning.pytorch.callbacks.ModelSummary",
+    "default_root_dir": "runs_dir=FOLDER",
+    **{field.name: f"trainer.{field.name}=VALUE" for field in dataclasses.fields(TrainerConfig)},
+}
+"""Arguments of Lightning's Trainer that have a setting of their own -> that setting."""
+
 
 def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
     """Composed settings as checked plain dataclasses.
@@ -52,7 +63,8 @@ def resolve(cfg: DictConfig | Mapping[str, Any]) -> Config:
         if dataclasses.is_dataclass(field.type) and isinstance(value := cfg.get(field.name), str):
             raise ConfigError(
                 f"{field.name}={value} names a group of settings; params.yaml holds the settings themselves. "
-                f"Write them there with: python train.py --cfg job {field.name}={value} > params.yaml"
+                "This writes it anew, so add whatever else you set there: "
+                f"python train.py --cfg job {field.name}={value} > params.yaml"
             )
     cfg = OmegaConf.create(cast(dict[str, Any], cfg))
     for group, name in (key.rsplit(".", 1) for key in REMOVED):
@@ -182,6 +194,8 @@ def _training_problems(cfg: Config) -> Iterator[str]:
     if trainer.args.get("overfit_batches"):
         yield "trainer.args.overfit_batches replaces what deals out the slices of a batch: say debug=overfit."
     for name, value in trainer.args.items():
+        if name in ELSEWHERE:
+            yield f"trainer.args.{name} has a setting of its own: say {ELSEWHERE[name]}."
         usual = EPOCHS.get(name, value)
         no_batches = name in ("limit_train_batches", "limit_val_batches") and value == 0
         if no_batches or (type(value), value) != (type(usual), usual):  # val_check_interval=1 is after every batch

@@ -60,7 +60,8 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
                 paths.setdefault(path)
     if not paths:
         names = f" {describe_skipped(skipped)}." if skipped else ""
-        raise DataError(f"No files in {', '.join(map(str, sources))}.{names} Give slices, or folders that hold some.")
+        where = f" in {', '.join(map(str, sources))}" if sources else ""
+        raise DataError(f"No files{where}.{names} Give slices, or folders that hold some.")
     files: list[File] = []
     for path in paths:
         try:

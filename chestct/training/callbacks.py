@@ -12,15 +12,23 @@ import lightning as L
 import pandas as pd
 import torch
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from chestct.config.schema import Config
 from chestct.config.targets import build
+from chestct.errors import ConfigError
 from chestct.files import write_atomic
 from chestct.models.checkpoint import sealed
 from chestct.models.lightning_module import Classifier
+
+INSTEAD: dict[type[Callback], str] = {
+    lightning_callbacks.LearningRateFinder: "python train.py -m optim.lr=1e-4,1e-3,1e-2",
+    lightning_callbacks.BatchSizeFinder: "data.batch_size=N",
+    lightning_callbacks.BackboneFinetuning: "trainer.unfreeze_epoch=N trainer.unfreeze_blocks=N",
+}
+"""Callbacks of Lightning's that look for names which this package's module does not have -> what does the same here."""
 
 
 def callbacks_of(settings: Config, out: Path) -> list[Callback]:
@@ -38,9 +46,18 @@ def callbacks_of(settings: Config, out: Path) -> list[Callback]:
         callbacks.append(
             EarlyStopping(cfg.monitor, mode=cfg.mode, patience=cfg.patience, check_on_train_epoch_end=True)
         )
-    if cfg.progress and sys.stdout.isatty():
-        callbacks.append(Bar(leave=False))
     own = [build(spec, Callback, f"callbacks.{name}") for name, spec in settings.callbacks.items()]
+    for name, callback in zip(settings.callbacks, own, strict=True):
+        if type(callback) in INSTEAD:
+            raise ConfigError(f"callbacks.{name} cannot work with this network. Say {INSTEAD[type(callback)]}")
+        if cfg.patience and callback.state_key == callbacks[-1].state_key:
+            raise ConfigError(
+                f"callbacks.{name} watches {cfg.monitor}, as trainer.patience={cfg.patience} does: add "
+                "trainer.patience=0, or give trainer.patience=N alone."
+            )
+    # A Trainer takes one bar: a user's comes instead, on a terminal or not.
+    if cfg.progress and sys.stdout.isatty() and not any(isinstance(callback, ProgressBar) for callback in own):
+        callbacks.append(Bar(leave=False))
     keepers = [callback for callback in own if isinstance(callback, Checkpoint)]
     callbacks += [callback for callback in own if callback not in keepers]
     keep: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}

@@ -65,7 +65,7 @@ def _check_settings(cfg: Config, checkpoint: dict[str, Any]) -> None:
             f"trainer.max_epochs={epochs}: {cfg.ckpt} has {done} epochs behind it. Give more, or start anew without "
             "ckpt."
         )
-    if falls and any("lr_lambdas" not in state for state in checkpoint["lr_schedulers"]):
+    if falls and any("total_steps" in state for state in checkpoint["lr_schedulers"]):
         raise ConfigError(f"{cfg.ckpt}: its one_cycle is that of an earlier version. Start anew without ckpt.")
     if falls and epochs != stored.trainer.max_epochs:
         rank_zero_only(print)(f"From here on the learning rate is that of a run of {epochs} epochs.")

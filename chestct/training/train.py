@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import OmegaConf
@@ -165,7 +164,7 @@ def _trainer(cfg: Config, out: Path, callbacks: list[Callback], cluster: Cluster
             callbacks=callbacks,
             default_root_dir=out,
             num_sanity_val_steps=0,
-            enable_progress_bar=cfg.trainer.progress and sys.stdout.isatty(),
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             enable_model_summary=False,
             use_distributed_sampler=False,  # chestct.data.datamodule.Batches deals the slices
             # The loaders change from features to images when convolutions join in.
@@ -213,6 +212,10 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
         if not last.is_file() or last.stat().st_mtime_ns == earlier:
             raise Interrupted("Stopped. No epoch was finished.") from None
         raise Interrupted(f"Stopped in epoch {read_checkpoint(last)['epoch'] + 1}. {resume}") from None
+    except (MisconfigurationException, RuntimeError) as error:  # the latter of early stopping, for the same mistake
+        if isinstance(error, RuntimeError) and not str(error).startswith("Early stopping conditioned on metric"):
+            raise
+        raise ConfigError(f"Lightning cannot train with these settings: {error}") from None
     except (ProcessRaisedException, ProcessExitedException) as error:
         if mistake := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
             raise ChestCTError(mistake[1].strip()) from None

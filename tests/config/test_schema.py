@@ -30,6 +30,8 @@ from chestct.errors import ConfigError
         ("trainer.args.limit_val_batches=0", "trainer.max_epochs=N"),
         ("trainer.args.limit_train_batches=0.0", "trainer.max_epochs=N"),
         ("trainer.args.overfit_batches=1", "say debug=overfit"),
+        ("trainer.args.logger=true", "say loggers.NAME._target_"),
+        ("trainer.args.max_epochs=3", "say trainer.max_epochs=VALUE"),
         ("trainer.max_steps=5", "Did you mean trainer.max_epochs?"),
         ("trainer.fast_dev_run=true", "Did you mean debug=fast?"),
         ("evaluation.folds=5", "Did you mean evaluation.protocol?"),
@@ -286,7 +288,7 @@ def test_a_path_may_begin_in_the_home_folder(monkeypatch):
 
 
 def test_a_params_yaml_with_a_group_or_a_misspelt_key_says_how():
-    with pytest.raises(ConfigError, match=r"--cfg job data=chest_ct > params\.yaml"):
+    with pytest.raises(ConfigError, match=r"whatever else you set there: .*--cfg job data=chest_ct > params\.yaml"):
         resolve({"data": "chest_ct"})
     with pytest.raises(ConfigError, match=r"optim\.lrr.*Did you mean optim\.lr"):
         resolve({"optim": {"lrr": 1}})

@@ -1,12 +1,16 @@
 """The Python API: what `chestct.load()` gives."""
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
+from PIL import Image
 
 import chestct
 from chestct.errors import ConfigError, DataError, DecodeError
@@ -82,3 +86,30 @@ def test_mistakes_are_answered_in_a_sentence_and_whatever_is_printed_is_no_medic
         model.predict([str(tmp_path / "missing.png")])
     with pytest.raises(DataError, match="spacing belongs to arrays"):
         model.predict(b"", spacing=(1, 1))
+    slice, picture, tensor = np.zeros((90, 90), np.uint8), Image.new("L", (90, 90)), torch.zeros(90, 90)
+    opened = io.BytesIO(examples["hills.png"])
+    for wrong in (tensor, [tensor], picture, [slice, picture], opened, bytearray(9), None, [5]):
+        with pytest.raises(DataError, match="is no slice: give a path"):
+            model.predict(wrong)
+    for many in (tmp_path, "study.zip"):
+        with pytest.raises(DataError, match="predict_scan takes folders"):
+            model.predict(many)
+    for spacing in (0.7, (0.7, -0.7), (0.7, np.nan), (1, 1, 1), "wide"):
+        with pytest.raises(DataError, match="two numbers above 0"):
+            model.predict(slice, spacing=spacing)
+    for no_path in (["study.zip"], slice, None):
+        with pytest.raises(DataError, match="is no path"):
+            model.predict_scan(no_path)
+    with pytest.raises(DataError, match=r"^No files\. Give slices"):
+        model.predict_scan()
+
+
+def test_whatever_can_be_iterated_is_many_slices_and_spacing_may_be_an_array(model: Model, phantoms: Path) -> None:
+    paths = sorted(phantoms.glob("test/*/*.png"))
+    expected = [answer.score for answer in model.predict(paths)]
+    for many in (iter(paths), tuple(paths), pd.Series(paths), (path.read_bytes() for path in paths)):
+        assert [answer.score for answer in model.predict(many)] == expected
+    slice = np.matrix(np.asarray(Image.open(paths[0])))
+    answer = replace(model.predict(slice, spacing=np.array([0.25, 0.5])), decision="cancer")
+    assert answer.score == pytest.approx(expected[0], abs=1e-6)
+    assert len(answer.regions[0].size_mm) == 2

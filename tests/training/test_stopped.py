@@ -135,6 +135,15 @@ def test_the_last_checkpoint_is_of_the_last_epoch_and_a_run_that_moved_goes_on_a
 
 
 @pytest.mark.slow
+def test_a_run_whose_callback_brings_a_schedule_goes_on(small, tmp_path):
+    name = "lightning.pytorch.callbacks.StochasticWeightAveraging"
+    averaged = (f"callbacks.swa._target_={name}", "callbacks.swa.swa_lrs=0.01", "callbacks.swa.swa_epoch_start=1")
+    last = train(small(*averaged, "trainer.max_epochs=3"), tmp_path).last
+    assert epoch_in(train(small(*averaged, "trainer.max_epochs=5", f"ckpt={last}"), tmp_path).last) == 4
+    assert losses(tmp_path).notna().all(axis=None)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
 def test_settings_that_a_checkpoint_decides_are_refused_and_others_hold(small, tmp_path, capsys, schedule):
     settings = (f"optim.schedule={schedule}", "trainer.max_epochs=2")

@@ -4,12 +4,14 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import ProgressBar
 
 from chestct.config.compose import CONF
 from chestct.config.schema import ModelConfig
@@ -24,7 +26,8 @@ from chestct.models.vgg16 import VGG16
 from chestct.models.weights import load_weights
 from chestct.reporting.text import caveats
 from chestct.training import train
-from chestct.training.callbacks import History
+from chestct.training.callbacks import History, callbacks_of
+from chestct.training.train import _trainer, environment
 from tests.conftest import SMALL
 from tests.models.test_backends import needs
 
@@ -175,6 +178,36 @@ def test_what_the_trainer_cannot_do_is_said_before_anything_is_made(small, tmp_p
     with pytest.raises(ConfigError, match=f"trainer settings.*{says}"):
         train(small(setting, "data.root=null", f"cache_dir={tmp_path}/cache"), tmp_path / "run")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "setting", "says"),
+    [
+        ("LearningRateMonitor", None, "has no logger"),
+        ("EarlyStopping", "monitor=val_loss", "metric `val_loss` which is not available"),
+        ("ModelCheckpoint", "monitor=val_acc", "could not find the monitored key"),
+        ("EarlyStopping", "monitor=valid/loss", "add trainer.patience=0"),
+        ("LearningRateFinder", None, "Say python train.py -m optim.lr=1e-4"),
+        ("BatchSizeFinder", None, "Say data.batch_size=N"),
+    ],
+)
+def test_a_callback_that_cannot_work_is_a_mistake(small, tmp_path, target, setting, says):
+    given = [f"callbacks.mine.{setting}"] if setting else []
+    named = f"callbacks.mine._target_=lightning.pytorch.callbacks.{target}"
+    with pytest.raises(ConfigError, match=says):
+        train(small(named, *given, "trainer.max_epochs=2"), tmp_path)
+
+
+def test_a_bar_of_the_users_comes_instead_of_ours(small, monkeypatch):
+    for on_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda shown=on_terminal: shown)
+        for settings, bars in (
+            ((), on_terminal),
+            (("callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar",), 1),
+        ):
+            cfg = small(*settings, "trainer.progress=true")
+            trainer = _trainer(cfg, Path(), callbacks_of(cfg, Path()), environment("single"))
+            assert sum(isinstance(callback, ProgressBar) for callback in trainer.callbacks) == bars
 
 
 SPAWN = """
