@@ -34,8 +34,11 @@ class StopInTheSecond(callbacks.EndWithParent):
     "overrides",
     [
         ("model.dropout=0.3",),
-        pytest.param(("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle"), marks=pytest.mark.slow),
-        pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1"), marks=pytest.mark.slow),
+        pytest.param(
+            ("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle", "data.size=32"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1", "data.size=32"), marks=pytest.mark.slow),
         pytest.param(("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"), marks=pytest.mark.slow),
     ],
 )
@@ -165,6 +168,7 @@ def test_two_stages_go_on_as_two_with_the_same_blocks_and_weights(small, tmp_pat
     weights = {f"features.{key}": tensor / 2 for key, tensor in load_weights("oxford").tensors.items()}
     save_file(weights, tmp_path / "first.safetensors")
     staged = (f"model.weights={tmp_path}/first.safetensors", "trainer.max_epochs=2", "trainer.unfreeze_epoch=1")
+    staged += ("data.size=32", "data.views=0")
     given = (*staged, f"ckpt={train(small(*staged), tmp_path).last}", "trainer.max_epochs=4")
     # With epoch 3, features of the weights would stand for convolutions that have trained.
     for setting in ("trainer.unfreeze_epoch=0", "trainer.unfreeze_epoch=3", "trainer.unfreeze_blocks=1"):
