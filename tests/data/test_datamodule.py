@@ -1,6 +1,7 @@
 """Batches that a GPU finishes are those of the processor; what is said where its memory is too small."""
 
 import dataclasses
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -27,6 +28,14 @@ def test_what_a_device_makes_of_a_batch_is_what_the_processor_makes(small, resid
         assert finished.keys() == expected.keys()
         torch.testing.assert_close(finished.pop("x"), expected.pop("x"), rtol=0, atol=2e-4)
         assert all(torch.equal(finished[name], expected[name]) for name in finished)
+
+
+def test_workers_stay_from_one_epoch_to_the_next(small):
+    loader, workers = opened(small("data.workers=1", "data.size=32")).train_dataloader(), []
+    for _ in range(2):
+        assert [*loader]
+        workers.append({process.pid for process in multiprocessing.active_children()})
+    assert workers[0] == workers[1] != set()
 
 
 @pytest.mark.slow

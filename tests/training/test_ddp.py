@@ -69,14 +69,20 @@ def test_processes_that_were_started_without_ddp_are_refused(small, tmp_path, mo
         train(small(), tmp_path)
 
 
+EQUAL = (*LONG, "optim.class_weights=false")
+"""38 slices in batches of 2 x 4, and every slice counts alike: nothing is left that could differ."""
+
+
 @pytest.mark.slow
-def test_two_processes_train_what_one_would_and_measure_each_slice_once(small, tmp_path):
-    # 38 slices in batches of 2 x 4, and every slice counts alike: nothing is left that could differ
-    settings = (*LONG, "optim.class_weights=false")
-    one, two = train(small(*settings), tmp_path / "one"), train(small(*settings, *TWO), tmp_path / "two")
+def test_two_processes_train_what_one_would_and_measure_each_slice_once_by_the_best_checkpoint(small, tmp_path):
+    """Next to a callback that keeps checkpoints, too, which are not taken for the best."""
+    mine = ("callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint", f"callbacks.mine.dirpath={tmp_path}")
+    one, two = train(small(*EQUAL), tmp_path / "one"), train(small(*EQUAL, *mine, *TWO), tmp_path / "two")
     assert losses(two.folder).to_numpy() == pytest.approx(losses(one.folder).to_numpy(), abs=1e-5)
     assert two.metrics == pytest.approx(one.metrics, abs=1e-5)
     assert (two.predictions["logit_cancer"] - one.predictions["logit_cancer"]).abs().max() < 1e-4
+    assert two.best == tmp_path / "two" / "checkpoints" / "best.ckpt"
+    assert list(tmp_path.glob("epoch=3*.ckpt"))
 
 
 class Together(Callback):
@@ -91,7 +97,7 @@ class Together(Callback):
 
 @pytest.mark.slow
 def test_two_processes_end_early_where_one_does(small, tmp_path):
-    settings = (*LONG, "optim.class_weights=false", "optim.lr=0.5", "trainer.max_epochs=12", "trainer.patience=1")
+    settings = (*EQUAL, "optim.lr=0.5", "trainer.max_epochs=12", "trainer.patience=1")
     one, two = train(small(*settings), tmp_path / "one"), train(small(*settings, *TWO), tmp_path / "two")
     assert len(losses(two.folder)) == len(losses(one.folder)) < 12
     assert losses(two.folder).to_numpy() == pytest.approx(losses(one.folder).to_numpy(), rel=1e-3)
@@ -100,7 +106,7 @@ def test_two_processes_end_early_where_one_does(small, tmp_path):
 @pytest.mark.slow
 def test_convolutions_that_join_in_later_learn_in_all_processes_and_any_number_goes_on(small, tmp_path):
     # a constant rate: the first two epochs of a run of four are those of a run of two
-    staged = (*LONG, "optim.class_weights=false", "trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1")
+    staged = (*EQUAL, "trainer.unfreeze_epoch=1", "trainer.unfreeze_blocks=1")
     staged += ("optim.schedule=constant", "optim.warmup=0", f"callbacks.together._target_={__name__}.Together")
     one = train(small(*staged), tmp_path / "one")
     train(small(*staged, *TWO, "trainer.max_epochs=2"), tmp_path / "two")
@@ -111,14 +117,6 @@ def test_convolutions_that_join_in_later_learn_in_all_processes_and_any_number_g
     assert two.metrics == pytest.approx(one.metrics, abs=1e-4)
     alone = train(small(*staged, f"ckpt={two.last}", "trainer.max_epochs=5"), tmp_path / "two")
     assert len(losses(alone.folder)) == 5
-
-
-@pytest.mark.slow
-def test_two_processes_measure_the_best_checkpoint_next_to_those_that_a_callback_keeps(small, tmp_path):
-    mine = ("callbacks.mine._target_=lightning.pytorch.callbacks.ModelCheckpoint", f"callbacks.mine.dirpath={tmp_path}")
-    result = train(small("trainer.max_epochs=1", *mine, *TWO), tmp_path / "run")
-    assert result.best == tmp_path / "run" / "checkpoints" / "best.ckpt"
-    assert list(tmp_path.glob("epoch=0*.ckpt"))
 
 
 def test_all_processes_take_the_same_checkpoint(small, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from chestct.models.checkpoint import REFITS, read_checkpoint, sealed
 from chestct.models.weights import load_weights
 from chestct.training import callbacks, train
 from tests.conftest import until
+from tests.e2e.test_commands import call as call
 from tests.training.test_train import ROOT, losses
 
 
@@ -33,8 +34,11 @@ class StopInTheSecond(callbacks.EndWithParent):
     "overrides",
     [
         ("model.dropout=0.3",),
-        pytest.param(("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle"), marks=pytest.mark.slow),
-        pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1"), marks=pytest.mark.slow),
+        pytest.param(
+            ("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle", "data.size=32"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1", "data.size=32"), marks=pytest.mark.slow),
         pytest.param(("trainer.patience=2", "optim.lr=1", "trainer.max_epochs=6"), marks=pytest.mark.slow),
     ],
 )
@@ -68,7 +72,7 @@ def test_a_head_of_an_evaluation_that_is_stopped_is_no_run_to_go_on_with(small, 
 
 
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cache, tmp_path):
+def test_a_run_killed_in_the_middle_resumes_to_the_same_end(call, small, phantoms, cache, tmp_path):
     settings = ("data.size=64", "data.batch_size=8", "tracking=off", "trainer.progress=false", "trainer.patience=0")
     settings += ("trainer.max_epochs=60", "model.dropout=0.3", f"data.root={phantoms}", f"cache_dir={cache}")
     whole = train(small(*settings), tmp_path / "whole")
@@ -80,16 +84,18 @@ def test_a_run_killed_in_the_middle_resumes_to_the_same_end(small, phantoms, cac
     process.kill()
     process.wait()
     assert len(losses(run)) < 60
-    subprocess.run([*command, f"ckpt={run}"], cwd=tmp_path, check=True, capture_output=True)
+    status, _, err = call("train.py", *command[2:], f"ckpt={run}", small=False)
+    assert status == 0, err
     assert losses(run).to_numpy() == pytest.approx(losses(whole.folder).to_numpy(), abs=1e-6)
     first, second = (torch.load(f / "checkpoints" / "best.ckpt", weights_only=True) for f in (run, whole.folder))
     assert first["epoch"] == second["epoch"]
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms, tmp_path):
+def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(call, phantoms, tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    settings = ["data.size=64", "trainer.progress=false", "trainer.patience=0", f"data.root={phantoms}"]
+    settings = ["data.size=64", "data.views=1", "trainer.progress=false", "trainer.patience=0", f"data.root={phantoms}"]
+    settings += ["evaluation.resamples=100"]
     settings += [f"runs_dir={tmp_path}/runs", f"cache_dir={tmp_path}/cache", f"tracking.uri={uri}"]
     command = [sys.executable, str(ROOT / "train.py"), *settings, "trainer.max_epochs=4000"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -103,9 +109,8 @@ def test_a_signal_ends_a_real_run_in_order_and_it_resumes_in_its_folder(phantoms
     done = len(pd.read_csv(run / "history.csv"))
     # Whichever of its checkpoints is named, no epoch is thrown away.
     best = f"ckpt={run}/checkpoints/best.ckpt"
-    again = [sys.executable, str(ROOT / "train.py"), best, *settings, f"trainer.max_epochs={done + 2}"]
-    finished = subprocess.run(again, cwd=tmp_path, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+    status, _, errors = call("train.py", best, *settings, f"trainer.max_epochs={done + 2}", small=False)
+    assert status == 0, errors
     assert [p.name for p in (tmp_path / "runs").iterdir()] == [run.name]
     assert len(pd.read_csv(run / "history.csv")) == done + 2
     from tests.tracking.conftest import runs
@@ -172,6 +177,7 @@ def test_two_stages_go_on_as_two_with_the_same_blocks_and_weights(small, tmp_pat
     weights = {f"features.{key}": tensor / 2 for key, tensor in load_weights("oxford").tensors.items()}
     save_file(weights, tmp_path / "first.safetensors")
     staged = (f"model.weights={tmp_path}/first.safetensors", "trainer.max_epochs=2", "trainer.unfreeze_epoch=1")
+    staged += ("data.size=32", "data.views=0")
     given = (*staged, f"ckpt={train(small(*staged), tmp_path).last}", "trainer.max_epochs=4")
     # With epoch 3, features of the weights would stand for convolutions that have trained.
     for setting in ("trainer.unfreeze_epoch=0", "trainer.unfreeze_epoch=3", "trainer.unfreeze_blocks=1"):
