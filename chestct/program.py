@@ -27,6 +27,7 @@ from chestct.config.compose import CONF, help_text, in_home, quoted, readable
 from chestct.config.explain import explain, suggest
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, out_of_memory
+from chestct.files import sole_writer
 
 WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
@@ -188,8 +189,6 @@ def _run(task: Task, config_name: str) -> None:
 
 def _remove_if_empty(out: Path) -> None:
     """Removes a run folder in which nothing was computed, and no other training is about to."""
-    from chestct.tracking import sole_writer
-
     written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
     if written <= FIRST_FILES:
         with contextlib.suppress(ChestCTError, OSError), sole_writer(out):
