@@ -77,6 +77,13 @@ def test_a_damaged_shard_is_never_believed_and_computed_again(net, tmp_path, cap
     assert len(list((tmp_path / "f").iterdir())) == 1
 
 
+def test_a_shard_that_cannot_be_opened_is_not_taken_for_a_damaged_one(net, tmp_path):
+    run(net, Slices(3), list("abc"), tmp_path)
+    with limited(resource.RLIMIT_NOFILE, 3), pytest.raises(OSError, match="Too many open files"):
+        run(net, Slices(3), list("abc"), tmp_path)
+    assert len(list((tmp_path / "f").iterdir())) == 1
+
+
 def test_a_killed_run_leaves_whole_shards_only(net, tmp_path, monkeypatch):
     monkeypatch.setattr("chestct.models.feature_cache.SHARD", 4)
     with pytest.raises(KeyboardInterrupt):
