@@ -242,6 +242,7 @@ def export(cfg: Config, out: Path) -> None:
         )
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
         folder, bundle = Path(cfg.bundle), load_bundle(cfg.bundle)
+        check_target(folder)  # now, not after conversions of minutes
         _say(add_backends(bundle, folder, cfg, *own_slices(cfg, bundle)), folder)
         return
     if not cfg.ckpt:
