@@ -14,6 +14,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -164,9 +166,11 @@ def _run(task: Task, config_name: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     failures: list[ChestCTError] = []
+    main = os.getpid()
 
     # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
     def job(composed: DictConfig) -> Any:
+        _end_with(main)
         out = Path(HydraConfig.get().runtime.output_dir)
         try:
             return task(resolve_composed(composed), out)
@@ -185,6 +189,22 @@ def _run(task: Task, config_name: str) -> None:
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     if failures:
         raise failures[0]
+
+
+@functools.cache  # a worker runs job after job
+def _end_with(parent: int) -> None:
+    """Ends this process soon after `parent` was killed, where that started it as a launcher's worker.
+
+    Else its job would go on unseen, in the folder of the job that the same command runs again.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)  # files are whole at any time
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _remove_if_empty(out: Path) -> None:
