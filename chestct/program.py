@@ -193,10 +193,7 @@ def _run(task: Task, config_name: str) -> None:
 
 @functools.cache  # a worker runs job after job
 def _end_with(parent: int) -> None:
-    """Ends this process soon after `parent` was killed, where that started it as a launcher's worker.
-
-    Else its job would go on unseen, in the folder of the job that the same command runs again.
-    """
+    """Ends a launcher's worker soon after `parent`, which started it, was killed: its job will be run again."""
 
     def watch() -> None:
         while os.getppid() == parent:

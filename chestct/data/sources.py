@@ -134,14 +134,13 @@ class _Source:
         try:
             done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
-            raise DataError(
-                f"{setting} was not found, nor found missing, in {len(files)} names within {SECONDS} s. Write it "
-                "without repeats in a repeat, as in (\\w+)+."
-            ) from None
+            slow = f"takes more than {SECONDS} s for {len(files)} names: write it without a repeat in a repeat, (.+)+"
+            raise DataError(f"{setting} {slow}.") from None
         # A bare number is this source's.
         patients = [f"{self.name} {one}" if one.isdigit() else one for one in json.loads(done.stdout)]
-        files = [file._replace(patient=patient) for file, patient in zip(files, patients, strict=True)]
-        self.listing.slices[at:] = files
+        self.listing.slices[at:] = files = [
+            SliceFile(*file[:-1], one) for file, one in zip(files, patients, strict=True)
+        ]
         without = [file.path for file in files if not file.patient]
         if len(without) == len(files):
             raise DataError(f"{setting} matches none of the {len(files)} files, for example {without[0]}. Change it.")

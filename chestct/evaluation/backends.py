@@ -34,8 +34,6 @@ least mean correlation of heat maps. Of the decisions as many as there are class
 quantile of a class is the score of one of the validation slices, for which any rounding decides."""
 
 SECTION = "\n## Backends\n"
-OWN = ("backends", "files", "digest")
-"""What a backend changes in bundle.json."""
 
 
 def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFrame, images: np.ndarray) -> Bundle:
@@ -69,8 +67,10 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
         verified[name] = numbers | {"novelty": mark, "calibration": calibration, "version": by}
         files |= dict(zip(FILES[name], parts, strict=True))
     current = load_bundle(folder)  # which another command may have given a backend, or another model
-    same, other = ({k: v for k, v in one.facts.items() if k not in OWN} for one in (bundle, current))
-    if same != other or bundle.facts["files"][TENSORS] != current.facts["files"][TENSORS]:
+    facts, now = (
+        one.facts | {"files": one.facts["files"][TENSORS], "digest": 0, "backends": 0} for one in (bundle, current)
+    )
+    if facts != now:
         raise BundleError(f"Meanwhile {folder} became another bundle, and stays that. The same command begins anew.")
     backends, files = current.facts.get("backends", {}) | verified, backend_files(folder, current.facts) | files
     card = f"{bundle.card.partition(SECTION)[0].rstrip()}\n{SECTION}\n{table(backends)}"

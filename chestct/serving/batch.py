@@ -51,10 +51,8 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     for source in sources:
         try:
             source.lstat()
-        except OSError as error:
-            gone = isinstance(error, FileNotFoundError | NotADirectoryError)
-            reason = "No such file or folder" if gone else error.strerror
-            raise DataError(f"{reason}: {source}.") from None
+        except (FileNotFoundError, NotADirectoryError):  # a folder that is closed may hold it
+            raise DataError(f"No such file or folder: {source}.") from None
         # A folder that cannot be listed stands for itself, so that the table tells of it.
         below = walk(source, lambda error: paths.setdefault(Path(error.filename)), own)
         for path, reason in below if source.is_dir() else [(source, "")]:

@@ -118,7 +118,7 @@ def test_a_patient_in_the_name_joins_slices_and_is_believed_whatever_it_is(tmp_p
     with pytest.raises(DataError, match=r"data.sources.s.patient=\(Q\\d\) matches none of the 6 files"):
         ingest(named(tmp_path / "data", patient=r"(Q\d)"), tmp_path / "store")
     monkeypatch.setattr("chestct.data.sources.SECONDS", 1)
-    with pytest.raises(DataError, match=r"data\.sources\.s\.patient=.* in 6 names within 1 s.*repeat"):
+    with pytest.raises(DataError, match=r"data\.sources\.s\.patient=.* more than 1 s for 6 names.*repeat"):
         ingest(named(tmp_path / "data", patient=r"(?:(?:.|\S)+)+(Q)"), tmp_path / "store")
 
 

@@ -249,14 +249,14 @@ def test_truncated_files_are_refused(whole: str) -> None:
             decode(data[: len(data) * eighth // 8], LUNG)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory"), KeyError()])
-def test_a_file_is_not_called_damaged_because_memory_ran_out(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "says"), [(MemoryError(), "memory ran out"), (KeyError(), r"damaged .*\(KeyError\)")]
+)
+def test_a_file_is_not_called_damaged_because_memory_ran_out(error, says, monkeypatch) -> None:
     monkeypatch.setattr("chestct.imaging.raster.slices", Mock(side_effect=error))
-    with pytest.raises(DecodeError) as caught:
+    with pytest.raises(DecodeError, match=says) as caught:
         decode(encoded(RAMP, "PNG"), LUNG)
-    damaged = isinstance(error, KeyError)
-    assert caught.value.lasting == damaged  # else it is tried again
-    assert ("memory ran out", r"damaged PNG; export it again (KeyError)")[damaged] in caught.value.reason
+    assert caught.value.lasting == isinstance(error, KeyError)  # else it is tried again
 
 
 def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: Path) -> None:
