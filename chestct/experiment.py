@@ -15,7 +15,7 @@ from chestct.config.schema import SPLITS as POLICIES
 from chestct.config.schema import Config
 from chestct.config.targets import check_trusted, foreign
 from chestct.errors import ConfigError, WeightsError
-from chestct.files import write_atomic
+from chestct.files import sole_writer, write_atomic
 from chestct.models.checkpoint import REFITS, find_checkpoint, goes_on_elsewhere, read_checkpoint
 from chestct.program import program, rank
 from chestct.progress import phase
@@ -74,7 +74,7 @@ def train(cfg: Config, out: Path) -> float:
 
 def train_and_report(cfg: Config, out: Path) -> dict[str, float]:
     """One training with its report and its MLflow run; the metrics of the best checkpoint."""
-    from chestct.tracking import open_run, sole_writer
+    from chestct.tracking import open_run
     from chestct.training import train as fit
 
     if cfg.ckpt:
@@ -242,6 +242,7 @@ def export(cfg: Config, out: Path) -> None:
         )
     if cfg.bundle and not cfg.ckpt and cfg.format != "torch":
         folder, bundle = Path(cfg.bundle), load_bundle(cfg.bundle)
+        check_target(folder)  # now, not after conversions of minutes
         _say(add_backends(bundle, folder, cfg, *own_slices(cfg, bundle)), folder)
         return
     if not cfg.ckpt:

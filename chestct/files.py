@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chestct.errors import ChestCTError
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -64,3 +66,19 @@ def read_regular(path: Path, limit: int) -> bytes:
         if status.st_size > limit:
             raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, more than {limit:,}", str(path))
         return file.read(limit)
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Holds the folder `out` for this process. Raises ChestCTError where another training holds it."""
+    from filelock import FileLock, Timeout
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ChestCTError(
+            f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
+            "and in another folder."
+        ) from None

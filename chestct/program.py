@@ -14,6 +14,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +29,7 @@ from chestct.config.compose import CONF, help_text, in_home, quoted, readable
 from chestct.config.explain import explain, suggest
 from chestct.config.schema import Config
 from chestct.errors import ChestCTError, ConfigError, DataError, Interrupted, out_of_memory
+from chestct.files import sole_writer
 
 WITH_VALUE = ("--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 ALONE = ("--multirun", "-m", "--run", "-r", "--resolve", "--hydra-help", "--version", "--info", "-i")
@@ -163,9 +166,11 @@ def _run(task: Task, config_name: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else Hydra prints errors itself and exits
     failures: list[ChestCTError] = []
+    main = os.getpid()
 
     # The signature is Hydra's: it passes the composed config and takes the objective of a sweep.
     def job(composed: DictConfig) -> Any:
+        _end_with(main)
         out = Path(HydraConfig.get().runtime.output_dir)
         try:
             return task(resolve_composed(composed), out)
@@ -186,10 +191,21 @@ def _run(task: Task, config_name: str) -> None:
         raise failures[0]
 
 
+@functools.cache  # a worker runs job after job
+def _end_with(parent: int) -> None:
+    """Ends a launcher's worker soon after `parent`, which started it, was killed: its job will be run again."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)  # files are whole at any time
+
+    if os.getppid() == parent:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _remove_if_empty(out: Path) -> None:
     """Removes a run folder in which nothing was computed, and no other training is about to."""
-    from chestct.tracking import sole_writer
-
     written = {path.name for path in out.rglob("*") if path.is_file() and path.parent.name != ".hydra"}
     if written <= FIRST_FILES:
         with contextlib.suppress(ChestCTError, OSError), sole_writer(out):

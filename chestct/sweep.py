@@ -25,8 +25,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from chestct.config.schema import Config
 from chestct.data.sources import check_roots
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.files import write_atomic
-from chestct.tracking import Run, TrackingError, open_run, sole_writer
+from chestct.files import sole_writer, write_atomic
+from chestct.tracking import Run, TrackingError, open_run
 from chestct.tracking.stores import usable
 
 if TYPE_CHECKING:

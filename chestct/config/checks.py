@@ -179,6 +179,9 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         given, back = (" ".join(f"{group}.{part}={getattr(of, part)}" for part in idle) for of in (now, usual))
         if idle:
             yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
+    for key, path in (("cache_dir", cfg.cache_dir), ("runs_dir", cfg.runs_dir), ("data.store", cfg.data.store or "")):
+        if path.encode("utf-8", "replace").decode() != path:
+            yield f"{key}={path!a} is not UTF-8, and not all that is read there can be called so. Give another name."
     if cfg.compare and len(cfg.compare) != 2:
         yield f"compare={cfg.compare}: give two evaluations, as in 'compare=[runs/A,runs/B]'."
 

@@ -8,6 +8,8 @@ maps to no label, or stands next to split folders without being one, is an error
 import json
 import re
 import shlex
+import subprocess
+import sys
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +26,10 @@ SPLIT_FOLDERS |= dict.fromkeys(("valid", "val", "validation"), "valid")
 MASKS = "masks"  # folder next to split or class folders with the masks of lesions
 DEPTH = 4  # how many folders below a root that holds no class folders are searched for them
 UNLABELLED = "Labels that stand in a table: docs/data.md. Without labels: chestct predict FOLDER."
+SECONDS = 20  # for a search of all names of a source, which takes milliseconds unless a pattern backtracks without end
+MATCH = """import json, re, sys
+pattern, names = json.load(sys.stdin)
+print(json.dumps([match[1] or "" if (match := re.search(pattern, name)) else "" for name in names]))"""
 # Words after a label that turn it into something else, as in `cancer free`
 NEGATIONS = {"free", "negative", "no", "non", "not", "or", "versus", "vs", "without"}
 
@@ -118,12 +124,24 @@ class _Source:
                 "run `dvc pull`, see `chestct data fetch`, or take phantoms with data=phantom."
             )
         if self.source.patient:
-            self._check_patients(self.listing.slices[before:])
+            self._add_patients(before)
 
-    def _check_patients(self, files: list[SliceFile]) -> None:
-        """Says how many names tell no patient; raises DataError where none does."""
+    def _add_patients(self, at: int) -> None:
+        """Says how many names, of the slices from `at` on, tell no patient; raises DataError where none does."""
+        files, setting = self.listing.slices[at:], f"data.sources.{self.name}.patient={self.source.patient}"
+        given = json.dumps([self.source.patient, [file.path for file in files]])
+        command = [sys.executable, "-I", "-c", MATCH]  # nothing ends a search within this process
+        try:
+            done = subprocess.run(command, input=given, capture_output=True, text=True, check=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            slow = f"takes more than {SECONDS} s for {len(files)} names: write it without a repeat in a repeat, (.+)+"
+            raise DataError(f"{setting} {slow}.") from None
+        # A bare number is this source's.
+        patients = [f"{self.name} {one}" if one.isdigit() else one for one in json.loads(done.stdout)]
+        self.listing.slices[at:] = files = [
+            SliceFile(*file[:-1], one) for file, one in zip(files, patients, strict=True)
+        ]
         without = [file.path for file in files if not file.patient]
-        setting = f"data.sources.{self.name}.patient={self.source.patient}"
         if len(without) == len(files):
             raise DataError(f"{setting} matches none of the {len(files)} files, for example {without[0]}. Change it.")
         if without:
@@ -159,11 +177,7 @@ class _Source:
             self._skip(path, reason)
             if not reason and path != self.root / self.source.boxes:
                 name = self._name(path)
-                match = re.search(self.source.patient, name) if self.source.patient else None
-                patient = (match[1] or "") if match else ""
-                patient = f"{self.name} {patient}" if patient.isdigit() else patient  # a bare number is this source's
-                row = SliceFile(name, self.name, str(self.root), split, subtype, label, patient)
-                self.listing.slices.append(row)
+                self.listing.slices.append(SliceFile(name, self.name, str(self.root), split, subtype, label))
 
     def _leave_out(self, folders: list[Path]) -> None:
         """Skips folders next to split folders if they are empty or ignored, else raises DataError."""

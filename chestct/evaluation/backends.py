@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 
 from chestct.config.schema import Config
-from chestct.config.schema_serving import FILES, ROUNDED
+from chestct.config.schema_serving import FILES, ROUNDED, TENSORS
 from chestct.data.prepare import prepare_store
 from chestct.data.splits import measurable
 from chestct.errors import BundleError, DataError
 from chestct.evaluation.external import as_made, own_manifest
 from chestct.models.backends import PACKAGES, calibration_slices, convert, load_graph
-from chestct.models.bundle import Bundle, backend_files, save_bundle
+from chestct.models.bundle import Bundle, backend_files, load_bundle, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
 from chestct.stats.metrics import auroc_difference
 
@@ -47,7 +47,8 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
     order = train["row"].to_numpy()[calibration_slices(len(train))]
     squares = images[valid["row"]]
     expected = bundle.predict(squares, explain=True)
-    backends, files = dict(bundle.facts.get("backends", {})), backend_files(folder, bundle.facts)
+    verified: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
     for name in cfg.format.split("+"):
         parts = convert(bundle.net, name, images[np.sort(order)])
         answers = dataclasses.replace(bundle, graph=load_graph(name, parts)).predict(squares, explain=True)
@@ -63,8 +64,15 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
             )
         calibration = len(order) if name == "openvino_int8" else 0
         by = f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"
-        backends[name] = numbers | {"novelty": mark, "calibration": calibration, "version": by}
+        verified[name] = numbers | {"novelty": mark, "calibration": calibration, "version": by}
         files |= dict(zip(FILES[name], parts, strict=True))
+    current = load_bundle(folder)  # which another command may have given a backend, or another model
+    facts, now = (
+        one.facts | {"files": one.facts["files"][TENSORS], "digest": 0, "backends": 0} for one in (bundle, current)
+    )
+    if facts != now:
+        raise BundleError(f"Meanwhile {folder} became another bundle, and stays that. The same command begins anew.")
+    backends, files = current.facts.get("backends", {}) | verified, backend_files(folder, current.facts) | files
     card = f"{bundle.card.partition(SECTION)[0].rstrip()}\n{SECTION}\n{table(backends)}"
     facts = bundle.facts | {"backends": backends}
     return save_bundle(folder, dataclasses.replace(bundle, facts=facts, card=card, files=files))

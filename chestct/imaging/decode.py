@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chestct.config.schema import WindowConfig
-from chestct.errors import DecodeError
+from chestct.errors import DecodeError, out_of_memory
 from chestct.files import read_regular
 from chestct.imaging import raster
 from chestct.imaging.slice import DEFAULT_LIMITS, Limits, MissingDecoderError, RefusedError, Slice
@@ -149,4 +149,7 @@ def _explained(data: bytes, limits: Limits, label: str) -> Iterator[str]:
     except RefusedError as error:
         raise DecodeError(label, f"{format}: {error}", not isinstance(error, MissingDecoderError)) from error
     except Exception as error:
-        raise DecodeError(label, f"damaged {format}; export it again ({error or type(error).__name__})") from error
+        if out_of_memory(error):
+            raise DecodeError(label, f"{format}: memory ran out while it was decoded", lasting=False) from error
+        reason = str(error) or type(error).__name__
+        raise DecodeError(label, f"damaged {format}; export it again ({reason})") from error

@@ -49,8 +49,10 @@ def find_files(sources: list[Path], out: Path) -> tuple[list[File], list[tuple[s
     paths: dict[Path, None] = {}
     skipped: list[tuple[str, str]] = []
     for source in sources:
-        if not os.path.lexists(source):
-            raise DataError(f"No such file or folder: {source}.")
+        try:
+            source.lstat()
+        except (FileNotFoundError, NotADirectoryError):  # a folder that is closed may hold it
+            raise DataError(f"No such file or folder: {source}.") from None
         # A folder that cannot be listed stands for itself, so that the table tells of it.
         below = walk(source, lambda error: paths.setdefault(Path(error.filename)), own)
         for path, reason in below if source.is_dir() else [(source, "")]:

@@ -16,7 +16,7 @@ os.environ.setdefault("MLFLOW_ASYNC_LOGGING_BUFFERING_SECONDS", "1")  # an epoch
 
 from chestct.tracking.registry import fetch_bundle
 from chestct.tracking.run import Run, open_run, run_of
-from chestct.tracking.stores import TrackingError, probe, sole_writer
+from chestct.tracking.stores import TrackingError, probe
 from chestct.tracking.sync import sync
 
-__all__ = ["Run", "TrackingError", "fetch_bundle", "open_run", "probe", "run_of", "sole_writer", "sync"]
+__all__ = ["Run", "TrackingError", "fetch_bundle", "open_run", "probe", "run_of", "sync"]

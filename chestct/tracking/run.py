@@ -272,7 +272,7 @@ def _share(run: Run, cfg: TrackingConfig, name: str | None, copy: Run | None = N
         Run(remote if sent else None, sent or "", server).register(name)
 
     if problem := probe(server, cfg.experiment) or stores.within(END_SECONDS, work):
-        problem = problem if isinstance(problem, str) else f"{first_line(problem)}."
+        problem = problem if isinstance(problem, str) else f"{stores.reason(problem)}."
         settings = [f"tracking.uri={server}"]
         settings += [f"tracking.local={cfg.local}"] if cfg.local != TrackingConfig().local else []
         print(

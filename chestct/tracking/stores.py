@@ -67,6 +67,13 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0][:200].rstrip(".") if str(error).strip() else type(error).__name__
 
 
+def reason(cause: BaseException) -> str:
+    """What went wrong with a server, for a sentence of ours: the network's own words, where there was no answer."""
+    while not isinstance(cause, ChestCTError) and (deeper := cause.__cause__ or cause.__context__):
+        cause = deeper
+    return str(getattr(cause, "strerror", None) or first_line(cause))
+
+
 @contextmanager
 def usable(place: str, way_out: str, kinds: str = "sqlalchemy.") -> Iterator[None]:
     """Makes errors of a database behind MLflow or Optuna, or of the modules that `kinds` begins, a TrackingError."""
@@ -253,14 +260,12 @@ def probe(uri: str, experiment: str = "chestct") -> str | None:
     error = within(PROBE_SECONDS, lambda: client.set_experiment_tag(use_experiment(client, experiment), *KIND))
     if not isinstance(error, Exception):
         return None
-    cause: BaseException = error
-    while deeper := cause.__cause__ or cause.__context__:  # the network's own words, where there was no answer
-        cause = deeper
-    reason = getattr(cause, "strerror", None) or first_line(cause)
-    return (
-        f"The MLflow server {uri} cannot be written to: {reason}. Is the address right, and are "
-        "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD?"
-    )
+    problem, way_out = reason(error), f" Is the address right, and are {' and '.join(CREDENTIALS)}?"
+    if isinstance(error, ChestCTError):  # which says its own
+        way_out = ""
+    elif re.search(r"no answer|timed out|\b(429|5\d\d)\b", problem):
+        way_out = " It is overloaded or not well: try again later, or ask who runs it."
+    return f"The MLflow server {uri} cannot be written to: {problem}.{way_out}"
 
 
 def within(seconds: float, work: Callable[[], T]) -> T | Exception:
@@ -280,19 +285,3 @@ def within(seconds: float, work: Callable[[], T]) -> T | Exception:
     thread.start()
     thread.join(seconds)
     return results[0] if results else TimeoutError(f"no answer within {seconds:.0f} s")
-
-
-@contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Holds the folder `out` for this process. Raises ChestCTError where another training holds it."""
-    from filelock import FileLock, Timeout
-
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(out / ".lock", timeout=0):
-            yield
-    except Timeout:
-        raise ChestCTError(
-            f"Another training is writing to {out}. Wait for it or stop it, or start a run of its own: without ckpt, "
-            "and in another folder."
-        ) from None

@@ -13,10 +13,10 @@ from chestct.files import file_digest, json_digest
 from chestct.tracking.stores import (
     PROBE_SECONDS,
     TrackingError,
-    first_line,
     local_uri,
     prepare,
     probe,
+    reason,
     refuse_elsewhere,
     server_uri,
     store_file,
@@ -69,7 +69,7 @@ def sync(cfg: Config) -> int:
             try:
                 copy_id = send(local, remote, run.info.run_id)
             except (MlflowException, ConfigError, OSError) as error:
-                left.append(f"{run.info.run_id}: {first_line(error)}.")
+                left.append(f"{run.info.run_id}: {reason(error)}.")
                 problem = probe(server, experiment.name)  # is it the run, or is the server gone?
                 continue
             print(f"{run.info.run_id}  {run.info.run_name} -> {copy_id or 'deleted on the server, and stays so'}")

@@ -55,6 +55,8 @@ from chestct.errors import ConfigError
         ("data.views=0", "or data.lesions=0"),
         ("data.fold=1", "fold counts from 0"),
         ("data.sources={a: {root: /x, weight: 0.1}}", "works with data.balance=true"),
+        ("cache_dir=c\udcff", r"cache_dir='c\udcff' is not UTF-8"),
+        ("runs_dir=c\udcff", r"runs_dir='c\udcff' is not UTF-8"),
         ("data.split_seed=-1", "out of range: 0 to 4294967295"),
         ("seed=99999999999", "out of range: 0 to 4294967295"),
         ("bundle=", "bundle= is empty"),

@@ -101,7 +101,7 @@ def named(root, **settings):
     return DataConfig(name="several", sources={"s": SourceConfig(str(root), **settings)}, labels=LABELS, size=64)
 
 
-def test_a_patient_in_the_name_joins_slices_and_is_believed_whatever_it_is(tmp_path):
+def test_a_patient_in_the_name_joins_slices_and_is_believed_whatever_it_is(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     names = ["cancer/id-A7_1", "cancer/id-A7_2", "normal/id-A7_3", "normal/id-B_1", "normal/12", "normal/13"]
     for name in names:
@@ -117,6 +117,9 @@ def test_a_patient_in_the_name_joins_slices_and_is_believed_whatever_it_is(tmp_p
     assert numbers.manifest["group"].nunique() == 5
     with pytest.raises(DataError, match=r"data.sources.s.patient=\(Q\\d\) matches none of the 6 files"):
         ingest(named(tmp_path / "data", patient=r"(Q\d)"), tmp_path / "store")
+    monkeypatch.setattr("chestct.data.sources.SECONDS", 1)
+    with pytest.raises(DataError, match=r"data\.sources\.s\.patient=.* more than 1 s for 6 names.*repeat"):
+        ingest(named(tmp_path / "data", patient=r"(?:(?:.|\S)+)+(Q)"), tmp_path / "store")
 
 
 def test_near_copy_groups_whose_file_numbers_interleave_are_one_unit(tmp_path):

@@ -1,6 +1,7 @@
 """Backends of a bundle: verified on validation slices before they are kept, and refused with their numbers."""
 
 import dataclasses
+import importlib.metadata
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from chestct import experiment
 from chestct.config.compose import compose
 from chestct.config.schema import Config
+from chestct.config.schema_serving import FILES
 from chestct.errors import BundleError, ConfigError, DataError
 from chestct.evaluation import backends
 from chestct.evaluation.backends import add_backends, own_slices
-from chestct.models.bundle import load_bundle
+from chestct.models.bundle import load_bundle, save_bundle
 from chestct.models.vgg16 import VGG16
 from chestct.training.train import Result
 from tests.models.test_backends import needs
@@ -76,6 +78,21 @@ def test_a_backend_that_falls_short_is_refused_with_numbers_and_nothing_changes(
     with pytest.raises(BundleError, match=f"openvino is refused: .*{reason}"):
         add_backends(before, bundle, cfg, *own_slices(cfg, before))
     assert {path.name: path.read_bytes() for path in bundle.iterdir()} == files
+
+
+def test_of_two_exports_at_once_none_undoes_the_other(bundle, run, monkeypatch) -> None:
+    before, cfg = load_bundle(bundle), settings(run, "openvino")
+    data = own_slices(cfg, before)
+    monkeypatch.setattr(backends, "convert", lambda net, name, squares: [b"x"] * len(FILES[name]))
+    monkeypatch.setattr(backends, "load_graph", lambda name, files: before.net.answer)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "1.0")
+    add_backends(before, bundle, cfg, *data)
+    made = add_backends(before, bundle, settings(run, "onnx"), *data)  # began before the other had ended
+    assert made.facts["backends"].keys() == {"openvino", "onnx"}
+    save_bundle(bundle, dataclasses.replace(before, facts=before.facts | {"note": "other"}))
+    with pytest.raises(BundleError, match="became another bundle"):
+        add_backends(before, bundle, cfg, *data)
+    assert "backends" not in load_bundle(bundle).facts
 
 
 def test_calibration_and_verification_take_the_bundles_own_slices_alone(bundle, run, tmp_path) -> None:

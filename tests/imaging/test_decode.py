@@ -9,6 +9,7 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import nibabel
 import numpy as np
@@ -246,6 +247,16 @@ def test_truncated_files_are_refused(whole: str) -> None:
     for eighth in range(8):
         with pytest.raises(DecodeError):
             decode(data[: len(data) * eighth // 8], LUNG)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [(MemoryError(), "memory ran out"), (KeyError(), r"damaged .*\(KeyError\)")]
+)
+def test_a_file_is_not_called_damaged_because_memory_ran_out(error, says, monkeypatch) -> None:
+    monkeypatch.setattr("chestct.imaging.raster.slices", Mock(side_effect=error))
+    with pytest.raises(DecodeError, match=says) as caught:
+        decode(encoded(RAMP, "PNG"), LUNG)
+    assert caught.value.lasting == isinstance(error, KeyError)  # else it is tried again
 
 
 def test_paths_that_are_no_readable_file_are_refused_without_waiting(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import re
 import resource
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -74,6 +75,14 @@ def test_a_damaged_shard_is_never_believed_and_computed_again(net, tmp_path, cap
     assert torch.equal(run(net, slices, list("abc"), tmp_path), first)
     assert slices.computed == [0, 1, 2]
     assert "damaged" in capsys.readouterr().out
+    assert len(list((tmp_path / "f").iterdir())) == 1
+
+
+def test_a_shard_that_cannot_be_opened_is_not_taken_for_a_damaged_one(net, tmp_path, monkeypatch):
+    run(net, Slices(3), list("abc"), tmp_path)
+    monkeypatch.setattr("pathlib.Path.open", Mock(side_effect=PermissionError("not yours")))
+    with pytest.raises(PermissionError, match="not yours"):
+        run(net, Slices(3), list("abc"), tmp_path)
     assert len(list((tmp_path / "f").iterdir())) == 1
 
 

@@ -69,6 +69,7 @@ def test_the_exit_status_and_errors_say_what_went_wrong(call, scans, tmp_path, c
     (tmp_path / "patients.csv").write_text("name,age\nA,1\n")
     for arguments, message in {
         (tmp_path / "nowhere",): "No such file or folder",
+        (tmp_path / ("x" * 300),): "File name too long",
         (tmp_path / "empty",): "No files in",
         (scans, "--bundle", tmp_path / "nowhere"): "No bundle in",
         (scans, "--out", tmp_path / "patients.csv"): "no table of this program",

@@ -14,7 +14,8 @@ from mlflow import MlflowClient
 from chestct import program
 from chestct.config.compose import CONF
 from chestct.errors import ChestCTError, ConfigError, Interrupted
-from chestct.tracking import TrackingError, open_run, run_of, sole_writer, stores, sync
+from chestct.files import sole_writer
+from chestct.tracking import TrackingError, open_run, run_of, stores, sync
 from chestct.tracking import run as tracking_run
 from chestct.tracking.run import RUN_ID_FILE
 from chestct.version import code_version

@@ -161,8 +161,10 @@ ANSWERS = {
     "no right to write": (KNOWN | {"set-experiment-tag": (403, "Permission denied")}, "Permission denied"),
     "a page": ({"create": (200, "<html>"), "get-by-name": (200, "<html>")}, "not in a valid JSON format"),
     "another server": ({}, "error code 404"),
-    "deleted": (DELETED, "was deleted"),
-    "silent": ({"create": (None, "")}, "no answer within 1 s"),
+    "deleted": (DELETED, "new runs tracking.experiment=NAME."),
+    "silent": ({"create": (None, "")}, "no answer within 1 s. It is overloaded"),
+    "overloaded": ({"create": (429, ""), "get-by-name": (429, "")}, "too many 429 error responses. It is overloaded"),
+    "broken": ({"create": (500, "no"), "get-by-name": (500, "no")}, "too many 500 error responses. It is overloaded"),
 }
 
 
@@ -172,6 +174,7 @@ def test_probe_tells_what_is_wrong_with_a_server(server, case, monkeypatch):
     server.answers, says = ANSWERS[case]
     problem = probe(server.uri)
     assert problem is None if says is None else says in problem
+    assert ("PASSWORD" in str(problem)) == (case in ("password", "no right to write", "a page", "another server"))
     assert "secret-word" not in str(problem)
     assert server.auth == "Basic bWU6c2VjcmV0LXdvcmQ="
 
