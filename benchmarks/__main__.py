@@ -47,6 +47,7 @@ BACKENDS = ("torch", *filter(computes, OPENVINO))
 RIVALS = KERAS, EAGER, PRODUCT, LOOP = "Keras", "PyTorch eager", "matrix product", "bare loop"
 FLOP = 30.69e9  # of VGG16's convolutions on a slice of 224 pixels, as torch.utils.flop_counter counts them
 EPOCHS = 20
+RATED = 32  # slices that features are timed on
 
 PAGE = """# Benchmarks
 
@@ -116,13 +117,13 @@ class Bench:
     def training(self) -> Iterator[tuple]:
         """Features, and whole runs of the head on them."""
         net, eager = VGG16(ModelConfig(), 1, 224, load_weights("oxford")).eval(), vgg16().features
-        noise, matrix = np.random.default_rng(0).integers(0, 256, (32, 224, 224), np.uint8), torch.rand(2048, 2048)
-        names, slices = [*map(str, range(32))], lambda at: [torch.from_numpy(noise[at])[:, None] / 255]
+        noise, matrix = np.random.default_rng(0).integers(0, 256, (RATED, 224, 224), np.uint8), torch.rand(2048, 2048)
+        names, slices = [*map(str, range(RATED))], lambda at: [torch.from_numpy(noise[at])[:, None] / 255]
 
         def rate(layer: Callable[[torch.Tensor], torch.Tensor]) -> float:
             with tempfile.TemporaryDirectory() as cache:
                 kept = [Kept(layer, names, Path(cache))]
-                return 32 / seconds(lambda: extract(kept, slices, torch.device("cpu"), batch_size=16))
+                return RATED / seconds(lambda: extract(kept, slices, torch.device("cpu"), batch_size=16))
 
         contestants = {"torch": partial(rate, net.pooled)}
         for name in BACKENDS[1:]:

@@ -57,7 +57,9 @@ def test_a_program_that_fails_ends_the_measurement(tmp_path):
 @pytest.mark.slow
 def test_every_measurement_runs(tmp_path, monkeypatch):
     options = ["--turns", "1", "--json", f"{tmp_path}/made.json", "--write", f"{tmp_path}/page.md"]
-    monkeypatch.setattr(bench, "PhantomConfig", lambda slices: PhantomConfig(slices=24))
+    monkeypatch.setattr(bench, "PhantomConfig", lambda slices: PhantomConfig(slices=24, size=96))
+    monkeypatch.setattr(bench, "RATED", 4)
+    monkeypatch.setattr(bench, "EPOCHS", 2)
     monkeypatch.setattr("sys.argv", ["benchmarks", *options])
     monkeypatch.setattr(bench, "BACKENDS", bench.BACKENDS[:2])  # the others run by the same lines
     bench.main()

@@ -80,6 +80,7 @@ class Evaluation:
     about: dict[str, Any]
     sections: dict[str, Any]  # subgroups, shift, ... and what the settings ask for beyond
     data: SliceModule | None = None  # that a checkpoint was made for, with its features
+    held_out: pd.DataFrame | None = None  # slices of sources that heads trained anew have never seen, see `protocol`
 
     @property
     def point(self) -> OperatingPoint:

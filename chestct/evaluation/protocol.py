@@ -62,7 +62,8 @@ class Spread:
 def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     """The parts that cfg.evaluation.protocol asks for; `check_anew` has seen that they can be measured.
 
-    Where all sources are phantoms, `within` is measured on them.
+    Where all sources are phantoms, `within` is measured on them. Where sources were left out, `evaluation.held_out` is
+    set: the table of their slices, each with the decision and the `threshold` of the others.
     """
     cfg, wanted = evaluation.cfg, evaluation.cfg.evaluation.protocol
     if not wanted:
@@ -75,7 +76,9 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     # Nothing is trained for the probe: what might fail there fails before hours of training.
     probe = {"probe": _probe(evaluation.data, net, real)} if "probe" in wanted else {}
     if "loso" in wanted:
-        parts |= _leave_one_out(cfg, net, several, real)
+        tests: list[pd.DataFrame] = []
+        parts |= _leave_one_out(cfg, net, several, real, tests)
+        evaluation.held_out = pd.concat(tests, ignore_index=True) if tests else None
     if "matrix" in wanted:
         parts |= _matrix(cfg, several, real)
     if "within" in wanted:
@@ -83,8 +86,10 @@ def protocol(evaluation: Evaluation, train: Train) -> dict[str, Part]:
     return parts | probe
 
 
-def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -> dict[str, Part]:
-    """Each source tested by a model, and at a threshold, of the others alone."""
+def _leave_one_out(
+    cfg: Config, net: VGG16, train: Train, real: Sequence[str], tests: list[pd.DataFrame]
+) -> dict[str, Part]:
+    """Each source tested by a model, and at a threshold, of the others alone; its slices are added to `tests`."""
     ranked: Table = []
     called: Table = []
     pointed: Table = []
@@ -103,6 +108,7 @@ def _leave_one_out(cfg: Config, net: VGG16, train: Train, real: Sequence[str]) -
             ranked.append({"held out": source, "AUROC": None})
             called.append({"held out": source, "sensitivity": None, "specificity": None})
             continue
+        tests.append(test.assign(threshold=threshold))
         answered = test[test["decision"].isin((CANCER, NORMAL))]
         of_these = {} if answered.empty else without_weak_intervals(of_cancer(answered, held))
         slices = " / ".join(str((test["label"] == label).sum()) for label in ("normal", "cancer"))

@@ -39,7 +39,7 @@ STYLE = {
 def figures(evaluation: Evaluation) -> dict[str, bytes | str]:
     """The figures by name; where one is undefined, the reason. The report's style sheet turns them dark."""
     drawn: dict[str, bytes | str] = {}
-    for draw in (_roc, _scores, _reliability, _curves):
+    for draw in (_roc, _scores, _reliability, _curves, _held_out):
         with matplotlib.rc_context(STYLE):
             figure, buffer = Figure((4.4, 3.5), layout="constrained"), io.BytesIO()
             reason = draw(figure, evaluation)
@@ -77,8 +77,16 @@ def _roc(figure: Figure, evaluation: Evaluation) -> str:
 
 
 def _scores(figure: Figure, evaluation: Evaluation) -> str:
+    return _by_source(figure, evaluation.test.assign(threshold=evaluation.point.threshold))
+
+
+def _held_out(figure: Figure, evaluation: Evaluation) -> str:
+    return "no source was left out" if evaluation.held_out is None else _by_source(figure, evaluation.held_out)
+
+
+def _by_source(figure: Figure, table: pd.DataFrame) -> str:
     """A panel for each source below those of the others, so that a shift of one of them is seen."""
-    parts = evaluation.test.groupby("source")
+    parts = table.groupby("source")
     figure.set_size_inches(4.4, max(3.5, 1.5 * len(parts)))
     axes = figure.subplots(len(parts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     keys: dict[str, Any] = {}
@@ -87,7 +95,7 @@ def _scores(figure: Figure, evaluation: Evaluation) -> str:
             score, weights = 1 - own["probability_normal"], np.full(len(own), 1 / len(own))
             style: dict[str, Any] = {"color": COLOURS[str(name)], "alpha": 0.7, "weights": weights}
             *_, keys[str(name)] = axis.hist(score, np.linspace(0, 1, 21).tolist(), **style)
-        keys["threshold"] = axis.axvline(evaluation.point.threshold, color="black", linestyle="--", linewidth=1)
+        keys["threshold"] = axis.axvline(part["threshold"].iloc[0], color="black", linestyle="--", linewidth=1)
         slices = "; ".join(f"{name}, {n} slices" for name, n in part.groupby("label").size().items())
         axis.set_title(textwrap.fill(f"{source}: {slices}".replace("_", " "), 56), loc="left", fontsize=8)
     figure.legend(keys.values(), keys.keys(), loc="outside upper right", ncols=3, fontsize=8, frameon=False)

@@ -1,7 +1,6 @@
 """The report of an evaluation: one HTML file for people, JSON and Parquet for machines, figures, the model card."""
 
 import dataclasses
-import io
 import json
 from base64 import b64encode
 from collections.abc import Mapping
@@ -24,14 +23,13 @@ COLUMNS = {
 def write(evaluation: Evaluation, out: Path) -> None:
     """Writes metrics.json, evaluation.json (all, with reasons), predictions.parquet, the points of `dvc plots`, figures
     as SVG and report.html into `out`, each file whole or not at all; of a checkpoint MODEL_CARD.md, and of the
-    protocol's parts, where they were measured, protocol.json and protocol.md.
+    protocol's parts, where they were measured, protocol.json, protocol.md and held_out.parquet.
     """
-    values, table, drawn = flat(evaluation), io.BytesIO(), figures(evaluation)
-    evaluation.table.to_parquet(table, index=False)
+    values, drawn = flat(evaluation), figures(evaluation)
     files: dict[str, bytes | str] = {
         "metrics.json": _json({s: {name: values[s].get(name) for name in COLUMNS[s]} for s in evaluation.metrics}),
         "evaluation.json": _json(contents(evaluation)),
-        "predictions.parquet": table.getvalue(),
+        "predictions.parquet": evaluation.table.to_parquet(index=False),
         **{f"{name}.json": _json(rows, indent=None) for name, rows in points(evaluation).items()},
         **{f"{name}.svg": figure for name, figure in drawn.items() if isinstance(figure, bytes)},
         "report.html": html(evaluation, drawn),
@@ -40,6 +38,8 @@ def write(evaluation: Evaluation, out: Path) -> None:
         files["MODEL_CARD.md"] = model_card(evaluation)
     if parts := evaluation.sections.get("protocol"):
         files |= {"protocol.json": _json(parts), "protocol.md": _render("protocol.md.j2", evaluation)}
+    if evaluation.held_out is not None:
+        files["held_out.parquet"] = evaluation.held_out.to_parquet(index=False)
     for name, content in files.items():
         write_atomic(out / name, content)
 

@@ -63,6 +63,8 @@ FILLED = {
     r"\.\./shared/data/chest-ct": "chest-ct",
     r"data\.size=256": "data.size=32",
     r"seeds=3": "seeds=2",
+    r"workers=8": "workers=2",
+    r"sweeper\.jobs=4": "sweeper.jobs=2",
     r"/data/monitor": "monitor",
     r"/shared/": "shared/",
     r"(--viewer|space) FOLDER": r"\1 new\1",
@@ -86,17 +88,20 @@ EXTRA = {
     r"^python train\.py model\.freeze=true optim\.lr=1e-4$": "hydra.run.dir=runs/B evaluation.report=true",
     r"experiment=two_stage": "trainer.unfreeze_epoch=1",
     r"places_finetuned": "trainer.unfreeze_epoch=1 trainer.max_epochs=2",
-    r"tracking\.(uri|register)|train.*tracking=dagshub": "tracking=mlflow evaluation.report=true",
+    r"tracking\.uri": "tracking=mlflow",
+    r"tracking\.register|train.*tracking=dagshub": "tracking=mlflow evaluation.report=true",
     r"^python train\.py data=hospitals experiment=places 'data": "hydra.run.dir=runs/all evaluation.report=true",
     r"RUN_ID": "data.phantom.slices=60 data.phantom.size=96",
     r"mine\.Narrow": "hydra.run.dir=runs/narrow",
     r"-m .*sweep=": "trainer.max_epochs=1 hydra.sweeper.trials=2",
-    r"launcher=joblib": "hydra.sweeper.trials=5",
+    r"launcher=joblib": "hydra.sweeper.trials=3",
+    r"^python train\.py -m optim\.lr=1e-3,1e-4 model": "trainer.max_epochs=1",
 }
 """Settings that are given besides, where a command does not give them."""
 
-QUICK = ["data.size=32", "data.batch_size=8", "data.phantom.slices=60", "data.phantom.size=96", "tracking=off"]
-QUICK += ["trainer.max_epochs=2", "trainer.progress=false", "evaluation.resamples=100", "evaluation.report=false"]
+QUICK = ["data.size=32", "data.batch_size=8", "data.views=1", "data.phantom.slices=60", "data.phantom.size=96"]
+QUICK += ["tracking=off", "trainer.max_epochs=2", "trainer.progress=false", "evaluation.resamples=100"]
+QUICK += ["evaluation.report=false"]
 
 
 def programs() -> set[str]:

@@ -17,6 +17,7 @@ from chestct.config.schema import Config, PhantomConfig, SourceConfig
 from chestct.data.datamodule import SliceModule
 from chestct.errors import ChestCTError
 from chestct.evaluation import protocol as module
+from chestct.evaluation.compare import compare
 from chestct.evaluation.evaluate import Evaluation, evaluate
 from chestct.evaluation.protocol import Part, Spread, protocol
 from chestct.evaluation.subgroups import of_cancer
@@ -26,6 +27,7 @@ from chestct.phantom.dataset import write
 from chestct.reporting.render import write as write_report
 from chestct.reporting.text import summary
 from chestct.stats.calibration import reliability_table
+from chestct.stats.metrics import measure
 from chestct.training.train import train
 from tests.conftest import SMALL
 from tests.evaluation.evaluations import made_up
@@ -206,10 +208,26 @@ def test_the_source_of_normals_is_told_from_features_that_give_it_away(measured)
 
 @pytest.mark.slow
 def test_the_protocol_is_made_again_without_running_a_convolution(evaluation, measured, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(VGG16, "conv5", lambda *_: pytest.fail("a convolution ran"))
-    again = protocol(asked(evaluation, "loso", "matrix"), Trainings(tmp_path))
+    asks = asked(evaluation, "loso", "matrix")
+    with monkeypatch.context() as patch:
+        patch.setattr(VGG16, "conv5", lambda *_: pytest.fail("a convolution ran"))
+        again = protocol(asks, Trainings(tmp_path))
     assert again["loso"] == measured[0]["loso"]
     assert again["matrix"] == measured[0]["matrix"]
+    # The slices that were left out are kept, each as the others' model and threshold called it.
+    write_report(replace(asks, sections=asks.sections | {"protocol": again}), tmp_path)
+    kept = pd.read_parquet(tmp_path / "held_out.parquet")
+    for ranked, called in zip(again["loso"].rows[:4], again["threshold"].rows[:4], strict=True):
+        own = kept[kept["source"] == ranked["held out"]]
+        assert set(own["threshold"]) == {called["threshold"]}
+        assert ranked["normal / cancer"] == f"{(own['label'] == 'normal').sum()} / {(own['label'] == 'cancer').sum()}"
+        figures = measure(own, "binary", 10, 0)
+        assert figures["specificity"].value == called["specificity"].value
+        assert figures["auroc"].value == getattr(ranked["AUROC"], "value", None)
+    drawn = (tmp_path / "held_out.svg").read_text(encoding="utf-8")
+    assert drawn.count("stroke-dasharray: 3.7") == 4 + 1  # a threshold a source, and the legend's
+    assert "Scores of sources that were left out" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert compare(kept, kept, 100)["difference"].eq(0).all()
 
 
 @pytest.mark.slow

@@ -39,8 +39,10 @@ def test_every_figure_is_one_svg_that_fetches_nothing_and_is_the_same_each_time(
     )
     history.to_csv(tmp_path / "history.csv")
     evaluation.cfg.ckpt = str(tmp_path / "checkpoints" / "best.ckpt")
+    assert figures(evaluation)["held_out"] == "n/a: no source was left out"
+    evaluation.held_out = evaluation.test.assign(threshold=0.3)
     drawn = figures(evaluation)
-    assert set(drawn) == {"roc", "scores", "reliability", "curves"}
+    assert set(drawn) == {"roc", "scores", "reliability", "curves", "held_out"}
     for svg in drawn.values():
         assert ElementTree.fromstring(svg).tag.endswith("svg")
         assert not re.search(rb'(href|src)="(?!#|data:)|url\((?!#)|@import|"[^"]*\b(inf|nan)\b', svg)
