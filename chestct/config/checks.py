@@ -181,7 +181,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
             yield f"{key} is the whole {name}: {given} has no effect. Leave that out, or take it back with: {back}"
     for key, path in (("cache_dir", cfg.cache_dir), ("runs_dir", cfg.runs_dir), ("data.store", cfg.data.store or "")):
         if path.encode("utf-8", "replace").decode() != path:
-            yield f"{key}={path!a} is not UTF-8, and not all that is read there can be called so. Give another name."
+            yield f"{key}={path!a} is not UTF-8, and some libraries cannot open such a folder. Give another name."
     if cfg.compare and len(cfg.compare) != 2:
         yield f"compare={cfg.compare}: give two evaluations, as in 'compare=[runs/A,runs/B]'."
 

@@ -125,10 +125,13 @@ class SliceModule(L.LightningDataModule):
         dataset.deferred = defers(device) and not dataset.features and not dataset.has_places
         dataset.resident = dataset.deferred and self._resides(device)
         workers = 0 if dataset.features else self.cfg.data.workers
+        sampler = Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if train else None, *place)
+        if trainer is not None:  # workers of a run that goes on are given keys before Lightning says the epoch
+            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
         return DataLoader(
             dataset,
             batch_size=None,  # a key is a batch
-            sampler=Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if train else None, *place),
+            sampler=sampler,
             num_workers=workers,
             persistent_workers=workers > 0,  # a key says which epoch: they need not start anew, seconds on macOS
             pin_memory=device.type == "cuda",

@@ -27,7 +27,8 @@ MASKS = "masks"  # folder next to split or class folders with the masks of lesio
 DEPTH = 4  # how many folders below a root that holds no class folders are searched for them
 UNLABELLED = "Labels that stand in a table: docs/data.md. Without labels: chestct predict FOLDER."
 SECONDS = 20  # for a search of all names of a source, which takes milliseconds unless a pattern backtracks without end
-MATCH = """import json, re, sys
+MATCH = """import json, re, signal, sys
+hasattr(signal, "alarm") and signal.alarm(60)  # where nobody is left to end it
 pattern, names = json.load(sys.stdin)
 print(json.dumps([match[1] or "" if (match := re.search(pattern, name)) else "" for name in names]))"""
 # Words after a label that turn it into something else, as in `cancer free`
@@ -127,7 +128,7 @@ class _Source:
             self._add_patients(before)
 
     def _add_patients(self, at: int) -> None:
-        """Says how many names, of the slices from `at` on, tell no patient; raises DataError where none does."""
+        """Gives the slices from `at` on their patients; says how many names tell none. DataError where none does."""
         files, setting = self.listing.slices[at:], f"data.sources.{self.name}.patient={self.source.patient}"
         given = json.dumps([self.source.patient, [file.path for file in files]])
         command = [sys.executable, "-I", "-c", MATCH]  # nothing ends a search within this process
@@ -138,9 +139,8 @@ class _Source:
             raise DataError(f"{setting} {slow}.") from None
         # A bare number is this source's.
         patients = [f"{self.name} {one}" if one.isdigit() else one for one in json.loads(done.stdout)]
-        self.listing.slices[at:] = files = [
-            SliceFile(*file[:-1], one) for file, one in zip(files, patients, strict=True)
-        ]
+        files = [file._replace(patient=one) for file, one in zip(files, patients, strict=True)]
+        self.listing.slices[at:] = files
         without = [file.path for file in files if not file.patient]
         if len(without) == len(files):
             raise DataError(f"{setting} matches none of the {len(files)} files, for example {without[0]}. Change it.")

@@ -20,7 +20,7 @@ from chestct.data.splits import measurable
 from chestct.errors import BundleError, DataError
 from chestct.evaluation.external import as_made, own_manifest
 from chestct.models.backends import PACKAGES, calibration_slices, convert, load_graph
-from chestct.models.bundle import Bundle, backend_files, load_bundle, save_bundle
+from chestct.models.bundle import Bundle, backend_files, load_bundle, lock_of, save_bundle
 from chestct.models.operating_point import NORMAL, Outputs
 from chestct.stats.metrics import auroc_difference
 
@@ -66,16 +66,17 @@ def add_backends(bundle: Bundle, folder: Path, cfg: Config, manifest: pd.DataFra
         by = f"{PACKAGES[name]} {importlib.metadata.version(PACKAGES[name])}"
         verified[name] = numbers | {"novelty": mark, "calibration": calibration, "version": by}
         files |= dict(zip(FILES[name], parts, strict=True))
-    current = load_bundle(folder)  # which another command may have given a backend, or another model
-    facts, now = (
-        one.facts | {"files": one.facts["files"][TENSORS], "digest": 0, "backends": 0} for one in (bundle, current)
-    )
-    if facts != now:
-        raise BundleError(f"Meanwhile {folder} became another bundle, and stays that. The same command begins anew.")
-    backends, files = current.facts.get("backends", {}) | verified, backend_files(folder, current.facts) | files
-    card = f"{bundle.card.partition(SECTION)[0].rstrip()}\n{SECTION}\n{table(backends)}"
-    facts = bundle.facts | {"backends": backends}
-    return save_bundle(folder, dataclasses.replace(bundle, facts=facts, card=card, files=files))
+    with lock_of(folder):
+        current = load_bundle(folder)  # which another command may have given a backend, or another model
+        facts, now = (
+            one.facts | {"files": one.facts["files"][TENSORS], "digest": 0, "backends": 0} for one in (bundle, current)
+        )
+        if facts != now:
+            raise BundleError(f"Meanwhile {folder} became another bundle, and stays so. The same command begins anew.")
+        backends, files = current.facts.get("backends", {}) | verified, backend_files(folder, current.facts) | files
+        card = f"{bundle.card.partition(SECTION)[0].rstrip()}\n{SECTION}\n{table(backends)}"
+        facts = bundle.facts | {"backends": backends}
+        return save_bundle(folder, dataclasses.replace(bundle, facts=facts, card=card, files=files))
 
 
 def compared(expected: Outputs, answers: Outputs, valid: pd.DataFrame, cfg: Config) -> dict[str, Any]:

@@ -152,9 +152,15 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     text = json.dumps(facts | {"digest": json_digest(facts)}, indent=1) + "\n"
     folder = folder.resolve()  # a link goes on leading to its folder, which gets the bundle
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):  # exports to one folder wait for each other
+    with lock_of(folder):
         _replace(folder, files | {FACTS: text.encode()})
         return load_bundle(folder)
+
+
+def lock_of(folder: Path) -> FileLock:
+    """What exports to one folder wait for each other by; who holds it may take it again."""
+    folder = folder.resolve()
+    return FileLock(folder.with_name(f".{folder.name}.lock"), is_singleton=True)
 
 
 def _replace(folder: Path, files: Mapping[str, bytes]) -> None:

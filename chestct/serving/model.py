@@ -4,6 +4,7 @@ Errors are those of the commands (chestct.errors): a sentence that says what is 
 """
 
 import io
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -111,7 +112,8 @@ def _slice(source: object, window: WindowConfig, spacing: tuple[float, float] | 
         if spacing:
             raise DataError("spacing belongs to arrays; of a file, the file says it. Leave it out.")
         source = Path(source) if isinstance(source, str) else source
-        if isinstance(source, Path) and (source.is_dir() or source.suffix.lower() == ".zip"):
+        # Path.is_dir would raise for a name that is too long, and for one in a closed folder.
+        if isinstance(source, Path) and (os.path.isdir(source) or source.suffix.lower() == ".zip"):  # noqa: PTH112
             raise DataError(
                 f"{source} holds many files: predict_scan takes folders and archives, predict lists of files."
             )

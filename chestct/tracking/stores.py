@@ -263,7 +263,9 @@ def probe(uri: str, experiment: str = "chestct") -> str | None:
     problem, way_out = reason(error), f" Is the address right, and are {' and '.join(CREDENTIALS)}?"
     if isinstance(error, ChestCTError):  # which says its own
         way_out = ""
-    elif re.search(r"no answer|timed out|\b(429|5\d\d)\b", problem):
+    elif re.search(r"no answer|timed out", problem):
+        way_out = " Is the address right? If it is, the server is overloaded or not well: try again later."
+    elif re.search(r"\b(code|many) (429|5\d\d)\b", problem):
         way_out = " It is overloaded or not well: try again later, or ask who runs it."
     return f"The MLflow server {uri} cannot be written to: {problem}.{way_out}"
 

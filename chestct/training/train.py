@@ -50,6 +50,9 @@ from chestct.tracking import Run
 from chestct.training.callbacks import Keeper, SealedCheckpoints, callbacks_of
 from chestct.training.resume import resumable
 
+MISTAKE = r"^(?:chestct\.errors\.\w+|lightning\.\S*MisconfigurationException|RuntimeError(?=: Early stopping)): (.*)"
+"""How the last lines of a process begin that ended with a mistake of the user's."""
+
 
 @dataclass(frozen=True)
 class Result:
@@ -215,14 +218,15 @@ def _ended_in_order(trainer: L.Trainer, out: Path, cfg: Config) -> Iterator[None
     except (MisconfigurationException, RuntimeError) as error:  # the latter of early stopping, for the same mistake
         if isinstance(error, RuntimeError) and not str(error).startswith("Early stopping conditioned on metric"):
             raise
-        raise ConfigError(f"Lightning cannot train with these settings: {error}") from None
+        raise ConfigError(f"Lightning cannot train with these settings: {error}") from error
     except (ProcessRaisedException, ProcessExitedException) as error:
-        if mistake := re.search(r"^chestct\.errors\.\w+: (.*)", str(error), re.M | re.S):
+        if mistake := re.search(MISTAKE, str(error), re.M | re.S):
             raise ChestCTError(mistake[1].strip()) from None
         if out_of_memory(RuntimeError(str(error))):
             raise MemoryError from None
         message = f"Of {trainer.world_size} processes, {str(error).strip().removeprefix('-- ')}"
-        raise ChestCTError(f"{message}, and the training with it. {resume}") from None
+        way_on = resume if last.is_file() else "No epoch was finished."
+        raise ChestCTError(f"{message}, and the training with it. {way_on}") from None
     finally:
         if trainer.strategy.launcher is not None:
             trainer.strategy.launcher.kill(signal.SIGKILL)  # files are whole at any time

@@ -88,8 +88,8 @@ EXTRA = {
     r"^python train\.py model\.freeze=true optim\.lr=1e-4$": "hydra.run.dir=runs/B evaluation.report=true",
     r"experiment=two_stage": "trainer.unfreeze_epoch=1",
     r"places_finetuned": "trainer.unfreeze_epoch=1 trainer.max_epochs=2",
-    r"tracking\.uri": "tracking=mlflow",
-    r"tracking\.register|train.*tracking=dagshub": "tracking=mlflow evaluation.report=true",
+    r"tracking\.(uri|register)|train.*tracking=dagshub": "tracking=mlflow evaluation.report=true",
+    r"\bROW\b|debug=": "data.views=0",  # as their files say
     r"^python train\.py data=hospitals experiment=places 'data": "hydra.run.dir=runs/all evaluation.report=true",
     r"RUN_ID": "data.phantom.slices=60 data.phantom.size=96",
     r"mine\.Narrow": "hydra.run.dir=runs/narrow",

@@ -171,7 +171,7 @@ def test_a_stopped_search_goes_on_with_the_trial_it_was_at_and_finds_what_it_wou
     settings += ["trainer.max_epochs=100", "trainer.patience=0"]
     if signum == signal.SIGKILL:  # whose workers end, too: else `communicate` would wait, and their jobs run twice
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-        settings += ["launcher=joblib", "hydra.sweeper.jobs=1"]
+        settings += ["launcher=joblib", "hydra.sweeper.jobs=1", "hydra.launcher.n_jobs=2"]
     folder = tmp_path / "runs" / "sweep-head"
     given = [setting for setting in small if not setting.startswith(("trainer.max_epochs", "tracking=off"))]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *settings, *given]

@@ -162,7 +162,7 @@ ANSWERS = {
     "a page": ({"create": (200, "<html>"), "get-by-name": (200, "<html>")}, "not in a valid JSON format"),
     "another server": ({}, "error code 404"),
     "deleted": (DELETED, "new runs tracking.experiment=NAME."),
-    "silent": ({"create": (None, "")}, "no answer within 1 s. It is overloaded"),
+    "silent": ({"create": (None, "")}, "no answer within 1 s. Is the address right? If it is, the server"),
     "overloaded": ({"create": (429, ""), "get-by-name": (429, "")}, "too many 429 error responses. It is overloaded"),
     "broken": ({"create": (500, "no"), "get-by-name": (500, "no")}, "too many 500 error responses. It is overloaded"),
 }

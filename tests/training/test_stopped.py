@@ -35,7 +35,7 @@ class StopInTheSecond(callbacks.EndWithParent):
     [
         ("model.dropout=0.3",),
         pytest.param(
-            ("features.cache=false", "model.freeze=4", "optim.schedule=one_cycle", "data.size=32"),
+            ("features.cache=false", "data.workers=1", "model.freeze=4", "optim.schedule=one_cycle", "data.size=32"),
             marks=pytest.mark.slow,
         ),
         pytest.param(("trainer.unfreeze_epoch=2", "trainer.unfreeze_blocks=1", "data.size=32"), marks=pytest.mark.slow),
