@@ -79,6 +79,7 @@ class SliceModule(L.LightningDataModule):
         self.spaces: dict[str, list[Any]] = {}  # of each split, what decides the features that are there
         self.programs: dict[str, Any] = {}  # that compute features in torch's place, by backend and network
         self.resident: torch.Tensor | None = None  # all slices of the store on a GPU, while it trains
+        self.begins = 0  # the epoch with which a training begins or goes on
         self.prepare_data_per_node = False  # machines see one cache_dir
 
     def prepare_data(self) -> None:
@@ -127,7 +128,7 @@ class SliceModule(L.LightningDataModule):
         workers = 0 if dataset.features else self.cfg.data.workers
         sampler = Batches(len(dataset), self.cfg.data.batch_size, self.cfg.seed if train else None, *place)
         if trainer is not None:  # workers of a run that goes on are given keys before Lightning says the epoch
-            sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)  # type: ignore[attr-defined]
+            sampler.set_epoch(max(self.begins, trainer.current_epoch))
         return DataLoader(
             dataset,
             batch_size=None,  # a key is a batch

@@ -106,6 +106,7 @@ def train(cfg: Config, out: Path, run: Run | None = None, data: SliceModule | No
             for parameter in model.net.head[-1].parameters():
                 nn.init.zeros_(parameter)
         resume = resumable(cfg, model)
+        data.begins = read_checkpoint(resume)["epoch"] + 1 if resume else 0
         run.begin()  # now that all this has proved usable
         trainer.loggers = [*run.loggers(), *loggers]
         if cfg.starts_frozen:
